@@ -1,0 +1,169 @@
+"""How a cache plugs into transformers: no patching, only its own registries.
+
+A layer's `update` returns *itself*, transformers hands it to the attention function as the keys, and that calls its
+`attend`. Read ``transformers/cache_utils.py`` (Cache, CacheLayerMixin) and ``modeling_utils.py`` (AttentionInterface).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from kvsuite.cache.context import LayerContext
+from kvsuite.cache.layer import LayerCache
+from kvsuite.cache.rope import find_rope
+from kvsuite.errors import UsageError
+
+NAME = "kvsuite"
+"""The ``attn_implementation`` under which a model reads our caches."""
+
+KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+class AttendingLayer(CacheLayerMixin):
+    """A cache layer that also computes its attention. Positions stay right after eviction because `get_seq_length`
+    says how many tokens were seen, not how many are held."""
+
+    is_sliding = False
+
+    def attend(self, q: Tensor, scale: float, window: int | None, softcap: float | None, aux: Tensor | None) -> Tensor:
+        """q (batch, heads, Q, head_dim) -> the same shape."""
+        raise NotImplementedError
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: storage is made before the model runs."""
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys and offset of a mask that is never built."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No maximum of its own."""
+        return -1
+
+
+class _Layer(AttendingLayer):
+    def __init__(self, cache: LayerCache, owner: KVCache) -> None:
+        super().__init__()
+        self.cache, self.owner = cache, owner
+        self._staged: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._staged = key_states, value_states
+        return self, value_states
+
+    def attend(self, q: Tensor, scale: float, window: int | None, softcap: float | None, aux: Tensor | None) -> Tensor:
+        assert self._staged is not None
+        (k, v), self._staged = self._staged, None
+        width = 1 if self.cache.stepwise else max(1, q.shape[2])
+        parts = []
+        for i in range(0, q.shape[2], width):  # a cache that evicts sees token by token what it would see decoding
+            at = slice(i, i + width)
+            self.cache.append(k[:, :, at], v[:, :, at], self.owner.rows)
+            parts.append(
+                self.cache.attend(
+                    q[:, :, at], scale, self.owner.rows, window=window, softcap=softcap, sink_logits=aux
+                )
+            )
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    def get_seq_length(self) -> int:
+        return max((self.cache.seen(row) for row in self.owner.rows if row is not None), default=0)
+
+
+class KVCache(Cache):
+    """A model's layer caches as a transformers cache; ``rows`` says which of their rows the batch's items are (None:
+    an idle item). Give the model explicit ``position_ids``: rows differ in length."""
+
+    def __init__(self, layers: Sequence[LayerCache], rows: Sequence[int | None] = (0,)) -> None:
+        self.rows = tuple(rows)
+        super().__init__(layers=[_Layer(layer, self) for layer in layers])
+
+
+def attention_forward(
+    module: Any,
+    query: Tensor,
+    key: Any,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function registered with transformers. Whatever asks for more than it understands is refused."""
+    if not isinstance(key, AttendingLayer):
+        raise ValueError(f"attn_implementation={NAME!r} needs a cache of kvsuite in past_key_values")
+    if attention_mask is not None or dropout or kwargs.get("position_bias") is not None:
+        raise ValueError("kvsuite understands neither ready-made masks nor position biases nor dropout")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = key.attend(query, scale, sliding_window, softcap, s_aux)
+    return out.transpose(1, 2), None
+
+
+def mask_forward(*args: Any, attention_mask: Tensor | None = None, use_vmap: bool = False, **kwargs: Any) -> None:
+    """The mask function registered with transformers: none is built, positions say what may be read. A mask that would
+    be dropped without a word is refused."""
+    if attention_mask is not None and not bool(attention_mask.all()):
+        raise ValueError("kvsuite does not take padding: give each sequence a row of its own instead of a padded batch")
+    if use_vmap:
+        raise ValueError("kvsuite does not understand this model's own attention mask")
+
+
+def install(model: Any) -> None:
+    """Let one model read our caches. Raises UsageError where its attention is not understood."""
+    refuse_unknown(model.config)
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, mask_forward)
+    model.set_attn_implementation(NAME)
+
+
+def refuse_unknown(config: Any) -> None:
+    """One sentence for a model whose cache would be misread."""
+    config = config.get_text_config()
+    kind = getattr(config, "model_type", "?")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UsageError(f"model type {kind!r} is an encoder-decoder; kvsuite compresses decoder-only models")
+    if getattr(config, "kv_lora_rank", None):
+        raise UsageError(f"model type {kind!r} caches latent vectors (multi-head latent attention), not K and V per head")
+    strange = sorted(set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS)
+    if strange:
+        raise UsageError(f"model type {kind!r} has layers kvsuite does not understand: {', '.join(strange)}")
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {p.get("rope_type") for p in (rope, *rope.values()) if isinstance(p, dict)}
+    for moving in sorted(kinds & {"dynamic", "longrope"}):
+        # its frequencies follow the longest sequence of the batch, so a row would depend on its mates
+        raise UsageError(f"model type {kind!r} uses {moving!r} RoPE, whose keys change with the length of the batch")
+
+
+def contexts(model: Any) -> list[LayerContext]:
+    """A `LayerContext` for every attention layer of a model, in order."""
+    found = []
+    for module in model.modules():
+        if hasattr(module, "layer_idx") and hasattr(module, "head_dim") and hasattr(module, "k_proj"):
+            found.append(module)
+        elif hasattr(module, "layer_idx") and hasattr(module, "qkv_proj"):  # fused projections (Phi-3)
+            found.append(module)
+    config = model.config.get_text_config()
+    types = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
+    ropes = {kind: find_rope(model, found[types.index(kind)], kind) for kind in dict.fromkeys(types)}
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return [
+        LayerContext(
+            index=index,
+            heads=config.num_attention_heads,
+            kv_heads=kv_heads,
+            head_dim=module.head_dim,
+            dtype=model.dtype,
+            device=model.device,
+            rope=ropes[kind],
+        )
+        for index, (module, kind) in enumerate(zip(found, types, strict=True))
+    ]

@@ -1,0 +1,64 @@
+"""What a layer's cache must know of its model, and the two things a method gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kvsuite.cache.rope import Rope
+
+PAGE = 32
+"""Tokens in a page: one block of cache for one kv head."""
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LayerContext:
+    """One attention layer of a model."""
+
+    index: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    rope: Rope | None = None
+
+
+class SideCodec(Protocol):
+    """How one side (K or V) of a layer is stored. Encodes ``block`` tokens at a time into units of a page.
+
+    The newest ``residual`` tokens stay in the model's dtype: all of them until the residual is full, when it is encoded
+    as a whole (``rolling`` false; KIVI's K), or always, the oldest leaving one by one (``rolling``; KIVI's V).
+    """
+
+    block: int
+    residual: int
+    rolling: bool
+
+    def fields(self, head_dim: int, dtype: torch.dtype) -> Sequence[tuple[Shape, torch.dtype]]:
+        """Shape and dtype of what one unit stores, field by field."""
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(heads, units, block, head_dim) -> the fields, each (heads, units, *shape)."""
+
+    def decode(self, fields: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        """The fields -> (heads, units, block, head_dim); a view where nothing was encoded."""
+
+
+class Evictor(Protocol):
+    """A selector that acts while decoding: after every step it gives up one token per head beyond the budget."""
+
+    mass: bool
+    """Whether it wants each step's attention mass added up per key."""
+    shift: int
+    """How many first tokens are re-rotated at every step to their place in the cache; 0 for most selectors."""
+
+    def victim(self, positions: Tensor, scores: Tensor | None, seen: int, budget: int) -> Tensor:
+        """The slot to give up, int64 (heads, 1). ``positions`` (heads, n) int32, -1 for an empty slot; ``scores``
+        (heads, n) float32 is the mass so far; ``seen`` tokens have passed, ``budget`` may stay."""

@@ -1,0 +1,133 @@
+"""One side (K or V) of one layer for all rows of a batch: pages of encoded tokens and the full-precision residual."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvsuite.cache.context import PAGE, LayerContext, SideCodec
+
+
+class Places:
+    """The (row, head) pairs of a batch that get one token each, and the slots they get it in."""
+
+    def __init__(self, rows: list[int], used: list[list[int]], device: torch.device) -> None:
+        """``used``: slots in use per (row, head) of the whole cache."""
+        heads = len(used[0])
+        self.row_list = [row for row in rows for _ in range(heads)]
+        self.head_list = list(range(heads)) * len(rows)
+        self.used = [n for row in rows for n in used[row]]
+        self.rows, self.heads, self.slots = torch.tensor([self.row_list, self.head_list, self.used], device=device)
+
+
+class PagedStore:
+    """Slots 0, 1, 2 … of every (row, kv head), the oldest encoded in pages, the newest in the residual.
+
+    A pool per field holds all pages; the page ``p`` of (row, head) is ``pool[table[row, head, p]]``. Here a (row, head)
+    owns consecutive pages, so pool and table read as one view and nothing is gathered. Writing never moves anything.
+    """
+
+    def __init__(self, codec: SideCodec, layer: LayerContext, rows: int, pages: int) -> None:
+        self.codec = codec
+        self.dtype = layer.dtype
+        heads, per_page = layer.kv_heads, PAGE // codec.block
+        self.pools = tuple(
+            torch.empty((rows * heads * pages, per_page, *shape), dtype=dtype, device=layer.device)
+            for shape, dtype in codec.fields(layer.head_dim, layer.dtype)
+        )
+        self._views = tuple(p.view(rows, heads, pages * per_page, *p.shape[2:]) for p in self.pools)
+        self.residual = torch.empty(
+            (rows, heads, codec.residual, layer.head_dim), dtype=layer.dtype, device=layer.device
+        )
+        self.encoded = [[0] * heads for _ in range(rows)]
+        """Slots in pages, per row and head; the rest of a sequence is in the residual, at slot % residual."""
+
+    def append(self, row: int, heads: slice, start: int, x: Tensor) -> None:
+        """Store x (heads, n, head_dim) in slots start … start + n - 1, which must be the next ones."""
+        end = start + x.shape[1]
+        done, target = self.encoded[row][heads.start], self._settled(end)
+        if target > done:
+            old = self._recent(row, heads, done, min(start, target))
+            self._encode(row, heads, done, torch.cat([old, x[:, : max(0, target - start)]], dim=1))
+        for head in range(heads.start, heads.stop):
+            self.encoded[row][head] = target
+        stay = max(start, target)
+        if stay < end:
+            slots = torch.arange(stay, end, device=x.device) % self.codec.residual
+            self.residual[row, heads].index_copy_(1, slots, x[:, stay - start :])
+
+    def step(self, at: Places, x: Tensor) -> None:
+        """Store one token x (N, head_dim) in each of N (row, head, slot) places: the next slot, or a freed one where
+        `reusable`. All rows at once; what a token becomes does not depend on the others."""
+        rows, heads, slots = at.rows, at.heads, at.slots
+        r = self.codec.residual
+        if r == 0:
+            self._put(rows, heads, slots, x)
+        else:
+            ring = slots % r
+            if self.codec.rolling:  # the oldest of the residual moves into its page, the new one takes its place
+                out = [i for i, used in enumerate(at.used) if used >= r]
+                if out:
+                    who = slice(None) if len(out) == len(at.used) else torch.tensor(out, device=x.device)
+                    old = self.residual[rows[who], heads[who], ring[who]]
+                    self._put(rows[who], heads[who], slots[who] - r, old)
+            self.residual.index_put_((rows, heads, ring), x)
+        for row, head, used in zip(at.row_list, at.head_list, at.used, strict=True):
+            target = max(self.encoded[row][head], self._settled(used + 1))
+            if r and not self.codec.rolling and target > self.encoded[row][head]:
+                one = slice(head, head + 1)
+                self._encode(row, one, target - r, self.residual[row, one])
+            self.encoded[row][head] = target
+
+    def read(self, row: int, heads: slice, length: int) -> Tensor:
+        """(heads, length, head_dim) as attention sees it: a view of the pool where nothing is encoded."""
+        done = self.encoded[row][heads.start]
+        units = done // self.codec.block
+        fields = tuple([view[row, heads, :units] for view in self._views])
+        pages = self.codec.decode(fields, self.dtype).flatten(1, 2)
+        if done == length:
+            return pages
+        return torch.cat([pages, self._recent(row, heads, done, length)], dim=1)
+
+    def reset(self, row: int) -> None:
+        """Forget a row; its pages go back to the pool."""
+        self.encoded[row] = [0] * len(self.encoded[row])
+
+    @property
+    def reusable(self) -> bool:
+        """Whether a freed slot can take another token: only where a token is stored by itself."""
+        return self.codec.block == 1 and self.codec.residual == 0
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page, all fields."""
+        return sum(pool[0].nbytes for pool in self.pools)
+
+    def nbytes(self, row: int) -> int:
+        """Bytes a row's sequence holds: its pages, whole, and its residual, which is reserved as a whole."""
+        return sum(-(-done // PAGE) for done in self.encoded[row]) * self.page_bytes + self.residual[row].nbytes
+
+    def _settled(self, length: int) -> int:
+        """How many of ``length`` slots belong into pages."""
+        r = self.codec.residual
+        if r == 0:
+            return length
+        return max(0, length - r) if self.codec.rolling else length - length % r
+
+    def _recent(self, row: int, heads: slice, first: int, last: int) -> Tensor:
+        """Slots first … last - 1 out of the residual, (heads, last - first, head_dim)."""
+        if last <= first:
+            return self.residual[row, heads, :0]
+        slots = torch.arange(first, last, device=self.residual.device) % self.codec.residual
+        return self.residual[row, heads].index_select(1, slots)
+
+    def _put(self, rows: Tensor, heads: Tensor, slots: Tensor, x: Tensor) -> None:
+        for view, field in zip(self._views, self.codec.encode(x[:, None, None]), strict=True):
+            view.index_put_((rows, heads, slots), field[:, 0])
+
+    def _encode(self, row: int, heads: slice, start: int, x: Tensor) -> None:
+        block = self.codec.block
+        first, units = start // block, x.shape[1] // block
+        blocks = x.reshape(x.shape[0], units, block, x.shape[2])
+        for view, field in zip(self._views, self.codec.encode(blocks), strict=True):
+            view[row, heads, first : first + units] = field

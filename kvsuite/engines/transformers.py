@@ -1,0 +1,184 @@
+"""The engine that answers with a transformers model in this process."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import Tensor
+
+from kvsuite.cache import adapter
+from kvsuite.cache.prefill import Need, PrefillCache
+from kvsuite.engines.decoder import Decoder, Prompt
+from kvsuite.engines.request import Request, Response
+from kvsuite.engines.sampling import Sampling
+from kvsuite.errors import UsageError
+from kvsuite.methods import Method
+
+Compress = Literal["prompt", "context"]
+
+
+class TransformersEngine:
+    """One model, any number of methods: a prompt is prefilled once and each method answers it from its own cache."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        """A loaded causal language model and its tokenizer (None where only token ids are decoded)."""
+        adapter.install(model)
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.layers = adapter.contexts(model)
+        ends = model.generation_config.eos_token_id
+        self.stop = frozenset([ends] if isinstance(ends, int) else ends or ())
+
+    @classmethod
+    def load(cls, folder: Path, dtype: str = "auto", device: str = "cpu") -> TransformersEngine:
+        """From a folder in Hugging Face's layout. ``dtype``: auto (the folder's own), bfloat16 or float32."""
+        transformers.utils.logging.disable_progress_bar()
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return cls(model.to(device), tokenizer)
+
+    def encode(self, request: Request, compress: Compress) -> tuple[list[int], list[int]]:
+        """Context and suffix as token ids. The prompt is tokenized as a whole, so both ways of compressing answer the
+        same tokens; with ``compress="context"`` it is split before the first token of the question."""
+        message = [{"role": "user", "content": request.context + request.question}]
+        if getattr(self.tokenizer, "chat_template", None):
+            text = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        else:
+            text = message[0]["content"]
+            encoded = self.tokenizer(text, return_offsets_mapping=True)
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        if compress == "prompt" or not request.question:
+            return ids, []
+        start = text.rindex(request.question)
+        cut = next((i for i, (first, last) in enumerate(offsets) if last > start and last > first), len(ids))
+        if cut == 0:
+            raise UsageError(f"sample {request.id} has no context before its question; use --kv-compress prompt")
+        return ids[:cut], ids[cut:]
+
+    @torch.inference_mode()
+    def prefill(self, request: Request, context: list[int], suffix: list[int], needs: frozenset[Need]) -> Prompt:
+        """Run the context through the model once, in full precision, and keep what the methods asked for."""
+        start = time.perf_counter()
+        cache = PrefillCache(len(self.layers), needs)
+        ids = torch.tensor([context], device=self.model.device)
+        out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits: Tensor = out.logits[0, -1]
+        if logits.is_cuda:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        return Prompt(request, cache.observations, suffix, logits, seconds, cache.observing_seconds)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        requests: Iterable[Request],
+        methods: Sequence[Method],
+        *,
+        width: int = 8,
+        compress: Compress = "prompt",
+        sampling: Sampling | None = None,
+    ) -> Iterator[Response]:
+        """Every method's answer to every request, as they end. A method that fails costs its own answers only.
+
+        Each prompt is prefilled once; then every method takes it into its own batch of ``width`` rows, decoding until
+        a row is free. So no more than methods × width sequences are held, however many requests there are.
+        """
+        asked = [(request, *self.encode(request, compress)) for request in requests]
+        if not asked:
+            return
+        self._refuse_long(asked)
+        needs = frozenset(need for method in methods for need in method.needs)
+        arms = [_Arm(self, method, asked, width, sampling or Sampling()) for method in methods]
+        for request, context, suffix in asked:
+            prompt = self.prefill(request, context, suffix, needs)
+            for arm in arms:
+                for response in arm.take(prompt):
+                    yield self._finished(response)
+        for arm in arms:
+            for response in arm.drain():
+                yield self._finished(response)
+
+    def _finished(self, response: Response) -> Response:
+        if self.tokenizer is not None:
+            response.text = self.tokenizer.decode(response.tokens, skip_special_tokens=True).strip()
+        return response
+
+    def _refuse_long(self, asked: Sequence[tuple[Request, list[int], list[int]]]) -> None:
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        for request, context, suffix in asked:
+            total = len(context) + len(suffix) + request.max_new_tokens
+            if limit and total > limit:
+                raise UsageError(f"sample {request.id} needs {total} tokens, the model's context has {limit}")
+
+
+class _Arm:
+    """One method's decoder; whatever it raises becomes failed answers of its own."""
+
+    def __init__(
+        self,
+        engine: TransformersEngine,
+        method: Method,
+        asked: Sequence[tuple[Request, list[int], list[int]]],
+        width: int,
+        sampling: Sampling,
+    ) -> None:
+        self.method, self.failure = method, ""
+        capacity = max(method.capacity(len(c), len(s) + r.max_new_tokens) for r, c, s in asked)
+        try:
+            self.decoder = Decoder(engine.model, method, engine.layers, width, capacity, sampling, engine.stop)
+        except Exception as error:
+            self.failure = _say(error)
+
+    def take(self, prompt: Prompt) -> Iterator[Response]:
+        if not self.failure:
+            try:
+                while self.decoder.full:
+                    yield from self.decoder.step()
+                yield from self.decoder.admit(prompt)
+                return
+            except Exception as error:
+                yield from self._fail(error)
+        yield Response(prompt.request.id, self.method.name, finish="error", error=self.failure)
+
+    def drain(self) -> Iterator[Response]:
+        try:
+            while not self.failure and self.decoder.active:
+                yield from self.decoder.step()
+        except Exception as error:
+            yield from self._fail(error)
+
+    def _fail(self, error: Exception) -> Iterator[Response]:
+        self.failure = _say(error)
+        for row, sequence in enumerate(self.decoder.rows):
+            if sequence is not None:
+                sequence.response.finish, sequence.response.error = "error", self.failure
+                self.decoder.rows[row] = None
+                yield sequence.response
+
+
+def _say(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def model_limits(folder: Path) -> int | None:
+    """The context length of a model folder, read from its config without loading anything. Raises UsageError, one
+    sentence, where the folder is not a model."""
+    if not folder.is_dir():
+        raise UsageError(f"model folder {str(folder)!r} does not exist")
+    config = folder / "config.json"
+    weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    if not config.is_file() or not weights:
+        lacks = "config.json" if not config.is_file() else "weights (*.safetensors)"
+        raise UsageError(f"{str(folder)!r} is not a model folder: it has no {lacks}")
+    try:
+        found = json.loads(config.read_text())
+    except ValueError as error:
+        raise UsageError(f"{str(config)!r} is not JSON: {error}") from error
+    limit = (found.get("text_config") or found).get("max_position_embeddings")
+    return int(limit) if limit else None

@@ -1,0 +1,18 @@
+"""The one exception for a user's mistake, and the nearest known name to help with it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UsageError(ValueError):
+    """Bad input. Its text is one sentence for the user; pytest and the command line print it and exit with 4 or 2."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
+    """The sentence for a name that does not exist: what it was, the nearest known one, and all that are known."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return UsageError(f"unknown {kind} {name!r}: {hint}known are {', '.join(names) or 'none'}")

@@ -1,0 +1,112 @@
+"""Reference attention of a few queries over one sequence's cache, and over itself while it is prefilled."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention with the query group packed as rows, so that K and V are read once per kv head.
+
+    Args:
+        q: (kv_heads, group * queries, head_dim); k, v: (kv_heads, T, head_dim), the dtype of q.
+        mask: bool, broadcastable to (kv_heads, group * queries, T); True may be read.
+        softcap: Gemma 2's cap * tanh(score / cap), before the mask.
+        sink_logits: (kv_heads, group * queries), GPT-OSS's extra logit in the denominator (``s_aux``).
+
+    Returns: (kv_heads, group * queries, head_dim) in q's dtype; scores and sums are kept in float32.
+    """
+    if softcap is None and sink_logits is None:
+        return scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=scale)[0]
+    p = probabilities(q, k, scale, mask, softcap, sink_logits)
+    return (p @ v.float()).to(q.dtype)
+
+
+def probabilities(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """The attention weights themselves, float32 (kv_heads, rows, T): what `attention` applies to V. Arguments as there."""
+    scores = torch.matmul(q.float(), k.float().transpose(-1, -2)).mul_(scale)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    if sink_logits is None:
+        return torch.softmax(scores, dim=-1)
+    with_sink = torch.cat([scores, sink_logits.float().unsqueeze(-1)], dim=-1)
+    return torch.softmax(with_sink, dim=-1)[..., :-1]
+
+
+def causal_mask(queries: Tensor, keys: Tensor, window: int | None = None) -> Tensor:
+    """Which keys a query may read: not later than itself, not empty (position -1), and inside a sliding window.
+
+    Args: queries (Q,) and keys (..., T) are token positions. Returns bool (..., Q, T).
+    """
+    delta = queries.unsqueeze(-1) - keys.unsqueeze(-2)
+    allowed = (delta >= 0) & (keys >= 0).unsqueeze(-2)
+    return allowed if window is None else allowed & (delta < window)
+
+
+def causal_self_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    block: int = 512,
+) -> Tensor:
+    """A prompt's attention over itself, full precision.
+
+    The plain case is the very call transformers' ``sdpa`` makes, so that what later layers store is bit for bit what
+    its own cache would hold. The others go in blocks of queries, so that no (T, T) score matrix is ever held.
+
+    Args: q (heads, T, head_dim); k, v (kv_heads, T, head_dim); sink_logits (heads,). Returns (heads, T, head_dim).
+    """
+    heads, length, dim = q.shape
+    kv_heads = k.shape[0]
+    if softcap is None and sink_logits is None and (window is None or length <= window):
+        grouped = heads != kv_heads
+        return scaled_dot_product_attention(
+            q[None], k[None], v[None], is_causal=length > 1, scale=scale, enable_gqa=grouped
+        )[0]
+    group = heads // kv_heads
+    out = torch.empty_like(q)
+    for first, last, lowest, mask in causal_blocks(length, window, block, q.device):
+        rows = q[:, first:last].reshape(kv_heads, group * (last - first), dim)
+        aux = None if sink_logits is None else pack_sinks(sink_logits, kv_heads, last - first)
+        part = attention(
+            rows, k[:, lowest:last], v[:, lowest:last], scale, mask.repeat(group, 1), softcap, aux
+        )
+        out[:, first:last] = part.view(heads, last - first, dim)
+    return out
+
+
+def causal_blocks(length: int, window: int | None, block: int, device: torch.device):  # type: ignore[no-untyped-def]
+    """Blocks of queries over a prompt: (first query, after the last, lowest key, bool mask (queries, keys))."""
+    for first in range(0, length, block):
+        last = min(first + block, length)
+        lowest = 0 if window is None else max(0, first - window + 1)
+        queries = torch.arange(first, last, device=device)
+        yield first, last, lowest, causal_mask(queries, torch.arange(lowest, last, device=device), window)
+
+
+def pack_sinks(sink_logits: Tensor, kv_heads: int, queries: int) -> Tensor:
+    """(heads,) -> (kv_heads, group * queries), the row order of a packed query group."""
+    return sink_logits.view(kv_heads, -1, 1).expand(-1, -1, queries).reshape(kv_heads, -1)

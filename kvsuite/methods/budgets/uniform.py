@@ -1,0 +1,26 @@
+"""The same number of tokens in every layer and head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvsuite.methods.base import Budget
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvsuite.cache.layer import Kept
+
+
+@dataclass(frozen=True)
+class Uniform(Budget):
+    """The ``tokens`` highest scores of each head; a larger budget keeps a superset."""
+
+    name = "uniform"
+    stores = "the selector's budget in every layer and head"
+    source = "the default of all published selectors"
+
+    def allot(self, scores: Sequence[Tensor], tokens: int) -> list[Kept]:
+        return [layer.topk(tokens, dim=-1).indices.sort(dim=-1).values for layer in scores]

@@ -1,0 +1,1 @@
+"""Codecs, one file each; the file's name is the method's."""

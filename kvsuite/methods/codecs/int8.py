@@ -1,0 +1,60 @@
+"""8-bit integers per token and head: the production baseline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvsuite.methods.base import Codec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    import torch
+
+    from kvsuite.cache.context import LayerContext, Shape, SideCodec
+
+
+@dataclass(frozen=True)
+class Int8(Codec):
+    """Asymmetric per token and head: 8-bit codes, a float16 scale and zero."""
+
+    name = "int8"
+    stores = "8-bit codes, float16 scale and zero per token and head"
+    source = "LMDeploy quant_policy=8; vLLM int8_per_token_head"
+
+    def sides(self, layer: LayerContext) -> tuple[SideCodec, SideCodec]:
+        return PerToken(8, layer.head_dim), PerToken(8, layer.head_dim)
+
+
+@dataclass(frozen=True)
+class PerToken:
+    """Each token by itself, in groups of ``group`` channels with a scale and a zero each."""
+
+    bits: int
+    group: int
+    block: int = 1
+    residual: int = 0
+    rolling: bool = True
+
+    def fields(self, head_dim: int, dtype: torch.dtype) -> list[tuple[Shape, torch.dtype]]:
+        import torch
+
+        groups = head_dim // self.group
+        return [
+            ((head_dim * self.bits // 8,), torch.uint8),
+            ((groups, 1), torch.float16),
+            ((groups, 1), torch.float16),
+        ]
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        from kvsuite.kernels.quantize import pack, quantize
+
+        codes, scale, zero = quantize(x[:, :, 0].unflatten(-1, (-1, self.group)), self.bits, dim=-1)
+        return pack(codes.flatten(-2), self.bits), scale, zero
+
+    def decode(self, fields: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        from kvsuite.kernels.quantize import dequantize, unpack
+
+        packed, scale, zero = fields
+        codes = unpack(packed, self.bits).unflatten(-1, (-1, self.group))
+        return dequantize(codes, scale, zero, dtype).flatten(-2).unsqueeze(2)

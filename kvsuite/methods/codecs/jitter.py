@@ -1,0 +1,42 @@
+"""The control: the uncompressed cache with noise the size of a rounding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvsuite.methods.base import Codec
+from kvsuite.methods.codecs.full import Plain
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvsuite.cache.context import LayerContext, SideCodec
+
+
+@dataclass(frozen=True)
+class Jitter(Codec):
+    """K and V in the model's dtype, each element moved by half a unit in its last place on average as it is stored.
+    Seeds are replicates. What a method changes beyond this is its own; what it changes less is noise."""
+
+    name = "jitter"
+    stores = "K and V in the model's dtype, moved by ±½ ulp (the control)"
+    source = "control; kvsuite/kernels/noise.py"
+
+    seed: int = 0
+
+    def sides(self, layer: LayerContext) -> tuple[SideCodec, SideCodec]:
+        key = (self.seed * 1_000_003 + layer.index) * 2
+        return Noisy(seed=key), Noisy(seed=key + 1)
+
+
+@dataclass(frozen=True)
+class Noisy(Plain):
+    """One token, moved."""
+
+    seed: int = 0
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        from kvsuite.kernels.noise import half_ulp
+
+        return (half_ulp(x[:, :, 0], self.seed),)

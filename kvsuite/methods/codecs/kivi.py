@@ -1,0 +1,73 @@
+"""KIVI: keys per channel, values per token, the newest tokens in full precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from kvsuite.errors import UsageError
+from kvsuite.methods.base import Codec
+from kvsuite.methods.codecs.int8 import PerToken
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    import torch
+
+    from kvsuite.cache.context import LayerContext, Shape, SideCodec
+
+
+@dataclass(frozen=True)
+class Kivi(Codec):
+    """K asymmetric per channel in groups of ``group`` tokens, V asymmetric per token in groups of ``group`` channels,
+    float16 scale and zero. The last T mod ``residual`` keys stay as they are and become pages when ``residual`` of them
+    are there; the last ``residual`` values always stay. The prompt attends to itself in full precision."""
+
+    name = "kivi"
+    stores = "4- or 2-bit codes, K per channel and V per token in groups of 32; last 128 tokens in full"
+    source = "Liu et al. 2024, arXiv 2402.02750; jy-yuan/KIVI models/llama_kivi.py"
+    always = ("bits",)
+
+    bits: Literal[4, 2] = 4
+    group: Literal[32, 16, 8] = 32
+    residual: int = 128
+
+    def check(self) -> None:
+        if self.residual < self.group or self.residual % self.group:
+            raise UsageError(f"{self.name}: residual={self.residual} must be a multiple of group={self.group}")
+
+    def sides(self, layer: LayerContext) -> tuple[SideCodec, SideCodec]:
+        if layer.head_dim % self.group or layer.head_dim * self.bits % 8:
+            raise UsageError(f"{self.name}: group={self.group} does not divide the head dimension {layer.head_dim}")
+        values = PerToken(self.bits, self.group, residual=self.residual)
+        return PerChannel(self.bits, self.group, self.residual), values
+
+
+@dataclass(frozen=True)
+class PerChannel:
+    """``block`` tokens together, a scale and a zero per channel."""
+
+    bits: int
+    block: int
+    residual: int
+    rolling: bool = False
+
+    def fields(self, head_dim: int, dtype: torch.dtype) -> list[tuple[Shape, torch.dtype]]:
+        import torch
+
+        return [
+            ((self.block, head_dim * self.bits // 8), torch.uint8),
+            ((1, head_dim), torch.float16),
+            ((1, head_dim), torch.float16),
+        ]
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        from kvsuite.kernels.quantize import pack, quantize
+
+        codes, scale, zero = quantize(x, self.bits, dim=-2)
+        return pack(codes, self.bits), scale, zero
+
+    def decode(self, fields: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        from kvsuite.kernels.quantize import dequantize, unpack
+
+        packed, scale, zero = fields
+        return dequantize(unpack(packed, self.bits), scale, zero, dtype)

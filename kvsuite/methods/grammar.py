@@ -1,0 +1,110 @@
+"""From text to a method: ``h2o:heavy=64,recent=448 + kivi:bits=4``."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+import pkgutil
+import re
+import typing
+from collections.abc import Iterable, Iterator
+from functools import cache
+
+from kvsuite.errors import UsageError, unknown
+from kvsuite.methods import budgets, codecs, selectors
+from kvsuite.methods.base import Budget, Codec, Method, Part, Selector
+
+_ROOMS = (selectors, budgets, codecs)
+
+
+@cache
+def names() -> dict[str, str]:
+    """Every part's name and its module, found by file name: ``streaming_llm.py`` is ``streaming-llm``."""
+    return {
+        module.name.replace("_", "-"): f"{room.__name__}.{module.name}"
+        for room in _ROOMS
+        for module in pkgutil.iter_modules(room.__path__)
+    }
+
+
+def part_class(name: str) -> type[Part]:
+    """The class of that name. Raises UsageError with the nearest known one."""
+    if name not in names():
+        raise unknown("method", name, names())
+    module = importlib.import_module(names()[name])
+    for value in vars(module).values():
+        if isinstance(value, type) and issubclass(value, Part) and value.__module__ == module.__name__:
+            return value
+    raise UsageError(f"{module.__name__} defines no method")
+
+
+def catalogue() -> Iterator[type[Part]]:
+    """All parts, selectors first."""
+    for name in names():
+        yield part_class(name)
+
+
+def parse(text: str) -> Method:
+    """One method. Raises UsageError, one sentence, for whatever is wrong with it."""
+    parts: dict[str, Part] = {}
+    for piece in text.split("+"):
+        part = _part(piece.strip(), text)
+        if part.kind in parts:
+            raise UsageError(f"{text!r} has two {part.kind}s, {parts[part.kind].name} and {part.name}; one can be used")
+        parts[part.kind] = part
+    selector, budget = parts.get("selector"), parts.get("budget", part_class("uniform")())
+    codec = parts.get("codec", part_class("full")())
+    if selector is None and "budget" in parts:
+        raise UsageError(f"{text!r} has a budget but no selector that would need one")
+    assert selector is None or isinstance(selector, Selector)
+    assert isinstance(budget, Budget) and isinstance(codec, Codec)
+    return Method(selector, budget, codec)
+
+
+def parse_all(texts: Iterable[str]) -> list[Method]:
+    """Methods out of comma-separated texts, each once, in order. A comma starts a new method unless a ``key=value``
+    follows, which belongs to the method before it."""
+    found: dict[str, Method] = {}
+    for text in texts:
+        for piece in re.split(r",(?!\s*[\w-]+\s*=)", text):
+            method = parse(piece)
+            found.setdefault(method.name, method)
+    return list(found.values())
+
+
+def _part(text: str, whole: str) -> Part:
+    name, _, arguments = text.partition(":")
+    if not name.strip():
+        raise UsageError(f"{whole!r} names no method where one is expected")
+    kind = part_class(name.strip())
+    hints, given = typing.get_type_hints(kind), {}
+    fields = [field.name for field in dataclasses.fields(kind)]
+    for argument in filter(None, (a.strip() for a in arguments.split(","))):
+        key, equals, value = (piece.strip() for piece in argument.partition("="))
+        if key not in fields:
+            raise unknown(f"parameter of {kind.name}", key, fields)
+        if key in given or not equals:
+            raise UsageError(f"{kind.name}: write {key}=VALUE once, not {argument!r}")
+        given[key] = _value(kind.name, key, value, hints[key])
+    part = kind(**given)
+    part.check()
+    return part
+
+
+def _value(owner: str, key: str, text: str, hint: typing.Any) -> typing.Any:
+    options = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        for option in options:
+            if str(option) == text:
+                return option
+        raise UsageError(f"{owner}: {key} is one of {', '.join(map(str, options))}, not {text!r}")
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if math.isfinite(number) and number.is_integer() and (hint is int or float in (hint, *options)):
+        return int(number)
+    if math.isfinite(number) and float in (hint, *options):
+        return number
+    raise UsageError(f"{owner}: {key} must be a {'whole ' if hint is int else ''}number, not {text!r}")

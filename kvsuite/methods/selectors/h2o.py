@@ -1,0 +1,80 @@
+"""H2O: heavy hitters by accumulated attention, and the most recent tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvsuite.errors import UsageError
+from kvsuite.methods.base import Selector, check_share, share
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvsuite.cache.prefill import Need, Observation
+
+
+@dataclass(frozen=True)
+class H2O(Selector):
+    """Keeps the ``heavy`` tokens that got most attention from all queries so far, and the ``recent`` last ones; gives
+    up one token per head at every decoding step. ``budget`` is short for half of it each."""
+
+    name = "h2o"
+    stores = "heavy hitters and recent tokens, per kv head, also while decoding"
+    source = "Zhang et al. 2023, arXiv 2306.14048; FMInference/H2O h2o_hf/utils_hh/modify_llama.py"
+
+    budget: float | None = None
+    heavy: float = 0.1
+    recent: float = 0.1
+
+    def check(self) -> None:
+        if self.budget is not None:
+            if (self.heavy, self.recent) != (0.1, 0.1):
+                raise UsageError(f"{self.name}: give either budget or heavy and recent")
+            check_share(self.name, "budget", self.budget, least=2)
+        for name in ("heavy", "recent"):
+            check_share(self.name, name, getattr(self, name))
+
+    def tokens(self, length: int) -> int:
+        if self.budget is not None:
+            return share(self.budget, length, least=2)
+        return share(self.heavy, length) + share(self.recent, length)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        from kvsuite.cache.prefill import Need
+
+        return frozenset({Need.MASS})
+
+    def score(self, seen: Observation, tokens: int) -> Tensor:
+        assert seen.mass is not None
+        scores = seen.mass.clone()
+        scores[:, -self._recent(tokens) :] = float("inf")
+        return scores
+
+    def evictor(self) -> LightHitter:
+        return LightHitter(self)
+
+    def _recent(self, tokens: int) -> int:
+        """The recent part of ``tokens``, whatever they are a share of."""
+        if self.budget is not None:
+            return tokens // 2
+        if self.recent >= 1:
+            return int(self.recent)
+        if self.heavy >= 1:
+            return tokens - int(self.heavy)
+        return max(1, round(tokens * self.recent / (self.heavy + self.recent)))
+
+
+@dataclass(frozen=True)
+class LightHitter:
+    """Gives up the token with the least accumulated attention that is not recent."""
+
+    selector: H2O
+    mass: bool = True
+    shift: int = 0
+
+    def victim(self, positions: Tensor, scores: Tensor | None, seen: int, budget: int) -> Tensor:
+        assert scores is not None
+        kept = (positions < 0) | (positions >= seen - self.selector._recent(budget))
+        return scores.masked_fill(kept, float("inf")).argmin(dim=-1, keepdim=True)

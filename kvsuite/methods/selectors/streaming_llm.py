@@ -1,0 +1,65 @@
+"""StreamingLLM: attention sinks and a sliding window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from kvsuite.errors import UsageError
+from kvsuite.methods.base import Selector, check_share, share
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvsuite.cache.prefill import Observation
+
+
+@dataclass(frozen=True)
+class StreamingLLM(Selector):
+    """The first ``sinks`` tokens and the last budget - sinks, also while decoding.
+
+    ``positions=cache``, the authors': keys stand where the cache has them. Relative to the query that moves only the
+    sinks, by the number of tokens given up; they are rotated from their stored originals at every step.
+    ``positions=absolute``: keys stay where the text has them.
+    """
+
+    name = "streaming-llm"
+    stores = "first 4 tokens and the last budget - 4, also while decoding"
+    source = "Xiao et al. 2023, arXiv 2309.17453; mit-han-lab/streaming-llm streaming_llm/kv_cache.py"
+
+    budget: float = 0.2
+    sinks: int = 4
+    positions: Literal["cache", "absolute"] = "cache"
+
+    def check(self) -> None:
+        if self.sinks < 0:
+            raise UsageError(f"{self.name}: sinks={self.sinks} must not be negative")
+        if 1 <= self.budget <= self.sinks:
+            raise UsageError(f"{self.name}: budget={self.budget:g} must be above its {self.sinks} sinks")
+        check_share(self.name, "budget", self.budget)
+
+    def tokens(self, length: int) -> int:
+        return share(self.budget, length, least=self.sinks + 1)
+
+    def score(self, seen: Observation, tokens: int) -> Tensor:
+        import torch
+
+        heads, length = seen.k.shape[:2]
+        recency = torch.arange(length, dtype=torch.float32, device=seen.k.device)
+        recency[: self.sinks] = float("inf")
+        return recency.expand(heads, -1)
+
+    def evictor(self) -> Oldest:
+        return Oldest(self.sinks, self.sinks if self.positions == "cache" else 0)
+
+
+@dataclass(frozen=True)
+class Oldest:
+    """Gives up the oldest token that is not a sink."""
+
+    sinks: int
+    shift: int
+    mass: bool = False
+
+    def victim(self, positions: Tensor, scores: Tensor | None, seen: int, budget: int) -> Tensor:
+        return positions.masked_fill((positions < self.sinks), seen).argmin(dim=-1, keepdim=True)
