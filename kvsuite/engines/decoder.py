@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,7 +38,6 @@ class _Sequence:
     response: Response
     position: int = 0
     """Of the token to be fed next."""
-    steps: list[float] = field(default_factory=list)
 
 
 class Decoder:
@@ -60,9 +59,6 @@ class Decoder:
         self.width = width
         self.caches = [method.cache(layer, len(self.rows), capacity) for layer in layers]
         self.cache = KVCache(self.caches)
-        self.steps = 0
-        self.seconds = 0.0
-        self.tokens = 0
 
     @property
     def full(self) -> bool:
@@ -106,12 +102,12 @@ class Decoder:
         logits = self._forward([[token] for token in fed], [[position] for position in at])
         _wait(logits)
         seconds = time.perf_counter() - start
-        self.steps, self.seconds, self.tokens = self.steps + 1, self.seconds + seconds, self.tokens + len(active)
         best = logits.topk(2).values.tolist()
         greedy = logits.argmax(-1).tolist()
         for row, sequence in active:
             sequence.position += 1
             sequence.response.decode_seconds += seconds
+            sequence.response.decode_share += seconds / len(active)
             yield from self._take(row, logits[row], best[row], greedy[row])
 
     def _feed_suffix(self, row: int, prompt: Prompt) -> Tensor:

@@ -33,7 +33,9 @@ class Response:
     prefill_seconds: float = 0.0
     """The shared prefill, with the observations only where this method asked for them, and its own compression."""
     decode_seconds: float = 0.0
-    """The steps it took part in, which it shared with its batch mates."""
+    """The steps it took part in, which it shared with its batch mates: what its reader waited."""
+    decode_share: float = 0.0
+    """Its part of those seconds, each step divided by the sequences in it: these add up over a method's answers."""
     nbytes: int = 0
     """Bytes its caches held when the prompt was in, all layers."""
     kept: int = 0

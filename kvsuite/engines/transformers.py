@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -166,19 +165,3 @@ def _say(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def model_limits(folder: Path) -> int | None:
-    """The context length of a model folder, read from its config without loading anything. Raises UsageError, one
-    sentence, where the folder is not a model."""
-    if not folder.is_dir():
-        raise UsageError(f"model folder {str(folder)!r} does not exist")
-    config = folder / "config.json"
-    weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
-    if not config.is_file() or not weights:
-        lacks = "config.json" if not config.is_file() else "weights (*.safetensors)"
-        raise UsageError(f"{str(folder)!r} is not a model folder: it has no {lacks}")
-    try:
-        found = json.loads(config.read_text())
-    except ValueError as error:
-        raise UsageError(f"{str(config)!r} is not JSON: {error}") from error
-    limit = (found.get("text_config") or found).get("max_position_embeddings")
-    return int(limit) if limit else None

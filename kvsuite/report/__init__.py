@@ -1,0 +1,1 @@
+"""Views of what was measured, one file each. No torch."""
