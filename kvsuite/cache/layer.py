@@ -244,7 +244,8 @@ class LayerCache:
     def _step(self, rows: list[int], k: Tensor, v: Tensor) -> None:
         """One token more in each of ``rows``: k, v (len(rows), kv_heads, 1, head_dim)."""
         at = Places(rows, self._slots, k.device)
-        reused = [self._reusable and self._live[r][h] < n for r, h, n in zip(at.row_list, at.head_list, at.used)]
+        places = zip(at.row_list, at.head_list, at.used, strict=True)
+        reused = [self._reusable and self._live[row][head] < used for row, head, used in places]
         if self._freed is not None and any(reused):
             freed = self._freed[at.rows, at.heads]
             at.slots = freed if all(reused) else torch.where(torch.tensor(reused, device=k.device), freed, at.slots)
@@ -257,7 +258,7 @@ class LayerCache:
             self.positions.index_put_(where, torch.tensor(seen, dtype=torch.int32, device=k.device))
         if self.scores is not None:
             self.scores.index_put_(where, self.scores.new_zeros(()))
-        for row, head, again in zip(at.row_list, at.head_list, reused):
+        for row, head, again in zip(at.row_list, at.head_list, reused, strict=True):
             self._grow(row, slice(head, head + 1), 0 if again else 1, 1)
 
     def _extend(self, row: int, heads: slice, used: int, k: Tensor, v: Tensor) -> None:

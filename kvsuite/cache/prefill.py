@@ -79,4 +79,4 @@ class PrefillCache(Cache):
     @property
     def observing_seconds(self) -> float:
         """Time that went into observations, which only the methods that asked for them should pay."""
-        return sum(layer.seconds for layer in self.layers)
+        return float(sum(layer.seconds for layer in self.layers))

@@ -163,5 +163,3 @@ class _Arm:
 
 def _say(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
-
-

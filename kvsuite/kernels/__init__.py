@@ -1,1 +1,1 @@
-"""The arithmetic of a compressed cache: each function is the reference that a kernel of the same signature must match."""
+"""The arithmetic of a compressed cache: each is the reference a kernel of the same signature must match."""

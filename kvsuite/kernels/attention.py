@@ -40,7 +40,7 @@ def probabilities(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
 ) -> Tensor:
-    """The attention weights themselves, float32 (kv_heads, rows, T): what `attention` applies to V. Arguments as there."""
+    """The weights `attention` applies to V, float32 (kv_heads, group * queries, T). Arguments as there."""
     scores = torch.matmul(q.float(), k.float().transpose(-1, -2)).mul_(scale)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
@@ -91,9 +91,7 @@ def causal_self_attention(
     for first, last, lowest, mask in causal_blocks(length, window, block, q.device):
         rows = q[:, first:last].reshape(kv_heads, group * (last - first), dim)
         aux = None if sink_logits is None else pack_sinks(sink_logits, kv_heads, last - first)
-        part = attention(
-            rows, k[:, lowest:last], v[:, lowest:last], scale, mask.repeat(group, 1), softcap, aux
-        )
+        part = attention(rows, k[:, lowest:last], v[:, lowest:last], scale, mask.repeat(group, 1), softcap, aux)
         out[:, first:last] = part.view(heads, last - first, dim)
     return out
 

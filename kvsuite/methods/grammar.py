@@ -58,7 +58,8 @@ def parse(text: str) -> Method:
     if selector is None and "budget" in parts:
         raise UsageError(f"{text!r} has a budget but no selector that would need one")
     assert selector is None or isinstance(selector, Selector)
-    assert isinstance(budget, Budget) and isinstance(codec, Codec)
+    assert isinstance(budget, Budget)
+    assert isinstance(codec, Codec)
     return Method(selector, budget, codec)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -59,6 +58,6 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 @pytest.fixture(scope="session")
-def kv_session(pytestconfig: pytest.Config) -> Iterator[Session]:
+def kv_session(pytestconfig: pytest.Config) -> Session:
     """The run: its options, its engine, and what has been answered so far."""
-    yield pytestconfig.stash[SESSION]
+    return pytestconfig.stash[SESSION]

@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -59,7 +59,7 @@ class Options:
 
     model: Path | None
     methods: tuple[Method, ...]
-    compress: str
+    compress: Literal["prompt", "context"]
     batch: int
     length: tuple[int, ...]
     tasks: tuple[str, ...]

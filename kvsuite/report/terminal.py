@@ -21,8 +21,9 @@ def write(facts: Sequence[Mapping[str, Any]], file: TextIO, width: int) -> None:
         console.print(_samples(rows, width))
         console.print(_notes(rows), style="dim")
     for fact in (fact for fact in facts if fact["kind"] == "transformers"):
-        said = f"full gave the tokens of transformers' own cache on {fact['same']} of {fact['n']} samples of {fact['task']}"
-        console.print(f"{said} ({fact['dtype']}, first {fact['n']} compared).", style="dim")
+        same = f"{fact['same']} of the first {fact['n']} samples"
+        said = f"full gave the tokens of transformers' own cache on {same} of {fact['task']} ({fact['dtype']})."
+        console.print(said, style="dim")
     costs = [fact for fact in facts if fact["kind"] == "cost"]
     if costs:
         console.print()
@@ -31,8 +32,9 @@ def write(facts: Sequence[Mapping[str, Any]], file: TextIO, width: int) -> None:
 
 def _samples(rows: Sequence[Mapping[str, Any]], width: int) -> Table:
     first = rows[0]
+    lengths = "–".join(str(n) for n in sorted({min(first["lengths"]), max(first["lengths"])}))
     title = (
-        f"{first['task']} · {first['n']} samples of {'–'.join(map(str, sorted({min(first['lengths']), max(first['lengths'])})))} tokens · "
+        f"{first['task']} · {first['n']} samples of {lengths} tokens · "
         f"{first['model']}, {first['dtype']}, {first['threads']} threads, batch {first['width']}"
     )
     table = Table(title=title, box=None, title_justify="left", pad_edge=False, padding=(0, 1))

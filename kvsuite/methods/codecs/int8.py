@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from kvsuite.methods.base import Codec
 
 if TYPE_CHECKING:
-    from torch import Tensor
     import torch
+    from torch import Tensor
 
     from kvsuite.cache.context import LayerContext, Shape, SideCodec
 
@@ -49,12 +49,15 @@ class PerToken:
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         from kvsuite.kernels.quantize import pack, quantize
 
-        codes, scale, zero = quantize(x[:, :, 0].unflatten(-1, (-1, self.group)), self.bits, dim=-1)
+        codes, scale, zero = quantize(self._groups(x[:, :, 0]), self.bits, dim=-1)
         return pack(codes.flatten(-2), self.bits), scale, zero
 
     def decode(self, fields: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         from kvsuite.kernels.quantize import dequantize, unpack
 
         packed, scale, zero = fields
-        codes = unpack(packed, self.bits).unflatten(-1, (-1, self.group))
+        codes = self._groups(unpack(packed, self.bits))
         return dequantize(codes, scale, zero, dtype).flatten(-2).unsqueeze(2)
+
+    def _groups(self, x: Tensor) -> Tensor:
+        return x.reshape(*x.shape[:-1], x.shape[-1] // self.group, self.group)

@@ -10,8 +10,8 @@ from kvsuite.methods.base import Codec
 from kvsuite.methods.codecs.int8 import PerToken
 
 if TYPE_CHECKING:
-    from torch import Tensor
     import torch
+    from torch import Tensor
 
     from kvsuite.cache.context import LayerContext, Shape, SideCodec
 

@@ -11,6 +11,7 @@ from kvsuite.methods.base import Selector, check_share, share
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kvsuite.cache.context import Evictor
     from kvsuite.cache.prefill import Need, Observation
 
 
@@ -52,7 +53,7 @@ class H2O(Selector):
         scores[:, -self._recent(tokens) :] = float("inf")
         return scores
 
-    def evictor(self) -> LightHitter:
+    def evictor(self) -> Evictor:
         return LightHitter(self)
 
     def _recent(self, tokens: int) -> int:

