@@ -60,7 +60,8 @@ class SideCodec(Protocol):
 
 
 class Evictor(Protocol):
-    """A selector that acts while decoding: after every step it gives up one token per head beyond the budget."""
+    """What a selector does to one sequence while it is decoded: after every step one token per head beyond the budget
+    is given up."""
 
     @property
     def mass(self) -> bool:
@@ -70,6 +71,10 @@ class Evictor(Protocol):
     def shift(self) -> int:
         """How many first tokens are re-rotated at every step to their place in the cache; 0 for most selectors."""
 
-    def victim(self, positions: Tensor, scores: Tensor | None, seen: int, budget: int) -> Tensor:
+    @property
+    def budget(self) -> int:
+        """Tokens per head that may stay."""
+
+    def victim(self, positions: Tensor, scores: Tensor | None, seen: int) -> Tensor:
         """The slot to give up, int64 (heads, 1). ``positions`` (heads, n) int32, -1 for an empty slot; ``scores``
-        (heads, n) float32 is the mass so far; ``seen`` tokens have passed, ``budget`` may stay."""
+        (heads, n) float32 is the mass so far; ``seen`` tokens have passed."""

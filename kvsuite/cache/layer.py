@@ -81,8 +81,7 @@ class LayerCache:
         self._slots = [[0] * layer.kv_heads for _ in range(rows)]  # slots in use, given-up ones included
         self._live = [[0] * layer.kv_heads for _ in range(rows)]  # slots that hold a token
         self._seen = [0] * rows
-        self._budget = [0] * rows
-        self._anchored: set[tuple[int, int]] = set()
+        self._evictors: list[Evictor | None] = [None] * rows
 
     @property
     def stepwise(self) -> bool:
@@ -96,10 +95,10 @@ class LayerCache:
         v: Tensor,
         keep: Kept | None = None,
         scores: Tensor | None = None,
-        budget: int = 0,
+        evictor: Evictor | None = None,
     ) -> None:
         """Fill an empty row with a prefilled prompt: k, v (kv_heads, T, head_dim), of which ``keep`` stays (None: all).
-        ``scores`` (kv_heads, T) float32 is the mass so far and ``budget`` the tokens per head an evictor may keep."""
+        ``scores`` (kv_heads, T) float32 is the mass so far; ``evictor`` acts on this sequence from now on."""
         self.reset(row)
         length = k.shape[1]
         if keep is not None and self.positions is None:
@@ -107,6 +106,7 @@ class LayerCache:
         for heads, index in self._kept_spans(keep):
             part = slice(heads.start, heads.stop)
             n = length if index is None else index.shape[1]
+            self._refuse_overflow(row, n)
             for store, x in ((self.k, k), (self.v, v)):
                 store.append(row, heads, 0, x[part] if index is None else _take(x[part], index))
             if self.positions is not None:
@@ -115,7 +115,9 @@ class LayerCache:
             if self.scores is not None and scores is not None:
                 self.scores[row, heads, :n] = scores[part] if index is None else scores[part].gather(1, index)
             self._grow(row, heads, n, n)
-        self._seen[row], self._budget[row] = length, budget
+        self._seen[row], self._evictors[row] = length, evictor
+        for heads, used in self._spans(row):
+            self._anchor(row, heads, used)
 
     def append(self, k: Tensor, v: Tensor, rows: Sequence[int | None] = (0,)) -> None:
         """Add n tokens to every row: k, v (len(rows), kv_heads, n, head_dim); None marks an idle row of the batch."""
@@ -124,8 +126,7 @@ class LayerCache:
             raise ValueError("a cache that evicts while decoding takes its tokens one by one")
         active = [(b, row) for b, row in enumerate(rows) if row is not None]
         for _, row in active:
-            if max(self._slots[row]) + n > self._capacity and not self._freed_slots(row):
-                raise ValueError(f"row {row} is full: {n} tokens more do not fit into {self._capacity} slots")
+            self._refuse_overflow(row, 0 if self._freed_slots(row) else max(self._slots[row]) + n)
         if n == 1 and active:
             items = [b for b, _ in active]
             every = len(items) == len(rows)
@@ -181,8 +182,7 @@ class LayerCache:
             store.reset(row)
         heads = self.layer.kv_heads
         self._slots[row], self._live[row] = [0] * heads, [0] * heads
-        self._seen[row] = self._budget[row] = 0
-        self._anchored -= {(row, head) for head in range(heads)}
+        self._seen[row], self._evictors[row] = 0, None
 
     def seen(self, row: int) -> int:
         """Tokens that have passed, kept or not: the position of the next one."""
@@ -237,6 +237,10 @@ class LayerCache:
             for head, index in enumerate(keep):
                 yield slice(head, head + 1), index[None]
 
+    def _refuse_overflow(self, row: int, slots: int) -> None:
+        if slots > self._capacity:
+            raise ValueError(f"row {row} is full: {slots} tokens per head do not fit into {self._capacity} slots")
+
     def _freed_slots(self, row: int) -> bool:
         """Whether the next token takes a given-up slot in every head."""
         return self._reusable and all(n < used for n, used in zip(self._live[row], self._slots[row], strict=True))
@@ -284,24 +288,23 @@ class LayerCache:
             p = probabilities(q, k, asked.scale, mask, asked.softcap, aux)
             out = torch.matmul(p, v.float()).to(q.dtype)
             self.scores[row, heads, :used] += p.mean(dim=1)
-        if self.evictor is not None:
-            self._evict(row, heads, used)
+        self._evict(row, heads, used)
         return out
 
     def _keys(self, row: int, heads: slice, used: int) -> Tensor:
         """K as attention sees it. With ``shift`` the first tokens stand where the cache has them: turned on from the
         stored originals by as many positions as were given up, never from an already turned copy."""
         k = self.k.read(row, heads, used)
-        if self._anchors is None or self.evictor is None or self.layer.rope is None:
-            return k
-        gap, key = self._seen[row] - self._live[row][heads.start], (row, heads.start)
-        if gap > 0:
-            first = slice(0, self.evictor.shift)
-            if key not in self._anchored:
-                self._anchors[row, heads] = k[:, first]
-                self._anchored.add(key)
-            k[:, first] = self.layer.rope.rotate(self._anchors[row, heads], gap)
+        gap = self._seen[row] - self._live[row][heads.start]
+        if self._anchors is not None and self.layer.rope is not None and gap > 0:
+            anchors = self._anchors[row, heads]
+            k[:, : anchors.shape[1]] = self.layer.rope.rotate(anchors, gap)
         return k
+
+    def _anchor(self, row: int, heads: slice, used: int) -> None:
+        """Put the first tokens' keys aside, as stored, when for the first time tokens are missing behind them."""
+        if self._anchors is not None and self._seen[row] > self._live[row][heads.start]:
+            self._anchors[row, heads] = self.k.read(row, heads, used)[:, : self._anchors.shape[2]]
 
     def _positions(self, row: int, heads: slice, used: int) -> Tensor:
         if self.positions is not None:
@@ -318,15 +321,18 @@ class LayerCache:
         return causal_mask(newest, self._positions(row, heads, used), window)
 
     def _evict(self, row: int, heads: slice, used: int) -> None:
-        live = self._live[row][heads.start]
-        if self.evictor is None or self.positions is None or self._freed is None or live <= self._budget[row]:
+        evictor, live = self._evictors[row], self._live[row][heads.start]
+        if evictor is None or self.positions is None or self._freed is None or live <= evictor.budget:
             return
         positions = self.positions[row, heads, :used]
         scores = None if self.scores is None else self.scores[row, heads, :used]
-        slots = self.evictor.victim(positions, scores, self._seen[row], self._budget[row])
+        slots = evictor.victim(positions, scores, self._seen[row])
         positions.scatter_(1, slots, -1)
         self._freed[row, heads] = slots[:, 0]
+        complete = live == self._seen[row]
         self._grow(row, heads, 0, -1)
+        if complete:
+            self._anchor(row, heads, used)
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -40,12 +42,13 @@ def probabilities(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
 ) -> Tensor:
-    """The weights `attention` applies to V, float32 (kv_heads, group * queries, T). Arguments as there."""
-    scores = torch.matmul(q.float(), k.float().transpose(-1, -2)).mul_(scale)
+    """The weights `attention` applies to V, float32 (kv_heads, group * queries, T). Arguments as there, but the mask
+    may cover the last keys only; those before it may all be read."""
+    scores = torch.matmul(q.float() * scale, k.float().transpose(-1, -2))
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+        scores[..., scores.shape[-1] - mask.shape[-1] :].masked_fill_(~mask, float("-inf"))
     if sink_logits is None:
         return torch.softmax(scores, dim=-1)
     with_sink = torch.cat([scores, sink_logits.float().unsqueeze(-1)], dim=-1)
@@ -96,13 +99,17 @@ def causal_self_attention(
     return out
 
 
-def causal_blocks(length: int, window: int | None, block: int, device: torch.device):  # type: ignore[no-untyped-def]
-    """Blocks of queries over a prompt: (first query, after the last, lowest key, bool mask (queries, keys))."""
+def causal_blocks(
+    length: int, window: int | None, block: int, device: torch.device
+) -> Iterator[tuple[int, int, int, Tensor]]:
+    """Blocks of queries over a prompt: first query, after the last, lowest key, and the mask, bool (queries, keys), of
+    the last keys: the block's own without a window, else all from the lowest."""
     for first in range(0, length, block):
         last = min(first + block, length)
         lowest = 0 if window is None else max(0, first - window + 1)
         queries = torch.arange(first, last, device=device)
-        yield first, last, lowest, causal_mask(queries, torch.arange(lowest, last, device=device), window)
+        keys = queries if window is None else torch.arange(lowest, last, device=device)
+        yield first, last, lowest, causal_mask(queries, keys, window)
 
 
 def pack_sinks(sink_logits: Tensor, kv_heads: int, queries: int) -> Tensor:

@@ -15,7 +15,7 @@ def column_mass(
     window: int | None = None,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
-    block: int = 128,
+    block: int = 64,
 ) -> Tensor:
     """Column sums of the causal attention matrix, mean over the query group, without holding the matrix.
 

@@ -59,8 +59,8 @@ class Selector(Part):
         """float32 (kv_heads, T), higher stays; +inf is protected."""
         raise NotImplementedError
 
-    def evictor(self) -> Evictor | None:
-        """What acts after every decoding step, if anything does."""
+    def evictor(self, length: int) -> Evictor | None:
+        """What acts after every decoding step on a sequence with a context of ``length``, if anything does."""
         return None
 
 
@@ -130,7 +130,7 @@ class Method:
         """This method's cache of one layer."""
         from kvsuite.cache.layer import LayerCache
 
-        evictor = None if self.selector is None else self.selector.evictor()
+        evictor = None if self.selector is None else self.selector.evictor(capacity)
         if evictor is not None and evictor.shift and layer.rope is None:
             raise UsageError(f"{self.name}: cannot re-rotate this model's keys; use positions=absolute")
         return LayerCache(layer, self.codec.sides(layer), rows, capacity, evictor, selects=self.selector is not None)
@@ -140,11 +140,11 @@ class Method:
         length = context[0].k.shape[1]
         tokens = self.tokens(length)
         kept: Sequence[Kept | None] = [None] * len(context)
+        evictor = None if self.selector is None else self.selector.evictor(length)
         if self.selector is not None and tokens < length:
             kept = self.budget.allot([self.selector.score(seen, tokens) for seen in context], tokens)
         for seen, cache, keep in zip(context, caches, kept, strict=True):
-            budget = 0 if self.selector is None else self.selector.tokens(length)
-            cache.load(row, seen.k, seen.v, keep, seen.mass, budget)
+            cache.load(row, seen.k, seen.v, keep, seen.mass, evictor)
 
 
 def share(value: float, length: int, least: int = 1) -> int:

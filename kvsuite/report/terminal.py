@@ -20,10 +20,9 @@ def write(facts: Sequence[Mapping[str, Any]], file: TextIO, width: int) -> None:
         console.print()
         console.print(_samples(rows, width))
         console.print(_notes(rows), style="dim")
-    for fact in (fact for fact in facts if fact["kind"] == "transformers"):
-        same = f"{fact['same']} of the first {fact['n']} samples"
-        said = f"full gave the tokens of transformers' own cache on {same} of {fact['task']} ({fact['dtype']})."
-        console.print(said, style="dim")
+    for fact in (fact for fact in facts if fact["kind"] == "agreement"):
+        said = f"full {fact['what']}: the same tokens on {fact['same']} of {fact['n']} samples of {fact['task']}"
+        console.print(f"{said} ({fact['dtype']}).", style="dim")
     costs = [fact for fact in facts if fact["kind"] == "cost"]
     if costs:
         console.print()

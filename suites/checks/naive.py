@@ -1,4 +1,4 @@
-"""Attention as its formula says, one query head at a time in float64, and how far rounding may carry another from it."""
+"""Attention as its formula says, one query head at a time in float64, and how far rounding may carry one from it."""
 
 import torch
 from torch import Tensor
@@ -32,10 +32,11 @@ def causal(queries: Tensor, keys: Tensor, window: int | None = None) -> Tensor:
     return allowed
 
 
-def rounding(q: Tensor, k: Tensor, v: Tensor, scale: float) -> float:
-    """The largest error of an attention that rounds q·k, each weight, its sum and the result to q's dtype a time each
-    and adds up in float32: first order in the scores' error, twice over since numerator and denominator carry it."""
+def rounding(q: Tensor, k: Tensor, v: Tensor, scale: float, p: Tensor) -> Tensor:
+    """The largest error, (Q, D), of an attention with float64 weights ``p`` that keeps scores and sums in float32 and
+    rounds the weights, with their sum, and the result to q's dtype. A score's error acts on a weight and on the sum."""
     unit, single = torch.finfo(q.dtype).eps / 2, torch.finfo(torch.float32).eps / 2
-    size = float((q.double().abs() @ k.double().abs().T).max()) * scale
-    score = size * (2 * unit + (q.shape[-1] + 2) * single)
-    return (2 * score + 4 * unit + (k.shape[0] + 4) * single) * float(v.double().abs().max())
+    score = float((q.double().abs() @ k.double().abs().T).max()) * scale * (q.shape[-1] + 4) * single
+    relative = 2 * score + 3 * unit + (k.shape[0] + 8) * single
+    tiny = torch.finfo(q.dtype).smallest_normal * 2 * unit  # what subnormal weights and results are rounded by
+    return relative * (p @ v.double().abs()) + tiny * (1 + v.double().abs().sum(0))

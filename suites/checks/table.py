@@ -26,12 +26,13 @@ METHODS = {
     "h2o:budget=16 + kivi:bits=4,group=16,residual=32": "h2o:budget=100 + kivi:bits=4",
     "h2o:budget=40 + kivi:bits=2,group=8,residual=16": "h2o:budget=100 + kivi:bits=2",
     "streaming-llm:budget=36 + kivi:bits=4,group=16,residual=32": "streaming-llm:budget=100 + kivi:bits=4",
+    "streaming-llm:budget=31 + kivi:bits=4,group=16,residual=32": "streaming-llm:budget=100 + kivi:bits=4",
     "random:budget=20 + int8": None,
     "random:budget=36 + kivi:bits=2,group=8,residual=16": "random:budget=100 + kivi:bits=2",
     "h2o:budget=16 + int8": None,
     "streaming-llm:budget=24 + jitter": None,
 }
-STEPWISE = [text for text in METHODS if parse(text).selector and parse(text).selector.evictor()]
+STEPWISE = [text for text in METHODS if parse(text).selector and parse(text).selector.evictor(100)]
 SELECTING = [text for text in METHODS if parse(text).selector]
 CODECS = [text for text in METHODS if not parse(text).selector]
 CHUNKED = [text for text in METHODS if text not in STEPWISE]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from kvsuite.kernels.quantize import dequantize, pack, quantize, unpack
@@ -46,6 +46,7 @@ def half_a_step(scale, value, levels, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dim", [-1, -2])
+@settings(max_examples=100)
 @given(x=vectors())
 def test_error_is_half_a_step_at_most(dim, bits, dtype, x):
     x = x.to(dtype)
@@ -60,6 +61,7 @@ def test_error_is_half_a_step_at_most(dim, bits, dtype, x):
 
 
 @pytest.mark.parametrize("bits", BITS)
+@settings(max_examples=100)
 @given(x=vectors())
 def test_zero_and_step_are_the_tightest_that_cover(bits, x):
     x = x.float()

@@ -41,6 +41,10 @@ class H2O(Selector):
             return share(self.budget, length, least=2)
         return share(self.heavy, length) + share(self.recent, length)
 
+    def protected(self, length: int) -> int:
+        """How many of the tokens kept of a context of ``length`` are the most recent ones."""
+        return share(self.recent, length) if self.budget is None else self.tokens(length) // 2
+
     @property
     def needs(self) -> frozenset[Need]:
         from kvsuite.cache.prefill import Need
@@ -50,32 +54,23 @@ class H2O(Selector):
     def score(self, seen: Observation, tokens: int) -> Tensor:
         assert seen.mass is not None
         scores = seen.mass.clone()
-        scores[:, -self._recent(tokens) :] = float("inf")
+        scores[:, -self.protected(scores.shape[1]) :] = float("inf")
         return scores
 
-    def evictor(self) -> Evictor:
-        return LightHitter(self)
-
-    def _recent(self, tokens: int) -> int:
-        """The recent part of ``tokens``, whatever they are a share of."""
-        if self.budget is not None:
-            return tokens // 2
-        if self.recent >= 1:
-            return int(self.recent)
-        if self.heavy >= 1:
-            return tokens - int(self.heavy)
-        return max(1, round(tokens * self.recent / (self.heavy + self.recent)))
+    def evictor(self, length: int) -> Evictor:
+        return LightHitter(self.tokens(length), self.protected(length))
 
 
 @dataclass(frozen=True)
 class LightHitter:
     """Gives up the token with the least accumulated attention that is not recent."""
 
-    selector: H2O
+    budget: int
+    recent: int
     mass: bool = True
     shift: int = 0
 
-    def victim(self, positions: Tensor, scores: Tensor | None, seen: int, budget: int) -> Tensor:
+    def victim(self, positions: Tensor, scores: Tensor | None, seen: int) -> Tensor:
         assert scores is not None
-        kept = (positions < 0) | (positions >= seen - self.selector._recent(budget))
+        kept = (positions < 0) | (positions >= seen - self.recent)
         return scores.masked_fill(kept, float("inf")).argmin(dim=-1, keepdim=True)

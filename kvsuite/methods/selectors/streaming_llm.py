@@ -50,17 +50,18 @@ class StreamingLLM(Selector):
         recency[: self.sinks] = float("inf")
         return recency.expand(heads, -1)
 
-    def evictor(self) -> Evictor:
-        return Oldest(self.sinks, self.sinks if self.positions == "cache" else 0)
+    def evictor(self, length: int) -> Evictor:
+        return Oldest(self.tokens(length), self.sinks, self.sinks if self.positions == "cache" else 0)
 
 
 @dataclass(frozen=True)
 class Oldest:
     """Gives up the oldest token that is not a sink."""
 
+    budget: int
     sinks: int
     shift: int
     mass: bool = False
 
-    def victim(self, positions: Tensor, scores: Tensor | None, seen: int, budget: int) -> Tensor:
+    def victim(self, positions: Tensor, scores: Tensor | None, seen: int) -> Tensor:
         return positions.masked_fill((positions < self.sinks), seen).argmin(dim=-1, keepdim=True)

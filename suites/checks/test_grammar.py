@@ -1,0 +1,188 @@
+"""From text to methods: canonical names, and a sentence that helps for whatever is wrong."""
+
+import dataclasses
+import typing
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvsuite.errors import UsageError
+from kvsuite.methods import Method, catalogue, names, parse, parse_all, part_class
+from kvsuite.methods.base import share
+from suites.checks.table import METHODS, layer
+
+
+@pytest.mark.parametrize("text", METHODS)
+def test_a_rows_canonical_name_names_the_same_method(text):
+    method = parse(text)
+    assert parse(method.name) == method
+    assert parse(method.name).name == method.name
+    assert " " not in method.name
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("full", "full"),
+        ("kivi", "kivi:bits=4"),
+        (" kivi : bits = 2 , group=32 ", "kivi:bits=2"),
+        ("kivi:residual=64,bits=4", "kivi:bits=4,residual=64"),
+        ("jitter:seed=0", "jitter"),
+        ("jitter:seed=3", "jitter:seed=3"),
+        ("int8:", "int8"),
+        ("h2o+full", "h2o"),
+        ("h2o + uniform", "h2o"),
+        ("int8 + random:budget=20", "random:budget=20+int8"),
+        ("streaming-llm:positions=absolute,budget=64", "streaming-llm:budget=64,positions=absolute"),
+        ("streaming-llm:budget=64.0", "streaming-llm:budget=64"),
+        ("random:budget=0.50", "random:budget=0.5"),
+        ("h2o:heavy=64,recent=448+kivi:bits=4", "h2o:heavy=64,recent=448+kivi:bits=4"),
+    ],
+)
+def test_canonical_names(text, name):
+    assert parse(text).name == name
+
+
+KINDS = [("codec",), ("selector",), ("selector", "codec"), ("selector", "budget", "codec")]
+
+
+@st.composite
+def written(draw):
+    """A method with any parameters that its parts accept, as text."""
+    pieces = []
+    for kind in draw(st.sampled_from(KINDS)):
+        part = draw(st.sampled_from([part for part in catalogue() if part.kind == kind]))
+        hints, given = typing.get_type_hints(part), {}
+        for name in draw(st.sets(st.sampled_from([field.name for field in dataclasses.fields(part)] or [""]))) - {""}:
+            if typing.get_origin(hints[name]) is typing.Literal:
+                given[name] = draw(st.sampled_from(typing.get_args(hints[name])))
+            elif name == "residual":
+                given[name] = 32 * draw(st.integers(1, 5))
+            else:
+                given[name] = draw(st.integers(2, 60) | st.sampled_from([0.25, 0.5] if name == "budget" else [2]))
+        if "budget" in given:  # what contradicts a budget
+            given = {name: value for name, value in given.items() if name not in ("heavy", "recent", "sinks")}
+        if part.name == "streaming-llm":
+            given["budget"] = 61
+        pieces.append(part.name + ":" * bool(given) + ",".join(f"{name}={value}" for name, value in given.items()))
+    return draw(st.sampled_from(["+", " + "])).join(draw(st.permutations(pieces)))
+
+
+@given(text=written())
+def test_names_round_trip(text):
+    method = parse(text)
+    assert isinstance(method, Method)
+    assert parse(method.name) == method
+    assert parse(method.name).name == method.name
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("kivy", r"unknown method 'kivy': did you mean 'kivi'\? known are .*full.*kivi"),
+        ("streaming", r"did you mean 'streaming-llm'\?"),
+        ("h2o+int9", r"did you mean 'int8'\?"),
+        ("", "names no method"),
+        ("h2o+", "names no method"),
+        ("+int8", "names no method"),
+        (":budget=3", "names no method"),
+        ("kivi:bit=4", r"unknown parameter of kivi 'bit': did you mean 'bits'\? known are bits, group, residual"),
+        ("int8:bits=4", "unknown parameter of int8 'bits': known are none"),
+        ("kivi+int8", "two codecs, kivi and int8"),
+        ("h2o+random", "two selectors, h2o and random"),
+        ("h2o+uniform+uniform", "two budgets"),
+        ("uniform", "no selector"),
+        ("uniform+kivi", "no selector"),
+        ("kivi:bits=3", r"bits is one of 4, 2, not '3'"),
+        ("kivi:bits=four", r"bits is one of 4, 2"),
+        ("kivi:bits", "bits=VALUE"),
+        ("kivi:bits=4,bits=2", "bits=VALUE once"),
+        ("kivi:residual=many", r"residual must be a whole number, not 'many'"),
+        ("kivi:residual=64.5", r"residual must be a whole number"),
+        ("kivi:residual=48", "residual=48 must be a multiple of group=32"),
+        ("kivi:residual=0", "must be a multiple"),
+        ("kivi:residual=-32", "must be a multiple"),
+        ("jitter:seed=", "seed must be a whole number"),
+        ("h2o:heavy=nan", "heavy must be a number, not 'nan'"),
+        ("h2o:heavy=inf", "heavy must be a number"),
+        ("random:budget=1e999", "budget must be a number"),
+        ("random:budget=0", "budget=0 must be at least 1 tokens or a fraction"),
+        ("random:budget=-5", "budget=-5 must be"),
+        ("random:budget=2.5", "budget=2.5 must be"),
+        ("h2o:budget=1", "at least 2 tokens"),
+        ("h2o:recent=0", "recent=0 must be"),
+        ("h2o:budget=64,heavy=32", "either budget or heavy and recent"),
+        ("streaming-llm:budget=4", "budget=4 must be above its 4 sinks"),
+        ("streaming-llm:budget=8,sinks=8", "budget=8 must be above its 8 sinks"),
+        ("streaming-llm:sinks=-1", "must not be negative"),
+        ("streaming-llm:budget=0", "budget=0 must be"),
+        ("streaming-llm:positions=relative", "positions is one of cache, absolute, not 'relative'"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence(text, sentence):
+    with pytest.raises(UsageError, match=sentence) as caught:
+        parse(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["full,int8"], ["full", "int8"]),
+        (["kivi:bits=2,group=16,int8"], ["kivi:bits=2,group=16", "int8"]),
+        (["h2o:heavy=64,recent=448+kivi:bits=4,residual=64, full"],
+         ["h2o:heavy=64,recent=448+kivi:bits=4,residual=64", "full"]),
+        (["kivi", "kivi:bits=4", "kivi:bits=2,kivi"], ["kivi:bits=4", "kivi:bits=2"]),
+        (["streaming-llm:budget=64 , positions = absolute,jitter:seed=1"],
+         ["streaming-llm:budget=64,positions=absolute", "jitter:seed=1"]),
+        ([], []),
+    ],
+)  # fmt: skip
+def test_a_comma_starts_a_method_unless_a_parameter_follows(texts, expected):
+    assert [method.name for method in parse_all(texts)] == expected
+
+
+@pytest.mark.parametrize("text", ["full,", ",full", "full,,int8", "full,kivy"])
+def test_an_empty_or_wrong_method_of_several_is_refused(text):
+    with pytest.raises(UsageError):
+        parse_all([text])
+
+
+def test_the_catalogue_is_found_by_file_name():
+    for part in catalogue():
+        assert part_class(part.name) is part
+        assert part.stores
+        assert part.source
+        assert part.kind in ("selector", "budget", "codec")
+    assert [part.name for part in catalogue()] == list(names())
+
+
+@given(length=st.integers(1, 5000), value=st.integers(1, 100) | st.floats(0.01, 0.99))
+def test_a_share_is_tokens_or_a_fraction_of_the_context(length, value):
+    tokens = share(value, length, least=3)
+    assert isinstance(tokens, int)
+    assert tokens == value if value >= 1 else abs(tokens - max(3, value * length)) <= 0.5
+
+
+def test_a_budget_that_keeps_everything_is_refused_before_anything_starts():
+    for text in METHODS:
+        method = parse(text)
+        if method.selector is None:
+            method.check_context(1)
+            continue
+        budget = method.selector.tokens(200)
+        method.check_context(budget + 1 if budget == method.selector.tokens(budget + 1) else 200)
+        with pytest.raises(UsageError, match=f"{budget} tokens keeps everything of a context of {budget}"):
+            method.check_context(budget)
+    assert parse("h2o:budget=16").capacity(100, 5) == 21
+    assert parse("h2o:budget=16").capacity(10, 5) == 15
+    assert parse("full").capacity(100, 5) == 105
+
+
+@pytest.mark.parametrize("text", ["kivi:bits=4", "kivi:bits=2,group=16"])
+def test_a_head_dimension_that_no_group_divides_is_refused(text):
+    odd = dataclasses.replace(layer(), head_dim=40)
+    with pytest.raises(UsageError, match="does not divide the head dimension 40"):
+        parse(text).cache(odd, 1, 32)
+    parse("kivi:group=8").cache(odd, 1, 32)
