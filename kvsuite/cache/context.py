@@ -29,6 +29,11 @@ class LayerContext:
     device: torch.device
     rope: Rope | None = None
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's uncompressed K and V."""
+        return 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
+
 
 class SideCodec(Protocol):
     """How one side (K or V) of a layer is stored. Encodes ``block`` tokens at a time into units of a page.

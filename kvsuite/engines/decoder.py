@@ -70,6 +70,22 @@ class Decoder:
         """Rows with a sequence."""
         return sum(s is not None for s in self.rows)
 
+    @property
+    def provenance(self) -> str:
+        """The class that stores and attends, with its module."""
+        kind = type(self.caches[0])
+        return f"{kind.__module__}.{kind.__qualname__}"
+
+    @property
+    def path(self) -> str:
+        """The codec and what attends: no method has a fused kernel yet."""
+        return f"{self.method.codec.name}/unfused"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes all sequences hold, all layers."""
+        return sum(cache.nbytes for cache in self.caches)
+
     def admit(self, prompt: Prompt) -> Iterator[Response]:
         """Compress a prompt into a free row and choose its first token. Yields its answer if that was the last."""
         row = self.rows.index(None)
@@ -85,7 +101,9 @@ class Decoder:
             context_tokens=length,
             nbytes=sum(cache.row_nbytes(row) for cache in self.caches),
             kept=sum(cache.kept(row) for cache in self.caches),
-            path=f"{type(self.caches[0]).__name__}/{self.method.codec.name}/unfused",
+            repeat=self.sampling.repeat,
+            cache=self.provenance,
+            path=self.path,
         )
         shared = prompt.seconds - (0.0 if self.method.needs else prompt.observing_seconds)
         response.prefill_seconds = shared + time.perf_counter() - start
@@ -145,6 +163,8 @@ class Decoder:
                 response.finish = "stop"
             elif len(response.tokens) < sequence.request.max_new_tokens:
                 return
+        response.nbytes_end = sum(cache.row_nbytes(row) for cache in self.caches)
+        response.dense_end = sum(cache.seen(row) * cache.layer.token_bytes for cache in self.caches)
         self.rows[row] = None
         for cache in self.caches:
             cache.reset(row)

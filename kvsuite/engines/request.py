@@ -38,9 +38,16 @@ class Response:
     """Its part of those seconds, each step divided by the sequences in it: these add up over a method's answers."""
     nbytes: int = 0
     """Bytes its caches held when the prompt was in, all layers."""
+    nbytes_end: int = 0
+    """Bytes held when the answer ended, and what K and V of all its tokens would take uncompressed."""
+    dense_end: int = 0
     kept: int = 0
     """Tokens held then, summed over layers and kv heads."""
     margins: list[float] = field(default_factory=list)
     """The gap between the two highest logits at every token."""
+    repeat: int = 0
+    """Which draw of the sampling noise."""
+    cache: str = ""
+    """The class that stored and attended, with its module."""
     path: str = ""
-    """What attended: the class of the layer cache, the codecs, and whether a fused kernel or the reference ran."""
+    """The codec, and whether a fused kernel or the reference ran: ``kivi/unfused``."""

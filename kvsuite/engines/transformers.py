@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,8 +83,10 @@ class TransformersEngine:
         width: int = 8,
         compress: Compress = "prompt",
         sampling: Sampling | None = None,
+        timeout: float = math.inf,
     ) -> Iterator[Response]:
-        """Every method's answer to every request, as they end. A method that fails costs its own answers only.
+        """Every method's answer to every request, as they end. A method that fails, or takes more than ``timeout``
+        seconds of its own, costs its own answers only.
 
         Each prompt is prefilled once; then every method takes it into its own batch of ``width`` rows, decoding until
         a row is free. So no more than methods × width sequences are held, however many requests there are.
@@ -93,7 +96,7 @@ class TransformersEngine:
             return
         self._refuse_long(asked)
         needs = frozenset(need for method in methods for need in method.needs)
-        arms = [_Arm(self, method, asked, width, sampling or Sampling()) for method in methods]
+        arms = [_Arm(self, method, asked, width, sampling or Sampling(), timeout) for method in methods]
         for request, context, suffix in asked:
             prompt = self.prefill(request, context, suffix, needs)
             for arm in arms:
@@ -126,8 +129,10 @@ class _Arm:
         asked: Sequence[tuple[Request, list[int], list[int]]],
         width: int,
         sampling: Sampling,
+        timeout: float,
     ) -> None:
-        self.method, self.failure = method, ""
+        self.method, self.failure, self.repeat = method, "", sampling.repeat
+        self.timeout, self.seconds = timeout, 0.0
         capacity = max(method.capacity(len(c), len(s) + r.max_new_tokens) for r, c, s in asked)
         try:
             self.decoder = Decoder(engine.model, method, engine.layers, width, capacity, sampling, engine.stop)
@@ -137,20 +142,32 @@ class _Arm:
     def take(self, prompt: Prompt) -> Iterator[Response]:
         if not self.failure:
             try:
+                self._refuse_late()
                 while self.decoder.full:
-                    yield from self.decoder.step()
-                yield from self.decoder.admit(prompt)
+                    yield from self._timed(self.decoder.step)
+                yield from self._timed(lambda: self.decoder.admit(prompt))
                 return
             except Exception as error:
                 yield from self._fail(error)
-        yield Response(prompt.request.id, self.method.name, finish="error", error=self.failure)
+        yield Response(prompt.request.id, self.method.name, finish="error", error=self.failure, repeat=self.repeat)
 
     def drain(self) -> Iterator[Response]:
         try:
             while not self.failure and self.decoder.active:
-                yield from self.decoder.step()
+                self._refuse_late()
+                yield from self._timed(self.decoder.step)
         except Exception as error:
             yield from self._fail(error)
+
+    def _timed(self, act: Callable[[], Iterable[Response]]) -> list[Response]:
+        start = time.perf_counter()
+        found = list(act())
+        self.seconds += time.perf_counter() - start
+        return found
+
+    def _refuse_late(self) -> None:
+        if self.seconds > self.timeout:
+            raise TimeoutError(f"took more than {self.timeout:g} s")
 
     def _fail(self, error: Exception) -> Iterator[Response]:
         self.failure = _say(error)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvsuite.errors import UsageError
-from kvsuite.plugin import options
+from kvsuite.plugin import hooks, options
 from kvsuite.plugin.session import Session
-from kvsuite.report import terminal
+from kvsuite.records import read
+from kvsuite.report import markdown, terminal
 
 EVALUATIONS = ("throughput", "length", "samples", "tools")
 SESSION = pytest.StashKey[Session]()
+ALONE = "speed is timed alone: run -m throughput without -n"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -20,41 +23,84 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     options.add(parser)
 
 
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    """Declare the report hook and register the reports that come with kvsuite."""
+    pluginmanager.add_hookspecs(hooks)
+    pluginmanager.register(terminal, "kvsuite.report.terminal")
+    pluginmanager.register(markdown, "kvsuite.report.markdown")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Read and check all options before anything is collected or loaded."""
+    worker: dict[str, Any] = getattr(config, "workerinput", {})
     try:
-        config.stash[SESSION] = Session(options.read(config))
+        asked = options.read(config)
     except UsageError as error:
         raise pytest.UsageError(str(error)) from error
+    folder = Path(worker["kv_run"]) if worker else None
+    config.stash[SESSION] = Session(asked, worker.get("workerid", ""), folder)
+    if getattr(config.option, "dist", "no") == "load" and not worker:
+        config.option.dist = "loadgroup"  # the methods of a task share one pass, hence one worker
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell each pytest-xdist worker where the run leaves its records."""
+    node.workerinput["kv_run"] = str(node.config.stash[SESSION].folder.absolute())
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test per method and per task where a test asks for ``kv_method`` or ``kv_task``."""
-    asked = metafunc.config.stash[SESSION].options
-    if "kv_method" in metafunc.fixturenames:
-        metafunc.parametrize("kv_method", asked.methods, ids=lambda method: method.name, scope="session")
-    if "kv_task" in metafunc.fixturenames:
-        metafunc.parametrize("kv_task", asked.tasks, scope="session")
+    """One test per method, task, batch and length where a test asks for them; tasks are those of its evaluation."""
+    session = metafunc.config.stash[SESSION]
+    asked, own = session.options, {m.name for m in metafunc.definition.iter_markers()}
+    tasks = [task.name for task in session.tasks if task.evaluation in own]
+    values: dict[str, tuple[Any, Any]] = {
+        "kv_method": (asked.methods, lambda method: method.name),
+        "kv_task": (tasks, str),
+        "kv_batch": (asked.batch, lambda width: f"b{width}"),
+        "kv_length": (asked.length, lambda tokens: f"l{tokens}"),
+    }
+    for name, (parameters, identify) in values.items():
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, parameters, ids=identify)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under pytest-xdist: a task's tests stay together, and speed is not timed beside other work."""
+    if not config.stash[SESSION].worker:
+        return
+    for item in items:
+        if item.get_closest_marker("throughput"):
+            item.add_marker(pytest.mark.skip(reason=ALONE))
+        elif task := getattr(item, "callspec", None) and item.callspec.params.get("kv_task"):  # type: ignore[attr-defined]
+            item.add_marker(pytest.mark.xdist_group(str(task)))
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Fetch what the chosen evaluations need before the first one starts."""
     config = session.config
-    if config.option.collectonly or not any(item.get_closest_marker(m) for item in session.items for m in EVALUATIONS):
+    chosen = [i for i in session.items if any(i.get_closest_marker(m) for m in EVALUATIONS)]
+    if config.option.collectonly or not chosen:
         return
+    params = [getattr(item, "callspec", None) for item in chosen]
+    tasks = {str(p.params["kv_task"]) for p in params if p is not None and "kv_task" in p.params}
     try:
-        config.stash[SESSION].fetch()
+        config.stash[SESSION].fetch(sorted(tasks))
     except UsageError as error:
         raise pytest.UsageError(str(error)) from error
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """The tables of what was evaluated, from the facts that tests recorded."""
-    reports = [r for key in ("passed", "failed") for r in terminalreporter.getreports(key) if r.when == "call"]
-    facts = [fact for report in reports for name, fact in report.user_properties if name == "kvsuite"]
-    if facts:
-        terminal.write(facts, terminalreporter._tw._file, terminalreporter._tw.fullwidth)
+    """Join what the workers left and let every report plugin view the run."""
+    session = config.stash[SESSION]
+    if any(ALONE in str(report.longrepr) for report in terminalreporter.getreports("skipped")):
+        terminalreporter.write_line(ALONE, red=True, bold=True)
+    if session.worker or not (session.folder / "run.json").is_file():
+        return
+    session.run.join()
+    config.hook.pytest_kv_report(run=read(session.folder), terminalreporter=terminalreporter)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,36 +14,27 @@ import pytest
 from kvsuite import models, tasks
 from kvsuite.errors import UsageError, unknown
 from kvsuite.methods import Method, parse, parse_all
+from kvsuite.plugin.presets import PRESETS, SMOKE
 
 BASELINE = parse("full")
 CONTROL = parse("jitter")
-DEFAULT_METHODS = (
-    "full,jitter,int8,kivi:bits=4,kivi:bits=2,streaming-llm:budget=256,h2o:budget=256,random:budget=256,"
-    "h2o:budget=256+kivi:bits=4"
-)
 HELP = {
+    "preset": f"how much is done: {', '.join(PRESETS)}; the defaults of all other options",
     "model": "a model folder in Hugging Face's layout (default: SmolLM2-135M-Instruct, fetched once)",
     "methods": "methods, comma-separated, e.g. kivi:bits=4,h2o:budget=256+int8; full and jitter always take part",
     "compress": "what is compressed: the whole prompt, or the context, the question being fed through the cache",
-    "batch": "the fixed width of decoding batches",
+    "batch": "widths of decoding batches, comma-separated; answers are made at the largest",
     "length": "prompt lengths in tokens, comma-separated",
     "tasks": "tasks, comma-separated",
     "samples": "samples per task",
+    "cap": "most tokens of a chat answer",
+    "temperature": "of chat answers; 0 is greedy",
+    "rounds": "pairs of rounds per timed cell",
+    "timeout": "seconds a method may take for a task, or a cell for its rounds, before it counts as failed",
     "seed": "seed of samples and noise",
     "dtype": "auto (the model's own), bfloat16 or float32",
     "device": "cpu or cuda",
-}
-DEFAULTS: dict[str, Any] = {
-    "model": "",
-    "methods": DEFAULT_METHODS,
-    "compress": "prompt",
-    "batch": 8,
-    "length": "512,1024,2048,4000",
-    "tasks": "needle",
-    "samples": 16,
-    "seed": 0,
-    "dtype": "auto",
-    "device": "cpu",
+    "run": "the folder this run leaves (default: runs/ and the time)",
 }
 CHOICES = {
     "compress": ("prompt", "context"),
@@ -57,23 +49,40 @@ SHORTEST = 256
 class Options:
     """One run's settings."""
 
+    preset: str
     model: Path | None
     methods: tuple[Method, ...]
     compress: Literal["prompt", "context"]
-    batch: int
+    batch: tuple[int, ...]
     length: tuple[int, ...]
     tasks: tuple[str, ...]
     samples: int
+    cap: int
+    temperature: float
+    rounds: int
+    timeout: float
     seed: int
     dtype: str
     device: str
+    run: Path | None
+
+    @property
+    def width(self) -> int:
+        """The width at which answers are made."""
+        return max(self.batch)
+
+    def settings(self) -> dict[str, Any]:
+        """What two runs must share to be compared, as JSON; methods and folders may differ."""
+        shared = ("compress", "batch", "length", "tasks", "samples", "cap", "temperature", "seed", "dtype", "device")
+        return {key: list(v) if isinstance(v := getattr(self, key), tuple) else v for key in shared}
 
 
 def add(parser: pytest.Parser) -> None:
     """Declare ``--kv-…``. Defaults are filled in by `read`, so that the configuration file can come between."""
     group = parser.getgroup("kvsuite", "KV-cache compression")
     for key, text in HELP.items():
-        shown = "" if key in ("model", "methods") else f" (default: {DEFAULTS[key]})"
+        default = SMOKE.get(key, "smoke")
+        shown = "" if key in ("model", "methods", "run") else f" (default: {default})"
         group.addoption(f"--kv-{key}", dest=f"kv_{key}", default=None, metavar=key.upper(), help=text + shown)
 
 
@@ -85,35 +94,44 @@ def read(config: pytest.Config) -> Options:
 
 
 def check(given: Mapping[str, Any]) -> Options:
-    """Options out of raw values by key; keys left out take their defaults. Raises UsageError."""
-    raw = DEFAULTS | dict(given)
+    """Options out of raw values by key; keys left out take the preset's. Raises UsageError."""
+    preset = str(given.get("preset", "smoke"))
+    if preset not in PRESETS:
+        raise unknown("preset", preset, PRESETS)
+    raw = PRESETS[preset] | {key: value for key, value in given.items() if key != "preset"}
     for key, known in CHOICES.items():
         if raw[key] not in known:
             raise unknown(f"value of --kv-{key}", str(raw[key]), known)
-    lengths = tuple(_whole("length", x, SHORTEST) for x in _items(raw["length"]))
-    methods = tuple({m.name: m for m in (BASELINE, CONTROL, *parse_all(_texts(raw["methods"])))}.values())
-    chosen = tuple(dict.fromkeys(tasks.task(name).name for name in _items(raw["tasks"])))
-    for key, values in (("length", lengths), ("tasks", chosen)):
-        if not values:
-            raise UsageError(f"--kv-{key} is empty")
-    for method in methods:
-        method.check_context(max(lengths))
-    model = Path(raw["model"]) if raw["model"] else None
-    limit = models.model_limit(model) if model else 8192
-    if limit is not None and max(lengths) >= limit:
-        raise UsageError(f"--kv-length {max(lengths)} does not fit the model's context of {limit} tokens")
-    return Options(
-        model=model,
-        methods=methods,
+    texts = raw["methods"] if isinstance(raw["methods"], list) else [raw["methods"]]
+    methods = {m.name: m for m in (BASELINE, CONTROL, *parse_all(map(str, texts)))}
+    options = Options(
+        preset=preset,
+        model=Path(raw["model"]) if raw["model"] else None,
+        methods=tuple(methods.values()),
         compress=raw["compress"],
-        batch=_whole("batch", raw["batch"], 1),
-        length=lengths,
-        tasks=chosen,
-        samples=_whole("samples", raw["samples"], 1),
-        seed=_whole("seed", raw["seed"], 0),
+        batch=tuple(sorted({_whole("batch", x, 1) for x in _items("batch", raw["batch"])})),
+        length=tuple(sorted({_whole("length", x, SHORTEST) for x in _items("length", raw["length"])})),
+        tasks=tuple(dict.fromkeys(tasks.task(name).name for name in _items("tasks", raw["tasks"]))),
         dtype=raw["dtype"],
         device=raw["device"],
+        temperature=_number("temperature", raw["temperature"]),
+        timeout=_number("timeout", raw["timeout"]),
+        run=Path(raw["run"]) if raw["run"] else None,
+        **{key: _whole(key, raw[key], 0 if key == "seed" else 1) for key in ("samples", "cap", "rounds", "seed")},
     )
+    _check_sizes(options)
+    return options
+
+
+def _check_sizes(options: Options) -> None:
+    longest = max(options.length)
+    for method in options.methods:
+        method.check_context(longest)
+    limit = models.model_limit(options.model) if options.model else 8192
+    if limit is not None and longest >= limit:
+        raise UsageError(f"--kv-length {longest} does not fit the model's context of {limit} tokens")
+    if options.run is not None and any(options.run.glob("records*.jsonl")):
+        raise UsageError(f"--kv-run {str(options.run)!r} already holds a run; name another folder")
 
 
 def _configured(file: Path) -> dict[str, Any]:
@@ -126,13 +144,12 @@ def _configured(file: Path) -> dict[str, Any]:
     return dict(table)
 
 
-def _texts(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else [str(item) for item in value]
-
-
-def _items(value: Any) -> list[str]:
+def _items(key: str, value: Any) -> list[str]:
     values = value if isinstance(value, list) else str(value).split(",")
-    return [text for item in values if (text := str(item).strip())]
+    items = [text for item in values if (text := str(item).strip())]
+    if not items:
+        raise UsageError(f"--kv-{key} is empty")
+    return items
 
 
 def _whole(key: str, value: Any, least: int) -> int:
@@ -142,4 +159,14 @@ def _whole(key: str, value: Any, least: int) -> int:
         raise UsageError(f"--kv-{key} must be a whole number, not {str(value)!r}") from None
     if number < least:
         raise UsageError(f"--kv-{key} must be at least {least}, not {number}")
+    return number
+
+
+def _number(key: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise UsageError(f"--kv-{key} must be a number of at least 0, not {str(value)!r}")
     return number

@@ -1,48 +1,56 @@
-"""One run's engine, loaded once, and the answers of all methods, made once per task."""
+"""One run's engine, loaded once, and what it has answered and timed: everything is a record at once."""
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvsuite import models, tasks
-from kvsuite.analysis.samples import Answer, summarize
+from kvsuite import environment, models, tasks
 from kvsuite.engines.request import Request, Response
+from kvsuite.methods import Method
 from kvsuite.plugin.options import BASELINE, Options
-from kvsuite.tasks import Sample
+from kvsuite.plugin.progress import Progress
+from kvsuite.records import Answer, Record, RunFolder
+from kvsuite.tasks import Sample, Task
 
 if TYPE_CHECKING:
+    from kvsuite.cache.prefill import Need
+    from kvsuite.engines.decoder import Prompt
     from kvsuite.engines.transformers import TransformersEngine
-
-
-@dataclass(frozen=True)
-class Answered:
-    """One sample, the response of one method and its score."""
-
-    sample: Sample
-    response: Response
-    score: float
 
 
 class Session:
     """What the tests of one run share. Nothing is loaded before it is used."""
 
-    def __init__(self, options: Options) -> None:
-        self.options = options
-        self._answers: dict[str, dict[str, list[Answered]]] = {}
-
-    def fetch(self) -> None:
-        """Make sure that model and texts are here. Raises UsageError that says what to run."""
-        if self.options.model is None:
-            models.default_model()
-        models.messages()
+    def __init__(self, options: Options, worker: str = "", folder: Path | None = None) -> None:
+        """``worker`` is the name of a pytest-xdist worker, ``folder`` its controller's run folder."""
+        self.options, self.worker = options, worker
+        self.folder = folder or options.run or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
+        self.run = RunFolder(self.folder, worker)
+        self.progress = Progress(quiet=bool(worker))
+        self._answers: dict[str, list[Answer]] = {}
+        self._texts: dict[int, list[int]] = {}
+        self._prompt: tuple[int, frozenset[Need], Prompt] | None = None
+        self._described = False
 
     @property
-    def folder(self) -> Path:
-        """The model's folder."""
+    def tasks(self) -> list[Task]:
+        """The tasks asked for."""
+        return [tasks.task(name) for name in self.options.tasks]
+
+    def fetch(self, names: Sequence[str]) -> None:
+        """Make sure that the model and these tasks' texts are here. Raises UsageError that says what to run."""
+        _ = self.model_folder
+        for name in names:
+            tasks.task(name).fetch()
+
+    @property
+    def model_folder(self) -> Path:
+        """The model's folder, fetched if it is the default."""
         return self.options.model or models.default_model()
 
     @cached_property
@@ -50,66 +58,129 @@ class Session:
         """The model, loaded on first use."""
         from kvsuite.engines.transformers import TransformersEngine
 
-        return TransformersEngine.load(self.folder, self.options.dtype, self.options.device)
+        return TransformersEngine.load(self.model_folder, self.options.dtype, self.options.device)
 
-    def answers(self, task_name: str) -> dict[str, list[Answered]]:
-        """Every method's answers to a task, by method name; one pass over the samples serves all methods."""
-        if task_name not in self._answers:
-            self._answers[task_name] = self._answer(task_name)
-        return self._answers[task_name]
+    def record(self, record: Record) -> None:
+        """Write one record; the first one is preceded by ``run.json``."""
+        if not self._described:
+            self.describe()
+        self.run.append(record)
 
-    @staticmethod
-    def request(sample: Sample) -> Request:
-        """What the engine is asked for a sample."""
-        return Request(sample.id, sample.context, sample.question, sample.max_new_tokens)
+    def describe(self) -> None:
+        """Write ``run.json``."""
+        self._described = True
+        o, folder = self.options, self.model_folder
+        weights = [f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin", ".json")]
+        name = o.model.name if o.model else "SmolLM2-135M-Instruct"
+        self.run.describe(
+            {
+                "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "command": sys.argv[1:],
+                "preset": o.preset,
+                "methods": [method.name for method in o.methods],
+                "model": {"name": name, "fingerprint": environment.fingerprint(weights)},
+                "texts": {task.name: environment.fingerprint(task.fetch()) for task in self.tasks},
+                "settings": o.settings(),
+                "environment": environment.describe() | self._torch(),
+            }
+        )
 
-    def fact(self, task_name: str, method: str) -> dict[str, Any]:
-        """What the summary shows of one method on one task, as JSON primitives."""
-        arms = {name: _plain(answers) for name, answers in self.answers(task_name).items()}
-        o = self.options
-        where = {"kind": "samples", "task": task_name, "method": method, "model": self.name}
-        setting = {"width": o.batch, "lengths": list(o.length), "compress": o.compress, "dtype": self.dtype}
-        return where | setting | {"threads": self.threads} | summarize(arms[method], arms[BASELINE.name])
+    def answers(self, name: str) -> list[Answer]:
+        """Every method's answers to a task; one pass over the samples serves all methods. A chat task is answered with
+        sampling, and once more by the baseline with other noise: its control."""
+        if name not in self._answers:
+            task, o = tasks.task(name), self.options
+            sampled = task.evaluation == "length" and o.temperature > 0
+            self._answers[name] = self._pass(task, o.methods, 0)
+            if sampled:
+                self._answers[name] += self._pass(task, (BASELINE,), 1)
+        return self._answers[name]
 
-    @property
-    def name(self) -> str:
-        """What the report calls the model."""
-        return self.options.model.name if self.options.model else "SmolLM2-135M-Instruct"
-
-    @property
-    def dtype(self) -> str:
-        """The model's number format, e.g. bfloat16."""
-        return str(self.engine.model.dtype).removeprefix("torch.")
-
-    @property
-    def threads(self) -> int:
-        """CPU threads torch uses."""
-        import torch
-
-        return torch.get_num_threads()
-
-    def _answer(self, task_name: str) -> dict[str, list[Answered]]:
-        o, task = self.options, tasks.task(task_name)
+    def samples(self, task: Task) -> list[Sample]:
+        """The run's samples of a task."""
+        tokenizer, o = self.engine.tokenizer, self.options
 
         def tokens(text: str) -> int:
-            return len(self.engine.tokenizer(text, add_special_tokens=False)["input_ids"])
+            return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-        samples = {s.id: s for s in task.samples(o.samples, o.length, o.seed, tokens)}
-        requests = [self.request(sample) for sample in samples.values()]
-        found: dict[str, list[Answered]] = {method.name: [] for method in o.methods}
-        for response in self.engine.generate(requests, o.methods, width=o.batch, compress=o.compress):
-            sample = samples[response.id]
-            score = 0.0 if response.finish == "error" else task.score(sample, response.text)
-            found[response.method].append(Answered(sample, response, score))
-        order = {name: at for at, name in enumerate(samples)}
-        return {name: sorted(answers, key=lambda a: order[a.sample.id]) for name, answers in found.items()}
+        return task.samples(o.samples, o.length, o.seed, tokens)
 
+    def request(self, task: Task, sample: Sample) -> Request:
+        """What the engine is asked for a sample."""
+        cap = sample.max_new_tokens
+        return Request(sample.id, sample.context, sample.question, min(cap, self.options.cap))
 
-def _plain(answers: Sequence[Answered]) -> list[Answer]:
-    return [
-        Answer(
-            a.sample.id, a.score, tuple(a.response.tokens), a.response.finish == "error", a.response.nbytes,
-            a.response.prompt_tokens, a.response.prefill_seconds, a.response.decode_share,
+    def text(self, length: int) -> list[int]:
+        """``length`` tokens of presidential messages: what speed is measured on."""
+        if length not in self._texts:
+            ids: list[int] = []
+            for file in sorted(models.messages().glob("*.txt")):
+                ids += self.engine.tokenizer(file.read_text(), add_special_tokens=False)["input_ids"]
+                if len(ids) >= length:
+                    break
+            self._texts[length] = ids[:length]
+        return self._texts[length]
+
+    def prompt(self, length: int, needs: frozenset[Need] = frozenset()) -> Prompt:
+        """That text, prefilled; the latest one is kept for the next method."""
+        if self._prompt is None or self._prompt[:2] != (length, needs):
+            request = Request("text", "", "", 1 << 30)
+            self._prompt = length, needs, self.engine.prefill(request, self.text(length), [], needs)
+        return self._prompt[2]
+
+    def _pass(self, task: Task, methods: Sequence[Method], repeat: int) -> list[Answer]:
+        from kvsuite.engines.sampling import Sampling
+
+        o = self.options
+        samples = {sample.id: sample for sample in self.samples(task)}
+        requests = [self.request(task, sample) for sample in samples.values()]
+        temperature = o.temperature if task.evaluation == "length" else 0.0
+        how = Sampling(temperature, o.seed, repeat)
+        found: list[Answer] = []
+        caps = {request.id: request.max_new_tokens for request in requests}
+        with self.progress.over(task.name, len(requests) * len(methods)) as done:
+            for response in self.engine.generate(
+                requests, methods, width=o.width, compress=o.compress, sampling=how, timeout=o.timeout
+            ):
+                answer = self._answer(task, samples[response.id], response, caps[response.id])
+                self.record(answer)
+                found.append(answer)
+                done(len(response.tokens))
+        return found
+
+    def _answer(self, task: Task, sample: Sample, r: Response, cap: int) -> Answer:
+        broken = r.finish == "error"
+        return Answer(
+            method=r.method,
+            status="failed" if broken else "ok",
+            error=r.error,
+            cache=r.cache,
+            path=r.path,
+            width=self.options.width,
+            evaluation=task.evaluation,
+            task=task.name,
+            sample=sample.id,
+            repeat=r.repeat,
+            score=None if broken else task.score(sample, r.text),
+            tokens=r.tokens,
+            text=r.text,
+            finish="" if broken else r.finish,
+            cap=cap,
+            prompt_tokens=r.prompt_tokens,
+            context_tokens=r.context_tokens,
+            prefill_seconds=r.prefill_seconds,
+            decode_seconds=r.decode_seconds,
+            decode_share=r.decode_share,
+            nbytes=r.nbytes,
+            nbytes_end=r.nbytes_end,
+            dense_end=r.dense_end,
+            kept=r.kept,
+            margins=r.margins,
         )
-        for a in answers
-    ]  # fmt: skip
+
+    def _torch(self) -> dict[str, Any]:
+        import torch
+
+        gpu = torch.cuda.get_device_name() if self.options.device == "cuda" else None
+        dtype = str(self.engine.model.dtype).removeprefix("torch.")
+        return {"threads": torch.get_num_threads(), "dtype": dtype, "gpu": gpu}

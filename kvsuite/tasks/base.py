@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -31,14 +31,20 @@ class Task:
 
     name: ClassVar[str]
     type: ClassVar[Type]
+    evaluation: ClassVar[Literal["samples", "length"]] = "samples"
+    """What its answers are for: their scores, or their lengths."""
+
+    def fetch(self) -> Iterable[Path]:
+        """Make sure its texts are here and name their files. Raises UsageError that says what to run."""
+        raise NotImplementedError
 
     def samples(self, count: int, lengths: Sequence[int], seed: int, tokens: Callable[[str], int]) -> list[Sample]:
         """``count`` samples; prompts of about ``lengths`` tokens in turn, as ``tokens`` counts them. The same arguments
         give the same samples."""
         raise NotImplementedError
 
-    def score(self, sample: Sample, answer: str) -> float:
-        """From 0 to 1."""
+    def score(self, sample: Sample, answer: str) -> float | None:
+        """From 0 to 1, or None where there is nothing to compare with."""
         raise NotImplementedError
 
 

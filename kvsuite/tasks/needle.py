@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from kvsuite import models
 from kvsuite.tasks.base import Sample, Task
@@ -21,8 +22,11 @@ class Needle(Task):
     name = "needle"
     type = "synthetic"
 
+    def fetch(self) -> list[Path]:
+        return sorted(models.messages().glob("*.txt"))
+
     def samples(self, count: int, lengths: Sequence[int], seed: int, tokens: Callable[[str], int]) -> list[Sample]:
-        files = sorted(models.messages().glob("*.txt"))
+        files = self.fetch()
         order = random.Random(f"needle {seed}")
         order.shuffle(files)
         found: list[Sample] = []

@@ -4,7 +4,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from kvsuite import tasks
 from kvsuite.methods import parse
+from kvsuite.records import Agreement
 
 pytestmark = pytest.mark.samples
 
@@ -14,43 +16,46 @@ CLOSE = 1e-3
 
 @pytest.fixture
 def shortest(kv_session, kv_task):
-    """The 8 shortest answered samples of `full`; all of them in float32, where their equality is promised."""
-    answers = sorted(kv_session.answers(kv_task)["full"], key=lambda a: a.response.prompt_tokens)
-    return answers if kv_session.dtype == "float32" else answers[:8]
+    """The 8 shortest of `full`'s answers, by request; all of them in float32, where their equality is promised."""
+    answers = {a.sample: a for a in kv_session.answers(kv_task) if a.method == "full"}
+    task = tasks.task(kv_task)
+    chosen = sorted(kv_session.samples(task), key=lambda s: answers[s.id].prompt_tokens)
+    exact = kv_session.engine.model.dtype == torch.float32
+    return [(kv_session.request(task, s), answers[s.id]) for s in (chosen if exact else chosen[:8])]
 
 
-def first_difference(mine, theirs):
+def first_difference(mine, tokens):
     """Where two answers part and the gap between the two best tokens there, or None."""
-    for at, (a, b) in enumerate(zip(mine.tokens, theirs, strict=False)):
+    for at, (a, b) in enumerate(zip(mine.tokens, tokens, strict=False)):
         if a != b:
             return at, mine.margins[at]
-    return None if len(mine.tokens) == len(theirs) else (min(len(mine.tokens), len(theirs)), float("inf"))
+    return None if len(mine.tokens) == len(tokens) else (min(len(mine.tokens), len(tokens)), float("inf"))
 
 
-def compare(kv_session, record_property, task, what, answers, others):
+def compare(kv_session, task, other, answers, tokens):
     """Record on how many samples the tokens agree; in float32 they may part at close calls only, 1 in 1,000 at most."""
-    found = [first_difference(a.response, others[a.sample.id]) for a in answers]
+    found = [first_difference(answer, tokens[answer.sample]) for _, answer in answers]
     apart = [d for d in found if d is not None]
-    fact = {"kind": "agreement", "what": what, "task": task, "n": len(found), "same": len(found) - len(apart)}
-    record_property("kvsuite", fact | {"dtype": kv_session.dtype})
-    if kv_session.dtype == "float32":  # bfloat16 decides many calls by rounding: counted, not promised
+    where = {"cache": answers[0][1].cache, "path": answers[0][1].path, "width": answers[0][1].width}
+    kv_session.record(Agreement("full", **where, other=other, task=task, n=len(found), same=len(found) - len(apart)))
+    if kv_session.engine.model.dtype == torch.float32:  # bfloat16 decides many calls by rounding: counted, not promised
         assert [d for d in apart if d[1] >= CLOSE] == []
         assert len(apart) <= max(1, len(found) // 1000)
 
 
-def test_full_answers_as_transformers(kv_session, kv_task, shortest, record_property):
+def test_full_answers_as_transformers(kv_session, kv_task, shortest):
     engine = kv_session.engine
     engine.model.set_attn_implementation("sdpa")
     try:
-        others = {a.sample.id: greedy(engine, kv_session.request(a.sample)) for a in shortest}
+        others = {request.id: greedy(engine, request) for request, _ in shortest}
     finally:
         engine.model.set_attn_implementation("kvsuite")
-    compare(kv_session, record_property, kv_task, "against transformers' own cache", shortest, others)
+    compare(kv_session, kv_task, "transformers' own cache", shortest, others)
 
 
 @torch.inference_mode()
 def test_full_stores_what_transformers_stores(kv_session, kv_task, shortest):
-    engine, request = kv_session.engine, kv_session.request(shortest[0].sample)
+    engine, request = kv_session.engine, shortest[0][0]
     ids, _ = engine.encode(request, "prompt")
     observed = engine.prefill(request, ids, [], frozenset()).context
     caches = [parse("full").cache(layer, 1, len(ids)) for layer in engine.layers]
@@ -70,22 +75,19 @@ def test_full_stores_what_transformers_stores(kv_session, kv_task, shortest):
 
 
 def test_an_answer_is_bitwise_independent_of_mates_row_and_order(kv_session, kv_task, shortest):
-    o = kv_session.options
-    requests = [kv_session.request(a.sample) for a in shortest[:8]]
-    again = {
-        r.id: r for r in kv_session.engine.generate(requests[::-1], [parse("full")], width=o.batch, compress=o.compress)
-    }
-    for answer in shortest[:8]:
-        mine, other = answer.response, again[answer.sample.id]
-        assert (mine.tokens, mine.margins) == (other.tokens, other.margins)
+    o, few = kv_session.options, shortest[:8]
+    requests = [request for request, _ in few][::-1]
+    found = kv_session.engine.generate(requests, [parse("full")], width=o.width, compress=o.compress)
+    again = {r.id: (r.tokens, r.margins) for r in found}
+    for request, answer in few:
+        assert again[request.id] == (answer.tokens, answer.margins)
 
 
-def test_widths_agree(kv_session, kv_task, shortest, record_property):
-    o, other = kv_session.options, 8 if kv_session.options.batch == 1 else 1
-    requests = [kv_session.request(a.sample) for a in shortest]
+def test_widths_agree(kv_session, kv_task, shortest):
+    o, other = kv_session.options, 8 if kv_session.options.width == 1 else 1
+    requests = [request for request, _ in shortest]
     found = kv_session.engine.generate(requests, [parse("full")], width=other, compress=o.compress)
-    others = {r.id: r.tokens for r in found}
-    compare(kv_session, record_property, kv_task, f"at width {o.batch} against {other}", shortest, others)
+    compare(kv_session, kv_task, f"itself at width {other}", shortest, {r.id: r.tokens for r in found})
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""pytest -m throughput: two promises of the core, on the default model. Both sides alternate in one session."""
+"""pytest -m throughput: two promises of the core. Both sides alternate in one session, and the limits are asserted."""
 
 import statistics
 import time
@@ -6,10 +6,10 @@ import time
 import pytest
 import torch
 
-from kvsuite.engines.decoder import Decoder
 from kvsuite.engines.request import Request
-from kvsuite.engines.sampling import Sampling
+from kvsuite.engines.timing import DecodeCell
 from kvsuite.methods import parse, parse_all
+from kvsuite.records import Timing
 
 pytestmark = pytest.mark.throughput
 
@@ -19,77 +19,57 @@ EIGHT = parse_all(
 )
 
 
-@pytest.fixture(scope="module")
-def engine(kv_session):
-    return kv_session.engine
-
-
-@pytest.fixture(scope="module")
-def prompt(engine):
-    torch.manual_seed(0)
-    return torch.randint(100, engine.model.config.vocab_size, (LENGTH,)).tolist()
-
-
 def timed(run):
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
-def pairs(benchmark, baseline, run, rounds):
-    """Both sides in turn: the baseline in the set-up of each round. Returns the ratio of medians and both medians."""
-    before, after = [], []
-    benchmark.pedantic(
-        lambda: after.append(timed(run)), setup=lambda: before.append(timed(baseline)), rounds=rounds, warmup_rounds=1
-    )
-    a, b = statistics.median(before[1:]), statistics.median(after[1:])
-    return b / a, a, b
+def record(kv_session, cells, method, **timing):
+    decoder, worst = cells[-1].decoder, max(cell.checked for cell in cells)
+    where = {"cache": decoder.provenance, "path": decoder.path, "checked": worst, "length": LENGTH}
+    kv_session.record(Timing(method, **where, **timing))
+
+
+def checked(engine, methods, prompt, width, steps):
+    cells = [DecodeCell(engine, method, prompt, width, steps) for method in methods]
+    for cell in cells:
+        cell.check()
+    return cells
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
-def test_many_methods_cost_one_prefill(engine, prompt, benchmark, record_property, count):
-    request = Request("prefill", "", "", 1)
-    methods = EIGHT[:count]
-    decoders = []
-    with torch.inference_mode():
-        for method in methods:
-            capacity = method.capacity(LENGTH, 1)
-            decoders.append(Decoder(engine.model, method, engine.layers, 1, capacity, Sampling(), frozenset()))
+def test_many_methods_cost_one_prefill(kv_session, benchmark, count):
+    engine, ids, alone, together = kv_session.engine, kv_session.text(LENGTH), [], []
+    cells = checked(engine, EIGHT[:count], kv_session.prompt(LENGTH), 1, 2)
 
     def prefill():
-        return engine.prefill(request, prompt, [], frozenset())
+        return engine.prefill(Request("prefill", "", "", 1), ids, [], frozenset())
 
     def answer():
         ready = prefill()
         with torch.inference_mode():
-            for decoder in decoders:
-                assert len(list(decoder.admit(ready))) == 1
+            for cell in cells:
+                cell.decoder.method.compress(0, ready.context, cell.decoder.caches)
 
-    ratio, alone, together = pairs(benchmark, prefill, answer, rounds=6)
-    fact = {"kind": "cost", "what": f"prefill {LENGTH} tokens for {count} methods", "of": "the prefill alone"}
-    record_property("kvsuite", fact | {"baseline": alone, "seconds": together, "ratio": ratio})
-    benchmark.extra_info["ratio"] = ratio
+    def turn():
+        alone.append(timed(prefill))
+
+    benchmark.pedantic(lambda: together.append(timed(answer)), setup=turn, rounds=5, warmup_rounds=1)
+    name = f"{count} methods" if count > 1 else "1 method"
+    rounds = {"seconds": together[1:], "baseline_seconds": alone[1:]}
+    record(kv_session, cells, name, phase="shared prefill", tokens=LENGTH, **rounds)
+    ratio = statistics.median(together[1:]) / statistics.median(alone[1:])
     assert ratio < 1 + 0.5 * count, "a method costs its compression, far less than another prefill"
 
 
-def test_decoding_at_width_8_is_worth_4_times_width_1(engine, prompt, benchmark, record_property):
-    rounds, method = 24, parse("full")
-    ready = engine.prefill(Request("decode", "", "", 1000), prompt, [], frozenset())
-    decoders = {}
-    with torch.inference_mode():
-        for width in (1, 8):
-            capacity = method.capacity(LENGTH, 2 * rounds)
-            decoders[width] = Decoder(engine.model, method, engine.layers, width, capacity, Sampling(), frozenset())
-            for _ in range(width):
-                assert list(decoders[width].admit(ready)) == []
-
-    def step(width):
-        with torch.inference_mode():
-            assert list(decoders[width].step()) == []
-
-    ratio, one, eight = pairs(benchmark, lambda: step(1), lambda: step(8), rounds)
-    gain = 8 / ratio
-    fact = {"kind": "cost", "what": f"decode step at width 8, {LENGTH} tokens", "of": "a step at width 1"}
-    record_property("kvsuite", fact | {"baseline": one, "seconds": eight, "ratio": ratio})
-    benchmark.extra_info["tokens_per_second_gain"] = gain
-    assert gain >= 4
+def test_decoding_at_width_8_is_worth_4_times_width_1(kv_session, benchmark):
+    rounds, prompt = 24, kv_session.prompt(LENGTH)
+    one, eight = (checked(kv_session.engine, [parse("full")], prompt, width, rounds + 2)[0] for width in (1, 8))
+    before, after = [], []
+    benchmark.pedantic(
+        lambda: after.append(eight.round()), setup=lambda: before.append(one.round()), rounds=rounds, warmup_rounds=1
+    )
+    seconds = {"seconds": after[1:], "baseline_seconds": before[1:]}
+    record(kv_session, [one, eight], "full", phase="width", width=8, tokens=8, **seconds)
+    assert 8 * statistics.median(before[1:]) / statistics.median(after[1:]) >= 4

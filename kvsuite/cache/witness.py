@@ -1,0 +1,75 @@
+"""Watching a cache attend: is the output the attention over what it holds? A speed is only believed after that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvsuite.cache.layer import Held, LayerCache
+
+
+class Witness:
+    """Compares one row's decoding attention, layer by layer, with float64 attention over what the row holds."""
+
+    def __init__(self, row: int = 0) -> None:
+        self.row = row
+        self.layers = 0
+        """Layer outputs compared so far."""
+        self.worst = 0.0
+        """The largest error so far in units of what rounding can explain; more than 1 is a wrong result."""
+        self._held: list[Held] = []
+
+    def before(self, cache: LayerCache) -> None:
+        """What the row holds, its newest token included, before it is attended to (and perhaps evicts)."""
+        self._held = cache.materialise(self.row)
+
+    def after(
+        self,
+        rows: Sequence[int | None],
+        q: Tensor,
+        out: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sink_logits: Tensor | None,
+    ) -> None:
+        """q and out (len(rows), heads, 1, head_dim) of one step."""
+        at = list(rows).index(self.row)
+        group = q.shape[1] // len(self._held)
+        for head in range(q.shape[1]):
+            held = self._held[head // group]
+            sink = None if sink_logits is None else sink_logits[head].double()
+            found = error(q[at, head, 0], out[at, head, 0], held, scale, window, softcap, sink)
+            self.worst = max(self.worst, found)
+        self.layers += 1
+
+
+def error(
+    q: Tensor,
+    out: Tensor,
+    held: Held,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+) -> float:
+    """How far ``out`` (head_dim,) is from attention of ``q`` over ``held`` in float64, in units of the largest error of
+    an attention that keeps scores and sums in float32 and rounds weights and result to q's dtype. Infinite for NaN."""
+    k, v = held.k.double(), held.v.double()
+    if window is not None:
+        inside = held.positions > held.positions[-1] - window
+        k, v = k[inside], v[inside]
+    scores = (k @ q.double()) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    top = scores.max() if sink is None else torch.maximum(scores.max(), sink)
+    raised = (scores - top).exp()
+    p = raised / (raised.sum() + (0 if sink is None else (sink - top).exp()))
+    unit, single = torch.finfo(q.dtype).eps / 2, torch.finfo(torch.float32).eps / 2
+    products = float((k.abs() @ q.double().abs()).max()) * scale * (q.shape[-1] + 4) * single
+    allowed = (2 * products + 3 * unit + (len(k) + 8) * single) * (p @ v.abs())
+    allowed = allowed + torch.finfo(q.dtype).tiny * 2 * unit * (1 + v.abs().sum(0))
+    found = float(((out.double() - p @ v).abs() / allowed).max())
+    return found if found == found else float("inf")

@@ -1,0 +1,123 @@
+"""One cell of the speed evaluation. A cache is timed only after its output was checked, and it is the same object."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from kvsuite.cache import adapter
+from kvsuite.cache.witness import Witness
+from kvsuite.engines.decoder import Decoder, Prompt
+from kvsuite.engines.request import Request
+from kvsuite.engines.sampling import Sampling
+from kvsuite.engines.transformers import TransformersEngine
+from kvsuite.methods import Method
+
+ENDLESS = 1 << 30
+
+
+class Unchecked(RuntimeError):
+    """A cache was to be timed whose output nobody looked at, or whose output was wrong."""
+
+
+class DecodeCell:
+    """``width`` sequences with the same context under one method, decoding without end."""
+
+    def __init__(self, engine: TransformersEngine, method: Method, prompt: Prompt, width: int, steps: int) -> None:
+        """``steps``: rounds to come, one token each."""
+        length = prompt.context[0].k.shape[1]
+        self.checked: float | None = None
+        self.tokens = width
+        with torch.inference_mode():
+            capacity = method.capacity(length, steps + 2)
+            self.decoder = Decoder(engine.model, method, engine.layers, width, capacity, Sampling(), frozenset())
+            for _ in range(width):
+                for response in self.decoder.admit(prompt):
+                    raise Unchecked(response.error or "the answer ended before it began")
+
+    def check(self) -> None:
+        """One step, watched: every layer's output against float64 attention over what the cache holds."""
+        witness = self.decoder.cache.witness = Witness()
+        try:
+            self._step()
+        finally:
+            self.decoder.cache.witness = None
+        if witness.layers != len(self.decoder.caches) or not witness.worst <= 1:
+            raise Unchecked(f"attention is {witness.worst:.3g} times further from its cache than rounding explains")
+        self.checked = witness.worst
+
+    def round(self) -> float:
+        """Seconds of one step. Raises Unchecked before `check`, and where logits are not finite."""
+        if self.checked is None:
+            raise Unchecked("a cache is timed only after its output was checked")
+        start = time.perf_counter()
+        self._step()
+        return time.perf_counter() - start
+
+    def _step(self) -> None:
+        with torch.inference_mode():
+            for response in self.decoder.step():
+                raise Unchecked(response.error or "an answer ended while it was timed")
+
+
+class PrefillCell:
+    """One prompt through the model and into a method's cache: the observations it asks for are its own."""
+
+    def __init__(self, engine: TransformersEngine, method: Method, tokens: list[int]) -> None:
+        self.engine, self.method, self.ids = engine, method, tokens
+        self.tokens = len(tokens)
+        self.checked: float | None = None
+        self.decoder = DecodeCell(engine, method, self._prefill(), 1, 2)
+
+    def check(self) -> None:
+        """The cache it fills is decoded from once, watched."""
+        self.decoder.check()
+        self.checked = self.decoder.checked
+
+    def round(self) -> float:
+        """Seconds until the prompt is compressed. Raises Unchecked before `check`."""
+        if self.checked is None:
+            raise Unchecked("a cache is timed only after its output was checked")
+        start = time.perf_counter()
+        prompt = self._prefill()
+        with torch.inference_mode():
+            self.method.compress(0, prompt.context, self.decoder.decoder.caches)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def _prefill(self) -> Prompt:
+        return self.engine.prefill(Request("cell", "", "", ENDLESS), self.ids, [], self.method.needs)
+
+
+class TransformersCell:
+    """transformers' own DynamicCache under SDPA, the same sequences: a row of its own, not the baseline."""
+
+    def __init__(self, engine: TransformersEngine, tokens: list[int], width: int) -> None:
+        self.model, self.tokens = engine.model, width
+        self.cache: Any = DynamicCache()
+        self._forward(torch.tensor([tokens] * width, device=self.model.device))
+
+    def round(self) -> float:
+        """Seconds of one step of the batch."""
+        ids = torch.full((self.tokens, 1), 5, device=self.model.device)
+        start = time.perf_counter()
+        self._forward(ids)
+        return time.perf_counter() - start
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of K and V."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+
+    @torch.inference_mode()
+    def _forward(self, ids: torch.Tensor) -> None:
+        self.model.set_attn_implementation("sdpa")
+        try:
+            out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            out.logits[:, -1].argmax(-1).tolist()
+        finally:
+            self.model.set_attn_implementation(adapter.NAME)

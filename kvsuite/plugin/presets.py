@@ -1,0 +1,46 @@
+"""How much a run does: the defaults of every option, by preset."""
+
+from __future__ import annotations
+
+from typing import Any
+
+SMOKE: dict[str, Any] = {
+    "model": "",
+    "methods": "full,jitter,jitter:seed=1,int8,kivi:bits=4,kivi:bits=2,streaming-llm:budget=128,h2o:budget=128",
+    "compress": "prompt",
+    "batch": "1,8",
+    "length": "512,1024",
+    "tasks": "needle,chat",
+    "samples": 8,
+    "cap": 128,
+    "temperature": 1.0,
+    "rounds": 6,
+    "timeout": 120,
+    "seed": 0,
+    "dtype": "auto",
+    "device": "cpu",
+    "run": "",
+}
+STANDARD = SMOKE | {
+    "methods": SMOKE["methods"]
+    + ",random:budget=256,streaming-llm:budget=256,h2o:budget=256,h2o:budget=256+kivi:bits=4",
+    "length": "512,1024,2048,4000",
+    "samples": 40,
+    "cap": 512,
+    "rounds": 12,
+    "timeout": 900,
+}
+PAPER = (
+    SMOKE
+    | {  # what of App. A.3 fits one machine; StreamingLLM 64 + 448, H2O 64 + 448, KIVI G 32 R 128, cap 1024, T 1
+        "methods": "full,jitter,jitter:seed=1,kivi:bits=4,kivi:bits=2,"
+        "streaming-llm:budget=512,sinks=64,h2o:heavy=64,recent=448,streaming-llm:budget=256,h2o:budget=256",
+        "batch": "1,2,4,8,16",
+        "length": "1024,2048,4000,6144",
+        "samples": 80,
+        "cap": 1024,
+        "rounds": 12,
+        "timeout": 3600,
+    }
+)
+PRESETS = {"smoke": SMOKE, "standard": STANDARD, "paper": PAPER}

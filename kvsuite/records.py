@@ -1,0 +1,215 @@
+"""What was measured: one record a line, written at once, in a folder that says where it comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from kvsuite.errors import UsageError
+
+SCHEMA = 1
+"""Version of the record lines; a reader refuses others."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measured fact. ``status`` "failed" carries the reason in ``error`` and no figures to be believed."""
+
+    kind: ClassVar[str]
+
+    method: str
+    status: Literal["ok", "failed"] = "ok"
+    error: str = ""
+    cache: str = ""
+    """The class that stored and attended, with its module: what is scored must be what is timed."""
+    path: str = ""
+    """Codec and attention: ``kivi/unfused`` ran on the PyTorch reference."""
+    width: int = 1
+    """Rows decoded together."""
+
+
+@dataclass(frozen=True)
+class Answer(Record):
+    """One answer of one method to one sample. Seconds are wall time."""
+
+    kind: ClassVar[str] = "answer"
+
+    evaluation: str = "samples"
+    task: str = ""
+    sample: str = ""
+    repeat: int = 0
+    score: float | None = None
+    """0 to 1; None where the task has no reference."""
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    finish: str = ""
+    """stop, or length where the cap ended it."""
+    cap: int = 0
+    prompt_tokens: int = 0
+    context_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    """The steps it took part in: what its reader waited."""
+    decode_share: float = 0.0
+    """Its part of those, each step divided by its sequences: adds up over a method's answers."""
+    nbytes: int = 0
+    """Held after the prompt, all layers."""
+    nbytes_end: int = 0
+    """Held when the answer ended, and what K and V of all its tokens would take uncompressed."""
+    dense_end: int = 0
+    kept: int = 0
+    margins: list[float] = field(default_factory=list)
+    """Gap between the two highest logits at every token."""
+
+
+@dataclass(frozen=True)
+class Agreement(Record):
+    """On how many of ``n`` samples a method gave the very tokens of ``other``."""
+
+    kind: ClassVar[str] = "agreement"
+
+    other: str = ""
+    task: str = ""
+    n: int = 0
+    same: int = 0
+
+
+@dataclass(frozen=True)
+class Timing(Record):
+    """One cell of the speed evaluation: paired rounds of the baseline and of a method whose output was checked."""
+
+    kind: ClassVar[str] = "timing"
+
+    phase: Literal["prefill", "decode", "shared prefill", "width"] = "decode"
+    """The last two are the core's promises: many methods against one prefill, a wide step against a narrow one."""
+    length: int = 0
+    """Tokens of context per sequence at the first round."""
+    tokens: int = 0
+    """Tokens a round yields, all sequences."""
+    seconds: list[float] = field(default_factory=list)
+    baseline_seconds: list[float] = field(default_factory=list)
+    """Round i of the baseline ran right before round i of the method."""
+    nbytes: int = 0
+    """Held by all sequences, all layers."""
+    checked: float | None = None
+    """How far its attention was from the reference over what it holds, in units of the tolerance; None: not checked."""
+
+
+KINDS: dict[str, type[Record]] = {kind.kind: kind for kind in (Answer, Agreement, Timing)}
+
+
+def encode(record: Record) -> str:
+    """One JSON line. Raises ValueError for a number that is not finite: measure again or record a failure."""
+    line = {"schema": SCHEMA, "kind": record.kind, **dataclasses.asdict(record)}
+    return json.dumps(line, allow_nan=False, ensure_ascii=False)
+
+
+def decode(line: str) -> Record:
+    """The record of one line. Raises UsageError for another schema or kind."""
+    found = json.loads(line)
+    if found.pop("schema", None) != SCHEMA:
+        raise UsageError(f"this record is of another schema than {SCHEMA}")
+    kind = KINDS.get(found.pop("kind", ""))
+    if kind is None:
+        raise UsageError("this record is of a kind this version does not know")
+    return kind(**found)
+
+
+class RunFolder:
+    """Where a run leaves what it measured: ``run.json`` and ``records.jsonl``. Each pytest-xdist worker appends to a
+    file of its own, ``records-gw0.jsonl``, until the controller joins them."""
+
+    def __init__(self, folder: Path, worker: str = "") -> None:
+        self.folder = folder
+        self._file = folder / (f"records-{worker}.jsonl" if worker else "records.jsonl")
+
+    def describe(self, facts: dict[str, Any]) -> None:
+        """Write ``run.json``: what, where, versions, seeds, hardware. A later call replaces it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"schema": SCHEMA, **facts}, indent=2, ensure_ascii=False, allow_nan=False)
+        unfinished = self._file.with_suffix(".json.tmp")
+        unfinished.write_text(text + "\n")
+        unfinished.rename(self.folder / "run.json")
+
+    def append(self, record: Record) -> None:
+        """Write one record and flush it. A figure that is not finite makes it a failed record, which is kept."""
+        try:
+            line = encode(record)
+        except ValueError:
+            line = encode(failed(record, "a figure is not finite"))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._file.open("a") as file:
+            file.write(line + "\n")
+
+    def join(self) -> None:
+        """Append the workers' files to ``records.jsonl`` and remove them."""
+        for part in sorted(self.folder.glob("records-*.jsonl")):
+            with self._file.open("a") as file:
+                file.write(part.read_text())
+            part.unlink()
+
+
+def failed(record: Record, error: str) -> Record:
+    """The same cell as a failure; figures that are not finite are dropped."""
+    values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+    broken: dict[str, Any] = {
+        name: [] if isinstance(value, list) else None for name, value in values.items() if not _finite(value)
+    }
+    return dataclasses.replace(record, status="failed", error=error, **broken)
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as it was left."""
+
+    folder: Path
+    facts: dict[str, Any]
+    records: list[Record]
+    torn: int = 0
+    """Lines that were cut off while being written, and skipped."""
+
+
+def read(folder: Path) -> Run:
+    """A run folder, workers' files included. Raises UsageError where it is none or a line in the middle is broken."""
+    try:
+        facts = json.loads((folder / "run.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{str(folder)!r} is not a run folder: {error}") from error
+    records, torn = [], 0
+    for file in sorted(folder.glob("records*.jsonl")):
+        lines = file.read_text().splitlines()
+        for at, line in enumerate(lines, start=1):
+            try:
+                records.append(decode(line))
+            except (ValueError, TypeError) as error:
+                if at < len(lines):
+                    raise UsageError(f"{file} line {at}: {error}") from error
+                torn += 1
+    return Run(folder, facts, records, torn)
+
+
+def refusal(one: Run, other: Run) -> str:
+    """Why two runs cannot be compared, in a sentence; empty if they can: same model, same texts, same settings."""
+    for key, what in (("model", "models"), ("texts", "texts"), ("settings", "settings")):
+        a, b = one.facts.get(key), other.facts.get(key)
+        if a != b:
+            parts = _differing(a, b)
+            return f"{one.folder} and {other.folder} are of different {what} ({parts}) and cannot be compared"
+    return ""
+
+
+def _differing(a: Any, b: Any) -> str:
+    if not (isinstance(a, dict) and isinstance(b, dict)):
+        return f"{a!r} and {b!r}"
+    keys = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+    return ", ".join(f"{key}: {a.get(key)!r} and {b.get(key)!r}" for key in keys)

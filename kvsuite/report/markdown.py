@@ -1,0 +1,68 @@
+"""Report plugin: ``report.md`` in the run's folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvsuite.analysis.throughput import speed_rows
+from kvsuite.records import Run, Timing
+from kvsuite.report.tables import Table, provenance, tables
+
+
+def pytest_kv_report(run: Run, terminalreporter: Any) -> None:
+    """Write the report beside the records."""
+    (run.folder / "report.md").write_text(render(run))
+
+
+def render(run: Run) -> str:
+    """The whole report as markdown."""
+    facts, where = run.facts, run.facts["environment"]
+    packages = ", ".join(f"{name} {version}" for name, version in where["packages"].items())
+    git = where["git"]
+    commit = "no checkout" if git is None else git["commit"][:12] + (", with changes" if git["dirty"] else "")
+    parts = [
+        f"# kvsuite report · {facts['model']['name']}",
+        f"{facts['started']} · `pytest {' '.join(facts['command'])}` · preset {facts['preset']}",
+        f"{where['gpu'] or where['cpu']}, {where['cores']} cores, {where['threads']} threads, {where['dtype']} · "
+        f"Python {where['python']}, {packages} · kvsuite {where['kvsuite']} ({commit})",
+        "It speaks of this model, these texts and this machine.",
+        *[_table(table) for table in tables(run)],
+    ]
+    cells = [t for t in run.records if isinstance(t, Timing)]
+    if cells:
+        parts.append(_table(_cells(cells)))
+    if said := provenance(run.records):
+        parts.append(f"**{said}**")
+    if run.torn:
+        parts.append(f"{run.torn} record lines were cut off while being written and are left out.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _cells(timings: list[Timing]) -> Table:
+    rows = []
+    for row in speed_rows(timings):
+        cell = [row.method, row.phase, str(row.width), str(row.length)]
+        if row.speedup is None or row.rate is None:
+            rows.append([*cell, "FAILED", row.error, "", "", ""])
+            continue
+        checked = "-" if row.checked is None else f"{row.checked:.2f}"
+        interval = f"{row.speedup.low:.3f}–{row.speedup.high:.3f}"
+        speed = [f"{row.rate:,.1f}", f"{row.speedup.mean:.3f}", interval]
+        rows.append([*cell, *speed, f"{row.nbytes / 2**20:.1f}", checked])
+    columns = ["method", "phase", "batch", "length", "tok/s", "× full", "95 %", "MiB", "checked"]
+    note = (
+        "checked: largest error of the attention output over what the cache holds, in units of what rounding explains."
+    )
+    return Table("every timed cell", columns, rows, [note])
+
+
+def _table(table: Table) -> str:
+    lines = [f"## {table.title}", "", _line(table.columns), _line(["---", *["---:"] * (len(table.columns) - 1)])]
+    lines += [_line(row) for row in table.rows]
+    for note in table.notes:
+        lines += ["", note]
+    return "\n".join(lines)
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"

@@ -1,0 +1,109 @@
+"""Records survive: every line, whatever happened after it."""
+
+import dataclasses
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvsuite.environment import describe, fingerprint
+from kvsuite.errors import UsageError
+from kvsuite.records import Agreement, Answer, RunFolder, Timing, decode, encode, read, refusal
+
+finite = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@given(
+    st.builds(Answer, method=st.text(), tokens=st.lists(st.integers()), text=st.text(), score=finite | st.none())
+    | st.builds(Timing, method=st.text(), seconds=st.lists(finite), checked=finite | st.none())
+    | st.builds(Agreement, method=st.text(), other=st.text(), n=st.integers())
+)
+def test_a_line_is_a_record_again(record):
+    line = encode(record)
+    assert "\n" not in line
+    assert decode(line) == record
+
+
+def test_a_figure_that_is_not_finite_is_a_failure_and_is_kept(tmp_path):
+    run = RunFolder(tmp_path)
+    run.describe({})
+    run.append(Timing("m", seconds=[0.1, math.nan], baseline_seconds=[0.1, 0.2], checked=math.inf, length=512))
+    [found] = read(tmp_path).records
+    assert (found.status, found.error) == ("failed", "a figure is not finite")
+    assert (found.method, found.length, found.seconds, found.checked) == ("m", 512, [], None)
+
+
+def test_a_line_is_there_at_once(tmp_path):
+    run = RunFolder(tmp_path)
+    run.describe({})
+    for at in range(3):
+        run.append(Answer("m", sample=f"s{at}"))
+        assert len(read(tmp_path).records) == at + 1
+
+
+def test_a_torn_last_line_is_skipped_and_told(tmp_path):
+    run = RunFolder(tmp_path)
+    run.describe({})
+    run.append(Answer("m"))
+    with (tmp_path / "records.jsonl").open("a") as file:
+        file.write(encode(Answer("n"))[:40])
+    found = read(tmp_path)
+    assert ([r.method for r in found.records], found.torn) == (["m"], 1)
+
+
+def test_a_broken_line_in_the_middle_is_an_error_with_its_place(tmp_path):
+    RunFolder(tmp_path).describe({})
+    (tmp_path / "records.jsonl").write_text("{}\n" + encode(Answer("m")) + "\n")
+    with pytest.raises(UsageError, match=r"records.jsonl line 1: this record is of another schema than 1"):
+        read(tmp_path)
+
+
+def test_workers_files_are_read_and_joined(tmp_path):
+    RunFolder(tmp_path).describe({})
+    for worker in ("gw0", "gw1"):
+        RunFolder(tmp_path, worker).append(Answer(worker))
+    assert [r.method for r in read(tmp_path).records] == ["gw0", "gw1"]
+    RunFolder(tmp_path).join()
+    assert [p.name for p in tmp_path.glob("records*")] == ["records.jsonl"]
+    assert [r.method for r in read(tmp_path).records] == ["gw0", "gw1"]
+
+
+def test_no_run_folder_is_one_sentence(tmp_path):
+    with pytest.raises(UsageError, match="is not a run folder"):
+        read(tmp_path)
+
+
+FACTS = {"model": {"name": "a", "fingerprint": "1"}, "texts": {"needle": "2"}, "settings": {"cap": 128}}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("model", {"name": "a", "fingerprint": "9"}, "different models (fingerprint: '1' and '9')"),
+        ("texts", {"chat": "2"}, "different texts (chat: None and '2', needle: '2' and None)"),
+        ("settings", {"cap": 64}, "different settings (cap: 128 and 64)"),
+    ],
+)
+def test_runs_of_different_things_refuse_to_be_compared(tmp_path, key, value, said):
+    for name, facts in (("a", FACTS), ("b", FACTS | {key: value}), ("c", FACTS)):
+        RunFolder(tmp_path / name).describe(facts)
+    a, b, c = (read(tmp_path / name) for name in "abc")
+    assert said in refusal(a, b)
+    assert refusal(a, c) == ""
+
+
+def test_a_fingerprint_tells_files_apart(tmp_path):
+    (tmp_path / "w").write_bytes(bytes(3 << 20))
+    one = fingerprint([tmp_path / "w"])
+    assert fingerprint([tmp_path / "w"]) == one
+    for change in (b"x" + bytes((3 << 20) - 1), bytes((3 << 20) - 1) + b"x", bytes((3 << 20) + 1)):
+        (tmp_path / "w").write_bytes(change)
+        assert fingerprint([tmp_path / "w"]) != one
+
+
+def test_the_environment_is_json_with_versions():
+    found = describe()
+    assert found["packages"]["torch"]
+    assert found["cores"] >= 1
+    Agreement("m", other=str(dataclasses.asdict(Timing("m"))))

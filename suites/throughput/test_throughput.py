@@ -1,0 +1,105 @@
+"""pytest -m throughput: speed of every method against `full`, which runs in turn with it; each cell is one record."""
+
+import time
+
+import pytest
+
+from kvsuite.engines.timing import DecodeCell, PrefillCell, TransformersCell, Unchecked
+from kvsuite.methods import parse
+from kvsuite.records import Timing
+
+pytestmark = pytest.mark.throughput
+
+
+def run_cell(kv_session, benchmark, cell, make):
+    """Check both sides, time them in turn, record what came out, whatever came out; raise what went wrong."""
+    o, found, before, after = kv_session.options, {}, [], []
+    try:
+        baseline, mine, found = make()
+        deadline = time.perf_counter() + o.timeout
+
+        def turn():
+            before.append(baseline.round())
+            if time.perf_counter() > deadline:
+                raise TimeoutError(f"took more than {o.timeout:g} s")
+
+        rounds = o.rounds if cell["phase"] == "decode" else max(2, o.rounds // 3)
+        warm = 1 if cell["phase"] == "decode" else 0
+        benchmark.pedantic(lambda: after.append(mine.round()), setup=turn, rounds=rounds, warmup_rounds=warm)
+        record = Timing(**cell, **found, seconds=after[warm:], baseline_seconds=before[warm:])
+    except Exception as error:
+        kv_session.record(Timing(**cell, **found, status="failed", error=f"{type(error).__name__}: {error}"))
+        raise
+    kv_session.record(record)
+    benchmark.extra_info["record"] = {"method": record.method, "path": record.path, "nbytes": record.nbytes}
+
+
+def ours(decoder):
+    """Where a timing comes from: the very attributes an answer's record has."""
+    return {"cache": decoder.provenance, "path": decoder.path}
+
+
+def test_decode(kv_session, benchmark, kv_method, kv_batch, kv_length):
+    def make():
+        prompt = kv_session.prompt(kv_length, kv_method.needs)
+        steps = kv_session.options.rounds + 2
+        cells = [DecodeCell(kv_session.engine, m, prompt, kv_batch, steps) for m in (parse("full"), kv_method)]
+        for cell in cells:
+            cell.check()
+        decoder = cells[1].decoder
+        return *cells, ours(decoder) | {"nbytes": decoder.nbytes, "checked": cells[1].checked, "tokens": kv_batch}
+
+    cell = {"method": kv_method.name, "phase": "decode", "width": kv_batch, "length": kv_length}
+    run_cell(kv_session, benchmark, cell, make)
+
+
+def test_prefill(kv_session, benchmark, kv_method, kv_length):
+    def make():
+        ids = kv_session.text(kv_length)
+        cells = [PrefillCell(kv_session.engine, m, ids) for m in (parse("full"), kv_method)]
+        for cell in cells:
+            cell.check()
+        decoder = cells[1].decoder.decoder
+        return *cells, ours(decoder) | {"nbytes": decoder.nbytes, "checked": cells[1].checked, "tokens": kv_length}
+
+    cell = {"method": kv_method.name, "phase": "prefill", "width": 1, "length": kv_length}
+    run_cell(kv_session, benchmark, cell, make)
+
+
+def test_transformers(kv_session, benchmark, kv_batch, kv_length):
+    def make():
+        steps = kv_session.options.rounds + 2
+        full = DecodeCell(kv_session.engine, parse("full"), kv_session.prompt(kv_length), kv_batch, steps)
+        full.check()
+        other = TransformersCell(kv_session.engine, kv_session.text(kv_length), kv_batch)
+        found = {"cache": "transformers.cache_utils.DynamicCache", "path": "sdpa"}
+        return full, other, found | {"nbytes": other.nbytes, "tokens": kv_batch}
+
+    cell = {"method": "transformers", "phase": "decode", "width": kv_batch, "length": kv_length}
+    run_cell(kv_session, benchmark, cell, make)
+
+
+def test_a_cache_nobody_checked_is_not_timed(kv_session):
+    cell = DecodeCell(kv_session.engine, parse("full"), kv_session.prompt(min(kv_session.options.length)), 1, 2)
+    with pytest.raises(Unchecked, match="only after its output was checked"):
+        cell.round()
+
+
+def test_the_suite_adds_little_to_a_step(kv_session):
+    """A timed step against the model and the choice of a token alone: what is around them is ours."""
+    cell = DecodeCell(kv_session.engine, parse("full"), kv_session.prompt(min(kv_session.options.length)), 8, 30)
+    cell.check()
+    inside, forward = [], cell.decoder._forward
+
+    def timed(*inputs):
+        start = time.perf_counter()
+        logits = forward(*inputs)
+        logits.argmax(-1).tolist()
+        inside.append(time.perf_counter() - start)
+        return logits
+
+    cell.decoder._forward = timed
+    whole = [cell.round() for _ in range(25)]
+    shares = sorted(1 - a / b for a, b in zip(inside, whole, strict=True))
+    print(f"the suite's share of a decode step: {shares[12]:.1%} (median of 25)")
+    assert shares[12] <= 0.02
