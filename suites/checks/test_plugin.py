@@ -37,7 +37,7 @@ MISTAKES = [
     (["--kv-methods", "kivi:bit=4"], "unknown parameter of kivi 'bit': did you mean 'bits'?"),
     (["--kv-methods", "kivi:bits=3"], "kivi: bits is one of 4, 2, not '3'"),
     (["--kv-methods", "streaming-llm:budget=4"], "budget=4 must be above its 4 sinks"),
-    (["--kv-methods", "h2o:budget=4096"], "a budget of 4096 tokens keeps everything of a context of 4000"),
+    (["--kv-methods", "h2o:budget=4096"], "a budget of 4096 tokens keeps everything of a context of 1024"),
     (["--kv-methods", "random:budget=512", "--kv-length", "512"], "keeps everything of a context of 512"),
     (["--kv-methods", "full+"], "names no method where one is expected"),
     (["--kv-model", "nowhere"], "model folder 'nowhere' does not exist"),
@@ -87,7 +87,7 @@ def test_a_missing_download_says_what_to_run(project, monkeypatch):
 def test_plain_pytest_runs_no_evaluation(project):
     result = project.runpytest_subprocess()
     assert result.ret == pytest.ExitCode.NO_TESTS_COLLECTED
-    result.stdout.fnmatch_lines(["*9 deselected*"])
+    result.stdout.fnmatch_lines(["*8 deselected*"])
 
 
 def best_of_5(*command):
