@@ -1,13 +1,31 @@
 """This checkout's pytest set-up: the plugin, hypothesis profiles, one thread and no hub for the checks."""
 
 import os
+import re
+from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 pytest_plugins = ("kvsuite.plugin", "pytester")
 
+SUITES = Path(__file__).parent / "suites"
+EVALUATIONS = ("throughput", "length", "samples", "tools")
+
 settings.register_profile("dev", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", settings.get_profile("dev"), derandomize=True, max_examples=40, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out the folders of ``suites/`` that a ``-m`` made of evaluations' names rules out: their imports take
+    seconds. A folder is named like the marker of all its tests; ``checks`` has none."""
+    if collection_path.parent != SUITES or not collection_path.is_dir():
+        return None
+    words = re.findall(r"\w+|\S", config.option.markexpr)
+    if not words or not set(words) <= {*EVALUATIONS, "and", "or", "not", "(", ")"}:
+        return None
+    chosen = eval(" ".join(words), {}, {name: name == collection_path.name for name in EVALUATIONS})
+    return None if chosen else True

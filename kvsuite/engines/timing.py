@@ -57,6 +57,11 @@ class DecodeCell:
         self._step()
         return time.perf_counter() - start
 
+    @torch.inference_mode()
+    def compress(self, prompt: Prompt) -> None:
+        """Put another prompt into the first sequence's place."""
+        self.decoder.method.compress(0, prompt.context, self.decoder.caches)
+
     def _step(self) -> None:
         with torch.inference_mode():
             for response in self.decoder.step():
@@ -70,12 +75,12 @@ class PrefillCell:
         self.engine, self.method, self.ids = engine, method, tokens
         self.tokens = len(tokens)
         self.checked: float | None = None
-        self.decoder = DecodeCell(engine, method, self._prefill(), 1, 2)
+        self.inner = DecodeCell(engine, method, self._prefill(), 1, 2)
 
     def check(self) -> None:
         """The cache it fills is decoded from once, watched."""
-        self.decoder.check()
-        self.checked = self.decoder.checked
+        self.inner.check()
+        self.checked = self.inner.checked
 
     def round(self) -> float:
         """Seconds until the prompt is compressed. Raises Unchecked before `check`."""
@@ -83,8 +88,7 @@ class PrefillCell:
             raise Unchecked("a cache is timed only after its output was checked")
         start = time.perf_counter()
         prompt = self._prefill()
-        with torch.inference_mode():
-            self.method.compress(0, prompt.context, self.decoder.decoder.caches)
+        self.inner.compress(prompt)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.perf_counter() - start

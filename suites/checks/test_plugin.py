@@ -5,8 +5,11 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parents[2]
 
 CONFTEST = """
 import sys
@@ -90,10 +93,10 @@ def test_plain_pytest_runs_no_evaluation(project):
     result.stdout.fnmatch_lines(["*8 deselected*"])
 
 
-def best_of_5(*command):
+def best_of_5(*command, **where):
     def once():
         start = time.perf_counter()
-        subprocess.run(command, check=True, capture_output=True)
+        subprocess.run(command, check=True, capture_output=True, **where)
         return time.perf_counter() - start
 
     return min(once() for _ in range(5))
@@ -103,6 +106,13 @@ def test_importing_kvsuite_is_fast_and_without_torch():
     assert best_of_5(sys.executable, "-c", "import kvsuite") <= 0.3
     code = "import sys, kvsuite.cli, kvsuite.methods as m; print(len(list(m.catalogue())) > 5, 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "True False\n"
+
+
+def test_collecting_speed_cells_is_fast():
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "throughput"]
+    said = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    assert "test_decode[kivi:bits=4-b8-l1024]" in said
+    assert best_of_5(*command, cwd=ROOT) <= 5
 
 
 def test_listing_methods_is_fast_and_says_what_each_stores():

@@ -4,10 +4,8 @@ import statistics
 import time
 
 import pytest
-import torch
 
 from kvsuite.engines.request import Request
-from kvsuite.engines.timing import DecodeCell
 from kvsuite.methods import parse, parse_all
 from kvsuite.records import Timing
 
@@ -25,32 +23,31 @@ def timed(run):
     return time.perf_counter() - start
 
 
-def record(kv_session, cells, method, **timing):
+def record(kv_session, cells, method, **rest):
     decoder, worst = cells[-1].decoder, max(cell.checked for cell in cells)
     where = {"cache": decoder.provenance, "path": decoder.path, "checked": worst, "length": LENGTH}
-    kv_session.record(Timing(method, **where, **timing))
+    kv_session.record(Timing(method, **where, **rest))
 
 
-def checked(engine, methods, prompt, width, steps):
-    cells = [DecodeCell(engine, method, prompt, width, steps) for method in methods]
+def checked(timing, engine, methods, prompt, width, steps):
+    cells = [timing.DecodeCell(engine, method, prompt, width, steps) for method in methods]
     for cell in cells:
         cell.check()
     return cells
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
-def test_many_methods_cost_one_prefill(kv_session, benchmark, count):
+def test_many_methods_cost_one_prefill(kv_session, timing, benchmark, count):
     engine, ids, alone, together = kv_session.engine, kv_session.text(LENGTH), [], []
-    cells = checked(engine, EIGHT[:count], kv_session.prompt(LENGTH), 1, 2)
+    cells = checked(timing, engine, EIGHT[:count], kv_session.prompt(LENGTH), 1, 2)
 
     def prefill():
         return engine.prefill(Request("prefill", "", "", 1), ids, [], frozenset())
 
     def answer():
         ready = prefill()
-        with torch.inference_mode():
-            for cell in cells:
-                cell.decoder.method.compress(0, ready.context, cell.decoder.caches)
+        for cell in cells:
+            cell.compress(ready)
 
     def turn():
         alone.append(timed(prefill))
@@ -63,9 +60,9 @@ def test_many_methods_cost_one_prefill(kv_session, benchmark, count):
     assert ratio < 1 + 0.5 * count, "a method costs its compression, far less than another prefill"
 
 
-def test_decoding_at_width_8_is_worth_4_times_width_1(kv_session, benchmark):
+def test_decoding_at_width_8_is_worth_4_times_width_1(kv_session, timing, benchmark):
     rounds, prompt = 24, kv_session.prompt(LENGTH)
-    one, eight = (checked(kv_session.engine, [parse("full")], prompt, width, rounds + 2)[0] for width in (1, 8))
+    one, eight = (checked(timing, kv_session.engine, [parse("full")], prompt, width, rounds + 2)[0] for width in (1, 8))
     before, after = [], []
     benchmark.pedantic(
         lambda: after.append(eight.round()), setup=lambda: before.append(one.round()), rounds=rounds, warmup_rounds=1

@@ -4,7 +4,6 @@ import time
 
 import pytest
 
-from kvsuite.engines.timing import DecodeCell, PrefillCell, TransformersCell, Unchecked
 from kvsuite.methods import parse
 from kvsuite.records import Timing
 
@@ -23,7 +22,7 @@ def run_cell(kv_session, benchmark, cell, make):
             if time.perf_counter() > deadline:
                 raise TimeoutError(f"took more than {o.timeout:g} s")
 
-        rounds = o.rounds if cell["phase"] == "decode" else max(2, o.rounds // 3)
+        rounds = o.rounds if cell["phase"] == "decode" else max(3, o.rounds // 3)
         warm = 1 if cell["phase"] == "decode" else 0
         benchmark.pedantic(lambda: after.append(mine.round()), setup=turn, rounds=rounds, warmup_rounds=warm)
         record = Timing(**cell, **found, seconds=after[warm:], baseline_seconds=before[warm:])
@@ -39,11 +38,11 @@ def ours(decoder):
     return {"cache": decoder.provenance, "path": decoder.path}
 
 
-def test_decode(kv_session, benchmark, kv_method, kv_batch, kv_length):
+def test_decode(kv_session, timing, benchmark, kv_method, kv_batch, kv_length):
     def make():
         prompt = kv_session.prompt(kv_length, kv_method.needs)
         steps = kv_session.options.rounds + 2
-        cells = [DecodeCell(kv_session.engine, m, prompt, kv_batch, steps) for m in (parse("full"), kv_method)]
+        cells = [timing.DecodeCell(kv_session.engine, m, prompt, kv_batch, steps) for m in (parse("full"), kv_method)]
         for cell in cells:
             cell.check()
         decoder = cells[1].decoder
@@ -53,25 +52,25 @@ def test_decode(kv_session, benchmark, kv_method, kv_batch, kv_length):
     run_cell(kv_session, benchmark, cell, make)
 
 
-def test_prefill(kv_session, benchmark, kv_method, kv_length):
+def test_prefill(kv_session, timing, benchmark, kv_method, kv_length):
     def make():
         ids = kv_session.text(kv_length)
-        cells = [PrefillCell(kv_session.engine, m, ids) for m in (parse("full"), kv_method)]
+        cells = [timing.PrefillCell(kv_session.engine, m, ids) for m in (parse("full"), kv_method)]
         for cell in cells:
             cell.check()
-        decoder = cells[1].decoder.decoder
+        decoder = cells[1].inner.decoder
         return *cells, ours(decoder) | {"nbytes": decoder.nbytes, "checked": cells[1].checked, "tokens": kv_length}
 
     cell = {"method": kv_method.name, "phase": "prefill", "width": 1, "length": kv_length}
     run_cell(kv_session, benchmark, cell, make)
 
 
-def test_transformers(kv_session, benchmark, kv_batch, kv_length):
+def test_transformers(kv_session, timing, benchmark, kv_batch, kv_length):
     def make():
         steps = kv_session.options.rounds + 2
-        full = DecodeCell(kv_session.engine, parse("full"), kv_session.prompt(kv_length), kv_batch, steps)
+        full = timing.DecodeCell(kv_session.engine, parse("full"), kv_session.prompt(kv_length), kv_batch, steps)
         full.check()
-        other = TransformersCell(kv_session.engine, kv_session.text(kv_length), kv_batch)
+        other = timing.TransformersCell(kv_session.engine, kv_session.text(kv_length), kv_batch)
         found = {"cache": "transformers.cache_utils.DynamicCache", "path": "sdpa"}
         return full, other, found | {"nbytes": other.nbytes, "tokens": kv_batch}
 
@@ -79,15 +78,15 @@ def test_transformers(kv_session, benchmark, kv_batch, kv_length):
     run_cell(kv_session, benchmark, cell, make)
 
 
-def test_a_cache_nobody_checked_is_not_timed(kv_session):
-    cell = DecodeCell(kv_session.engine, parse("full"), kv_session.prompt(min(kv_session.options.length)), 1, 2)
-    with pytest.raises(Unchecked, match="only after its output was checked"):
+def test_a_cache_nobody_checked_is_not_timed(kv_session, timing):
+    cell = timing.DecodeCell(kv_session.engine, parse("full"), kv_session.prompt(min(kv_session.options.length)), 1, 2)
+    with pytest.raises(timing.Unchecked, match="only after its output was checked"):
         cell.round()
 
 
-def test_the_suite_adds_little_to_a_step(kv_session):
+def test_the_suite_adds_little_to_a_step(kv_session, timing):
     """A timed step against the model and the choice of a token alone: what is around them is ours."""
-    cell = DecodeCell(kv_session.engine, parse("full"), kv_session.prompt(min(kv_session.options.length)), 8, 30)
+    cell = timing.DecodeCell(kv_session.engine, parse("full"), kv_session.prompt(min(kv_session.options.length)), 8, 30)
     cell.check()
     inside, forward = [], cell.decoder._forward
 
