@@ -12,7 +12,7 @@ SMOKE: dict[str, Any] = {
     "length": "512,1024",
     "tasks": "needle,chat",
     "samples": 8,
-    "cap": 128,
+    "cap": 160,
     "temperature": 1.0,
     "rounds": 6,
     "timeout": 120,
