@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -149,33 +150,21 @@ class Session:
         return found
 
     def _answer(self, task: Task, sample: Sample, r: Response, cap: int) -> Answer:
+        """A response as a record: what both have in common, and where it belongs."""
         broken = r.finish == "error"
+        common = {f.name: getattr(r, f.name) for f in dataclasses.fields(Answer) if hasattr(r, f.name)}
         return Answer(
-            method=r.method,
-            status="failed" if broken else "ok",
-            error=r.error,
-            cache=r.cache,
-            path=r.path,
-            width=self.options.width,
-            evaluation=task.evaluation,
-            task=task.name,
-            sample=sample.id,
-            repeat=r.repeat,
-            score=None if broken else task.score(sample, r.text),
-            tokens=r.tokens,
-            text=r.text,
-            finish="" if broken else r.finish,
-            cap=cap,
-            prompt_tokens=r.prompt_tokens,
-            context_tokens=r.context_tokens,
-            prefill_seconds=r.prefill_seconds,
-            decode_seconds=r.decode_seconds,
-            decode_share=r.decode_share,
-            nbytes=r.nbytes,
-            nbytes_end=r.nbytes_end,
-            dense_end=r.dense_end,
-            kept=r.kept,
-            margins=r.margins,
+            **common
+            | {
+                "status": "failed" if broken else "ok",
+                "finish": "" if broken else r.finish,
+                "score": None if broken else task.score(sample, r.text),
+                "evaluation": task.evaluation,
+                "task": task.name,
+                "sample": sample.id,
+                "cap": cap,
+                "width": self.options.width,
+            }
         )
 
     def _torch(self) -> dict[str, Any]:
