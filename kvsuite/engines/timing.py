@@ -103,7 +103,8 @@ class TransformersCell:
     def __init__(self, engine: TransformersEngine, tokens: list[int], width: int) -> None:
         self.model, self.tokens = engine.model, width
         self.cache: Any = DynamicCache()
-        self._forward(torch.tensor([tokens] * width, device=self.model.device))
+        self._forward(torch.tensor([tokens], device=self.model.device))
+        self.cache.batch_repeat_interleave(width)
 
     def round(self) -> float:
         """Seconds of one step of the batch."""

@@ -98,7 +98,12 @@ class TransformersEngine:
         needs = frozenset(need for method in methods for need in method.needs)
         arms = [_Arm(self, method, asked, width, sampling or Sampling(), timeout) for method in methods]
         for request, context, suffix in asked:
-            prompt = self.prefill(request, context, suffix, needs)
+            try:
+                prompt = self.prefill(request, context, suffix, needs)
+            except Exception as error:  # a prompt too large for this machine costs its own answers
+                for arm in arms:
+                    yield arm.failed(request, _say(error))
+                continue
             for arm in arms:
                 for response in arm.take(prompt):
                     yield self._finished(response)
@@ -149,7 +154,10 @@ class _Arm:
                 return
             except Exception as error:
                 yield from self._fail(error)
-        yield Response(prompt.request.id, self.method.name, finish="error", error=self.failure, repeat=self.repeat)
+        yield self.failed(prompt.request, self.failure)
+
+    def failed(self, request: Request, error: str) -> Response:
+        return Response(request.id, self.method.name, finish="error", error=error, repeat=self.repeat)
 
     def drain(self) -> Iterator[Response]:
         try:

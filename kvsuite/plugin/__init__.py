@@ -59,6 +59,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         "kv_task": (tasks, str),
         "kv_batch": (asked.batch, lambda width: f"b{width}"),
         "kv_length": (asked.length, lambda tokens: f"l{tokens}"),
+        # a prefill takes seconds, and smoke has minutes
+        "kv_prefill": (asked.length[:1] if asked.preset == "smoke" else asked.length, lambda tokens: f"l{tokens}"),
     }
     for name, (parameters, identify) in values.items():
         if name in metafunc.fixturenames:

@@ -12,7 +12,7 @@ SMOKE: dict[str, Any] = {
     "length": "512,1024",
     "tasks": "needle,chat",
     "samples": 8,
-    "cap": 160,
+    "cap": 96,
     "temperature": 1.0,
     "rounds": 6,
     "timeout": 120,

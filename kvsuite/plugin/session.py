@@ -19,7 +19,6 @@ from kvsuite.records import Answer, Record, RunFolder
 from kvsuite.tasks import Sample, Task
 
 if TYPE_CHECKING:
-    from kvsuite.cache.prefill import Need
     from kvsuite.engines.decoder import Prompt
     from kvsuite.engines.transformers import TransformersEngine
 
@@ -35,7 +34,7 @@ class Session:
         self.progress = Progress(quiet=bool(worker))
         self._answers: dict[str, list[Answer]] = {}
         self._texts: dict[int, list[int]] = {}
-        self._prompt: tuple[int, frozenset[Need], Prompt] | None = None
+        self._prompts: dict[int, Prompt] = {}
         self._described = False
 
     @property
@@ -122,12 +121,13 @@ class Session:
             self._texts[length] = ids[:length]
         return self._texts[length]
 
-    def prompt(self, length: int, needs: frozenset[Need] = frozenset()) -> Prompt:
-        """That text, prefilled; the latest one is kept for the next method."""
-        if self._prompt is None or self._prompt[:2] != (length, needs):
+    def prompt(self, length: int) -> Prompt:
+        """That text, prefilled once, with whatever any method of the run asks to see."""
+        if length not in self._prompts:
+            needs = frozenset(need for method in self.options.methods for need in method.needs)
             request = Request("text", "", "", 1 << 30)
-            self._prompt = length, needs, self.engine.prefill(request, self.text(length), [], needs)
-        return self._prompt[2]
+            self._prompts[length] = self.engine.prefill(request, self.text(length), [], needs)
+        return self._prompts[length]
 
     def _pass(self, task: Task, methods: Sequence[Method], repeat: int) -> list[Answer]:
         from kvsuite.engines.sampling import Sampling

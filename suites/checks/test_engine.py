@@ -122,6 +122,20 @@ def test_a_failing_method_costs_itself_only(tiny_llama, monkeypatch):
     assert all("out of memory" in r.error for r in broken)
 
 
+def test_a_prompt_that_cannot_be_prefilled_costs_its_own_answers(tiny_llama, monkeypatch):
+    engine, asked, prefill = engine_of(tiny_llama), requests(4), TransformersEngine.prefill
+
+    def breaks(self, request, *rest):
+        if request.id == "r1":
+            raise MemoryError("no room for this prompt")
+        return prefill(self, request, *rest)
+
+    monkeypatch.setattr(TransformersEngine, "prefill", breaks)
+    found = list(engine.generate(asked, parse_all(["full,int8"]), width=2))
+    assert {(r.id, r.method) for r in found if r.finish == "error"} == {("r1", "full"), ("r1", "int8")}
+    assert len(found) == 8
+
+
 def test_logits_that_are_not_finite_are_an_error(tiny_llama, monkeypatch):
     engine = engine_of(tiny_llama)
     engine.stop = frozenset()

@@ -40,7 +40,7 @@ def ours(decoder):
 
 def test_decode(kv_session, timing, benchmark, kv_method, kv_batch, kv_length):
     def make():
-        prompt = kv_session.prompt(kv_length, kv_method.needs)
+        prompt = kv_session.prompt(kv_length)
         steps = kv_session.options.rounds + 2
         cells = [timing.DecodeCell(kv_session.engine, m, prompt, kv_batch, steps) for m in (parse("full"), kv_method)]
         for cell in cells:
@@ -52,16 +52,16 @@ def test_decode(kv_session, timing, benchmark, kv_method, kv_batch, kv_length):
     run_cell(kv_session, benchmark, cell, make)
 
 
-def test_prefill(kv_session, timing, benchmark, kv_method, kv_length):
+def test_prefill(kv_session, timing, benchmark, kv_method, kv_prefill):
     def make():
-        ids = kv_session.text(kv_length)
+        ids = kv_session.text(kv_prefill)
         cells = [timing.PrefillCell(kv_session.engine, m, ids) for m in (parse("full"), kv_method)]
         for cell in cells:
             cell.check()
         decoder = cells[1].inner.decoder
-        return *cells, ours(decoder) | {"nbytes": decoder.nbytes, "checked": cells[1].checked, "tokens": kv_length}
+        return *cells, ours(decoder) | {"nbytes": decoder.nbytes, "checked": cells[1].checked, "tokens": kv_prefill}
 
-    cell = {"method": kv_method.name, "phase": "prefill", "width": 1, "length": kv_length}
+    cell = {"method": kv_method.name, "phase": "prefill", "width": 1, "length": kv_prefill}
     run_cell(kv_session, benchmark, cell, make)
 
 
