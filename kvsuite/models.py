@@ -92,8 +92,13 @@ def model_limit(folder: Path) -> int | None:
         found = json.loads(config.read_text())
     except ValueError as error:
         raise UsageError(f"{str(config)!r} is not JSON: {error}") from error
-    limit = (found.get("text_config") or found).get("max_position_embeddings")
-    return int(limit) if limit else None
+    own = found.get("text_config", found) if isinstance(found, dict) else None
+    if not isinstance(own, dict):
+        raise UsageError(f"{str(config)!r} is not a model's configuration")
+    limit = own.get("max_position_embeddings")
+    if limit is not None and not isinstance(limit, int):
+        raise UsageError(f"{str(config)!r} says max_position_embeddings is {limit!r}, which is no number")
+    return limit
 
 
 def _once(name: str, package: Package, make: Callable[[Path, Path], object]) -> Path:
@@ -101,7 +106,10 @@ def _once(name: str, package: Package, make: Callable[[Path, Path], object]) -> 
     folder = cache_folder() / f"{name}-{package.version}"
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"the cache folder {str(folder.parent)!r} cannot be made: {error.strerror}") from error
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as temporary:
         source, made = Path(temporary) / "source", Path(temporary) / "made"
         _download(package, source)

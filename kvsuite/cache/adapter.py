@@ -6,6 +6,7 @@ A layer's `update` returns *itself*, transformers hands it to the attention func
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -168,17 +169,28 @@ def contexts(model: Any) -> list[LayerContext]:
     ]
     config = model.config.get_text_config()
     types = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
+    if len(found) != len(types):
+        kind = getattr(config, "model_type", "?")
+        raise UsageError(f"model type {kind!r} does not build its attention as Llama does; kvsuite cannot read it")
     ropes = {kind: find_rope(model, found[types.index(kind)], kind) for kind in dict.fromkeys(types)}
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return [
         LayerContext(
             index=index,
             heads=config.num_attention_heads,
-            kv_heads=kv_heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
             head_dim=module.head_dim,
             dtype=model.dtype,
             device=model.device,
-            rope=ropes[kind],
+            rope=ropes[kind] if getattr(module, "use_rope", True) else None,  # SmolLM3 leaves some layers unrotated
+            window=_window(module, config, kind),
         )
         for index, (module, kind) in enumerate(zip(found, types, strict=True))
     ]
+
+
+def _window(module: Any, config: Any, kind: str | None) -> int | None:
+    """A layer's sliding window, as the model will pass it to the attention function; None where it never acts."""
+    own = None if kind == "full_attention" else getattr(config, "sliding_window", None)
+    window: int | None = getattr(module, "sliding_window", own)
+    longest = getattr(config, "max_position_embeddings", None) or math.inf
+    return window if window is not None and window < longest else None

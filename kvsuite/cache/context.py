@@ -28,6 +28,8 @@ class LayerContext:
     dtype: torch.dtype
     device: torch.device
     rope: Rope | None = None
+    window: int | None = None
+    """The model's sliding window, where it has one."""
 
     @property
     def token_bytes(self) -> int:

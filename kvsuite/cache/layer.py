@@ -73,7 +73,7 @@ class LayerCache:
             self._freed = torch.zeros(shape[:2], dtype=torch.int64, device=layer.device)
             if evictor.mass:
                 self.scores = torch.zeros(shape, device=layer.device)
-            if evictor.shift:
+            if evictor.shift and self.k.in_place:
                 anchors = (*shape[:2], evictor.shift, layer.head_dim)
                 self._anchors = torch.empty(anchors, dtype=layer.dtype, device=layer.device)
         self._capacity = shape[2]
@@ -296,13 +296,15 @@ class LayerCache:
         stored originals by as many positions as were given up, never from an already turned copy."""
         k = self.k.read(row, heads, used)
         gap = self._seen[row] - self._live[row][heads.start]
-        if self._anchors is not None and self.layer.rope is not None and gap > 0:
-            anchors = self._anchors[row, heads]
-            k[:, : anchors.shape[1]] = self.layer.rope.rotate(anchors, gap)
+        if self.evictor is not None and self.evictor.shift and self.layer.rope is not None and gap > 0:
+            first = slice(0, self.evictor.shift)
+            stored = k[:, first] if self._anchors is None else self._anchors[row, heads]
+            k[:, first] = self.layer.rope.rotate(stored, gap)
         return k
 
     def _anchor(self, row: int, heads: slice, used: int) -> None:
-        """Put the first tokens' keys aside, as stored, when for the first time tokens are missing behind them."""
+        """Put the first tokens' keys aside when for the first time tokens are missing behind them, where reading gives
+        the stored keys themselves: turning them would turn what is stored."""
         if self._anchors is not None and self._seen[row] > self._live[row][heads.start]:
             self._anchors[row, heads] = self.k.read(row, heads, used)[:, : self._anchors.shape[2]]
 

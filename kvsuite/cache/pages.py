@@ -39,6 +39,10 @@ class PagedStore:
         self.residual = torch.empty(
             (rows, heads, codec.residual, layer.head_dim), dtype=layer.dtype, device=layer.device
         )
+        one = tuple(view[0, :, :1] for view in self._views)
+        storage = codec.decode(one, layer.dtype).untyped_storage().data_ptr()
+        self.in_place = codec.residual == 0 and storage == self.pools[0].untyped_storage().data_ptr()
+        """Whether `read` gives the stored numbers themselves, not a decoded copy."""
         self.encoded = [[0] * heads for _ in range(rows)]
         """Slots in pages, per row and head; the rest of a sequence is in the residual, at slot % residual."""
 

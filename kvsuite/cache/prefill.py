@@ -52,6 +52,8 @@ class _PrefillLayer(AttendingLayer):
         assert self._kv is not None
         (k, v), self._kv = self._kv, None
         out = causal_self_attention(q[0], k, v, scale, window, softcap, aux)
+        if out.is_cuda and self.needs:
+            torch.cuda.synchronize()  # what was queued before is not the observation's
         start = time.perf_counter()
         mass = column_mass(q[0], k, scale, window, softcap, aux) if Need.MASS in self.needs else None
         if mass is not None and mass.is_cuda:

@@ -108,10 +108,7 @@ class TransformersCell:
 
     def round(self) -> float:
         """Seconds of one step of the batch."""
-        ids = torch.full((self.tokens, 1), 5, device=self.model.device)
-        start = time.perf_counter()
-        self._forward(ids)
-        return time.perf_counter() - start
+        return self._forward(torch.full((self.tokens, 1), 5, device=self.model.device))
 
     @property
     def nbytes(self) -> int:
@@ -119,10 +116,12 @@ class TransformersCell:
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
 
     @torch.inference_mode()
-    def _forward(self, ids: torch.Tensor) -> None:
+    def _forward(self, ids: torch.Tensor) -> float:
         self.model.set_attn_implementation("sdpa")
         try:
+            start = time.perf_counter()
             out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
             out.logits[:, -1].argmax(-1).tolist()
+            return time.perf_counter() - start
         finally:
             self.model.set_attn_implementation(adapter.NAME)

@@ -131,6 +131,9 @@ class Method:
         from kvsuite.cache.layer import LayerCache
 
         evictor = None if self.selector is None else self.selector.evictor(capacity)
+        if self.selector is not None and layer.window is not None:
+            # a window drops tokens by itself: a budget would be spent on tokens nobody can read
+            raise UsageError(f"{self.name}: layer {layer.index} has a sliding window, where no selector can act yet")
         if evictor is not None and evictor.shift and layer.rope is None:
             raise UsageError(f"{self.name}: cannot re-rotate this model's keys; use positions=absolute")
         return LayerCache(layer, self.codec.sides(layer), rows, capacity, evictor, selects=self.selector is not None)

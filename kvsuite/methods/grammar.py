@@ -104,6 +104,8 @@ def _value(owner: str, key: str, text: str, hint: typing.Any) -> typing.Any:
         number = float(text)
     except ValueError:
         number = math.nan
+    if "." in text and number == 1 and hint is not int:
+        raise UsageError(f"{owner}: {key}={text} is neither a share below 1 nor, without a point, a number of tokens")
     if math.isfinite(number) and number.is_integer() and (hint is int or float in (hint, *options)):
         return int(number)
     if math.isfinite(number) and float in (hint, *options):

@@ -32,6 +32,8 @@ def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Read and check all options before anything is collected or loaded."""
+    for name in EVALUATIONS:
+        config.addinivalue_line("markers", f"{name}: evaluation: see kvsuite's README")
     worker: dict[str, Any] = getattr(config, "workerinput", {})
     try:
         asked = options.read(config)

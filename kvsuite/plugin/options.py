@@ -41,6 +41,8 @@ CHOICES = {
     "dtype": ("auto", "bfloat16", "float32"),
     "device": ("cpu", "cuda"),
 }
+FRAME = 96
+"""Tokens a chat template and an answer need beside a prompt."""
 SHORTEST = 256
 """Tokens below which no task can be told."""
 
@@ -106,7 +108,7 @@ def check(given: Mapping[str, Any]) -> Options:
     methods = {m.name: m for m in (BASELINE, CONTROL, *parse_all(map(str, texts)))}
     options = Options(
         preset=preset,
-        model=Path(raw["model"]) if raw["model"] else None,
+        model=Path(str(raw["model"])) if raw["model"] else None,
         methods=tuple(methods.values()),
         compress=raw["compress"],
         batch=tuple(sorted({_whole("batch", x, 1) for x in _items("batch", raw["batch"])})),
@@ -116,7 +118,7 @@ def check(given: Mapping[str, Any]) -> Options:
         device=raw["device"],
         temperature=_number("temperature", raw["temperature"]),
         timeout=_number("timeout", raw["timeout"]),
-        run=Path(raw["run"]) if raw["run"] else None,
+        run=Path(str(raw["run"])) if raw["run"] else None,
         **{key: _whole(key, raw[key], 0 if key == "seed" else 1) for key in ("samples", "cap", "rounds", "seed")},
     )
     _check_sizes(options)
@@ -128,7 +130,7 @@ def _check_sizes(options: Options) -> None:
     for method in options.methods:
         method.check_context(longest)
     limit = models.model_limit(options.model) if options.model else 8192
-    if limit is not None and longest >= limit:
+    if limit is not None and longest + FRAME > limit:
         raise UsageError(f"--kv-length {longest} does not fit the model's context of {limit} tokens")
     if options.run is not None and any(options.run.glob("records*.jsonl")):
         raise UsageError(f"--kv-run {str(options.run)!r} already holds a run; name another folder")
@@ -138,6 +140,8 @@ def _configured(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     table = tomllib.loads(file.read_text()).get("tool", {}).get("kvsuite", {})
+    if not isinstance(table, dict):
+        raise UsageError("kvsuite under [tool] must be a table of options")
     for key in table:
         if key not in HELP:
             raise unknown("key of [tool.kvsuite]", key, HELP)

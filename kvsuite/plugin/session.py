@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvsuite import environment, models, tasks
 from kvsuite.engines.request import Request, Response
+from kvsuite.errors import UsageError
 from kvsuite.methods import Method
 from kvsuite.plugin.options import BASELINE, Options
 from kvsuite.plugin.progress import Progress
@@ -45,6 +46,11 @@ class Session:
     def fetch(self, names: Sequence[str]) -> None:
         """Make sure that the model and these tasks' texts are here. Raises UsageError that says what to run."""
         _ = self.model_folder
+        if self.options.device == "cuda":
+            import torch
+
+            if not torch.cuda.is_available():
+                raise UsageError("--kv-device cuda: torch finds no CUDA device here")
         for name in names:
             tasks.task(name).fetch()
 

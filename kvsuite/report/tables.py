@@ -181,7 +181,7 @@ def _floor(controls: Sequence[tuple[str, int, int]]) -> list[str]:
         if pairs and same == pairs:
             said.append(f"{name}: all {pairs} answers identical to full's, so no floor was measured.")
         elif pairs:
-            said.append(f"Noise of one rounding ({name}) changed {pairs - same} of {pairs} answers.")
+            said.append(f"Noise of rounding size ({name}) changed {pairs - same} of {pairs} answers.")
     return said
 
 

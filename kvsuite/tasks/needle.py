@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kvsuite import models
+from kvsuite.errors import UsageError
 from kvsuite.tasks.base import Sample, Task
 
 CITIES = ("Amsterdam", "Bogotá", "Cairo", "Dhaka", "Edinburgh", "Florence", "Geneva", "Hanoi", "Istanbul", "Jakarta")
@@ -35,7 +36,10 @@ class Needle(Task):
             length, depth = lengths[len(found) % len(lengths)], (0.5 + len(found) * GOLDEN) % 1
             city, number = order.choice(CITIES), str(order.randrange(10_000, 100_000))
             needle, question = f"The secret number of {city} is {number}.", QUESTION.format(city=city)
-            sentences = _sentences(next(texts).read_text(), length - tokens(needle + question), tokens)
+            text = next(texts, None)
+            if text is None:
+                raise UsageError(f"no presidential message is long enough for --kv-length {length}")
+            sentences = _sentences(text.read_text(), length - tokens(needle + question), tokens)
             if sentences is None:  # a message shorter than asked for
                 continue
             sentences.insert(round(depth * len(sentences)), needle)

@@ -71,7 +71,7 @@ EXPECTED = {
     "streaming-llm:budget=40,sinks=7": (plain, 4 * PAGE, 7 * WIDE + 8),
     "streaming-llm:budget=40,positions=absolute": (plain, 4 * PAGE, 8),
     "streaming-llm:budget=40 + kivi:bits=4,group=16,residual=32": (
-        lambda n: kivi(n, **SMALL), 4 * PAGE, 4 * WIDE + 8,
+        lambda n: kivi(n, **SMALL), 4 * PAGE, 8,
     ),
     "h2o:budget=40": (plain, 8 * PAGE, 8),
     "h2o:budget=40 + int8": (int8, 8 * PAGE, 8),

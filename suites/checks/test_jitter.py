@@ -77,6 +77,26 @@ def test_noise_depends_on_a_vector_alone(seed, data):
     assert torch.equal(torch.cat([half_ulp(row[None], seed) for row in x]), whole)
 
 
+def mixed(z):
+    """splitmix64's finalizer on Python's whole numbers."""
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return z ^ (z >> 31)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(seed=st.integers(0, 2**40), row=st.integers(0, 99))
+def test_noise_is_the_same_on_every_machine(dtype, seed, row):
+    """Drawn here in Python's arithmetic: the hash, and from it two bits for each channel."""
+    golden, x = 0x9E3779B97F4A7C15, sample(dtype)[row]
+    bits = x.view(torch.int32 if dtype == torch.float32 else torch.int16).tolist()
+    summed = sum(mixed((i * golden + seed) % 2**64) * (b + 1) for i, b in enumerate(bits, start=1))
+    own = mixed(summed % 2**64)
+    assert int(content_hash(x, seed)) % 2**64 == own
+    draws = [mixed((own + i // 32 * golden) % 2**64) >> (2 * (i % 32)) & 3 for i in range(64)]
+    assert moves(x, half_ulp(x, seed)).tolist() == [(draw == 3) - (draw == 0) for draw in draws]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_bit_anywhere_draws_all_anew(dtype):
     x = sample(dtype)[:1].repeat(64, 1)

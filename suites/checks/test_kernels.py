@@ -25,6 +25,7 @@ ASKED = [
     {},
     {"window": 7},
     {"window": 1},
+    {"window": 48},
     {"softcap": 1.5},
     {"sink_logits": SINKS},
     {"window": 20, "softcap": 3.0, "sink_logits": SINKS},

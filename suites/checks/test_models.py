@@ -166,6 +166,28 @@ def test_rope_is_found_where_keys_are_half_split(name):
     assert all(layer.rope is not None for layer in adapter.contexts(model))
 
 
+def test_attention_of_another_make_is_refused():
+    config = transformers.GPT2Config(n_embd=64, n_head=4, n_layer=2, vocab_size=96)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    adapter.install(model)
+    with pytest.raises(UsageError, match="'gpt2' does not build its attention as Llama does"):
+        adapter.contexts(model)
+
+
+def test_no_selector_acts_beside_a_sliding_window():
+    model = build("Mistral")
+    adapter.install(model)
+    with pytest.raises(UsageError, match="layer 0 has a sliding window"):
+        parse("h2o:budget=16").cache(adapter.contexts(model)[0], 1, 64)
+    parse("int8").cache(adapter.contexts(model)[0], 1, 64)
+
+
+def test_layers_without_rope_have_none():
+    model = build("SmolLM3", num_hidden_layers=4, no_rope_layers=[1, 1, 1, 0])
+    adapter.install(model)
+    assert [layer.rope is not None for layer in adapter.contexts(model)] == [True, True, True, False]
+
+
 def test_rope_is_not_found_where_keys_are_interleaved():
     more = {"hidden_size": 64, "layer_norm_eps": 1e-5}
     model = build("Cohere", **more)

@@ -31,6 +31,8 @@ def project(pytester, monkeypatch):
     pytester.makeconftest(CONFTEST)
     pytester.makepyfile(test_evaluation=EVALUATION)
     pytester.makefile(".ini", pytest=INI)
+    pytester.mkdir("model").joinpath("config.json").write_text('{"max_position_embeddings": "abc"}')
+    pytester.path.joinpath("model", "model.safetensors").touch()
     monkeypatch.setenv("KVSUITE_CACHE", str(pytester.path / "cache"))
     return pytester
 
@@ -45,6 +47,10 @@ MISTAKES = [
     (["--kv-methods", "full+"], "names no method where one is expected"),
     (["--kv-model", "nowhere"], "model folder 'nowhere' does not exist"),
     (["--kv-model", "."], "is not a model folder: it has no config.json"),
+    (["--kv-model=model"], "says max_position_embeddings is 'abc', which is no number"),
+    (["--kv-length", "8190"], "--kv-length 8190 does not fit the model's context of 8192 tokens"),
+    (["--kv-methods", "random:budget=1.0"], "budget=1.0 is neither a share below 1 nor, without a point, a number"),
+    (["--kv-temperature", "-1"], "--kv-temperature must be a number of at least 0, not '-1'"),
     (["--kv-length", "9000"], "--kv-length 9000 does not fit the model's context of 8192 tokens"),
     (["--kv-length", "long"], "--kv-length must be a whole number, not 'long'"),
     (["--kv-batch", "0"], "--kv-batch must be at least 1, not 0"),
@@ -67,6 +73,21 @@ def test_a_mistake_in_the_configuration_file(project):
     result = project.runpytest_subprocess("-m", "samples")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["ERROR: unknown key of [[]tool.kvsuite[]] 'method': did you mean 'methods'?*"])
+
+
+@pytest.mark.parametrize("text", ["[tool]\nkvsuite = 5\n", "[tool.kvsuite]\nmodel = 5\n"])
+def test_wrong_types_in_the_configuration_file(project, text):
+    project.makepyprojecttoml(text)
+    result = project.runpytest_subprocess("-m", "samples")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert len([line for line in result.stderr.lines if line.strip()]) == 1
+
+
+def test_a_cache_folder_that_cannot_be_made(project, monkeypatch):
+    monkeypatch.setenv("KVSUITE_CACHE", "/etc/passwd")
+    result = project.runpytest_subprocess("-m", "samples")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: the cache folder '/etc/passwd' cannot be made*"])
 
 
 def test_the_command_line_goes_before_the_configuration_file(project):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from kvsuite import tasks
 from kvsuite.methods import parse
@@ -95,8 +95,8 @@ def greedy(engine, request):
     """The tokens transformers generates with its DynamicCache and SDPA, one prompt at a time."""
     ids, _ = engine.encode(request, "prompt")
     prompt = torch.tensor([ids], device=engine.model.device)
-    out = engine.model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=request.max_new_tokens, do_sample=False,
-        eos_token_id=sorted(engine.stop), pad_token_id=0,
-    )  # fmt: skip
+    plain = GenerationConfig(  # the folder's own may penalize repetitions
+        max_new_tokens=request.max_new_tokens, do_sample=False, eos_token_id=sorted(engine.stop), pad_token_id=0
+    )
+    out = engine.model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=plain)
     return out[0, len(ids) :].tolist()
