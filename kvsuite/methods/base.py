@@ -55,6 +55,9 @@ class Selector(Part):
         """The mean number of tokens per head that stay of a context of ``length``."""
         raise NotImplementedError
 
+    def check_context(self, longest: int) -> None:
+        """UsageError where a share of the longest context contradicts another hyperparameter."""
+
     def score(self, seen: Observation, tokens: int) -> Tensor:
         """float32 (kv_heads, T), higher stays; +inf is protected."""
         raise NotImplementedError
@@ -115,7 +118,10 @@ class Method:
 
     def check_context(self, longest: int) -> None:
         """UsageError where the budget could never act: at or above the longest context there is."""
-        if self.selector is not None and self.selector.tokens(longest) >= longest:
+        if self.selector is None:
+            return
+        self.selector.check_context(longest)
+        if self.selector.tokens(longest) >= longest:
             kept = self.selector.tokens(longest)
             raise UsageError(
                 f"{self.name}: a budget of {kept} tokens keeps everything of a context of {longest}; "

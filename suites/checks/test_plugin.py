@@ -47,6 +47,7 @@ MISTAKES = [
     (["--kv-methods", "full+"], "names no method where one is expected"),
     (["--kv-model", "nowhere"], "model folder 'nowhere' does not exist"),
     (["--kv-model", "."], "is not a model folder: it has no config.json"),
+    (["--kv-methods", "streaming-llm:budget=0.01,sinks=64"], "is 10 of 1024 tokens and must be above its 64 sinks"),
     (["--kv-model=model"], "says max_position_embeddings is 'abc', which is no number"),
     (["--kv-length", "8190"], "--kv-length 8190 does not fit the model's context of 8192 tokens"),
     (["--kv-methods", "random:budget=1.0"], "budget=1.0 is neither a share below 1 nor, without a point, a number"),

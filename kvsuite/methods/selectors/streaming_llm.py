@@ -39,6 +39,11 @@ class StreamingLLM(Selector):
             raise UsageError(f"{self.name}: budget={self.budget:g} must be above its {self.sinks} sinks")
         check_share(self.name, "budget", self.budget)
 
+    def check_context(self, longest: int) -> None:
+        if self.budget < 1 and round(self.budget * longest) <= self.sinks:
+            kept = f"{round(self.budget * longest)} of {longest} tokens"
+            raise UsageError(f"{self.name}: budget={self.budget:g} is {kept} and must be above its {self.sinks} sinks")
+
     def tokens(self, length: int) -> int:
         return share(self.budget, length, least=self.sinks + 1)
 
