@@ -1,5 +1,6 @@
 """This checkout's pytest set-up: the plugin, hypothesis profiles, one thread and no hub for the checks."""
 
+import ctypes
 import os
 import re
 from pathlib import Path
@@ -8,6 +9,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+try:
+    ctypes.CDLL("libcuda.so.1")
+except OSError:  # no GPU: kernels run in Triton's interpreter, which must be known before triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"
 
 pytest_plugins = ("kvsuite.plugin", "pytester")
 

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from kvsuite.cache.rope import Rope
-
-PAGE = 32
-"""Tokens in a page: one block of cache for one kv head."""
+from kvsuite.kernels.paged import PAGE as PAGE
+from kvsuite.kernels.paged import Format
 
 Shape = tuple[int, ...]
 
@@ -55,6 +54,10 @@ class SideCodec(Protocol):
     @property
     def rolling(self) -> bool:
         """Whether the residual is always full once it was."""
+
+    @property
+    def format(self) -> Format:
+        """How a page is written, for the kernels that read and write it."""
 
     def fields(self, head_dim: int, dtype: torch.dtype) -> Sequence[tuple[Shape, torch.dtype]]:
         """Shape and dtype of what one unit stores, field by field."""

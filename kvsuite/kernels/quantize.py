@@ -52,3 +52,27 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
         return packed
     mask = (1 << bits) - 1
     return torch.cat([(packed >> (bits * i)) & mask for i in range(8 // bits)], dim=-1)
+
+
+E4M3_MAX = 448.0
+
+
+def e4m3_scale(x: Tensor) -> Tensor:
+    """The scale per vector that puts its largest magnitude at 448: x (..., D) -> float32 (..., 1); 1 for zeros."""
+    largest = x.float().abs().amax(-1, keepdim=True)
+    return torch.where(largest > 0, largest / E4M3_MAX, 1.0)
+
+
+def to_e4m3(x: Tensor, scale: Tensor | float) -> Tensor:
+    """x / scale as e4m3 bytes (uint8, x's shape): round to nearest even, saturating at ±448; NaN stays NaN."""
+    scaled = (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX)
+    return scaled.to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def from_e4m3(codes: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
+    """value * scale in float32, rounded once to ``dtype``. By a table: PyTorch's own conversion is slower than reading
+    the cache it converts."""
+    table = torch.arange(256, dtype=torch.uint8, device=codes.device).view(torch.float8_e4m3fn).float()
+    if isinstance(scale, float):
+        return (table * scale).to(dtype)[codes.int()]
+    return (table[codes.int()] * scale).to(dtype)

@@ -14,6 +14,9 @@ METHODS = {
     "full": "full",
     "jitter": None,
     "int8": None,
+    "int4": None,
+    "fp8": None,
+    "fp8:per=token": None,
     "kivi:bits=4": "kivi:bits=4",
     "kivi:bits=2": "kivi:bits=2",
     "kivi:bits=4,group=16,residual=32": "kivi:bits=4,group=16",
@@ -30,6 +33,8 @@ METHODS = {
     "random:budget=20 + int8": None,
     "random:budget=36 + kivi:bits=2,group=8,residual=16": "random:budget=100 + kivi:bits=2",
     "h2o:budget=16 + int8": None,
+    "h2o:budget=16 + int4": None,
+    "streaming-llm:budget=24 + fp8:per=token": None,
     "streaming-llm:budget=24 + jitter": None,
 }
 STEPWISE = [text for text in METHODS if parse(text).selector and parse(text).selector.evictor(100)]

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kvsuite.cache.context import LayerContext, Shape, SideCodec
+    from kvsuite.kernels.paged import Format
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,12 @@ class Plain:
     block: int = 1
     residual: int = 0
     rolling: bool = False
+
+    @property
+    def format(self) -> Format:
+        from kvsuite.kernels.paged import Format
+
+        return Format("plain")
 
     def fields(self, head_dim: int, dtype: torch.dtype) -> list[tuple[Shape, torch.dtype]]:
         return [((head_dim,), dtype)]

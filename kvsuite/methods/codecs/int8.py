@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kvsuite.cache.context import LayerContext, Shape, SideCodec
+    from kvsuite.kernels.paged import Format
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,12 @@ class PerToken:
     block: int = 1
     residual: int = 0
     rolling: bool = True
+
+    @property
+    def format(self) -> Format:
+        from kvsuite.kernels.paged import Format
+
+        return Format("token", self.bits, self.group)
 
     def fields(self, head_dim: int, dtype: torch.dtype) -> list[tuple[Shape, torch.dtype]]:
         import torch

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kvsuite.cache.context import LayerContext, Shape, SideCodec
+    from kvsuite.kernels.paged import Format
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,12 @@ class PerChannel:
     block: int
     residual: int
     rolling: bool = False
+
+    @property
+    def format(self) -> Format:
+        from kvsuite.kernels.paged import Format
+
+        return Format("channel", self.bits, self.block)
 
     def fields(self, head_dim: int, dtype: torch.dtype) -> list[tuple[Shape, torch.dtype]]:
         import torch

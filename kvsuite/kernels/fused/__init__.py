@@ -1,0 +1,1 @@
+"""Triton kernels, each of the signature of its PyTorch reference in `kvsuite.kernels`."""

@@ -1,0 +1,78 @@
+"""8-bit floats: the production baseline of the floating kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from kvsuite.errors import UsageError
+from kvsuite.methods.base import Codec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from kvsuite.cache.context import LayerContext, Shape, SideCodec
+    from kvsuite.kernels.paged import Format
+
+
+@dataclass(frozen=True)
+class Fp8(Codec):
+    """e4m3 (largest 448, saturating). ``per=tensor``: K and V divided by one fixed scale each, 1.0 unless calibrated.
+    ``per=token``: by the largest magnitude of each token and head / 448, kept as float32."""
+
+    name = "fp8"
+    stores = "e4m3 bytes, scale 1.0 per tensor; or a float32 scale per token and head"
+    source = "vLLM --kv-cache-dtype fp8, fp8_per_token_head"
+
+    per: Literal["tensor", "token"] = "tensor"
+    k_scale: float = 1.0
+    v_scale: float = 1.0
+
+    def check(self) -> None:
+        for name, scale in (("k_scale", self.k_scale), ("v_scale", self.v_scale)):
+            if not 0 < scale < float("inf"):
+                raise UsageError(f"{self.name}: {name}={scale:g} must be above 0")
+            if self.per == "token" and scale != 1.0:
+                raise UsageError(f"{self.name}: per=token has a scale of its own for each token; leave {name} out")
+
+    def sides(self, layer: LayerContext) -> tuple[SideCodec, SideCodec]:
+        scales = (None, None) if self.per == "token" else (self.k_scale, self.v_scale)
+        return E4M3(scales[0]), E4M3(scales[1])
+
+
+@dataclass(frozen=True)
+class E4M3:
+    """Each token by itself; ``scale`` None: one per token."""
+
+    scale: float | None = 1.0
+    block: int = 1
+    residual: int = 0
+    rolling: bool = True
+
+    @property
+    def format(self) -> Format:
+        from kvsuite.kernels.paged import Format
+
+        return Format("fp8", 8, scale=self.scale)
+
+    def fields(self, head_dim: int, dtype: torch.dtype) -> list[tuple[Shape, torch.dtype]]:
+        import torch
+
+        codes = ((head_dim,), torch.uint8)
+        return [codes] if self.scale is not None else [codes, ((1,), torch.float32)]
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        from kvsuite.kernels.quantize import e4m3_scale, to_e4m3
+
+        x = x[:, :, 0]
+        if self.scale is not None:
+            return (to_e4m3(x, self.scale),)
+        scale = e4m3_scale(x)
+        return to_e4m3(x, scale), scale
+
+    def decode(self, fields: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        from kvsuite.kernels.quantize import from_e4m3
+
+        scale = fields[1] if self.scale is None else self.scale
+        return from_e4m3(fields[0], scale, dtype).unsqueeze(2)
