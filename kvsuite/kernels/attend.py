@@ -81,5 +81,5 @@ def read(form: Format, fields: tuple[Tensor, ...], head_dim: int) -> Tensor:
     codes = unpack(first, form.bits).float()
     scale, zero = (x.float() for x in fields[1:])
     if form.kind == "token":
-        codes = codes.unflatten(-1, (head_dim // form.group, form.group))
+        codes = codes.reshape(*codes.shape[:-1], head_dim // form.group, form.group)
     return (codes * scale + zero).reshape(-1, head_dim)

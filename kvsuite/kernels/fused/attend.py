@@ -88,6 +88,7 @@ def _numbers(
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """A page's tokens as numbers (T, DP), not rounded; fp8 with a fixed scale without it."""
+    PADDED: tl.constexpr = D != DP
     x = _codes(codes_ptr, page, token, inside, D, BITS, DP, MASKED)
     if KIND == "fp8":
         x = _e4m3(x)
@@ -103,7 +104,6 @@ def _numbers(
         else:
             channel, real = _channels(D, BITS, DP)
             at = page * (32 * GROUPS) + token[:, None] * GROUPS + (channel // GROUP)[None, :]
-            PADDED: tl.constexpr = D != DP
             both = inside[:, None] & real[None, :]
             scale = _load(scale_ptr + at, both, MASKED or PADDED).to(tl.float32)
             zero = _load(zero_ptr + at, both, MASKED or PADDED).to(tl.float32)
@@ -112,7 +112,6 @@ def _numbers(
         x = _join(x, BITS)
         channel, real = _channels(D, BITS, DP)
         at = page * (32 // GROUP * D) + (token // GROUP)[:, None] * D + channel[None, :]
-        PADDED: tl.constexpr = D != DP
         both = inside[:, None] & real[None, :]
         scale = _load(scale_ptr + at, both, MASKED or PADDED).to(tl.float32)
         zero = _load(zero_ptr + at, both, MASKED or PADDED).to(tl.float32)
@@ -132,10 +131,10 @@ def _dot(a, b, TYPE: tl.constexpr, WIDEN: tl.constexpr):
 
 
 @triton.jit
-def _recent(x, residual_ptr, slot, wanted, R: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, DP: tl.constexpr):
+def _recent(x, residuaden_ptr, slot, wanted, R: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, DP: tl.constexpr):
     """x (T, DP) with the tokens that are ``wanted`` from the residual put in their places."""
     channel, real = _channels(D, BITS, DP)
-    at = residual_ptr + (slot % R)[:, None] * D + channel[None, :]
+    at = residuaden_ptr + (slot % R)[:, None] * D + channel[None, :]
     found = tl.load(at, mask=wanted[:, None] & real[None, :], other=0).to(tl.float32)
     return tl.where(wanted[:, None], found, x)
 
@@ -154,7 +153,7 @@ def _scores(
         scale = tl.load(scale_ptr + page * 32 + token).to(tl.float32)
         zero = tl.load(zero_ptr + page * 32 + token).to(tl.float32)
         s = _dot(q, tl.trans(codes), TYPE, WIDEN) * scale[None, :] + total[:, None] * zero[None, :]
-    elif KIND == "channel" and GROUP == 32 and TYPE == tl.bfloat16:
+    elif KIND == "channel" and GROUP == 32 and tl.bfloat16 == TYPE:
         # codes around 0: what rounding q * scale costs is a share of them
         HALF: tl.constexpr = 1 << (BITS - 1)
         codes = _join(_codes(codes_ptr, page, token, inside, D, BITS, DP, False), BITS) - HALF
@@ -174,19 +173,19 @@ def _scores(
 
 
 @triton.jit
-def _softmax_step(s, m, l):
+def _softmax_step(s, m, den):
     """One block of an online softmax in base 2: weights, and the new maximum, sum and factor of what was before."""
     top = tl.maximum(m, tl.max(s, 1))
     safe = tl.where(top == float("-inf"), 0.0, top)
     p = tl.exp2(s - safe[:, None])
     before = tl.exp2(m - safe)
-    return p, top, l * before + tl.sum(p, 1), before
+    return p, top, den * before + tl.sum(p, 1), before
 
 
 @triton.jit
 def _attend(
-    q_ptr, acc_ptr, m_ptr, l_ptr, weights_ptr, tops_ptr, rows_ptr, table_ptr, used_ptr, seen_ptr, positions_ptr,
-    k_codes_ptr, k_scale_ptr, k_zero_ptr, k_residual_ptr, v_codes_ptr, v_scale_ptr, v_zero_ptr, v_residual_ptr,
+    q_ptr, acc_ptr, m_ptr, den_ptr, weights_ptr, tops_ptr, rows_ptr, table_ptr, used_ptr, seen_ptr, positions_ptr,
+    k_codes_ptr, k_scale_ptr, k_zero_ptr, k_residuaden_ptr, v_codes_ptr, v_scale_ptr, v_zero_ptr, v_residuaden_ptr,
     q_batch, q_head, q_query, scale, softcap, window, chunks, pages, slots, queries,
     D: tl.constexpr, H: tl.constexpr, G: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr,
     K_KIND: tl.constexpr, K_BITS: tl.constexpr, K_GROUP: tl.constexpr, K_R: tl.constexpr, K_ROLLING: tl.constexpr,
@@ -213,8 +212,8 @@ def _attend(
         v_done = tl.maximum(n - V_R, 0) if V_ROLLING else n - n % V_R
     table_ptr += here * pages
     positions_ptr += here * slots
-    k_residual_ptr += here * (K_R * D)
-    v_residual_ptr += here * (V_R * D)
+    k_residuaden_ptr += here * (K_R * D)
+    v_residuaden_ptr += here * (V_R * D)
 
     r = (tl.program_id(0) // chunks) * M + tl.arange(0, M)
     real_row = r < G * queries
@@ -226,7 +225,7 @@ def _attend(
     newest = seen - queries + query
 
     m = tl.full((M,), float("-inf"), tl.float32)
-    l = tl.zeros((M,), tl.float32)
+    den = tl.zeros((M,), tl.float32)
     acc = tl.zeros((M, V_DP), tl.float32)
     token = tl.arange(0, 32)
     pair = (item * H + head).to(tl.int64) * G
@@ -243,7 +242,7 @@ def _attend(
         )
         s = _masked(s, positions_ptr, i * 32 + token, newest, scale, softcap, window, n, POSITIONS, CAUSAL, WINDOW,
                     SOFTCAP, False)  # fmt: skip
-        p, m, l, before = _softmax_step(s, m, l)
+        p, m, den, before = _softmax_step(s, m, den)
         if MASS:
             tl.store(weights_ptr + (pair + r)[:, None] * slots + (i * 32 + token)[None, :], p.to(tl.float16),
                      mask=real_row[:, None])  # fmt: skip
@@ -258,10 +257,10 @@ def _attend(
         k = _numbers(k_codes_ptr, k_scale_ptr, k_zero_ptr, page, token, slot < k_done, D, K_KIND, K_BITS, K_GROUP,
                      K_DP, True)  # fmt: skip
         if K_R > 0:
-            k = _recent(k, k_residual_ptr, slot, (slot >= k_done) & (slot < n), K_R, D, K_BITS, K_DP)
+            k = _recent(k, k_residuaden_ptr, slot, (slot >= k_done) & (slot < n), K_R, D, K_BITS, K_DP)
         s = _dot(q, tl.trans(k), TYPE, WIDEN)
         s = _masked(s, positions_ptr, slot, newest, scale, softcap, window, n, POSITIONS, CAUSAL, WINDOW, SOFTCAP, True)
-        p, m, l, before = _softmax_step(s, m, l)
+        p, m, den, before = _softmax_step(s, m, den)
         if MASS:
             tl.store(weights_ptr + (pair + r)[:, None] * slots + slot[None, :], p.to(tl.float16),
                      mask=real_row[:, None] & (slot < n)[None, :])  # fmt: skip
@@ -269,12 +268,12 @@ def _attend(
         v = _numbers(v_codes_ptr, v_scale_ptr, v_zero_ptr, page, token, slot < v_done, D, V_KIND, V_BITS, V_GROUP,
                      V_DP, True)  # fmt: skip
         if V_R > 0:
-            v = _recent(v, v_residual_ptr, slot, (slot >= v_done) & (slot < n), V_R, D, V_BITS, V_DP)
+            v = _recent(v, v_residuaden_ptr, slot, (slot >= v_done) & (slot < n), V_R, D, V_BITS, V_DP)
         acc = acc * before[:, None] + _dot(p, v, TYPE, WIDEN)
 
     part = ((item * H + head).to(tl.int64) * chunks + chunk) * (G * queries) + r
     tl.store(m_ptr + part, m, mask=real_row)
-    tl.store(l_ptr + part, l, mask=real_row)
+    tl.store(den_ptr + part, den, mask=real_row)
     channel, real = _channels(D, V_BITS, V_DP)
     tl.store(acc_ptr + part[:, None] * D + channel[None, :], acc, mask=real_row[:, None] & real[None, :])
 
@@ -305,7 +304,7 @@ def _masked(
 
 @triton.jit
 def _merge(
-    acc_ptr, m_ptr, l_ptr, out_ptr, lse_ptr, rows_ptr, used_ptr, sinks_ptr, v_scale, chunks, queries,
+    acc_ptr, m_ptr, den_ptr, out_ptr, lse_ptr, rows_ptr, used_ptr, sinks_ptr, v_scale, chunks, queries,
     D: tl.constexpr, DP: tl.constexpr, H: tl.constexpr, G: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
     SINKS: tl.constexpr, MASS: tl.constexpr,
 ):  # fmt: skip
@@ -321,10 +320,10 @@ def _merge(
     count = (n + CHUNK * 32 - 1) // (CHUNK * 32)
     first = ((item * H + head).to(tl.int64) * chunks) * (G * queries) + r
     top = tl.full((), float("-inf"), tl.float32)
-    l = tl.zeros((), tl.float32)
+    den = tl.zeros((), tl.float32)
     if SINKS:
         top = tl.load(sinks_ptr + head * G + r // queries).to(tl.float32) * 1.4426950408889634
-        l = l + 1.0
+        den = den + 1.0
     acc = tl.zeros((DP,), tl.float32)
     for start in range(0, count, BLOCK):
         c = start + tl.arange(0, BLOCK)
@@ -336,15 +335,15 @@ def _merge(
         before = tl.exp2(top - safe)
         # a part that may read nothing has a maximum of -inf and was perhaps not written
         some = m > float("-inf")
-        sums = tl.load(l_ptr + at, mask=some, other=0)
+        sums = tl.load(den_ptr + at, mask=some, other=0)
         parts = tl.load(acc_ptr + at[:, None] * D + channel[None, :], mask=some[:, None] & (channel < D)[None, :],
                         other=0)  # fmt: skip
-        l = l * before + tl.sum(weight * sums, 0)
+        den = den * before + tl.sum(weight * sums, 0)
         acc = acc * before + tl.sum(weight[:, None] * parts, 0)
         top = new
-    tl.store(out_ptr + out, (acc / l * v_scale).to(out_ptr.dtype.element_ty), mask=channel < D)
+    tl.store(out_ptr + out, (acc / den * v_scale).to(out_ptr.dtype.element_ty), mask=channel < D)
     if MASS:
-        tl.store(lse_ptr + (item * H + head) * G + r, top + tl.log2(l))
+        tl.store(lse_ptr + (item * H + head) * G + r, top + tl.log2(den))
 
 
 @triton.jit
@@ -393,7 +392,7 @@ def attend(
     shape = (batch, kv_heads, chunks, group * queries)
     q = q if q.stride(-1) == 1 else q.contiguous()
     acc = q.new_empty((*shape, dim), dtype=torch.float32)
-    m, l = q.new_empty((2, *shape), dtype=torch.float32)
+    m, den = q.new_empty((2, *shape), dtype=torch.float32)
     out = torch.empty((batch, heads, queries, dim), dtype=q.dtype, device=q.device)
     weights = tops = lse = m
     if paged.mass is not None:
@@ -406,7 +405,7 @@ def attend(
         _attend,
         (chunks * -(-group * queries // rows_each), kv_heads, batch),
         {
-            "q_ptr": q, "acc_ptr": acc, "m_ptr": m, "l_ptr": l, "weights_ptr": weights, "tops_ptr": tops,
+            "q_ptr": q, "acc_ptr": acc, "m_ptr": m, "den_ptr": den, "weights_ptr": weights, "tops_ptr": tops,
             "rows_ptr": rows, "table_ptr": paged.table, "used_ptr": paged.used, "seen_ptr": paged.seen,
             "positions_ptr": paged.table if paged.positions is None else paged.positions,
             **_pointers("k", paged.k), **_pointers("v", paged.v),
@@ -427,7 +426,7 @@ def attend(
         _merge,
         (group * queries, kv_heads, batch),
         {
-            "acc_ptr": acc, "m_ptr": m, "l_ptr": l, "out_ptr": out, "lse_ptr": lse, "rows_ptr": rows,
+            "acc_ptr": acc, "m_ptr": m, "den_ptr": den, "out_ptr": out, "lse_ptr": lse, "rows_ptr": rows,
             "used_ptr": paged.used, "sinks_ptr": m if sink_logits is None else sink_logits, "v_scale": v_scale,
             "chunks": chunks, "queries": queries,
         },
@@ -457,14 +456,15 @@ def readable(form: Format, dtype: torch.dtype, head_dim: int) -> bool:
 def chunk_pages(pairs: int) -> int:
     """Pages per program for so many (row, kv head): enough programs for a GPU when the batch is small, few parts to
     merge when it is large. Lengths do not count: a row's parts must not depend on what else is decoded."""
-    return min(32, max(4, triton.next_power_of_2(pairs) // 16))
+    pages: int = triton.next_power_of_2(pairs) // 16
+    return min(32, max(4, pages))
 
 
 def _pointers(name: str, side: Side) -> dict[str, Tensor]:
     """A side's tensors; the first stands in for those a format has not."""
     fields = [*side.fields, side.fields[0], side.fields[0]]
     names = (f"{name}_{part}_ptr" for part in ("codes", "scale", "zero"))
-    return {**dict(zip(names, fields, strict=False)), f"{name}_residual_ptr": side.residual}
+    return {**dict(zip(names, fields, strict=False)), f"{name}_residuaden_ptr": side.residual}
 
 
 def _constants(name: str, side: Side, dim: int) -> dict[str, object]:
