@@ -39,6 +39,7 @@ class Shape:
     selects: bool = False
     mass: bool = False
     asked: frozenset = frozenset()
+    tile: int | None = None
 
 
 def draw(form, dim, residual, rolling, rows, heads, pages, dtype, noise):
@@ -150,17 +151,14 @@ def exact(q, paged, row, head, scale, asked):
     allowed = naive.causal(torch.arange(seen - queries, seen), at, asked.get("window")) & (at >= 0)
     unit, single = torch.finfo(q.dtype).eps / 2, torch.finfo(torch.float32).eps / 2
     size = k.double().abs()
-    if paged.k.format.kind == "channel":  # the query is rounded after a channel's scale went into it
-        size = size + size.amax(0)
-    if paged.k.format.kind == "token":  # codes and zero are added up one by one
-        size = size + size.amax(1, keepdim=True) * (unit + (dim + 8) * single) / unit
+    parts = size + 3 * size.amax(1, keepdim=True)  # codes times scale and zeros are added up apart, and cancel
     rounded = 0 if paged.k.format.kind == "plain" else unit
     weights, errors = [], []
     for h in range(head * group, (head + 1) * group):
         sink = None if "sink_logits" not in asked else float(asked["sink_logits"][h])
         weights.append(naive.weights(q[row, h], k, scale, allowed, asked.get("softcap"), sink))
-        worst = scale * (q[row, h].double().abs() @ size.T).amax(1)
-        errors.append(2 * worst * (rounded + (dim + 16) * single) + (n + 16) * single)
+        sums = q[row, h].double().abs() @ (rounded * size + (dim + 16) * single * parts).T
+        errors.append(2 * scale * sums.amax(1) + (n + 16) * single)
     return torch.stack(weights), v.double(), torch.stack(errors)
 
 
@@ -169,7 +167,10 @@ def check(name, shape, seed, device):
     scale, asked = shape.dim**-0.5, options(shape)
     rows = torch.arange(len(shape.lengths), dtype=torch.int32)
     found = {}
-    with poisoned():
+    with pytest.MonkeyPatch.context() as patch, poisoned():
+        if shape.tile:
+            for kind, chosen in fused.TUNED.items():
+                patch.setitem(fused.TUNED, kind, replace(chosen, tile=shape.tile))
         for module in (reference, fused):
             there = device if module is fused else torch.device("cpu")
             state = move(paged, there)
@@ -211,9 +212,10 @@ def test_the_kernel_and_its_reference_are_attention(name, device):
         kind=st.sampled_from(["", "", "selects", "mass"]),
         asked=st.sets(st.sampled_from(["window", "softcap", "sink_logits"]), max_size=2),
         seed=st.integers(0, 999),
+        tile=st.sampled_from([None, None, 32, 64]),
     )
-    def run(lengths, group, dtype, kind, asked, seed):
-        shape = Shape(lengths, 64, group, 1, dtype, kind != "", kind == "mass", frozenset(asked))
+    def run(lengths, group, dtype, kind, asked, seed, tile):
+        shape = Shape(lengths, 64, group, 1, dtype, kind != "", kind == "mass", frozenset(asked), tile)
         check(name, shape, seed, device)
 
     run()

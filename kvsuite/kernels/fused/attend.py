@@ -7,7 +7,9 @@ Pages are read by one body, to which a codec adds how a page becomes numbers; th
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -22,32 +24,127 @@ ROWS = 64
 """Packed query rows (group * queries) a program takes at most."""
 
 
-@triton.jit
-def _magic(codes):
-    """Small integers to float32 without an integer conversion, of which a GPU does few: 2^23 + code, minus 2^23."""
-    return (codes.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+def _assembler(bits: int, part: int) -> tl.constexpr:
+    """PTX for the four bytes of a word: one part of each as float16, by placing the code into the mantissa of 1024."""
+    mask = ((1 << bits) - 1) * 0x01010101
+    return tl.constexpr(
+        "{ .reg .b32 t, a, b, o;"
+        + (f"shr.b32 t, $4, {bits * part};" if part else "mov.b32 t, $4;")
+        + (f"and.b32 t, t, {mask:#x};" if bits < 8 else "")
+        + "mov.b32 o, 0x64006400;"
+        "prmt.b32 a, t, 0x64646464, 0x4140;"
+        "prmt.b32 b, t, 0x64646464, 0x4342;"
+        "sub.f16x2 a, a, o;"
+        "sub.f16x2 b, b, o;"
+        "mov.b32 {$0, $1}, a;"
+        "mov.b32 {$2, $3}, b; }"
+    )
+
+
+_ASM_8 = _assembler(8, 0)
+_ASM_4_0, _ASM_4_1 = _assembler(4, 0), _assembler(4, 1)
+_ASM_2_0, _ASM_2_1, _ASM_2_2, _ASM_2_3 = (_assembler(2, part) for part in range(4))
+_ASM_E4M3 = tl.constexpr(  # by the GPU itself, from sm_89
+    "{ .reg .b16 l, h; .reg .b32 a, b;"
+    "mov.b32 {l, h}, $4;"
+    "cvt.rn.f16x2.e4m3x2 a, l;"
+    "cvt.rn.f16x2.e4m3x2 b, h;"
+    "mov.b32 {$0, $1}, a;"
+    "mov.b32 {$2, $3}, b; }"
+)
+
+
+def _move(byte_pair: str, to: str) -> str:
+    """Two e4m3 bytes to float16: their bits moved, times 256 for the difference in exponent bias; times 146 in between
+    only NaN's 480 becomes infinite, and that times 0 is NaN."""
+    return (
+        f"prmt.b32 {to}, $4, 0, {byte_pair};"
+        f"and.b32 s, {to}, 0x80008000;"
+        f"and.b32 {to}, {to}, 0x7f007f00;"
+        f"shr.b32 {to}, {to}, 1;"
+        f"or.b32 {to}, {to}, s;"
+        f"mul.f16x2 {to}, {to}, x;"
+        f"mul.f16x2 s, {to}, y;"
+        f"fma.rn.f16x2 {to}, s, z, {to};"
+    )
+
+
+_ASM_E4M3_OLD = tl.constexpr(
+    "{ .reg .b32 a, b, s, x, y, z;"
+    "mov.b32 x, 0x5c005c00; mov.b32 y, 0x58905890; mov.b32 z, 0;"
+    + _move("0x1404", "a")
+    + _move("0x3424", "b")
+    + "mov.b32 {$0, $1}, a;"
+    "mov.b32 {$2, $3}, b; }"
+)
 
 
 @triton.jit
-def _join(codes, BITS: tl.constexpr):
-    """Packed codes (T, W) to float32 (T, W * 8 / BITS): the parts one behind the other."""
-    if BITS == 8:
-        x = _magic(codes)
+def _bytes(words, ASM: tl.constexpr):
+    """Words (T, W / 4) to float16 (T, W): what the assembler makes of each byte, in order."""
+    a, b, c, d = tl.inline_asm_elementwise(
+        ASM, "=h,=h,=h,=h,r", [words], (tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=1
+    )
+    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (words.shape[0], 4 * words.shape[1]))
+
+
+@triton.jit
+def _split(words):
+    """The bytes of words (T, W / 4), in order: (T, W)."""
+    a = tl.join(words & 255, (words >> 16) & 255)
+    b = tl.join((words >> 8) & 255, (words >> 24) & 255)
+    return tl.reshape(tl.join(a, b), (words.shape[0], 4 * words.shape[1]))
+
+
+@triton.jit
+def _part(words, BITS: tl.constexpr, PART: tl.constexpr, WIDEN: tl.constexpr):
+    """One part of packed codes, words (T, W / 4), as float16 (T, W), exactly."""
+    if WIDEN:  # the interpreter has no assembler
+        x = ((_split(words) >> (BITS * PART)) & ((1 << BITS) - 1)).to(tl.float16)
+    elif BITS == 8:
+        x = _bytes(words, _ASM_8)
     elif BITS == 4:
-        both = tl.join(codes & 15, codes >> 4)
-        x = _magic(tl.reshape(tl.permute(both, (0, 2, 1)), (codes.shape[0], 2 * codes.shape[1])))
+        x = _bytes(words, _ASM_4_0 if PART == 0 else _ASM_4_1)
+    elif PART < 2:
+        x = _bytes(words, _ASM_2_0 if PART == 0 else _ASM_2_1)
     else:
-        four = tl.join(tl.join(codes & 3, (codes >> 2) & 3), tl.join((codes >> 4) & 3, codes >> 6))
-        x = _magic(tl.reshape(tl.permute(four, (0, 3, 2, 1)), (codes.shape[0], 4 * codes.shape[1])))
+        x = _bytes(words, _ASM_2_2 if PART == 2 else _ASM_2_3)
     return x
 
 
 @triton.jit
-def _e4m3(codes):
-    """e4m3 bytes to float32 by moving the bits into a float16, whose exponent bias is 8 larger."""
-    wide = codes.to(tl.uint16)
-    half = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True)
-    return tl.where((wide & 0x7F) == 0x7F, float("nan"), half.to(tl.float32) * 256.0)
+def _two(a, b):
+    """(T, W) and (T, W) to (T, 2 W), one behind the other: in registers, with nothing exchanged."""
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
+
+
+@triton.jit
+def _all(codes, BITS: tl.constexpr, WIDEN: tl.constexpr):
+    """Packed codes (T, W) as float16 (T, W * 8 / BITS), exactly: the parts one behind the other."""
+    if BITS == 8:
+        x = _part(codes, 8, 0, WIDEN)
+    elif BITS == 4:
+        x = _two(_part(codes, 4, 0, WIDEN), _part(codes, 4, 1, WIDEN))
+    else:
+        x = _two(
+            _two(_part(codes, 2, 0, WIDEN), _part(codes, 2, 1, WIDEN)),
+            _two(_part(codes, 2, 2, WIDEN), _part(codes, 2, 3, WIDEN)),
+        )
+    return x
+
+
+@triton.jit
+def _e4m3(words, WIDEN: tl.constexpr, NATIVE: tl.constexpr):
+    """e4m3 bytes, words (T, W / 4), as float16 (T, W), exactly."""
+    if WIDEN:
+        code = _split(words)
+        x = (((code & 0x80) << 8) | ((code & 0x7F) << 7)).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        x = tl.where((code & 0x7F) == 0x7F, float("nan"), x * 256.0).to(tl.float16)
+    elif NATIVE:
+        x = _bytes(words, _ASM_E4M3)
+    else:
+        x = _bytes(words, _ASM_E4M3_OLD)
+    return x
 
 
 @triton.jit
@@ -70,52 +167,87 @@ def _load(ptr, mask, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _codes(codes_ptr, page, token, inside, D: tl.constexpr, BITS: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr):
-    """What a page holds of its tokens (T,), as it lies there: plain numbers (T, DP) or codes (T, DP / parts)."""
-    PARTS: tl.constexpr = 8 // BITS if BITS < 8 else 1
-    W: tl.constexpr = D // PARTS
-    WP: tl.constexpr = DP // PARTS
-    byte = tl.arange(0, WP)
-    at = codes_ptr + page * (32 * W) + token[:, None] * W + byte[None, :]
+def _codes(
+    codes_ptr, at, inside, D: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, DP: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """What the pools hold of tokens ``at`` (T,), as it lies there: plain numbers (T, DP) or words of four codes."""
+    EACH: tl.constexpr = 1 if KIND == "plain" else 32 // BITS  # channels in an element
+    W: tl.constexpr = D // EACH
+    WP: tl.constexpr = DP // EACH
+    column = tl.arange(0, WP)
     PADDED: tl.constexpr = W != WP
-    return _load(at, inside[:, None] & (byte < W)[None, :], MASKED or PADDED)
+    real = inside[:, None] & (column < W)[None, :]
+    return _load(codes_ptr + (at * W)[:, None] + column[None, :], real, MASKED or PADDED)
+
+
+@triton.jit
+def _times(codes, scale, zero, shape):
+    """codes (T, W) * scale + zero, which broadcast to ``shape``, a finer view of (T, W)."""
+    x = tl.fma(tl.reshape(codes, shape), tl.broadcast_to(scale, shape), tl.broadcast_to(zero, shape))
+    return tl.reshape(x, codes.shape)
+
+
+@triton.jit
+def _scaled(
+    codes, scale_ptr, zero_ptr, at, inside, D: tl.constexpr, GROUP: tl.constexpr, PART: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """One part of tokens' codes, float16 (T, W), times their groups' scales plus their zeros, rounded once."""
+    T: tl.constexpr = codes.shape[0]
+    W: tl.constexpr = codes.shape[1]
+    if W <= GROUP:
+        where = at * (D // GROUP) + PART * W // GROUP
+        scale = _load(scale_ptr + where, inside, MASKED)[:, None]
+        x = _times(codes, scale, _load(zero_ptr + where, inside, MASKED)[:, None], (T, W))
+    else:
+        N: tl.constexpr = W // GROUP
+        where = (at * (D // GROUP))[:, None] + (tl.arange(0, N) + PART * N)[None, :]
+        scale = tl.expand_dims(_load(scale_ptr + where, inside[:, None], MASKED), 2)
+        zero = tl.expand_dims(_load(zero_ptr + where, inside[:, None], MASKED), 2)
+        x = _times(codes, scale, zero, (T, N, GROUP))
+    return x
 
 
 @triton.jit
 def _numbers(
-    codes_ptr, scale_ptr, zero_ptr, page, token, inside,
+    codes_ptr, scale_ptr, zero_ptr, at, unit, inside, unit_inside,
     D: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, DP: tl.constexpr,
-    MASKED: tl.constexpr,
+    MASKED: tl.constexpr, WIDEN: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """A page's tokens as numbers (T, DP), not rounded; fp8 with a fixed scale without it."""
+    """Tokens ``at`` (T,) of the pools, in the units ``unit`` (T / GROUP,) where they are encoded together, as numbers
+    (T, DP): what is encoded as float16, rounded once; fp8 with a fixed scale without it."""
     PADDED: tl.constexpr = D != DP
-    x = _codes(codes_ptr, page, token, inside, D, BITS, DP, MASKED)
+    x = _codes(codes_ptr, at, inside, D, KIND, BITS, DP, MASKED)
     if KIND == "fp8":
-        x = _e4m3(x)
+        x = _e4m3(x, WIDEN, NATIVE)
         if GROUP > 0:
-            x = x * _load(scale_ptr + page * 32 + token, inside, MASKED)[:, None]
-    elif KIND == "token":
-        x = _join(x, BITS)
-        GROUPS: tl.constexpr = D // GROUP
-        if GROUPS == 1:
-            at = page * 32 + token
-            scale = _load(scale_ptr + at, inside, MASKED).to(tl.float32)[:, None]
-            zero = _load(zero_ptr + at, inside, MASKED).to(tl.float32)[:, None]
-        else:
-            channel, real = _channels(D, BITS, DP)
-            at = page * (32 * GROUPS) + token[:, None] * GROUPS + (channel // GROUP)[None, :]
-            both = inside[:, None] & real[None, :]
-            scale = _load(scale_ptr + at, both, MASKED or PADDED).to(tl.float32)
-            zero = _load(zero_ptr + at, both, MASKED or PADDED).to(tl.float32)
-        x = x * scale + zero
-    elif KIND == "channel":
-        x = _join(x, BITS)
+            x = (x * _load(scale_ptr + at, inside, MASKED)[:, None]).to(tl.float16)
+    elif KIND == "token" and not PADDED:
+        words = x
+        x = _scaled(_part(words, BITS, 0, WIDEN), scale_ptr, zero_ptr, at, inside, D, GROUP, 0, MASKED)
+        if BITS < 8:
+            b = _scaled(_part(words, BITS, 1, WIDEN), scale_ptr, zero_ptr, at, inside, D, GROUP, 1, MASKED)
+            x = _two(x, b)
+        if BITS == 2:
+            c = _scaled(_part(words, BITS, 2, WIDEN), scale_ptr, zero_ptr, at, inside, D, GROUP, 2, MASKED)
+            d = _scaled(_part(words, BITS, 3, WIDEN), scale_ptr, zero_ptr, at, inside, D, GROUP, 3, MASKED)
+            x = _two(x, _two(c, d))
+    elif KIND != "plain":
+        codes = _all(x, BITS, WIDEN)
         channel, real = _channels(D, BITS, DP)
-        at = page * (32 // GROUP * D) + (token // GROUP)[:, None] * D + channel[None, :]
-        both = inside[:, None] & real[None, :]
-        scale = _load(scale_ptr + at, both, MASKED or PADDED).to(tl.float32)
-        zero = _load(zero_ptr + at, both, MASKED or PADDED).to(tl.float32)
-        x = x * scale + zero
+        T: tl.constexpr = codes.shape[0]
+        if KIND == "token":
+            where = (at * (D // GROUP))[:, None] + (channel // GROUP)[None, :]
+            both = inside[:, None] & real[None, :]
+            scale = _load(scale_ptr + where, both, MASKED or PADDED)
+            x = tl.fma(codes, scale, _load(zero_ptr + where, both, MASKED or PADDED))
+        else:
+            where = (unit * D)[:, None] + channel[None, :]
+            both = unit_inside[:, None] & real[None, :]
+            scale = tl.expand_dims(_load(scale_ptr + where, both, MASKED or PADDED), 1)
+            zero = tl.expand_dims(_load(zero_ptr + where, both, MASKED or PADDED), 1)
+            x = _times(codes, scale, zero, (T // GROUP, GROUP, DP))
     return x
 
 
@@ -131,45 +263,42 @@ def _dot(a, b, TYPE: tl.constexpr, WIDEN: tl.constexpr):
 
 
 @triton.jit
-def _recent(x, residuaden_ptr, slot, wanted, R: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, DP: tl.constexpr):
-    """x (T, DP) with the tokens that are ``wanted`` from the residual put in their places."""
+def _recent(x, residual_ptr, slot, wanted, R: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, DP: tl.constexpr):
+    """x (T, DP) in the model's dtype, with the tokens that are ``wanted`` from the residual put in their places."""
     channel, real = _channels(D, BITS, DP)
-    at = residuaden_ptr + (slot % R)[:, None] * D + channel[None, :]
-    found = tl.load(at, mask=wanted[:, None] & real[None, :], other=0).to(tl.float32)
-    return tl.where(wanted[:, None], found, x)
+    at = residual_ptr + (slot % R)[:, None] * D + channel[None, :]
+    found = tl.load(at, mask=wanted[:, None] & real[None, :], other=0)
+    return tl.where(wanted[:, None], found, x.to(found.dtype))
 
 
 @triton.jit
 def _scores(
-    q, total, codes_ptr, scale_ptr, zero_ptr, page, token,
+    q, total, codes_ptr, scale_ptr, zero_ptr, at, unit,
     D: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, DP: tl.constexpr,
-    TYPE: tl.constexpr, WIDEN: tl.constexpr,
+    WIDEN: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """q · K of a whole page, float32 (M, 32). Where K need not be dequantised it is not: a token's scale is applied to
-    its score, a channel's to the query (bfloat16 only: float16 has not the range), zeros add up to one number."""
-    inside = token >= 0
+    """q · K of a whole tile, float32 (M, T). A scale that a token has for itself is applied to its score, and zeros add
+    up to one number: such keys are not dequantised."""
+    inside = at >= 0
     if KIND == "token" and GROUP == D:
-        codes = _join(_codes(codes_ptr, page, token, inside, D, BITS, DP, False), BITS)
-        scale = tl.load(scale_ptr + page * 32 + token).to(tl.float32)
-        zero = tl.load(zero_ptr + page * 32 + token).to(tl.float32)
-        s = _dot(q, tl.trans(codes), TYPE, WIDEN) * scale[None, :] + total[:, None] * zero[None, :]
-    elif KIND == "channel" and GROUP == 32 and tl.bfloat16 == TYPE:
-        # codes around 0: what rounding q * scale costs is a share of them
-        HALF: tl.constexpr = 1 << (BITS - 1)
-        codes = _join(_codes(codes_ptr, page, token, inside, D, BITS, DP, False), BITS) - HALF
-        channel, real = _channels(D, BITS, DP)
-        PADDED: tl.constexpr = D != DP
-        scale = _load(scale_ptr + page * D + channel, real, PADDED).to(tl.float32)
-        zero = _load(zero_ptr + page * D + channel, real, PADDED).to(tl.float32) + HALF * scale
-        wide = q.to(tl.float32)
-        s = _dot(wide * scale[None, :], tl.trans(codes), TYPE, WIDEN) + tl.sum(wide * zero[None, :], 1)[:, None]
+        codes = _all(_codes(codes_ptr, at, inside, D, KIND, BITS, DP, False), BITS, WIDEN)
+        scale = tl.load(scale_ptr + at).to(tl.float32)
+        zero = tl.load(zero_ptr + at).to(tl.float32)
+        s = _dot(q, tl.trans(codes), tl.float16, WIDEN) * scale[None, :] + total[:, None] * zero[None, :]
     elif KIND == "fp8" and GROUP > 0:
-        codes = _e4m3(_codes(codes_ptr, page, token, inside, D, BITS, DP, False))
-        s = _dot(q, tl.trans(codes), TYPE, WIDEN) * tl.load(scale_ptr + page * 32 + token)[None, :]
+        codes = _e4m3(_codes(codes_ptr, at, inside, D, KIND, BITS, DP, False), WIDEN, NATIVE)
+        s = _dot(q, tl.trans(codes), tl.float16, WIDEN) * tl.load(scale_ptr + at)[None, :]
     else:
-        k = _numbers(codes_ptr, scale_ptr, zero_ptr, page, token, inside, D, KIND, BITS, GROUP, DP, False)
-        s = _dot(q, tl.trans(k), TYPE, WIDEN)
+        k = _numbers(codes_ptr, scale_ptr, zero_ptr, at, unit, inside, unit >= 0, D, KIND, BITS, GROUP, DP, False,
+                     WIDEN, NATIVE)  # fmt: skip
+        s = _dot(q, tl.trans(k), k.dtype, WIDEN)
     return s
+
+
+@triton.jit
+def _where(table_ptr, slot):
+    """Slots' places in the pools."""
+    return tl.load(table_ptr + slot // 32).to(tl.int64) * 32 + slot % 32
 
 
 @triton.jit
@@ -185,24 +314,23 @@ def _softmax_step(s, m, den):
 @triton.jit
 def _attend(
     q_ptr, acc_ptr, m_ptr, den_ptr, weights_ptr, tops_ptr, rows_ptr, table_ptr, used_ptr, seen_ptr, positions_ptr,
-    k_codes_ptr, k_scale_ptr, k_zero_ptr, k_residuaden_ptr, v_codes_ptr, v_scale_ptr, v_zero_ptr, v_residuaden_ptr,
+    k_codes_ptr, k_scale_ptr, k_zero_ptr, k_residual_ptr, v_codes_ptr, v_scale_ptr, v_zero_ptr, v_residual_ptr,
     q_batch, q_head, q_query, scale, softcap, window, chunks, pages, slots, queries,
-    D: tl.constexpr, H: tl.constexpr, G: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr,
+    D: tl.constexpr, H: tl.constexpr, G: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
     K_KIND: tl.constexpr, K_BITS: tl.constexpr, K_GROUP: tl.constexpr, K_R: tl.constexpr, K_ROLLING: tl.constexpr,
     K_DP: tl.constexpr,
     V_KIND: tl.constexpr, V_BITS: tl.constexpr, V_GROUP: tl.constexpr, V_R: tl.constexpr, V_ROLLING: tl.constexpr,
     V_DP: tl.constexpr,
     POSITIONS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MASS: tl.constexpr,
-    WIDEN: tl.constexpr,
+    WIDEN: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     chunk, head, item = tl.program_id(0) % chunks, tl.program_id(1), tl.program_id(2)
     row = tl.load(rows_ptr + item)
     if row < 0:
         return
-    TYPE: tl.constexpr = q_ptr.dtype.element_ty
     here = row.to(tl.int64) * H + head
     n = tl.load(used_ptr + here)
-    if chunk * CHUNK * 32 >= n:
+    if chunk * CHUNK >= n:
         return
     seen = tl.load(seen_ptr + here)
     k_done, v_done = n, n
@@ -212,64 +340,72 @@ def _attend(
         v_done = tl.maximum(n - V_R, 0) if V_ROLLING else n - n % V_R
     table_ptr += here * pages
     positions_ptr += here * slots
-    k_residuaden_ptr += here * (K_R * D)
-    v_residuaden_ptr += here * (V_R * D)
+    k_residual_ptr += here * (K_R * D)
+    v_residual_ptr += here * (V_R * D)
 
     r = (tl.program_id(0) // chunks) * M + tl.arange(0, M)
     real_row = r < G * queries
     query = r % queries
     channel, real = _channels(D, K_BITS, K_DP)
-    at = q_ptr + item * q_batch + (head * G + r // queries)[:, None] * q_head + query[:, None] * q_query
-    q = tl.load(at + channel[None, :], mask=real_row[:, None] & real[None, :], other=0)
+    vectors = q_ptr + item * q_batch + (head * G + r // queries)[:, None] * q_head + query[:, None] * q_query
+    q = tl.load(vectors + channel[None, :], mask=real_row[:, None] & real[None, :], other=0)
     total = tl.sum(q.to(tl.float32), 1)
     newest = seen - queries + query
 
     m = tl.full((M,), float("-inf"), tl.float32)
     den = tl.zeros((M,), tl.float32)
     acc = tl.zeros((M, V_DP), tl.float32)
-    token = tl.arange(0, 32)
+    token = tl.arange(0, TILE)
+    GROUPED: tl.constexpr = K_GROUP if K_KIND == "channel" else TILE  # tokens encoded together
+    group = tl.arange(0, TILE // GROUPED) * GROUPED
     pair = (item * H + head).to(tl.int64) * G
-    whole = tl.minimum(k_done, v_done) // 32
-    start = chunk * CHUNK
-    end = tl.minimum(start + CHUNK, (n + 31) // 32)
+    tiles = (slots + TILE - 1) // TILE
+    whole = tl.minimum(k_done, v_done) // TILE
+    start = chunk * (CHUNK // TILE)
+    end = tl.minimum(start + CHUNK // TILE, (n + TILE - 1) // TILE)
     if WINDOW and not POSITIONS:
-        start = tl.maximum(start, (seen - queries - window + 1) // 32)
-    # pages that are complete and encoded on both sides: nothing to mask but what the question asks
+        start = tl.maximum(start, (seen - queries - window + 1) // TILE)
+    # tiles that are complete and encoded on both sides: nothing to mask but what the question asks
     for i in range(start, tl.minimum(end, whole)):
-        page = tl.load(table_ptr + i).to(tl.int64)
+        slot = i * TILE + token
+        at = _where(table_ptr, slot)
+        unit = _where(table_ptr, i * TILE + group) // GROUPED
         s = _scores(
-            q, total, k_codes_ptr, k_scale_ptr, k_zero_ptr, page, token, D, K_KIND, K_BITS, K_GROUP, K_DP, TYPE, WIDEN
+            q, total, k_codes_ptr, k_scale_ptr, k_zero_ptr, at, unit, D, K_KIND, K_BITS, K_GROUP, K_DP, WIDEN, NATIVE
         )
-        s = _masked(s, positions_ptr, i * 32 + token, newest, scale, softcap, window, n, POSITIONS, CAUSAL, WINDOW,
-                    SOFTCAP, False)  # fmt: skip
+        s = _masked(
+            s, positions_ptr, slot, newest, scale, softcap, window, n, POSITIONS, CAUSAL, WINDOW, SOFTCAP, False
+        )
         p, m, den, before = _softmax_step(s, m, den)
         if MASS:
-            tl.store(weights_ptr + (pair + r)[:, None] * slots + (i * 32 + token)[None, :], p.to(tl.float16),
+            tl.store(weights_ptr + (pair + r)[:, None] * slots + slot[None, :], p.to(tl.float16),
                      mask=real_row[:, None])  # fmt: skip
-            tl.store(tops_ptr + (pair + r) * pages + i, m, mask=real_row)
-        v = _numbers(v_codes_ptr, v_scale_ptr, v_zero_ptr, page, token, token >= 0, D, V_KIND, V_BITS, V_GROUP, V_DP,
-                     False)  # fmt: skip
-        acc = acc * before[:, None] + _dot(p, v, TYPE, WIDEN)
-    # the last page, and what is in full precision on either side
+            tl.store(tops_ptr + (pair + r) * tiles + i, m, mask=real_row)
+        v = _numbers(v_codes_ptr, v_scale_ptr, v_zero_ptr, at, at, token >= 0, token >= 0, D, V_KIND, V_BITS, V_GROUP,
+                     V_DP, False, WIDEN, NATIVE)  # fmt: skip
+        acc = acc * before[:, None] + _dot(p, v, v.dtype, WIDEN)
+    # the last tile, and what is in full precision on either side
     for i in range(tl.maximum(start, whole), end):
-        page = tl.load(table_ptr + i).to(tl.int64)
-        slot = i * 32 + token
-        k = _numbers(k_codes_ptr, k_scale_ptr, k_zero_ptr, page, token, slot < k_done, D, K_KIND, K_BITS, K_GROUP,
-                     K_DP, True)  # fmt: skip
+        slot = i * TILE + token
+        units = i * TILE + group
+        at = _where(table_ptr, tl.minimum(slot, n - 1))
+        unit = _where(table_ptr, tl.minimum(units, n - 1)) // GROUPED
+        k = _numbers(k_codes_ptr, k_scale_ptr, k_zero_ptr, at, unit, slot < k_done, units < k_done, D, K_KIND, K_BITS,
+                     K_GROUP, K_DP, True, WIDEN, NATIVE)  # fmt: skip
         if K_R > 0:
-            k = _recent(k, k_residuaden_ptr, slot, (slot >= k_done) & (slot < n), K_R, D, K_BITS, K_DP)
-        s = _dot(q, tl.trans(k), TYPE, WIDEN)
+            k = _recent(k, k_residual_ptr, slot, (slot >= k_done) & (slot < n), K_R, D, K_BITS, K_DP)
+        s = _dot(q, tl.trans(k), k.dtype, WIDEN)
         s = _masked(s, positions_ptr, slot, newest, scale, softcap, window, n, POSITIONS, CAUSAL, WINDOW, SOFTCAP, True)
         p, m, den, before = _softmax_step(s, m, den)
         if MASS:
             tl.store(weights_ptr + (pair + r)[:, None] * slots + slot[None, :], p.to(tl.float16),
                      mask=real_row[:, None] & (slot < n)[None, :])  # fmt: skip
-            tl.store(tops_ptr + (pair + r) * pages + i, m, mask=real_row)
-        v = _numbers(v_codes_ptr, v_scale_ptr, v_zero_ptr, page, token, slot < v_done, D, V_KIND, V_BITS, V_GROUP,
-                     V_DP, True)  # fmt: skip
+            tl.store(tops_ptr + (pair + r) * tiles + i, m, mask=real_row)
+        v = _numbers(v_codes_ptr, v_scale_ptr, v_zero_ptr, at, at, slot < v_done, slot < v_done, D, V_KIND, V_BITS,
+                     V_GROUP, V_DP, True, WIDEN, NATIVE)  # fmt: skip
         if V_R > 0:
-            v = _recent(v, v_residuaden_ptr, slot, (slot >= v_done) & (slot < n), V_R, D, V_BITS, V_DP)
-        acc = acc * before[:, None] + _dot(p, v, TYPE, WIDEN)
+            v = _recent(v, v_residual_ptr, slot, (slot >= v_done) & (slot < n), V_R, D, V_BITS, V_DP)
+        acc = acc * before[:, None] + _dot(p, v, v.dtype, WIDEN)
 
     part = ((item * H + head).to(tl.int64) * chunks + chunk) * (G * queries) + r
     tl.store(m_ptr + part, m, mask=real_row)
@@ -317,7 +453,7 @@ def _merge(
         tl.store(out_ptr + out, tl.zeros((DP,), out_ptr.dtype.element_ty), mask=channel < D)
         return
     n = tl.load(used_ptr + row.to(tl.int64) * H + head)
-    count = (n + CHUNK * 32 - 1) // (CHUNK * 32)
+    count = (n + CHUNK - 1) // CHUNK
     first = ((item * H + head).to(tl.int64) * chunks) * (G * queries) + r
     top = tl.full((), float("-inf"), tl.float32)
     den = tl.zeros((), tl.float32)
@@ -348,8 +484,8 @@ def _merge(
 
 @triton.jit
 def _add_mass(
-    weights_ptr, tops_ptr, lse_ptr, mass_ptr, rows_ptr, used_ptr, pages, slots,
-    H: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr,
+    weights_ptr, tops_ptr, lse_ptr, mass_ptr, rows_ptr, used_ptr, slots,
+    H: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Each key's probability, mean over the group, out of the weights that the first pass left."""
     block, head, item = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -365,7 +501,9 @@ def _add_mass(
     p = tl.zeros((BLOCK,), tl.float32)
     for g in range(G):
         weight = tl.load(weights_ptr + (pair + g) * slots + slot, mask=slot < n, other=0).to(tl.float32)
-        top = tl.load(tops_ptr + (pair + g) * pages + slot // 32, mask=slot < n, other=float("-inf"))
+        top = tl.load(
+            tops_ptr + (pair + g) * ((slots + TILE - 1) // TILE) + slot // TILE, mask=slot < n, other=float("-inf")
+        )
         p += weight * tl.exp2(top - tl.load(lse_ptr + pair + g))
     at = mass_ptr + here * slots + slot
     tl.store(at, tl.load(at, mask=slot < n) + p / G, mask=slot < n)
@@ -386,8 +524,9 @@ def attend(
     group = heads // kv_heads
     if paged.mass is not None and queries > 1:
         raise ValueError("attention mass is counted query by query")
-    chunk = chunk_pages(batch * kv_heads)
-    chunks, slots = -(-pages // chunk), pages * PAGE
+    chosen = settings(paged, dim)
+    chunk, slots = chunk_tokens(batch * kv_heads), pages * PAGE
+    chunks = -(-slots // chunk)
     rows_each = min(ROWS, max(16, triton.next_power_of_2(group * queries)))
     shape = (batch, kv_heads, chunks, group * queries)
     q = q if q.stride(-1) == 1 else q.contiguous()
@@ -397,7 +536,7 @@ def attend(
     weights = tops = lse = m
     if paged.mass is not None:
         weights = q.new_empty((batch, heads, slots), dtype=torch.float16)
-        tops = q.new_empty((batch, heads, pages), dtype=torch.float32)
+        tops = q.new_empty((batch, heads, -(-slots // chosen.tile)), dtype=torch.float32)
         lse = q.new_empty((batch, heads), dtype=torch.float32)
     k_scale, v_scale = paged.k.format.scale or 1.0, paged.v.format.scale or 1.0
     base2 = scale * k_scale * (1.0 if softcap else LOG2E)
@@ -414,13 +553,14 @@ def attend(
             "chunks": chunks, "pages": pages, "slots": slots, "queries": queries,
         },
         {
-            "D": dim, "H": kv_heads, "G": group, "M": rows_each, "CHUNK": chunk,
+            "D": dim, "H": kv_heads, "G": group, "M": rows_each, "CHUNK": chunk, "TILE": chosen.tile,
             **_constants("K", paged.k, dim), **_constants("V", paged.v, dim),
             "POSITIONS": paged.positions is not None, "CAUSAL": queries > 1, "WINDOW": window is not None,
             "SOFTCAP": softcap is not None, "MASS": paged.mass is not None, "WIDEN": interpreting(),
+            "NATIVE": native_fp8(q.device),
         },
-        warps=4,
-        stages=3,
+        warps=chosen.warps,
+        stages=chosen.stages,
     )  # fmt: skip
     launch(
         _merge,
@@ -441,9 +581,9 @@ def attend(
             (-(-slots // 1024), kv_heads, batch),
             {
                 "weights_ptr": weights, "tops_ptr": tops, "lse_ptr": lse, "mass_ptr": paged.mass, "rows_ptr": rows,
-                "used_ptr": paged.used, "pages": pages, "slots": slots,
+                "used_ptr": paged.used, "slots": slots,
             },
-            {"H": kv_heads, "G": group, "BLOCK": 1024},
+            {"H": kv_heads, "G": group, "BLOCK": 1024, "TILE": chosen.tile},
         )  # fmt: skip
     return out
 
@@ -453,18 +593,58 @@ def readable(form: Format, dtype: torch.dtype, head_dim: int) -> bool:
     return dtype in (torch.float16, torch.bfloat16) and head_dim <= 256 and head_dim % 16 == 0
 
 
-def chunk_pages(pairs: int) -> int:
-    """Pages per program for so many (row, kv head): enough programs for a GPU when the batch is small, few parts to
+@dataclass(frozen=True)
+class Settings:
+    """How the kernel is started: tokens it reads at a time (whole pages), warps, and stages of its pipeline."""
+
+    tile: int
+    warps: int
+    stages: int
+
+
+TUNED = {
+    "full": Settings(128, 4, 3),
+    "8": Settings(128, 4, 3),
+    "4": Settings(128, 4, 3),
+    "kivi": Settings(64, 4, 3),
+}
+"""By what `kind_of` says, for head dimensions up to 128; beyond, half a tile at a time. Chosen for the fewest
+instructions per token without spilling (`kernels/test_compiled.py`)."""
+
+
+def settings(paged: Paged, head_dim: int) -> Settings:
+    """What a cache is started with."""
+    chosen = TUNED[kind_of(paged)]
+    return chosen if head_dim <= 128 else dataclasses.replace(chosen, tile=max(PAGE, chosen.tile // 2))
+
+
+def kind_of(paged: Paged) -> str:
+    """Which of the settings a cache takes."""
+    if paged.k.format.kind == "channel":
+        return "kivi"
+    bits = max(paged.k.format.bits, paged.v.format.bits)
+    return "full" if bits == 16 else "8" if bits == 8 else "4"
+
+
+def chunk_tokens(pairs: int) -> int:
+    """Tokens per program for so many (row, kv head): enough programs for a GPU when the batch is small, few parts to
     merge when it is large. Lengths do not count: a row's parts must not depend on what else is decoded."""
-    pages: int = triton.next_power_of_2(pairs) // 16
-    return min(32, max(4, pages))
+    tokens: int = 2 * triton.next_power_of_2(pairs)
+    return min(1024, max(128, tokens))
+
+
+def native_fp8(device: torch.device) -> bool:
+    """Whether the GPU converts e4m3 by itself."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _pointers(name: str, side: Side) -> dict[str, Tensor]:
     """A side's tensors; the first stands in for those a format has not."""
-    fields = [*side.fields, side.fields[0], side.fields[0]]
+    first, *rest = side.fields
+    first = first if side.format.kind == "plain" else first.view(torch.int32)  # four codes at once
+    fields = [first, *rest, first, first]
     names = (f"{name}_{part}_ptr" for part in ("codes", "scale", "zero"))
-    return {**dict(zip(names, fields, strict=False)), f"{name}_residuaden_ptr": side.residual}
+    return {**dict(zip(names, fields, strict=False)), f"{name}_residual_ptr": side.residual}
 
 
 def _constants(name: str, side: Side, dim: int) -> dict[str, object]:
