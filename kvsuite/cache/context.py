@@ -85,6 +85,7 @@ class Evictor(Protocol):
     def budget(self) -> int:
         """Tokens per head that may stay."""
 
-    def victim(self, positions: Tensor, scores: Tensor | None, seen: int) -> Tensor:
-        """The slot to give up, int64 (heads, 1). ``positions`` (heads, n) int32, -1 for an empty slot; ``scores``
-        (heads, n) float32 is the mass so far; ``seen`` tokens have passed."""
+    def victim(self, positions: Tensor, scores: Tensor | None, seen: int | Tensor) -> Tensor:
+        """The slot to give up, int64 (..., heads, 1). ``positions`` (..., heads, n) int32, -1 for an empty slot;
+        ``scores`` (..., heads, n) float32 is the mass so far; ``seen`` tokens have passed. Where many rows act at once,
+        ``seen`` and its own whole-numbered fields are tensors that broadcast to (..., heads, 1)."""

@@ -34,6 +34,8 @@ class Held:
     k: Tensor
     v: Tensor
     positions: Tensor
+    exact: bool = True
+    """Whether attention reads these very numbers, not the stored codes with roundings of its own."""
 
 
 class LayerCache:
@@ -44,6 +46,9 @@ class LayerCache:
     per row, attends, and gives up one token per head beyond the budget; the next token takes the freed slot where the
     codec stores tokens singly. Elsewhere (KIVI's blocks) the slot stays empty and is masked, and its page is held on.
     """
+
+    path = "unfused"
+    """What stores and attends: kernels by their name, or PyTorch (``unfused``)."""
 
     def __init__(
         self,
@@ -247,13 +252,11 @@ class LayerCache:
 
     def _step(self, rows: list[int], k: Tensor, v: Tensor) -> None:
         """One token more in each of ``rows``: k, v (len(rows), kv_heads, 1, head_dim)."""
-        at = Places(rows, self._slots, k.device)
-        places = zip(at.row_list, at.head_list, at.used, strict=True)
-        reused = [self._reusable and self._live[row][head] < used for row, head, used in places]
+        at, reused = self._places(rows)
+        at.to(k.device)
         if self._freed is not None and any(reused):
             freed = self._freed[at.rows, at.heads]
             at.slots = freed if all(reused) else torch.where(torch.tensor(reused, device=k.device), freed, at.slots)
-            at.used = [n - again for n, again in zip(at.used, reused, strict=True)]
         self.k.step(at, k.flatten(0, 2))
         self.v.step(at, v.flatten(0, 2))
         where = (at.rows, at.heads, at.slots)
@@ -262,6 +265,17 @@ class LayerCache:
             self.positions.index_put_(where, torch.tensor(seen, dtype=torch.int32, device=k.device))
         if self.scores is not None:
             self.scores.index_put_(where, self.scores.new_zeros(()))
+        self._count(at, reused)
+
+    def _places(self, rows: list[int]) -> tuple[Places, list[bool]]:
+        """Where the next token of each row goes, and which of these places take a given-up slot again."""
+        at = Places(rows, self._slots)
+        places = zip(at.row_list, at.head_list, at.used, strict=True)
+        reused = [self._reusable and self._live[row][head] < used for row, head, used in places]
+        at.used = [n - again for n, again in zip(at.used, reused, strict=True)]
+        return at, reused
+
+    def _count(self, at: Places, reused: list[bool]) -> None:
         for row, head, again in zip(at.row_list, at.head_list, reused, strict=True):
             self._grow(row, slice(head, head + 1), 0 if again else 1, 1)
 

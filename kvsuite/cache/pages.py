@@ -9,14 +9,17 @@ from kvsuite.cache.context import PAGE, LayerContext, SideCodec
 
 
 class Places:
-    """The (row, head) pairs of a batch that get one token each, and the slots they get it in."""
+    """The (row, head) pairs of a batch that get one token each, and how many slots each has had in use."""
 
-    def __init__(self, rows: list[int], used: list[list[int]], device: torch.device) -> None:
+    def __init__(self, rows: list[int], used: list[list[int]]) -> None:
         """``used``: slots in use per (row, head) of the whole cache."""
         heads = len(used[0])
         self.row_list = [row for row in rows for _ in range(heads)]
         self.head_list = list(range(heads)) * len(rows)
         self.used = [n for row in rows for n in used[row]]
+
+    def to(self, device: torch.device) -> None:
+        """Make ``rows``, ``heads`` and ``slots``, the next ones, for indexing on the device."""
         self.rows, self.heads, self.slots = torch.tensor([self.row_list, self.head_list, self.used], device=device)
 
 
@@ -49,7 +52,7 @@ class PagedStore:
     def append(self, row: int, heads: slice, start: int, x: Tensor) -> None:
         """Store x (heads, n, head_dim) in slots start … start + n - 1, which must be the next ones."""
         end = start + x.shape[1]
-        done, target = self.encoded[row][heads.start], self._settled(end)
+        done, target = self.encoded[row][heads.start], self.settled(end)
         if target > done:
             old = self._recent(row, heads, done, min(start, target))
             self._encode(row, heads, done, torch.cat([old, x[:, : max(0, target - start)]], dim=1))
@@ -76,12 +79,20 @@ class PagedStore:
                     old = self.residual[rows[who], heads[who], ring[who]]
                     self._put(rows[who], heads[who], slots[who] - r, old)
             self.residual.index_put_((rows, heads, ring), x)
+        for row, head, target in self.grow(at):
+            one = slice(head, head + 1)
+            self._encode(row, one, target - r, self.residual[row, one])
+
+    def grow(self, at: Places) -> list[tuple[int, int, int]]:
+        """Count one token more in each of the places. Returns row, head and new length of what is in pages, where a
+        residual that is not rolling became full and must be encoded."""
+        full = []
         for row, head, used in zip(at.row_list, at.head_list, at.used, strict=True):
-            target = max(self.encoded[row][head], self._settled(used + 1))
-            if r and not self.codec.rolling and target > self.encoded[row][head]:
-                one = slice(head, head + 1)
-                self._encode(row, one, target - r, self.residual[row, one])
+            target = max(self.encoded[row][head], self.settled(used + 1))
+            if self.codec.residual and not self.codec.rolling and target > self.encoded[row][head]:
+                full.append((row, head, target))
             self.encoded[row][head] = target
+        return full
 
     def read(self, row: int, heads: slice, length: int) -> Tensor:
         """(heads, length, head_dim) as attention sees it: a view of the pool where nothing is encoded."""
@@ -111,7 +122,7 @@ class PagedStore:
         """Bytes a row's sequence holds: its pages, whole, and its residual, which is reserved as a whole."""
         return sum(-(-done // PAGE) for done in self.encoded[row]) * self.page_bytes + self.residual[row].nbytes
 
-    def _settled(self, length: int) -> int:
+    def settled(self, length: int) -> int:
         """How many of ``length`` slots belong into pages."""
         r = self.codec.residual
         if r == 0:

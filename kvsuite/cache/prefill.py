@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import enum
+import importlib.util
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import Cache
 
 from kvsuite.cache.adapter import AttendingLayer
 from kvsuite.kernels.attention import causal_self_attention
-from kvsuite.kernels.mass import column_mass
+from kvsuite.kernels import mass
 
 
 class Need(enum.Enum):
@@ -32,6 +33,15 @@ class Observation:
     v: Tensor
     mass: Tensor | None = None
     """float32 (kv_heads, T): attention mass per key."""
+
+
+def column_mass(device: torch.device) -> Callable[..., Tensor]:
+    """What counts attention mass there: a kernel on a GPU with triton, else PyTorch."""
+    if device.type == "cuda" and importlib.util.find_spec("triton"):
+        from kvsuite.kernels.fused import mass as fused
+
+        return fused.column_mass
+    return mass.column_mass
 
 
 class _PrefillLayer(AttendingLayer):
@@ -55,11 +65,11 @@ class _PrefillLayer(AttendingLayer):
         if out.is_cuda and self.needs:
             torch.cuda.synchronize()  # what was queued before is not the observation's
         start = time.perf_counter()
-        mass = column_mass(q[0], k, scale, window, softcap, aux) if Need.MASS in self.needs else None
-        if mass is not None and mass.is_cuda:
+        counted = column_mass(q[0].device)(q[0], k, scale, window, softcap, aux) if Need.MASS in self.needs else None
+        if counted is not None and counted.is_cuda:
             torch.cuda.synchronize()
         self.seconds = time.perf_counter() - start
-        self.seen = Observation(self.index, k, v, mass)
+        self.seen = Observation(self.index, k, v, counted)
         return out[None]
 
     def get_seq_length(self) -> int:

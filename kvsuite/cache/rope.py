@@ -16,9 +16,9 @@ class Rope:
 
     inverse_frequency: Tensor  # float32 (rotary_dim / 2,)
 
-    def rotate(self, k: Tensor, by: int) -> Tensor:
-        """k (..., head_dim) turned on by ``by`` positions; one rotation in float32, rounded once to k's dtype.
-        Channels beyond the rotary dimension stay."""
+    def rotate(self, k: Tensor, by: int | Tensor) -> Tensor:
+        """k (..., head_dim) turned on by ``by`` positions (a tensor: broadcast to (..., 1)); one rotation in
+        float32, rounded once to k's dtype. Channels beyond the rotary dimension stay."""
         half = self.inverse_frequency.shape[0]
         angle = by * self.inverse_frequency
         cos, sin = angle.cos(), angle.sin()

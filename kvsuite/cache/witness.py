@@ -56,7 +56,8 @@ def error(
     sink: Tensor | None = None,
 ) -> float:
     """How far ``out`` (head_dim,) is from attention of ``q`` over ``held`` in float64, in units of the largest error of
-    an attention that keeps scores and sums in float32 and rounds weights and result to q's dtype. Infinite for NaN."""
+    an attention that keeps scores and sums in float32 and rounds weights and result to q's dtype (keys and values too,
+    if what is held is not ``exact``). Infinite for NaN."""
     k, v = held.k.double(), held.v.double()
     if window is not None:
         inside = held.positions > held.positions[-1] - window
@@ -69,7 +70,10 @@ def error(
     p = raised / (raised.sum() + (0 if sink is None else (sink - top).exp()))
     unit, single = torch.finfo(q.dtype).eps / 2, torch.finfo(torch.float32).eps / 2
     products = float((k.abs() @ q.double().abs()).max()) * scale * (q.shape[-1] + 4) * single
-    allowed = (2 * products + 3 * unit + (len(k) + 8) * single) * (p @ v.abs())
+    if not held.exact:
+        # every number is rounded on its own way to the score: 8 standard deviations of their sum
+        products += 8 * unit / 3**0.5 * float((k.square() @ q.double().square()).max().sqrt()) * scale
+    allowed = (2 * products + (3 + (not held.exact)) * unit + (len(k) + 8) * single) * (p @ v.abs())
     allowed = allowed + torch.finfo(q.dtype).tiny * 2 * unit * (1 + v.abs().sum(0))
     found = float(((out.double() - p @ v).abs() / allowed).max())
     return found if found == found else float("inf")

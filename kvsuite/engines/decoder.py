@@ -13,7 +13,9 @@ from torch import Tensor
 
 from kvsuite.cache.adapter import KVCache
 from kvsuite.cache.context import LayerContext
+from kvsuite.cache.fused import FusedCache
 from kvsuite.cache.prefill import Observation
+from kvsuite.engines.graph import StepGraph
 from kvsuite.engines.request import Request, Response
 from kvsuite.engines.sampling import Sampling
 from kvsuite.methods import Method
@@ -59,6 +61,10 @@ class Decoder:
         self.width = width
         self.caches = [method.cache(layer, len(self.rows), capacity) for layer in layers]
         self.cache = KVCache(self.caches)
+        fused = [cache for cache in self.caches if isinstance(cache, FusedCache)]
+        self.graph: StepGraph | None = None
+        if len(fused) == len(self.caches) and fused[0].layer.device.type == "cuda":
+            self.graph = StepGraph(model, self.cache, fused, len(self.rows))
 
     @property
     def full(self) -> bool:
@@ -78,8 +84,8 @@ class Decoder:
 
     @property
     def path(self) -> str:
-        """The codec and what attends: no method has a fused kernel yet."""
-        return f"{self.method.codec.name}/unfused"
+        """The codec, and what stores and attends."""
+        return f"{self.method.codec.name}/{self.caches[0].path}"
 
     @property
     def nbytes(self) -> int:
@@ -117,7 +123,9 @@ class Decoder:
         fed = [0 if s is None else s.response.tokens[-1] for s in self.rows]
         at = [0 if s is None else s.position for s in self.rows]
         self.cache.rows = tuple(None if s is None else row for row, s in enumerate(self.rows))
-        logits = self._forward([[token] for token in fed], [[position] for position in at])
+        watched = self.cache.witness is not None  # it looks at the cache between two kernels
+        forward = self.graph if self.graph and not watched else self._forward
+        logits = forward([[token] for token in fed], [[position] for position in at])
         _wait(logits)
         seconds = time.perf_counter() - start
         best = logits.topk(2).values.tolist()

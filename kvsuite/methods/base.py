@@ -134,6 +134,7 @@ class Method:
 
     def cache(self, layer: LayerContext, rows: int, capacity: int) -> LayerCache:
         """This method's cache of one layer."""
+        from kvsuite.cache.fused import FusedCache, refusal
         from kvsuite.cache.layer import LayerCache
 
         evictor = None if self.selector is None else self.selector.evictor(capacity)
@@ -142,7 +143,10 @@ class Method:
             raise UsageError(f"{self.name}: layer {layer.index} has a sliding window, where no selector can act yet")
         if evictor is not None and evictor.shift and layer.rope is None:
             raise UsageError(f"{self.name}: cannot re-rotate this model's keys; use positions=absolute")
-        return LayerCache(layer, self.codec.sides(layer), rows, capacity, evictor, selects=self.selector is not None)
+        sides, kind = self.codec.sides(layer), LayerCache
+        if layer.device.type == "cuda" and not refusal(layer, sides, evictor):
+            kind = FusedCache
+        return kind(layer, sides, rows, capacity, evictor, selects=self.selector is not None)
 
     def compress(self, row: int, context: Sequence[Observation], caches: Sequence[LayerCache]) -> None:
         """Put a prefilled context into row ``row`` of every layer's cache."""

@@ -178,7 +178,7 @@ def _codes(
     column = tl.arange(0, WP)
     PADDED: tl.constexpr = W != WP
     real = inside[:, None] & (column < W)[None, :]
-    return _load(codes_ptr + (at * W)[:, None] + column[None, :], real, MASKED or PADDED)
+    return _load(codes_ptr + ((at * W)[:, None] + column[None, :]), real, MASKED or PADDED)
 
 
 @triton.jit
@@ -604,9 +604,9 @@ class Settings:
 
 TUNED = {
     "full": Settings(128, 4, 3),
-    "8": Settings(128, 4, 3),
-    "4": Settings(128, 4, 3),
-    "kivi": Settings(64, 4, 3),
+    "8": Settings(64, 4, 3),
+    "4": Settings(128, 4, 2),
+    "kivi": Settings(64, 4, 2),
 }
 """By what `kind_of` says, for head dimensions up to 128; beyond, half a tile at a time. Chosen for the fewest
 instructions per token without spilling (`kernels/test_compiled.py`)."""

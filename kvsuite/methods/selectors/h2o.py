@@ -70,7 +70,7 @@ class LightHitter:
     mass: bool = True
     shift: int = 0
 
-    def victim(self, positions: Tensor, scores: Tensor | None, seen: int) -> Tensor:
+    def victim(self, positions: Tensor, scores: Tensor | None, seen: int | Tensor) -> Tensor:
         assert scores is not None
         kept = (positions < 0) | (positions >= seen - self.recent)
         return scores.masked_fill(kept, float("inf")).argmin(dim=-1, keepdim=True)

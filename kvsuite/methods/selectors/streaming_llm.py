@@ -68,5 +68,5 @@ class Oldest:
     shift: int
     mass: bool = False
 
-    def victim(self, positions: Tensor, scores: Tensor | None, seen: int) -> Tensor:
-        return positions.masked_fill((positions < self.sinks), seen).argmin(dim=-1, keepdim=True)
+    def victim(self, positions: Tensor, scores: Tensor | None, seen: int | Tensor) -> Tensor:
+        return positions.where(positions >= self.sinks, seen).argmin(dim=-1, keepdim=True)

@@ -1,0 +1,84 @@
+"""A whole decoding step as a CUDA graph: one launch instead of hundreds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvsuite.cache.adapter import KVCache
+from kvsuite.cache.fused import FusedCache, row_tensor
+
+Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
+"""Records what a step does without doing it: a way to do it again, and the tensor its result will be in."""
+
+
+class StepGraph:
+    """Steps of one token per row. There are two graphs: one in which full residuals are encoded, and one without.
+
+    Token ids, positions, rows and all lengths are tensors that keep their place; a Python number would be frozen into a
+    graph and replay silently wrong. What changes on the host (is there room, bytes held) is counted beside the replay.
+    """
+
+    def __init__(
+        self, model: Any, cache: KVCache, caches: Sequence[FusedCache], width: int, capture: Capture | None = None
+    ) -> None:
+        """``cache`` and its layers ``caches`` have ``width`` rows. ``capture``: PyTorch's CUDA graphs unless given."""
+        device = caches[0].layer.device
+        self.model, self.cache, self.caches, self.capture = model, cache, caches, capture or cuda_capture
+        self.ids = torch.zeros((width, 1), dtype=torch.int64, device=device)
+        self.positions = torch.zeros_like(self.ids)
+        self.rows = torch.zeros(width, dtype=torch.int32, device=device)
+        self.ran: set[bool] = set()
+        self.graphs: dict[bool, tuple[Callable[[], None], Tensor]] = {}
+
+    def __call__(self, tokens: list[list[int]], positions: list[list[int]]) -> Tensor:
+        """The logits (width, vocabulary) after one token more in ``cache.rows``; overwritten by the next step."""
+        rows = self.cache.rows
+        due = [cache.advance(rows) for cache in self.caches]
+        encodes = any(due)
+        self.ids.copy_(torch.tensor(tokens))
+        self.positions.copy_(torch.tensor(positions))
+        self.rows.copy_(row_tensor(rows, torch.device("cpu")))
+        for cache in self.caches:
+            cache.bind(rows, self.rows)
+            cache.flushes, cache.replaying = encodes, True
+        try:
+            logits = self._run(encodes)
+        finally:
+            for cache in self.caches:
+                cache.replaying = False
+        for cache in self.caches:
+            cache.settle(rows)
+        return logits
+
+    def _run(self, encodes: bool) -> Tensor:
+        if encodes not in self.ran:  # kernels are compiled by running them, which cannot be recorded
+            self.ran.add(encodes)
+            return self._forward()
+        if encodes not in self.graphs:
+            self.graphs[encodes] = self.capture(self._forward)
+        replay, logits = self.graphs[encodes]
+        replay()
+        return logits
+
+    def _forward(self) -> Tensor:
+        out = self.model(
+            input_ids=self.ids,
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+
+def cuda_capture(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """Record ``step`` as a CUDA graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    return graph.replay, out

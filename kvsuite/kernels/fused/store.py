@@ -1,0 +1,465 @@
+"""Writing into a paged, compressed cache in one launch: scales, codes, packing and pages, counters on the device.
+
+Every kernel copies tokens from offsets ``at`` (of their first channels, in ``x_ptr``) to places ``to``. A place numbers
+the tokens of a pool: page * PAGE + slot % PAGE; so token ``to`` of a field with n elements per token begins at to * n.
+A channel's unit is contiguous and aligned, so this holds there too.
+
+A number must come out as the reference makes it, to the last bit: divisions are IEEE, nowhere does an addition follow a
+multiplication of floats that a compiler could contract, and rounding is done on the numbers' bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvsuite.kernels.fused.launch import launch
+from kvsuite.kernels.paged import PAGE, Paged, Side
+
+
+def append(paged: Paged, k: Tensor, v: Tensor, rows: Tensor) -> None:
+    """Add one token to every row: it takes the freed slot where there is one, else the next. One launch.
+
+    Args: as `kvsuite.kernels.store.append`; the cache's tensors are contiguous.
+    """
+    arguments, constants = _cache(paged)
+    arguments |= {"rows_ptr": rows, "k_ptr": k, "v_ptr": v}
+    arguments |= {"k_stride_b": k.stride(0), "k_stride_h": k.stride(1)}
+    arguments |= {"v_stride_b": v.stride(0), "v_stride_h": v.stride(1)}
+    grid = (k.shape[0], k.shape[1])
+    launch(_append, grid, arguments, constants, warps=1)
+
+
+def flush(paged: Paged, rows: Tensor) -> None:
+    """Encode the residuals that are full, of the sides that are not ``rolling``; one launch per such side.
+
+    Args: as `kvsuite.kernels.store.flush`; the cache's tensors are contiguous.
+    """
+    heads, pages = paged.table.shape[1:]
+    for side in (paged.k, paged.v):
+        r = side.residual.shape[2]
+        if side.rolling or r == 0:
+            continue
+        tokens = PAGE // side.fields[0].shape[1]
+        arguments = {"rows_ptr": rows, "table_ptr": paged.table, "used_ptr": paged.used, "pages": pages}
+        launch(
+            _flush,
+            (r // tokens, heads, rows.shape[0]),
+            {**arguments, **_arguments("x", side)},
+            {"HEADS": heads, "DIM": side.residual.shape[3], "PAGE": PAGE, "TOKENS": tokens, **_constants("X", side)},
+            warps=2,
+        )
+
+
+def fill(
+    paged: Paged,
+    row: int,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor | None = None,
+    counts: Tensor | None = None,
+    mass: Tensor | None = None,
+) -> None:
+    """Put a prefilled prompt, or what is kept of it, into an empty row. One launch, a program per page and head.
+
+    Args: as `kvsuite.kernels.store.fill`; the cache's tensors are contiguous, and so are ``counts`` and the last
+        dimensions of ``index`` and ``mass``.
+    """
+    heads, length, dim = k.shape
+    n = length if index is None else index.shape[1]
+    arguments, constants = _cache(paged)
+    arguments |= {"row": row, "length": length, "n": n, "k_ptr": k, "v_ptr": v}
+    arguments |= {"k_stride_h": k.stride(0), "k_stride_t": k.stride(1)}
+    arguments |= {"v_stride_h": v.stride(0), "v_stride_t": v.stride(1)}
+    arguments |= {
+        "index_ptr": paged.used if index is None else index,
+        "index_stride_h": 0 if index is None else index.stride(0),
+        "counts_ptr": paged.used if counts is None else counts,
+        "from_ptr": paged.used if mass is None else mass,
+        "from_stride_h": 0 if mass is None else mass.stride(0),
+    }
+    constants |= {"INDEX": index is not None, "COUNTS": counts is not None}
+    constants["MASS"] = constants["MASS"] and mass is not None
+    grid = (max(1, triton.cdiv(n, PAGE)), heads)  # an empty prompt's counters are written too
+    launch(_fill, grid, arguments, constants, warps=4 if dim <= 128 else 8)
+
+
+def _cache(paged: Paged) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `append` and `fill` hand over of a cache: arguments and constants."""
+    arguments = {
+        "table_ptr": paged.table,
+        "used_ptr": paged.used,
+        "live_ptr": paged.live,
+        "seen_ptr": paged.seen,
+        "freed_ptr": paged.freed,
+        "positions_ptr": paged.used if paged.positions is None else paged.positions,
+        "mass_ptr": paged.used if paged.mass is None else paged.mass,
+        "pages": paged.table.shape[2],
+        **_arguments("k", paged.k),
+        **_arguments("v", paged.v),
+    }
+    constants = {
+        "HEADS": paged.table.shape[1],
+        "DIM": paged.k.residual.shape[3],
+        "PAGE": PAGE,
+        "POSITIONS": paged.positions is not None,
+        "MASS": paged.mass is not None,
+        **_constants("K", paged.k),
+        **_constants("V", paged.v),
+    }
+    return arguments, constants
+
+
+def _arguments(name: str, side: Side) -> dict[str, Any]:
+    """A side's tensors; its format may have fewer than three fields, which its kernels then leave alone."""
+    fields = (*side.fields, *side.fields[:1] * 2)
+    return {
+        f"{name}_codes_ptr": fields[0],
+        f"{name}_scale_ptr": fields[1],
+        f"{name}_zero_ptr": fields[2],
+        f"{name}_residual_ptr": side.residual,
+        f"{name}_fixed": 1.0 if side.format.scale is None else float(side.format.scale),
+    }
+
+
+def _constants(name: str, side: Side) -> dict[str, Any]:
+    kind = "fp8 by token" if side.format.kind == "fp8" and side.format.scale is None else side.format.kind
+    return {
+        f"{name}_KIND": kind,
+        f"{name}_BITS": side.format.bits,
+        f"{name}_GROUP": side.format.group,
+        f"{name}_R": side.residual.shape[2],
+        f"{name}_ROLLING": side.rolling,
+    }
+
+
+@triton.jit(do_not_specialize=["pages"])
+def _append(
+    rows_ptr, k_ptr, k_stride_b, k_stride_h, v_ptr, v_stride_b, v_stride_h, table_ptr, used_ptr, live_ptr, seen_ptr,
+    freed_ptr, positions_ptr, mass_ptr, pages, k_codes_ptr, k_scale_ptr, k_zero_ptr, k_residual_ptr, k_fixed,
+    v_codes_ptr, v_scale_ptr, v_zero_ptr, v_residual_ptr, v_fixed,
+    HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, POSITIONS: tl.constexpr, MASS: tl.constexpr,
+    K_KIND: tl.constexpr, K_BITS: tl.constexpr, K_GROUP: tl.constexpr, K_R: tl.constexpr, K_ROLLING: tl.constexpr,
+    V_KIND: tl.constexpr, V_BITS: tl.constexpr, V_GROUP: tl.constexpr, V_R: tl.constexpr, V_ROLLING: tl.constexpr,
+):  # fmt: skip
+    """One token of one head. Grid (B, kv_heads)."""
+    b = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    row = tl.load(rows_ptr + b).to(tl.int64)
+    if row < 0:
+        return
+    own = row * HEADS + head
+    used = tl.load(used_ptr + own)
+    live = tl.load(live_ptr + own)
+    seen = tl.load(seen_ptr + own)
+    freed = tl.load(freed_ptr + own)
+    slot = tl.where(freed >= 0, freed, used)
+    table_ptr += own * pages
+    _one(
+        k_ptr, b * k_stride_b + head * k_stride_h, own, slot, table_ptr, k_codes_ptr, k_scale_ptr, k_zero_ptr,
+        k_residual_ptr, k_fixed, DIM, PAGE, K_KIND, K_BITS, K_GROUP, K_R, K_ROLLING,
+    )  # fmt: skip
+    _one(
+        v_ptr, b * v_stride_b + head * v_stride_h, own, slot, table_ptr, v_codes_ptr, v_scale_ptr, v_zero_ptr,
+        v_residual_ptr, v_fixed, DIM, PAGE, V_KIND, V_BITS, V_GROUP, V_R, V_ROLLING,
+    )  # fmt: skip
+    slots = own * pages * PAGE + slot
+    if POSITIONS:
+        tl.store(positions_ptr + slots, seen)
+    if MASS:
+        tl.store(mass_ptr + slots, 0.0)
+    tl.debug_barrier()  # a thread may be so late that it has yet to read the counters
+    tl.store(used_ptr + own, tl.where(freed >= 0, used, used + 1))
+    tl.store(live_ptr + own, live + 1)
+    tl.store(seen_ptr + own, seen + 1)
+    tl.store(freed_ptr + own, -1)
+
+
+@triton.jit
+def _one(
+    x_ptr, at, own, slot, table_ptr, codes_ptr, scale_ptr, zero_ptr, residual_ptr, fixed,
+    DIM: tl.constexpr, PAGE: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    R: tl.constexpr, ROLLING: tl.constexpr,
+):  # fmt: skip
+    """Put the token at ``at`` into ``slot`` of its (row, head), number ``own``."""
+    one = tl.arange(0, 1)
+    keep = one == 0
+    if R == 0:
+        to = _place(table_ptr, slot + one, keep, PAGE)
+        _put(x_ptr, at + one, keep, to, codes_ptr, scale_ptr, zero_ptr, fixed, 1, DIM, KIND, BITS, GROUP)
+    else:
+        ring = own * R + slot % R + one
+        if ROLLING:
+            if slot >= R:
+                to = _place(table_ptr, slot - R + one, keep, PAGE)
+                _put(
+                    residual_ptr, ring * DIM, keep, to, codes_ptr, scale_ptr, zero_ptr, fixed, 1, DIM, KIND, BITS,
+                    GROUP,
+                )  # fmt: skip
+            tl.debug_barrier()  # the old token is read in other layouts than the new one is written in
+        _plain(x_ptr, at + one, keep, ring, residual_ptr, DIM)
+
+
+@triton.jit(do_not_specialize=["pages"])
+def _flush(
+    rows_ptr, table_ptr, used_ptr, pages, x_codes_ptr, x_scale_ptr, x_zero_ptr, x_residual_ptr, x_fixed,
+    HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr, X_KIND: tl.constexpr,
+    X_BITS: tl.constexpr, X_GROUP: tl.constexpr, X_R: tl.constexpr, X_ROLLING: tl.constexpr,
+):  # fmt: skip
+    """One unit of a full residual. Grid (R / TOKENS, kv_heads, B)."""
+    row = tl.load(rows_ptr + tl.program_id(2)).to(tl.int64)
+    if row < 0:
+        return
+    own = row * HEADS + tl.program_id(1)
+    used = tl.load(used_ptr + own)
+    if (used == 0) | (used % X_R != 0):
+        return
+    i = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    keep = i < X_R
+    to = _place(table_ptr + own * pages, used - X_R + i, keep, PAGE)
+    at = (own * X_R + i) * DIM
+    _put(
+        x_residual_ptr, at, keep, to, x_codes_ptr, x_scale_ptr, x_zero_ptr, x_fixed, TOKENS, DIM, X_KIND, X_BITS,
+        X_GROUP,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["row", "length", "n", "pages", "index_stride_h", "from_stride_h"])
+def _fill(
+    row, length, n, k_ptr, k_stride_h, k_stride_t, v_ptr, v_stride_h, v_stride_t, index_ptr, index_stride_h,
+    counts_ptr, from_ptr, from_stride_h, table_ptr, used_ptr, live_ptr, seen_ptr, freed_ptr, positions_ptr, mass_ptr,
+    pages, k_codes_ptr, k_scale_ptr, k_zero_ptr, k_residual_ptr, k_fixed, v_codes_ptr, v_scale_ptr, v_zero_ptr,
+    v_residual_ptr, v_fixed,
+    HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, INDEX: tl.constexpr, COUNTS: tl.constexpr,
+    POSITIONS: tl.constexpr, MASS: tl.constexpr, K_KIND: tl.constexpr, K_BITS: tl.constexpr, K_GROUP: tl.constexpr,
+    K_R: tl.constexpr, K_ROLLING: tl.constexpr, V_KIND: tl.constexpr, V_BITS: tl.constexpr, V_GROUP: tl.constexpr,
+    V_R: tl.constexpr, V_ROLLING: tl.constexpr,
+):  # fmt: skip
+    """One page of one head. Grid (pages, kv_heads)."""
+    head = tl.program_id(1).to(tl.int64)
+    own = row.to(tl.int64) * HEADS + head
+    count = n
+    if COUNTS:
+        count = tl.load(counts_ptr + head)
+    if tl.program_id(0) == 0:
+        tl.store(used_ptr + own, count)
+        tl.store(live_ptr + own, count)
+        tl.store(seen_ptr + own, length)
+        tl.store(freed_ptr + own, -1)
+    first = tl.program_id(0) * PAGE
+    if first >= count:
+        return
+    slots = first + tl.arange(0, PAGE)
+    valid = slots < count
+    tokens = slots.to(tl.int64)
+    if INDEX:
+        tokens = tl.load(index_ptr + head * index_stride_h + tokens, mask=valid, other=0)
+    into = own * pages * PAGE + slots
+    if POSITIONS:
+        tl.store(positions_ptr + into, tokens.to(tl.int32), mask=valid)
+    if MASS:
+        tl.store(mass_ptr + into, tl.load(from_ptr + head * from_stride_h + tokens, mask=valid), mask=valid)
+    table_ptr += own * pages
+    _page(
+        k_ptr, head * k_stride_h + tokens * k_stride_t, own, first, count, table_ptr, k_codes_ptr, k_scale_ptr,
+        k_zero_ptr, k_residual_ptr, k_fixed, DIM, PAGE, K_KIND, K_BITS, K_GROUP, K_R, K_ROLLING,
+    )  # fmt: skip
+    _page(
+        v_ptr, head * v_stride_h + tokens * v_stride_t, own, first, count, table_ptr, v_codes_ptr, v_scale_ptr,
+        v_zero_ptr, v_residual_ptr, v_fixed, DIM, PAGE, V_KIND, V_BITS, V_GROUP, V_R, V_ROLLING,
+    )  # fmt: skip
+
+
+@triton.jit
+def _page(
+    x_ptr, at, own, first, count, table_ptr, codes_ptr, scale_ptr, zero_ptr, residual_ptr, fixed,
+    DIM: tl.constexpr, PAGE: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    R: tl.constexpr, ROLLING: tl.constexpr,
+):  # fmt: skip
+    """Put the tokens at ``at`` into slots ``first`` … of ``count``, pages and residual."""
+    slots = first + tl.arange(0, PAGE)
+    settled = count
+    if R > 0:
+        if ROLLING:
+            settled = tl.maximum(count - R, 0)
+            recent = settled
+        else:
+            settled = count - count % R
+            recent = (count - 1) // R * R
+        if first + PAGE > recent:
+            _plain(x_ptr, at, (slots >= recent) & (slots < count), own * R + slots % R, residual_ptr, DIM)
+    if first < settled:
+        keep = slots < settled
+        to = _place(table_ptr, slots, keep, PAGE)
+        _put(x_ptr, at, keep, to, codes_ptr, scale_ptr, zero_ptr, fixed, PAGE, DIM, KIND, BITS, GROUP)
+
+
+@triton.jit
+def _place(table_ptr, slots, keep, PAGE: tl.constexpr):
+    """Where slots (n,) lie in the pools: int64 (n,)."""
+    return tl.load(table_ptr + slots // PAGE, mask=keep, other=0).to(tl.int64) * PAGE + slots % PAGE
+
+
+@triton.jit
+def _put(
+    x_ptr, at, keep, to, codes_ptr, scale_ptr, zero_ptr, fixed,
+    TOKENS: tl.constexpr, DIM: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Encode the TOKENS tokens at ``at`` into places ``to``, those that ``keep``; all are (TOKENS,)."""
+    if KIND == "plain":
+        _plain(x_ptr, at, keep, to, codes_ptr, DIM)
+    elif KIND == "token":
+        _token(x_ptr, at, keep, to, codes_ptr, scale_ptr, zero_ptr, DIM, BITS, GROUP)
+    elif KIND == "channel":
+        _channel(x_ptr, at, keep, to, codes_ptr, scale_ptr, zero_ptr, TOKENS, DIM, BITS, GROUP)
+    else:
+        _fp8(x_ptr, at, keep, to, codes_ptr, scale_ptr, fixed, DIM, KIND == "fp8 by token")
+
+
+@triton.jit
+def _plain(x_ptr, at, keep, to, out_ptr, DIM: tl.constexpr):
+    """As they are: pages of this format, and the residual."""
+    channel = tl.arange(0, triton.next_power_of_2(DIM))[None, :]
+    mask = keep[:, None] & (channel < DIM)
+    tl.store(out_ptr + to[:, None] * DIM + channel, tl.load(x_ptr + at[:, None] + channel, mask=mask), mask=mask)
+
+
+@triton.constexpr_function
+def _common(a, b):
+    """Greatest common divisor."""
+    while b:
+        a, b = b, a % b
+    return a
+
+
+@triton.jit
+def _token(
+    x_ptr, at, keep, to, codes_ptr, scale_ptr, zero_ptr,
+    DIM: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Each token by itself. Read twice, in groups for the ranges and in parts for the codes: a group may span parts."""
+    GROUPS: tl.constexpr = DIM // GROUP
+    PARTS: tl.constexpr = 8 // BITS
+    WIDTH: tl.constexpr = DIM // PARTS
+    group = tl.arange(0, triton.next_power_of_2(GROUPS))
+    inner = tl.arange(0, triton.next_power_of_2(GROUP))[None, None, :]
+    there = keep[:, None] & (group < GROUPS)[None, :]
+    x = tl.load(
+        x_ptr + at[:, None, None] + group[None, :, None] * GROUP + inner,
+        mask=there[:, :, None] & (inner < GROUP),
+        other=0.0,
+    ).to(tl.float32)
+    low, high = x, x
+    if inner.shape[2] != GROUP:
+        low, high = tl.where(inner < GROUP, x, float("inf")), tl.where(inner < GROUP, x, float("-inf"))
+    scale, zero, step, base = _range(tl.min(low, 2), tl.max(high, 2), BITS)
+    fields = to[:, None] * GROUPS + group[None, :]
+    tl.store(scale_ptr + fields, scale, mask=there)
+    tl.store(zero_ptr + fields, zero, mask=there)
+    # pieces that lie in one part and one group: what is looked up per piece stays small
+    PIECE: tl.constexpr = _common(WIDTH, GROUP)
+    PIECES: tl.constexpr = WIDTH // PIECE
+    piece = tl.arange(0, triton.next_power_of_2(PIECES))[None, :]
+    inner = tl.arange(0, triton.next_power_of_2(PIECE))[None, None, :]
+    byte = piece[:, :, None] * PIECE + inner
+    mask = keep[:, None, None] & (piece < PIECES)[:, :, None] & (inner < PIECE)
+    packed = tl.zeros(mask.shape, tl.int32)
+    for part in tl.static_range(PARTS):
+        x = tl.load(x_ptr + at[:, None, None] + byte + part * WIDTH, mask=mask, other=0.0).to(tl.float32)
+        of_base, of_step = base, step
+        if GROUPS > 1:
+            which = tl.minimum((piece * PIECE + part * WIDTH) // GROUP, GROUPS - 1)
+            which = tl.broadcast_to(which, mask.shape[:2])
+            of_base, of_step = tl.gather(base, which, 1), tl.gather(step, which, 1)
+        packed |= _codes(x, of_base[:, :, None], of_step[:, :, None], BITS) << (BITS * part)
+    tl.store(codes_ptr + to[:, None, None] * WIDTH + byte, packed.to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def _channel(
+    x_ptr, at, keep, to, codes_ptr, scale_ptr, zero_ptr,
+    TOKENS: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Units of GROUP tokens, whole or not at all, part by part."""
+    UNITS: tl.constexpr = TOKENS // GROUP
+    PARTS: tl.constexpr = 8 // BITS
+    WIDTH: tl.constexpr = DIM // PARTS
+    byte = tl.arange(0, triton.next_power_of_2(WIDTH))[None, :]
+    at, to, keep = at.reshape(UNITS, GROUP), to.reshape(UNITS, GROUP), keep.reshape(UNITS, GROUP)
+    # a unit's tokens all say the same of it
+    fields = tl.max(to // GROUP, 1)[:, None] * DIM + byte
+    whole = (tl.max(keep.to(tl.int32), 1) > 0)[:, None] & (byte < WIDTH)
+    mask = keep[:, :, None] & (byte < WIDTH)[:, None, :]
+    packed = tl.zeros(mask.shape, tl.int32)
+    for part in tl.static_range(PARTS):
+        x = tl.load(x_ptr + at[:, :, None] + (byte + part * WIDTH)[:, None, :], mask=mask, other=0.0).to(tl.float32)
+        scale, zero, step, base = _range(tl.min(x, 1), tl.max(x, 1), BITS)
+        tl.store(scale_ptr + fields + part * WIDTH, scale, mask=whole)
+        tl.store(zero_ptr + fields + part * WIDTH, zero, mask=whole)
+        packed |= _codes(x, base[:, None, :], step[:, None, :], BITS) << (BITS * part)
+    tl.store(codes_ptr + to[:, :, None] * WIDTH + byte[:, None, :], packed.to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def _fp8(x_ptr, at, keep, to, codes_ptr, scale_ptr, fixed, DIM: tl.constexpr, BY_TOKEN: tl.constexpr):
+    """e4m3 bytes."""
+    channel = tl.arange(0, triton.next_power_of_2(DIM))[None, :]
+    mask = keep[:, None] & (channel < DIM)
+    x = tl.load(x_ptr + at[:, None] + channel, mask=mask, other=0.0).to(tl.float32)
+    if BY_TOKEN:
+        largest = tl.max(tl.abs(x), 1)
+        scale = tl.where(largest > 0, tl.div_rn(largest, tl.full(largest.shape, 448.0, tl.float32)), 1.0)
+        tl.store(scale_ptr + to, scale, mask=keep)
+        x = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
+    else:
+        x = tl.div_rn(x, tl.zeros(x.shape, tl.float32) + fixed)
+    tl.store(codes_ptr + to[:, None] * DIM + channel, _e4m3(x), mask=mask)
+
+
+@triton.jit
+def _range(low, high, BITS: tl.constexpr):
+    """float16 scale and zero of float32 ranges, and both as the codes are taken against them."""
+    zero = _float16(low, False)
+    base = zero.to(tl.float32)
+    scale = _float16(tl.div_rn(high - base, tl.full(high.shape, (1 << BITS) - 1, tl.float32)), True)
+    step = scale.to(tl.float32)
+    return scale, zero, tl.where(step > 0, step, 1.0), base
+
+
+@triton.jit
+def _float16(x, UP: tl.constexpr):
+    """float32 rounded towards +∞ or -∞: a step on the bits where rounding to nearest went the other way. It never
+    crosses zero: what rounds to a zero has that zero's sign."""
+    half = x.to(tl.float16)
+    bits = half.to(tl.int16, bitcast=True).to(tl.int32)
+    nearest = half.to(tl.float32)
+    if UP:
+        bits = tl.where(nearest < x, tl.where(bits < 0, bits - 1, bits + 1), bits)
+    else:
+        bits = tl.where(nearest > x, tl.where(bits < 0, bits + 1, bits - 1), bits)
+    return bits.to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _codes(x, base, step, BITS: tl.constexpr):
+    """int32 codes. Adding 2^23 rounds half to even and leaves the integer in the low bits."""
+    exact = tl.div_rn(x - base, tl.broadcast_to(step, x.shape))
+    inside = tl.minimum(tl.maximum(exact, 0.0), (1 << BITS) - 1.0)
+    return (inside + 8388608.0).to(tl.int32, bitcast=True) & ((1 << BITS) - 1)
+
+
+@triton.jit
+def _e4m3(x):
+    """float32 -> e4m3 bytes: to nearest even, saturating, NaN stays. No hardware before sm_89 has this conversion."""
+    bits = x.to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    clamped = tl.minimum(size, 0x43E00000)  # 448
+    normal = ((clamped + 0x7FFFF + ((clamped >> 20) & 1)) >> 20) - (120 << 3)
+    # below 2^-6 steps are 2^-9 wide, like those of the float32 numbers from 2^14 on
+    small = (clamped.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+    code = tl.where(clamped < 0x3C800000, small, normal)
+    code = tl.where(size > 0x7F800000, 0x7F, code)
+    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
