@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import Cache
 
 from kvsuite.cache.adapter import AttendingLayer
-from kvsuite.kernels.attention import causal_self_attention
 from kvsuite.kernels import mass
+from kvsuite.kernels.attention import causal_self_attention
 
 
 class Need(enum.Enum):

@@ -123,9 +123,7 @@ class Decoder:
         fed = [0 if s is None else s.response.tokens[-1] for s in self.rows]
         at = [0 if s is None else s.position for s in self.rows]
         self.cache.rows = tuple(None if s is None else row for row, s in enumerate(self.rows))
-        watched = self.cache.witness is not None  # it looks at the cache between two kernels
-        forward = self.graph if self.graph and not watched else self._forward
-        logits = forward([[token] for token in fed], [[position] for position in at])
+        logits = self._logits([[token] for token in fed], [[position] for position in at])
         _wait(logits)
         seconds = time.perf_counter() - start
         best = logits.topk(2).values.tolist()
@@ -141,6 +139,12 @@ class Decoder:
         self.cache.rows = (row,)
         first = prompt.context[0].k.shape[1]
         return self._forward([prompt.suffix], [list(range(first, first + len(prompt.suffix)))])[0]
+
+    def _logits(self, tokens: list[list[int]], positions: list[list[int]]) -> Tensor:
+        """One step of all rows, as a graph where there is one; a witness looks at the cache between two kernels."""
+        if self.graph is None or self.cache.witness is not None:
+            return self._forward(tokens, positions)
+        return self.graph(tokens, positions)
 
     def _forward(self, tokens: list[list[int]], positions: list[list[int]]) -> Tensor:
         device = self.model.device

@@ -89,7 +89,7 @@ def test_the_suite_adds_little_to_a_step(kv_session, timing):
     """A timed step against the model and the choice of a token alone: what is around them is ours."""
     cell = timing.DecodeCell(kv_session.engine, parse("full"), kv_session.prompt(min(kv_session.options.length)), 8, 90)
     cell.check()
-    inside, forward = [], cell.decoder._forward
+    inside, forward = [], cell.decoder._logits
 
     def timed(*inputs):
         start = time.perf_counter()
@@ -98,7 +98,7 @@ def test_the_suite_adds_little_to_a_step(kv_session, timing):
         inside.append(time.perf_counter() - start)
         return logits
 
-    cell.decoder._forward = timed
+    cell.decoder._logits = timed
     cell.round()
     medians = []
     while not medians or (medians[-1] > 0.02 and len(medians) < 3):  # other work on the machine counts as ours
