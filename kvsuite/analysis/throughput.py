@@ -11,8 +11,8 @@ from kvsuite.analysis.stats import Interval, log_ratio_interval
 from kvsuite.errors import UsageError
 from kvsuite.records import Timing
 
-SCORED = "kvsuite.cache.layer.LayerCache"
-"""The class whose answers are scored; a timing of another one is transformers' own, a row beside."""
+OURS = "kvsuite.cache."
+"""Where the classes live whose answers are scored; a timing of another one is transformers' own, a row beside."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class SpeedRow:
     rounds: int = 0
     nbytes: int = 0
     checked: float | None = None
+    path: str = ""
+    """Codec, and what stored and attended: ``kivi/unfused`` is PyTorch."""
 
 
 def speed_rows(timings: Sequence[Timing]) -> list[SpeedRow]:
@@ -42,7 +44,7 @@ def speed_rows(timings: Sequence[Timing]) -> list[SpeedRow]:
         if t.status == "failed" or not t.seconds:
             rows.append(SpeedRow(*cell))
             continue
-        if t.cache == SCORED and not (t.checked is not None and t.checked <= 1):
+        if t.cache.startswith(OURS) and not (t.checked is not None and t.checked <= 1):
             raise UsageError(f"{t.method} was timed at width {t.width} without its output being checked")
         median = statistics.median(t.seconds)
         logs = [math.log(b / a) for a, b in zip(t.seconds, t.baseline_seconds, strict=True)]
@@ -55,6 +57,7 @@ def speed_rows(timings: Sequence[Timing]) -> list[SpeedRow]:
                 rounds=len(logs),
                 nbytes=t.nbytes,
                 checked=t.checked,
+                path=t.path,
             )
         )
     return rows

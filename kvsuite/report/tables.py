@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from kvsuite.analysis.length import LengthRow, length_rows
 from kvsuite.analysis.samples import SampleRow, sample_rows
 from kvsuite.analysis.stats import Interval
-from kvsuite.analysis.throughput import SCORED, SpeedRow, speed_rows
+from kvsuite.analysis.throughput import OURS, SpeedRow, speed_rows
 from kvsuite.records import Agreement, Answer, Record, Run, Timing
 
 
@@ -53,14 +53,16 @@ def setting(run: Run) -> str:
 
 def provenance(records: Sequence[Record]) -> str:
     """That what was scored is what was timed, or that it was not."""
-    scored = {r.cache for r in records if isinstance(r, Answer) and r.status == "ok"}
-    ours = (r for r in records if isinstance(r, Timing) and r.status == "ok")
-    timed = {r.cache for r in ours if r.method != "transformers"}
-    if not scored or not timed:
+    good = [r for r in records if isinstance(r, (Answer, Timing)) and r.status == "ok" and r.cache.startswith(OURS)]
+    scored = {(r.method, r.cache) for r in good if isinstance(r, Answer)}
+    timed = {(r.method, r.cache) for r in good if isinstance(r, Timing)}
+    both = {method for method, _ in scored} & {method for method, _ in timed}
+    if not both:
         return ""
-    if scored == timed:
-        return f"Scored and timed: the same {scored.pop()}."
-    return f"NOT THE SAME CACHE: scored {', '.join(sorted(scored))}, timed {', '.join(sorted(timed))}."
+    apart = [f"{method} {cache}" for method, cache in sorted(scored ^ timed) if method in both]
+    if apart:
+        return f"NOT THE SAME CACHE SCORED AND TIMED: {', '.join(apart)}."
+    return f"Scored and timed: the same {', '.join(sorted({cache for method, cache in scored if method in both}))}."
 
 
 def _speed(phase: str, rows: Sequence[SpeedRow], run: Run) -> Table:
@@ -74,7 +76,7 @@ def _speed(phase: str, rows: Sequence[SpeedRow], run: Run) -> Table:
     notes = [
         f"Speed as a multiple of full's, which ran in turn with it ({max(r.rounds for r in rows)} pairs of rounds); ± "
         "is the 95 % t-interval. The row of full against itself is the noise of this machine.",
-        "Attention is the PyTorch reference, no kernel: quantized caches are unpacked at every step.",
+        _by_what(rows),
     ]
     if phase == "prefill":
         notes[1] = (
@@ -86,6 +88,17 @@ def _speed(phase: str, rows: Sequence[SpeedRow], run: Run) -> Table:
         )
     notes += _errors([(f"{r.method} b{r.width} l{r.length}", r.error) for r in rows if r.failed])
     return Table(f"{phase} · {setting(run)}", ["batch · length", *[f"{w} · {n}" for w, n in cells]], drawn, notes)
+
+
+def _by_what(rows: Sequence[SpeedRow]) -> str:
+    """What stored and attended; a method without a kernel is not to be ranked by its speed."""
+    slow = {r.method for r in rows if r.path.endswith("/unfused")}
+    if not slow:
+        return "Steps and attention are Triton kernels."
+    if slow == {r.method for r in rows if r.path and r.method != "transformers"}:
+        return "Attention is the PyTorch reference, no kernel: quantized caches are unpacked at every step."
+    named = ", ".join(sorted(slow))
+    return f"Steps and attention are Triton kernels, but PyTorch (not to be ranked by speed) for {named}."
 
 
 def _speedup(row: SpeedRow | None) -> str:
@@ -193,4 +206,4 @@ def _span(interval: Interval) -> str:
     return f"{interval.low:.2f}–{interval.high:.2f}"
 
 
-__all__ = ["SCORED", "Table", "provenance", "setting", "tables"]
+__all__ = ["Table", "provenance", "setting", "tables"]

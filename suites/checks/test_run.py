@@ -9,9 +9,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kvsuite.analysis.throughput import SCORED
 from kvsuite.records import Answer, Timing, read
 
+SCORED = "kvsuite.cache.layer.LayerCache"
 ROOT = Path(__file__).parents[2]
 METHODS = "full,jitter,int8,h2o:budget=64"
 SMALL = [

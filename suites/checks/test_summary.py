@@ -1,6 +1,7 @@
 """From records to figures: what the reports show of a run."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,9 +9,12 @@ import pytest
 from kvsuite.analysis.length import length_rows
 from kvsuite.analysis.samples import sample_rows
 from kvsuite.analysis.stats import log_ratio_interval, mean_interval, ratio_interval
-from kvsuite.analysis.throughput import SCORED, speed_rows
+from kvsuite.analysis.throughput import speed_rows
 from kvsuite.errors import UsageError
 from kvsuite.records import Answer, Timing
+from kvsuite.report.tables import _by_what, provenance
+
+SCORED = "kvsuite.cache.layer.LayerCache"
 
 
 def answer(at, method="full", **more):
@@ -61,7 +65,14 @@ def test_different_caps_are_refused():
 
 
 def timing(**more):
-    given = {"cache": SCORED, "checked": 0.3, "tokens": 8, "seconds": [0.1] * 4, "baseline_seconds": [0.2] * 4}
+    given = {
+        "cache": SCORED,
+        "path": "m/unfused",
+        "checked": 0.3,
+        "tokens": 8,
+        "seconds": [0.1] * 4,
+        "baseline_seconds": [0.2] * 4,
+    }
     return Timing("m", width=8, length=512, **given | more)
 
 
@@ -77,6 +88,25 @@ def test_a_timing_of_our_cache_that_was_not_checked_is_refused(checked):
     with pytest.raises(UsageError, match="without its output being checked"):
         speed_rows([timing(checked=checked)])
     assert speed_rows([timing(cache="transformers.cache_utils.DynamicCache", checked=None)])[0].rate
+
+
+def test_the_cache_that_is_scored_is_the_cache_that_is_timed_method_by_method():
+    other = "kvsuite.cache.fused.FusedCache"
+    same = [answer(0, "m", cache=SCORED), timing(), answer(0, "n", cache=other)]
+    assert provenance(same) == f"Scored and timed: the same {SCORED}."
+    apart = provenance([*same, timing(cache=other)])
+    assert apart == f"NOT THE SAME CACHE SCORED AND TIMED: m {other}."
+    assert provenance([answer(0, "n", cache=other), timing()]) == "", "no method was both"
+
+
+def test_a_method_without_a_kernel_is_named():
+    def said(*paths):
+        timings = [replace(timing(path=p), method=f"m{i}") for i, p in enumerate(paths)]
+        return _by_what(speed_rows(timings))
+
+    assert "PyTorch reference, no kernel" in said("full/unfused", "int8/unfused")
+    assert said("full/triton", "int8/triton") == "Steps and attention are Triton kernels."
+    assert "not to be ranked by speed) for m1." in said("full/triton", "int8/unfused")
 
 
 def test_a_failed_cell_has_no_speed():
