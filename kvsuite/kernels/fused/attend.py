@@ -85,15 +85,19 @@ def _bytes(words, ASM: tl.constexpr):
     a, b, c, d = tl.inline_asm_elementwise(
         ASM, "=h,=h,=h,=h,r", [words], (tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=1
     )
-    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (words.shape[0], 4 * words.shape[1]))
+    return _in_order(a, b, c, d)
 
 
 @triton.jit
 def _split(words):
     """The bytes of words (T, W / 4), in order: (T, W)."""
-    a = tl.join(words & 255, (words >> 16) & 255)
-    b = tl.join((words >> 8) & 255, (words >> 24) & 255)
-    return tl.reshape(tl.join(a, b), (words.shape[0], 4 * words.shape[1]))
+    return _in_order(words & 255, (words >> 8) & 255, (words >> 16) & 255, (words >> 24) & 255)
+
+
+@triton.jit
+def _in_order(a, b, c, d):
+    """What became of the four bytes of each word, in the order of the bytes: four times (T, W / 4) to (T, W)."""
+    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (a.shape[0], 4 * a.shape[1]))
 
 
 @triton.jit
