@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ class StepGraph:
         self.ids = torch.zeros((width, 1), dtype=torch.int64, device=device)
         self.positions = torch.zeros_like(self.ids)
         self.rows = torch.zeros(width, dtype=torch.int32, device=device)
-        self.ran: set[bool] = set()
+        sides = [side.codec for one in caches for side in (one.k, one.v)]
+        self.kinds = {False, any(codec.residual and not codec.rolling for codec in sides)}
         self.graphs: dict[bool, tuple[Callable[[], None], Tensor]] = {}
 
     def __call__(self, tokens: list[list[int]], positions: list[list[int]]) -> Tensor:
@@ -44,27 +46,31 @@ class StepGraph:
         self.rows.copy_(row_tensor(rows, torch.device("cpu")))
         for cache in self.caches:
             cache.bind(rows, self.rows)
-            cache.flushes, cache.replaying = encodes, True
-        try:
-            logits = self._run(encodes)
-        finally:
-            for cache in self.caches:
-                cache.replaying = False
+        if self.graphs:
+            replay, logits = self.graphs[encodes]
+            replay()
+        else:
+            logits = self._first()
         for cache in self.caches:
             cache.settle(rows)
         return logits
 
-    def _run(self, encodes: bool) -> Tensor:
-        if encodes not in self.ran:  # kernels are compiled by running them, which cannot be recorded
-            self.ran.add(encodes)
-            return self._forward()
-        if encodes not in self.graphs:
-            self.graphs[encodes] = self.capture(self._forward)
-        replay, logits = self.graphs[encodes]
-        replay()
+    def _first(self) -> Tensor:
+        """Run one step, which compiles every kernel (encoding where nothing is full does nothing), then record both."""
+        logits = self._forward(max(self.kinds))
+        self.graphs = {kind: self.capture(partial(self._forward, kind)) for kind in self.kinds}
         return logits
 
-    def _forward(self) -> Tensor:
+    def _forward(self, encodes: bool) -> Tensor:
+        for cache in self.caches:
+            cache.flushes, cache.replaying = encodes, True
+        try:
+            return self._model()
+        finally:
+            for cache in self.caches:
+                cache.replaying = False
+
+    def _model(self) -> Tensor:
         out = self.model(
             input_ids=self.ids,
             position_ids=self.positions,

@@ -32,7 +32,7 @@ class DecodeCell:
         self.checked: float | None = None
         self.tokens = width
         with torch.inference_mode():
-            capacity = method.capacity(length, steps + 2)
+            capacity = method.capacity(length, steps + 3)  # and the two of `check`
             self.decoder = Decoder(engine.model, method, engine.layers, width, capacity, Sampling(), frozenset())
             for _ in range(width):
                 for response in self.decoder.admit(prompt):
@@ -47,6 +47,7 @@ class DecodeCell:
             self.decoder.cache.witness = None
         if witness.layers != len(self.decoder.caches) or not witness.worst <= 1:
             raise Unchecked(f"attention is {witness.worst:.3g} times further from its cache than rounding explains")
+        self._step()  # the first without a witness records the graphs, where there are any
         self.checked = witness.worst
 
     def round(self) -> float:
