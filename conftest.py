@@ -16,7 +16,7 @@ except OSError:  # no GPU: kernels run in Triton's interpreter, which must be kn
 
 pytest_plugins = ("kvsuite.plugin", "pytester")
 
-SUITES = Path(__file__).parent / "suites"
+SUITES, KERNELS = (Path(__file__).parent / name for name in ("suites", "kernels"))
 EVALUATIONS = ("throughput", "length", "samples", "tools")
 
 settings.register_profile("dev", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
@@ -25,9 +25,9 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave out the folders of ``suites/`` that a ``-m`` made of evaluations' names rules out: their imports take
-    seconds. A folder is named like the marker of all its tests; ``checks`` has none."""
-    if collection_path.parent != SUITES or not collection_path.is_dir():
+    """Leave out the folders that a ``-m`` made of evaluations' names rules out: their imports take seconds. A folder of
+    ``suites/`` is named like the marker of all its tests; ``checks`` and ``kernels/`` have none of these."""
+    if collection_path.parent != KERNELS and (collection_path.parent != SUITES or not collection_path.is_dir()):
         return None
     words = re.findall(r"\w+|\S", config.option.markexpr)
     if not words or not set(words) <= {*EVALUATIONS, "and", "or", "not", "(", ")"}:

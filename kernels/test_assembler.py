@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvsuite.kernels.fused import attend
+from kvsuite.kernels.fused import pages
 from kvsuite.kernels.quantize import unpack
 
 U32 = np.uint64(0xFFFFFFFF)
@@ -95,19 +95,19 @@ def test_codes_become_numbers_exactly(bits):
     for part in range(8 // bits):
         name = f"_ASM_{bits}_{part}" if bits < 8 else "_ASM_8"
         wanted = unpack(BYTES, bits)[:, 4 * part : 4 * part + 4]
-        assert torch.equal(run(getattr(attend, name).value, words(BYTES)), wanted.half())
+        assert torch.equal(run(getattr(pages, name).value, words(BYTES)), wanted.half())
 
 
 @pytest.mark.parametrize("name", ["_ASM_E4M3", "_ASM_E4M3_OLD"])
 def test_e4m3_becomes_numbers_exactly_and_nan_stays(name):
     wanted = BYTES.view(torch.float8_e4m3fn).half()
     assert wanted.isnan().any()
-    found = run(getattr(attend, name).value, words(BYTES))
+    found = run(getattr(pages, name).value, words(BYTES))
     assert torch.equal(found.isnan(), wanted.isnan())
     assert torch.equal(found.nan_to_num(0), wanted.nan_to_num(0))
 
 
 def test_a_wrong_selector_is_seen():
-    broken = attend._ASM_8.value.replace("0x4342", "0x4341")
-    assert broken != attend._ASM_8.value
+    broken = pages._ASM_8.value.replace("0x4342", "0x4341")
+    assert broken != pages._ASM_8.value
     assert not torch.equal(run(broken, words(BYTES)), BYTES.half())

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,7 +64,7 @@ class FusedCache(LayerCache):
         self.flushes = False
         """Whether a step encodes residuals that are full; set by `advance`."""
         self._rows: tuple[Sequence[int | None], Tensor] | None = None
-        self._stacked = evictor
+        self._stacked, self._budgets = evictor, np.zeros(rows, dtype=np.int64)
         self._settings: dict[str, Tensor] = {}
         if evictor is not None:  # each row has its own budget: hyperparameters become a column
             names = [n for n, value in vars(evictor).items() if type(value) is int and n != "shift"]
@@ -98,10 +99,12 @@ class FusedCache(LayerCache):
         for head, n in enumerate(counts):
             self._grow(row, slice(head, head + 1), n, n)
             for side in (self.k, self.v):
-                side.encoded[row][head] = side.settled(n)
+                side.encoded[row, head] = side.settled(n)
         self._seen[row], self._evictors[row] = length, evictor
+        most = torch.iinfo(torch.int32).max  # nothing is given up
+        self._budgets[row] = most if evictor is None else evictor.budget
         for name, column in self._settings.items():
-            column[row] = getattr(evictor, name)
+            column[row] = most if evictor is None else getattr(evictor, name)
         for heads, used in self._spans(row):
             self._anchor(row, heads, used)
 
@@ -146,29 +149,27 @@ class FusedCache(LayerCache):
 
     def advance(self, rows: Sequence[int | None]) -> bool:
         """Count a token for every row before a step stores it; says whether residuals must be encoded in it."""
-        active = [row for row in rows if row is not None]
-        for row in active:
-            self._refuse_overflow(row, 0 if self._freed_slots(row) else max(self._slots[row]) + 1)
-        at, reused = self._places(active)
-        full = [side.grow(at) for side in (self.k, self.v)]
-        self.flushes = any(full)
-        self._count(at, reused)
-        for row in active:
+        at = self._places([row for row in rows if row is not None])
+        if int(at.used.max(initial=0)) >= self._capacity:
+            for row, used in zip(at.of, at.used, strict=True):
+                self._refuse_overflow(row, int(used.max()) + 1)
+        full = [side.count(at) for side in (self.k, self.v)]
+        self.flushes = any(bool(x.any()) for x in full)
+        self._count(at)
+        for row in at.of:
             self._seen[row] += 1
         return self.flushes
 
     def settle(self, rows: Sequence[int | None]) -> None:
         """Count what a step gave up after it attended."""
-        for row in rows:
-            evictor = None if row is None else self._evictors[row]
-            if row is not None and evictor is not None:
-                self._live[row] = [min(n, evictor.budget) for n in self._live[row]]
+        if self.evictor is not None:
+            at = [row for row in rows if row is not None]
+            self._live[at] -= self._live[at] > self._budgets[at, None]
 
     def reset(self, row: int) -> None:
         """Forget a row's sequence."""
         super().reset(row)
         self._counters[:3, row] = 0
-        self.paged.freed[row] = -1
         if self.positions is not None:
             self.positions[row] = -1
 
@@ -206,8 +207,8 @@ class FusedCache(LayerCache):
 
     def _upload(self, row: int) -> None:
         """A row's counters from the host's own."""
-        counts = [self._slots[row], self._live[row], [self._seen[row]] * self.layer.kv_heads]
-        self._counters[:3, row] = torch.tensor(counts, dtype=torch.int32, device=self.layer.device)
+        counts = np.stack([self._slots[row], self._live[row], np.full(self.layer.kv_heads, self._seen[row])])
+        self._counters[:3, row] = torch.from_numpy(counts).to(self.layer.device, torch.int32)
 
     def _turn(self) -> None:
         """Let the first tokens' keys stand where the cache has them, in their pages; while nothing is missing behind

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,8 +84,8 @@ class LayerCache:
                 self._anchors = torch.empty(anchors, dtype=layer.dtype, device=layer.device)
         self._capacity = shape[2]
         self._reusable = self.k.reusable and self.v.reusable
-        self._slots = [[0] * layer.kv_heads for _ in range(rows)]  # slots in use, given-up ones included
-        self._live = [[0] * layer.kv_heads for _ in range(rows)]  # slots that hold a token
+        self._slots = np.zeros((rows, layer.kv_heads), dtype=np.int64)  # slots in use, given-up ones included
+        self._live = np.zeros((rows, layer.kv_heads), dtype=np.int64)  # slots that hold a token
         self._seen = [0] * rows
         self._evictors: list[Evictor | None] = [None] * rows
 
@@ -131,7 +132,7 @@ class LayerCache:
             raise ValueError("a cache that evicts while decoding takes its tokens one by one")
         active = [(b, row) for b, row in enumerate(rows) if row is not None]
         for _, row in active:
-            self._refuse_overflow(row, 0 if self._freed_slots(row) else max(self._slots[row]) + n)
+            self._refuse_overflow(row, 0 if self._freed_slots(row) else int(self._slots[row].max()) + n)
         if n == 1 and active:
             items = [b for b, _ in active]
             every = len(items) == len(rows)
@@ -185,9 +186,8 @@ class LayerCache:
         """Forget a row's sequence."""
         for store in (self.k, self.v):
             store.reset(row)
-        heads = self.layer.kv_heads
-        self._slots[row], self._live[row] = [0] * heads, [0] * heads
-        self._seen[row], self._evictors[row] = 0, None
+        self._slots[row] = self._live[row] = self._seen[row] = 0
+        self._evictors[row] = None
 
     def seen(self, row: int) -> int:
         """Tokens that have passed, kept or not: the position of the next one."""
@@ -195,13 +195,13 @@ class LayerCache:
 
     def kept(self, row: int) -> int:
         """Tokens a row can still attend to, over all kv heads."""
-        return sum(self._live[row])
+        return int(self._live[row].sum())
 
     def row_nbytes(self, row: int) -> int:
         """Bytes one sequence holds: pages, scales, residual, page table, and the selector's state."""
         if self._seen[row] == 0:
             return 0
-        pages = sum(-(-n // PAGE) for n in self._slots[row])
+        pages = int((-(-self._slots[row] // PAGE)).sum())
         state = sum(x[0, 0, :PAGE].nbytes for x in (self.positions, self.scores) if x is not None)
         whole = sum(x[row].nbytes for x in (self._anchors, self._freed) if x is not None)
         per_page = self.table.element_size() + state
@@ -220,16 +220,14 @@ class LayerCache:
         return sum(x.untyped_storage().nbytes() for x in tensors) - self.nbytes
 
     def _grow(self, row: int, heads: slice, slots: int, live: int) -> None:
-        for head in range(heads.start, heads.stop):
-            self._slots[row][head] += slots
-            self._live[row][head] += live
+        self._slots[row, heads] += slots
+        self._live[row, heads] += live
 
     def _spans(self, row: int) -> list[tuple[slice, int]]:
         """Heads that can be computed together: all of them where they are equally long, else one by one."""
-        used, live = self._slots[row], self._live[row]
-        heads = len(used)
-        if used.count(used[0]) == heads and live.count(live[0]) == heads:
-            return [(slice(0, heads), used[0])]
+        used = self._slots[row].tolist()
+        if len(set(used)) == 1 and len(set(self._live[row].tolist())) == 1:
+            return [(slice(0, len(used)), used[0])]
         return [(slice(head, head + 1), n) for head, n in enumerate(used)]
 
     def _kept_spans(self, keep: Kept | None) -> Iterator[tuple[slice, Tensor | None]]:
@@ -248,36 +246,33 @@ class LayerCache:
 
     def _freed_slots(self, row: int) -> bool:
         """Whether the next token takes a given-up slot in every head."""
-        return self._reusable and all(n < used for n, used in zip(self._live[row], self._slots[row], strict=True))
+        return self._reusable and bool((self._live[row] < self._slots[row]).all())
 
     def _step(self, rows: list[int], k: Tensor, v: Tensor) -> None:
         """One token more in each of ``rows``: k, v (len(rows), kv_heads, 1, head_dim)."""
-        at, reused = self._places(rows)
+        at = self._places(rows)
         at.to(k.device)
-        if self._freed is not None and any(reused):
-            freed = self._freed[at.rows, at.heads]
-            at.slots = freed if all(reused) else torch.where(torch.tensor(reused, device=k.device), freed, at.slots)
+        if self._freed is not None and at.again.any():
+            again = torch.from_numpy(at.again.ravel()).to(k.device)
+            at.slots = torch.where(again, self._freed[at.rows, at.heads], at.slots)
         self.k.step(at, k.flatten(0, 2))
         self.v.step(at, v.flatten(0, 2))
         where = (at.rows, at.heads, at.slots)
         if self.positions is not None:
-            seen = [self._seen[row] for row in at.row_list]
-            self.positions.index_put_(where, torch.tensor(seen, dtype=torch.int32, device=k.device))
+            seen = np.repeat([self._seen[row] for row in rows], at.used.shape[1])
+            self.positions.index_put_(where, torch.from_numpy(seen).to(k.device, torch.int32))
         if self.scores is not None:
             self.scores.index_put_(where, self.scores.new_zeros(()))
-        self._count(at, reused)
+        self._count(at)
 
-    def _places(self, rows: list[int]) -> tuple[Places, list[bool]]:
-        """Where the next token of each row goes, and which of these places take a given-up slot again."""
-        at = Places(rows, self._slots)
-        places = zip(at.row_list, at.head_list, at.used, strict=True)
-        reused = [self._reusable and self._live[row][head] < used for row, head, used in places]
-        at.used = [n - again for n, again in zip(at.used, reused, strict=True)]
-        return at, reused
+    def _places(self, rows: list[int]) -> Places:
+        """Where the next token of each row goes: into a given-up slot where there is one that can be used again."""
+        used = self._slots[rows]
+        return Places(rows, used, (self._live[rows] < used) & self._reusable)
 
-    def _count(self, at: Places, reused: list[bool]) -> None:
-        for row, head, again in zip(at.row_list, at.head_list, reused, strict=True):
-            self._grow(row, slice(head, head + 1), 0 if again else 1, 1)
+    def _count(self, at: Places) -> None:
+        self._slots[at.of] = at.used + 1
+        self._live[at.of] += 1
 
     def _extend(self, row: int, heads: slice, used: int, k: Tensor, v: Tensor) -> None:
         """Several tokens more in one row's next slots: k, v (heads, n, head_dim)."""
@@ -309,7 +304,7 @@ class LayerCache:
         """K as attention sees it. With ``shift`` the first tokens stand where the cache has them: turned on from the
         stored originals by as many positions as were given up, never from an already turned copy."""
         k = self.k.read(row, heads, used)
-        gap = self._seen[row] - self._live[row][heads.start]
+        gap = self._seen[row] - int(self._live[row, heads.start])
         if self.evictor is not None and self.evictor.shift and self.layer.rope is not None and gap > 0:
             first = slice(0, self.evictor.shift)
             stored = k[:, first] if self._anchors is None else self._anchors[row, heads]
@@ -319,7 +314,7 @@ class LayerCache:
     def _anchor(self, row: int, heads: slice, used: int) -> None:
         """Put the first tokens' keys aside when for the first time tokens are missing behind them, where reading gives
         the stored keys themselves: turning them would turn what is stored."""
-        if self._anchors is not None and self._seen[row] > self._live[row][heads.start]:
+        if self._anchors is not None and self._seen[row] > int(self._live[row, heads.start]):
             self._anchors[row, heads] = self.k.read(row, heads, used)[:, : self._anchors.shape[2]]
 
     def _positions(self, row: int, heads: slice, used: int) -> Tensor:
@@ -330,14 +325,14 @@ class LayerCache:
     def _mask(self, row: int, heads: slice, used: int, queries: int, window: int | None) -> Tensor | None:
         """bool (heads or 1, queries, used), or None where everything may be read."""
         seen = self._seen[row]
-        holes = self._live[row][heads.start] < used
+        holes = int(self._live[row, heads.start]) < used
         if queries == 1 and not holes and (window is None or seen <= window):
             return None
         newest = torch.arange(seen - queries, seen, dtype=torch.int32, device=self.layer.device)
         return causal_mask(newest, self._positions(row, heads, used), window)
 
     def _evict(self, row: int, heads: slice, used: int) -> None:
-        evictor, live = self._evictors[row], self._live[row][heads.start]
+        evictor, live = self._evictors[row], int(self._live[row, heads.start])
         if evictor is None or self.positions is None or self._freed is None or live <= evictor.budget:
             return
         positions = self.positions[row, heads, :used]

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvsuite.cache.context import PAGE, LayerContext, SideCodec
 
+Count = TypeVar("Count", int, np.ndarray)
+
 
 class Places:
-    """The (row, head) pairs of a batch that get one token each, and how many slots each has had in use."""
+    """The (row, head) pairs of a batch that get one token each. ``of``: the rows; ``used``: slots in use before,
+    int64 (rows, heads), or one less where a given-up one is taken again, which ``again`` says."""
 
-    def __init__(self, rows: list[int], used: list[list[int]]) -> None:
-        """``used``: slots in use per (row, head) of the whole cache."""
-        heads = len(used[0])
-        self.row_list = [row for row in rows for _ in range(heads)]
-        self.head_list = list(range(heads)) * len(rows)
-        self.used = [n for row in rows for n in used[row]]
+    def __init__(self, rows: list[int], used: np.ndarray, again: np.ndarray) -> None:
+        self.of, self.again = rows, again
+        self.used = used - again
 
     def to(self, device: torch.device) -> None:
         """Make ``rows``, ``heads`` and ``slots``, the next ones, for indexing on the device."""
-        self.rows, self.heads, self.slots = torch.tensor([self.row_list, self.head_list, self.used], device=device)
+        n, heads = self.used.shape
+        where = np.repeat(self.of, heads), np.tile(np.arange(heads), n), self.used.ravel()
+        self.rows, self.heads, self.slots = torch.from_numpy(np.stack(where)).to(device)
 
 
 class PagedStore:
@@ -46,18 +51,17 @@ class PagedStore:
         storage = codec.decode(one, layer.dtype).untyped_storage().data_ptr()
         self.in_place = codec.residual == 0 and storage == self.pools[0].untyped_storage().data_ptr()
         """Whether `read` gives the stored numbers themselves, not a decoded copy."""
-        self.encoded = [[0] * heads for _ in range(rows)]
+        self.encoded = np.zeros((rows, heads), dtype=np.int64)
         """Slots in pages, per row and head; the rest of a sequence is in the residual, at slot % residual."""
 
     def append(self, row: int, heads: slice, start: int, x: Tensor) -> None:
         """Store x (heads, n, head_dim) in slots start … start + n - 1, which must be the next ones."""
         end = start + x.shape[1]
-        done, target = self.encoded[row][heads.start], self.settled(end)
+        done, target = int(self.encoded[row, heads.start]), int(self.settled(end))
         if target > done:
             old = self._recent(row, heads, done, min(start, target))
             self._encode(row, heads, done, torch.cat([old, x[:, : max(0, target - start)]], dim=1))
-        for head in range(heads.start, heads.stop):
-            self.encoded[row][head] = target
+        self.encoded[row, heads] = target
         stay = max(start, target)
         if stay < end:
             slots = torch.arange(stay, end, device=x.device) % self.codec.residual
@@ -73,30 +77,28 @@ class PagedStore:
         else:
             ring = slots % r
             if self.codec.rolling:  # the oldest of the residual moves into its page, the new one takes its place
-                out = [i for i, used in enumerate(at.used) if used >= r]
-                if out:
-                    who = slice(None) if len(out) == len(at.used) else torch.tensor(out, device=x.device)
+                out = np.flatnonzero(at.used >= r)
+                if out.size:
+                    who = slice(None) if out.size == at.used.size else torch.from_numpy(out).to(x.device)
                     old = self.residual[rows[who], heads[who], ring[who]]
                     self._put(rows[who], heads[who], slots[who] - r, old)
             self.residual.index_put_((rows, heads, ring), x)
-        for row, head, target in self.grow(at):
-            one = slice(head, head + 1)
-            self._encode(row, one, target - r, self.residual[row, one])
+        for i, head in np.argwhere(self.count(at)).tolist():
+            row, one = at.of[i], slice(head, head + 1)
+            self._encode(row, one, int(self.encoded[row, head]) - r, self.residual[row, one])
 
-    def grow(self, at: Places) -> list[tuple[int, int, int]]:
-        """Count one token more in each of the places. Returns row, head and new length of what is in pages, where a
-        residual that is not rolling became full and must be encoded."""
-        full = []
-        for row, head, used in zip(at.row_list, at.head_list, at.used, strict=True):
-            target = max(self.encoded[row][head], self.settled(used + 1))
-            if self.codec.residual and not self.codec.rolling and target > self.encoded[row][head]:
-                full.append((row, head, target))
-            self.encoded[row][head] = target
+    def count(self, at: Places) -> np.ndarray:
+        """Count one token more in each of the places. Returns bool (rows, heads): where a residual that is not rolling
+        became full and must be encoded."""
+        before = self.encoded[at.of]
+        after = np.maximum(before, self.settled(at.used + 1))
+        self.encoded[at.of] = after
+        full: np.ndarray = (after > before) & (self.codec.residual > 0 and not self.codec.rolling)
         return full
 
     def read(self, row: int, heads: slice, length: int) -> Tensor:
         """(heads, length, head_dim) as attention sees it: a view of the pool where nothing is encoded."""
-        done = self.encoded[row][heads.start]
+        done = int(self.encoded[row, heads.start])
         units = done // self.codec.block
         fields = tuple([view[row, heads, :units] for view in self._views])
         pages = self.codec.decode(fields, self.dtype).flatten(1, 2)
@@ -106,7 +108,7 @@ class PagedStore:
 
     def reset(self, row: int) -> None:
         """Forget a row; its pages go back to the pool."""
-        self.encoded[row] = [0] * len(self.encoded[row])
+        self.encoded[row] = 0
 
     @property
     def reusable(self) -> bool:
@@ -120,14 +122,15 @@ class PagedStore:
 
     def nbytes(self, row: int) -> int:
         """Bytes a row's sequence holds: its pages, whole, and its residual, which is reserved as a whole."""
-        return sum(-(-done // PAGE) for done in self.encoded[row]) * self.page_bytes + self.residual[row].nbytes
+        return int((-(-self.encoded[row] // PAGE)).sum()) * self.page_bytes + self.residual[row].nbytes
 
-    def settled(self, length: int) -> int:
+    def settled(self, length: Count) -> Count:
         """How many of ``length`` slots belong into pages."""
         r = self.codec.residual
         if r == 0:
             return length
-        return max(0, length - r) if self.codec.rolling else length - length % r
+        settled: Count = length - (np.minimum(length, r) if self.codec.rolling else length % r)
+        return settled
 
     def _recent(self, row: int, heads: slice, first: int, last: int) -> Tensor:
         """Slots first … last - 1 out of the residual, (heads, last - first, head_dim)."""

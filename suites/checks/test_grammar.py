@@ -63,6 +63,8 @@ def written(draw):
                 given[name] = draw(st.integers(2, 60) | st.sampled_from([0.25, 0.5] if name == "budget" else [2]))
         if "budget" in given:  # what contradicts a budget
             given = {name: value for name, value in given.items() if name not in ("heavy", "recent", "sinks")}
+        if given.get("per") == "token":  # has no scale for all
+            given = {"per": "token"}
         if part.name == "streaming-llm":
             given["budget"] = 61
         pieces.append(part.name + ":" * bool(given) + ",".join(f"{name}={value}" for name, value in given.items()))

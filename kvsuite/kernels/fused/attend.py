@@ -17,242 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from kvsuite.kernels.fused.launch import interpreting, launch
+from kvsuite.kernels.fused.pages import _all, _channels, _codes, _e4m3, _numbers, _recent, _where
 from kvsuite.kernels.paged import PAGE, Format, Paged, Side
 
 LOG2E = math.log2(math.e)
-ROWS = 64
-"""Packed query rows (group * queries) a program takes at most."""
-
-
-def _assembler(bits: int, part: int) -> tl.constexpr:
-    """PTX for the four bytes of a word: one part of each as float16, by placing the code into the mantissa of 1024."""
-    mask = ((1 << bits) - 1) * 0x01010101
-    return tl.constexpr(
-        "{ .reg .b32 t, a, b, o;"
-        + (f"shr.b32 t, $4, {bits * part};" if part else "mov.b32 t, $4;")
-        + (f"and.b32 t, t, {mask:#x};" if bits < 8 else "")
-        + "mov.b32 o, 0x64006400;"
-        "prmt.b32 a, t, 0x64646464, 0x4140;"
-        "prmt.b32 b, t, 0x64646464, 0x4342;"
-        "sub.f16x2 a, a, o;"
-        "sub.f16x2 b, b, o;"
-        "mov.b32 {$0, $1}, a;"
-        "mov.b32 {$2, $3}, b; }"
-    )
-
-
-_ASM_8 = _assembler(8, 0)
-_ASM_4_0, _ASM_4_1 = _assembler(4, 0), _assembler(4, 1)
-_ASM_2_0, _ASM_2_1, _ASM_2_2, _ASM_2_3 = (_assembler(2, part) for part in range(4))
-_ASM_E4M3 = tl.constexpr(  # by the GPU itself, from sm_89
-    "{ .reg .b16 l, h; .reg .b32 a, b;"
-    "mov.b32 {l, h}, $4;"
-    "cvt.rn.f16x2.e4m3x2 a, l;"
-    "cvt.rn.f16x2.e4m3x2 b, h;"
-    "mov.b32 {$0, $1}, a;"
-    "mov.b32 {$2, $3}, b; }"
-)
-
-
-def _move(byte_pair: str, to: str) -> str:
-    """Two e4m3 bytes to float16: their bits moved, times 256 for the difference in exponent bias; times 146 in between
-    only NaN's 480 becomes infinite, and that times 0 is NaN."""
-    return (
-        f"prmt.b32 {to}, $4, 0, {byte_pair};"
-        f"and.b32 s, {to}, 0x80008000;"
-        f"and.b32 {to}, {to}, 0x7f007f00;"
-        f"shr.b32 {to}, {to}, 1;"
-        f"or.b32 {to}, {to}, s;"
-        f"mul.f16x2 {to}, {to}, x;"
-        f"mul.f16x2 s, {to}, y;"
-        f"fma.rn.f16x2 {to}, s, z, {to};"
-    )
-
-
-_ASM_E4M3_OLD = tl.constexpr(
-    "{ .reg .b32 a, b, s, x, y, z;"
-    "mov.b32 x, 0x5c005c00; mov.b32 y, 0x58905890; mov.b32 z, 0;"
-    + _move("0x1404", "a")
-    + _move("0x3424", "b")
-    + "mov.b32 {$0, $1}, a;"
-    "mov.b32 {$2, $3}, b; }"
-)
-
-
-@triton.jit
-def _bytes(words, ASM: tl.constexpr):
-    """Words (T, W / 4) to float16 (T, W): what the assembler makes of each byte, in order."""
-    a, b, c, d = tl.inline_asm_elementwise(
-        ASM, "=h,=h,=h,=h,r", [words], (tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=1
-    )
-    return _in_order(a, b, c, d)
-
-
-@triton.jit
-def _split(words):
-    """The bytes of words (T, W / 4), in order: (T, W)."""
-    return _in_order(words & 255, (words >> 8) & 255, (words >> 16) & 255, (words >> 24) & 255)
-
-
-@triton.jit
-def _in_order(a, b, c, d):
-    """What became of the four bytes of each word, in the order of the bytes: four times (T, W / 4) to (T, W)."""
-    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (a.shape[0], 4 * a.shape[1]))
-
-
-@triton.jit
-def _part(words, BITS: tl.constexpr, PART: tl.constexpr, WIDEN: tl.constexpr):
-    """One part of packed codes, words (T, W / 4), as float16 (T, W), exactly."""
-    if WIDEN:  # the interpreter has no assembler
-        x = ((_split(words) >> (BITS * PART)) & ((1 << BITS) - 1)).to(tl.float16)
-    elif BITS == 8:
-        x = _bytes(words, _ASM_8)
-    elif BITS == 4:
-        x = _bytes(words, _ASM_4_0 if PART == 0 else _ASM_4_1)
-    elif PART < 2:
-        x = _bytes(words, _ASM_2_0 if PART == 0 else _ASM_2_1)
-    else:
-        x = _bytes(words, _ASM_2_2 if PART == 2 else _ASM_2_3)
-    return x
-
-
-@triton.jit
-def _two(a, b):
-    """(T, W) and (T, W) to (T, 2 W), one behind the other: in registers, with nothing exchanged."""
-    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
-
-
-@triton.jit
-def _all(codes, BITS: tl.constexpr, WIDEN: tl.constexpr):
-    """Packed codes (T, W) as float16 (T, W * 8 / BITS), exactly: the parts one behind the other."""
-    if BITS == 8:
-        x = _part(codes, 8, 0, WIDEN)
-    elif BITS == 4:
-        x = _two(_part(codes, 4, 0, WIDEN), _part(codes, 4, 1, WIDEN))
-    else:
-        x = _two(
-            _two(_part(codes, 2, 0, WIDEN), _part(codes, 2, 1, WIDEN)),
-            _two(_part(codes, 2, 2, WIDEN), _part(codes, 2, 3, WIDEN)),
-        )
-    return x
-
-
-@triton.jit
-def _e4m3(words, WIDEN: tl.constexpr, NATIVE: tl.constexpr):
-    """e4m3 bytes, words (T, W / 4), as float16 (T, W), exactly."""
-    if WIDEN:
-        code = _split(words)
-        x = (((code & 0x80) << 8) | ((code & 0x7F) << 7)).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-        x = tl.where((code & 0x7F) == 0x7F, float("nan"), x * 256.0).to(tl.float16)
-    elif NATIVE:
-        x = _bytes(words, _ASM_E4M3)
-    else:
-        x = _bytes(words, _ASM_E4M3_OLD)
-    return x
-
-
-@triton.jit
-def _channels(D: tl.constexpr, BITS: tl.constexpr, DP: tl.constexpr):
-    """The channel of each column of a tile and whether there is one: parts are padded one by one."""
-    PARTS: tl.constexpr = 8 // BITS if BITS < 8 else 1
-    W: tl.constexpr = D // PARTS
-    WP: tl.constexpr = DP // PARTS
-    column = tl.arange(0, DP)
-    return (column // WP) * W + column % WP, (column % WP) < W
-
-
-@triton.jit
-def _load(ptr, mask, MASKED: tl.constexpr):
-    if MASKED:
-        x = tl.load(ptr, mask=mask, other=0)
-    else:
-        x = tl.load(ptr)
-    return x
-
-
-@triton.jit
-def _codes(
-    codes_ptr, at, inside, D: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, DP: tl.constexpr,
-    MASKED: tl.constexpr,
-):  # fmt: skip
-    """What the pools hold of tokens ``at`` (T,), as it lies there: plain numbers (T, DP) or words of four codes."""
-    EACH: tl.constexpr = 1 if KIND == "plain" else 32 // BITS  # channels in an element
-    W: tl.constexpr = D // EACH
-    WP: tl.constexpr = DP // EACH
-    column = tl.arange(0, WP)
-    PADDED: tl.constexpr = W != WP
-    real = inside[:, None] & (column < W)[None, :]
-    return _load(codes_ptr + ((at * W)[:, None] + column[None, :]), real, MASKED or PADDED)
-
-
-@triton.jit
-def _times(codes, scale, zero, shape):
-    """codes (T, W) * scale + zero, which broadcast to ``shape``, a finer view of (T, W)."""
-    x = tl.fma(tl.reshape(codes, shape), tl.broadcast_to(scale, shape), tl.broadcast_to(zero, shape))
-    return tl.reshape(x, codes.shape)
-
-
-@triton.jit
-def _scaled(
-    codes, scale_ptr, zero_ptr, at, inside, D: tl.constexpr, GROUP: tl.constexpr, PART: tl.constexpr,
-    MASKED: tl.constexpr,
-):  # fmt: skip
-    """One part of tokens' codes, float16 (T, W), times their groups' scales plus their zeros, rounded once."""
-    T: tl.constexpr = codes.shape[0]
-    W: tl.constexpr = codes.shape[1]
-    if W <= GROUP:
-        where = at * (D // GROUP) + PART * W // GROUP
-        scale = _load(scale_ptr + where, inside, MASKED)[:, None]
-        x = _times(codes, scale, _load(zero_ptr + where, inside, MASKED)[:, None], (T, W))
-    else:
-        N: tl.constexpr = W // GROUP
-        where = (at * (D // GROUP))[:, None] + (tl.arange(0, N) + PART * N)[None, :]
-        scale = tl.expand_dims(_load(scale_ptr + where, inside[:, None], MASKED), 2)
-        zero = tl.expand_dims(_load(zero_ptr + where, inside[:, None], MASKED), 2)
-        x = _times(codes, scale, zero, (T, N, GROUP))
-    return x
-
-
-@triton.jit
-def _numbers(
-    codes_ptr, scale_ptr, zero_ptr, at, unit, inside, unit_inside,
-    D: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, DP: tl.constexpr,
-    MASKED: tl.constexpr, WIDEN: tl.constexpr, NATIVE: tl.constexpr,
-):  # fmt: skip
-    """Tokens ``at`` (T,) of the pools, in the units ``unit`` (T / GROUP,) where they are encoded together, as numbers
-    (T, DP): what is encoded as float16, rounded once; fp8 with a fixed scale without it."""
-    PADDED: tl.constexpr = D != DP
-    x = _codes(codes_ptr, at, inside, D, KIND, BITS, DP, MASKED)
-    if KIND == "fp8":
-        x = _e4m3(x, WIDEN, NATIVE)
-        if GROUP > 0:
-            x = (x * _load(scale_ptr + at, inside, MASKED)[:, None]).to(tl.float16)
-    elif KIND == "token" and not PADDED:
-        words = x
-        x = _scaled(_part(words, BITS, 0, WIDEN), scale_ptr, zero_ptr, at, inside, D, GROUP, 0, MASKED)
-        if BITS < 8:
-            b = _scaled(_part(words, BITS, 1, WIDEN), scale_ptr, zero_ptr, at, inside, D, GROUP, 1, MASKED)
-            x = _two(x, b)
-        if BITS == 2:
-            c = _scaled(_part(words, BITS, 2, WIDEN), scale_ptr, zero_ptr, at, inside, D, GROUP, 2, MASKED)
-            d = _scaled(_part(words, BITS, 3, WIDEN), scale_ptr, zero_ptr, at, inside, D, GROUP, 3, MASKED)
-            x = _two(x, _two(c, d))
-    elif KIND != "plain":
-        codes = _all(x, BITS, WIDEN)
-        channel, real = _channels(D, BITS, DP)
-        T: tl.constexpr = codes.shape[0]
-        if KIND == "token":
-            where = (at * (D // GROUP))[:, None] + (channel // GROUP)[None, :]
-            both = inside[:, None] & real[None, :]
-            scale = _load(scale_ptr + where, both, MASKED or PADDED)
-            x = tl.fma(codes, scale, _load(zero_ptr + where, both, MASKED or PADDED))
-        else:
-            where = (unit * D)[:, None] + channel[None, :]
-            both = unit_inside[:, None] & real[None, :]
-            scale = tl.expand_dims(_load(scale_ptr + where, both, MASKED or PADDED), 1)
-            zero = tl.expand_dims(_load(zero_ptr + where, both, MASKED or PADDED), 1)
-            x = _times(codes, scale, zero, (T // GROUP, GROUP, DP))
-    return x
+ROWS = 16
+"""Packed query rows (queries of a group) that a program takes: as many as a tensor instruction. More queries are more
+launches, so that what lies between the two kernels does not grow with them."""
+SPLITS = 128
+"""Parts of a row at most."""
 
 
 @triton.jit
@@ -264,15 +37,6 @@ def _dot(a, b, TYPE: tl.constexpr, WIDEN: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")
-
-
-@triton.jit
-def _recent(x, residual_ptr, slot, wanted, R: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, DP: tl.constexpr):
-    """x (T, DP) in the model's dtype, with the tokens that are ``wanted`` from the residual put in their places."""
-    channel, real = _channels(D, BITS, DP)
-    at = residual_ptr + (slot % R)[:, None] * D + channel[None, :]
-    found = tl.load(at, mask=wanted[:, None] & real[None, :], other=0)
-    return tl.where(wanted[:, None], found, x.to(found.dtype))
 
 
 @triton.jit
@@ -300,12 +64,6 @@ def _scores(
 
 
 @triton.jit
-def _where(table_ptr, slot):
-    """Slots' places in the pools."""
-    return tl.load(table_ptr + slot // 32).to(tl.int64) * 32 + slot % 32
-
-
-@triton.jit
 def _softmax_step(s, m, den):
     """One block of an online softmax in base 2: weights, and the new maximum, sum and factor of what was before."""
     top = tl.maximum(m, tl.max(s, 1))
@@ -316,11 +74,18 @@ def _softmax_step(s, m, den):
 
 
 @triton.jit
+def _share(n, CHUNK: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr):
+    """Tokens that a program takes of a row's n, whole tiles: so many that there are no more than SPLITS parts."""
+    return tl.maximum(CHUNK, ((n + SPLITS - 1) // SPLITS + TILE - 1) // TILE * TILE)
+
+
+@triton.jit(do_not_specialize=["chunks", "pages", "queries", "behind", "window"])
 def _attend(
     q_ptr, acc_ptr, m_ptr, den_ptr, weights_ptr, tops_ptr, rows_ptr, table_ptr, used_ptr, seen_ptr, positions_ptr,
     k_codes_ptr, k_scale_ptr, k_zero_ptr, k_residual_ptr, v_codes_ptr, v_scale_ptr, v_zero_ptr, v_residual_ptr,
-    q_batch, q_head, q_query, scale, softcap, window, chunks, pages, slots, queries,
-    D: tl.constexpr, H: tl.constexpr, G: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+    q_batch, q_head, q_query, scale, softcap, window, chunks, pages, slots, queries, behind,
+    D: tl.constexpr, H: tl.constexpr, G: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr,
+    TILE: tl.constexpr,
     K_KIND: tl.constexpr, K_BITS: tl.constexpr, K_GROUP: tl.constexpr, K_R: tl.constexpr, K_ROLLING: tl.constexpr,
     K_DP: tl.constexpr,
     V_KIND: tl.constexpr, V_BITS: tl.constexpr, V_GROUP: tl.constexpr, V_R: tl.constexpr, V_ROLLING: tl.constexpr,
@@ -328,13 +93,14 @@ def _attend(
     POSITIONS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MASS: tl.constexpr,
     WIDEN: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    chunk, head, item = tl.program_id(0) % chunks, tl.program_id(1), tl.program_id(2)
+    chunk, head, item = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.load(rows_ptr + item)
     if row < 0:
         return
     here = row.to(tl.int64) * H + head
     n = tl.load(used_ptr + here)
-    if chunk * CHUNK >= n:
+    share = _share(n, CHUNK, SPLITS, TILE)
+    if chunk * share >= n:
         return
     seen = tl.load(seen_ptr + here)
     k_done, v_done = n, n
@@ -347,14 +113,14 @@ def _attend(
     k_residual_ptr += here * (K_R * D)
     v_residual_ptr += here * (V_R * D)
 
-    r = (tl.program_id(0) // chunks) * M + tl.arange(0, M)
+    r = tl.arange(0, M)
     real_row = r < G * queries
     query = r % queries
     channel, real = _channels(D, K_BITS, K_DP)
     vectors = q_ptr + item * q_batch + (head * G + r // queries)[:, None] * q_head + query[:, None] * q_query
     q = tl.load(vectors + channel[None, :], mask=real_row[:, None] & real[None, :], other=0)
     total = tl.sum(q.to(tl.float32), 1)
-    newest = seen - queries + query
+    newest = seen - behind - queries + query
 
     m = tl.full((M,), float("-inf"), tl.float32)
     den = tl.zeros((M,), tl.float32)
@@ -365,10 +131,10 @@ def _attend(
     pair = (item * H + head).to(tl.int64) * G
     tiles = (slots + TILE - 1) // TILE
     whole = tl.minimum(k_done, v_done) // TILE
-    start = chunk * (CHUNK // TILE)
-    end = tl.minimum(start + CHUNK // TILE, (n + TILE - 1) // TILE)
+    start = chunk * (share // TILE)
+    end = tl.minimum(start + share // TILE, (n + TILE - 1) // TILE)
     if WINDOW and not POSITIONS:
-        start = tl.maximum(start, (seen - queries - window + 1) // TILE)
+        start = tl.maximum(start, (seen - behind - queries - window + 1) // TILE)
     # tiles that are complete and encoded on both sides: nothing to mask but what the question asks
     for i in range(start, tl.minimum(end, whole)):
         slot = i * TILE + token
@@ -423,7 +189,7 @@ def _masked(
     s, positions_ptr, slot, newest, scale, softcap, window, n,
     POSITIONS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """Raw scores (M, 32) to base-2 logits, -inf where a key may not be read."""
+    """Raw scores (M, T) to base-2 logits, -inf where a key may not be read."""
     if SOFTCAP:
         s = s * scale
         s = (1.0 - 2.0 / (tl.exp2(s * (2.0 * 1.4426950408889634) / softcap) + 1.0)) * (softcap * 1.4426950408889634)
@@ -442,23 +208,26 @@ def _masked(
     return s
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks", "queries", "first", "all_queries"])
 def _merge(
     acc_ptr, m_ptr, den_ptr, out_ptr, lse_ptr, rows_ptr, used_ptr, sinks_ptr, v_scale, chunks, queries,
-    D: tl.constexpr, DP: tl.constexpr, H: tl.constexpr, G: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-    SINKS: tl.constexpr, MASS: tl.constexpr,
+    first, all_queries,
+    D: tl.constexpr, DP: tl.constexpr, H: tl.constexpr, G: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, SINKS: tl.constexpr, MASS: tl.constexpr,
 ):  # fmt: skip
     """The parts of one query row together: weights by their maxima, the sink's logit joining the sum only."""
     r, head, item = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.load(rows_ptr + item)
     channel = tl.arange(0, DP)
-    out = (((item * H + head).to(tl.int64) * G * queries) + r) * D + channel
+    vector = (item * H + head).to(tl.int64) * G + r // queries
+    out = (vector * all_queries + first + r % queries) * D + channel
     if row < 0:
         tl.store(out_ptr + out, tl.zeros((DP,), out_ptr.dtype.element_ty), mask=channel < D)
         return
     n = tl.load(used_ptr + row.to(tl.int64) * H + head)
-    count = (n + CHUNK - 1) // CHUNK
-    first = ((item * H + head).to(tl.int64) * chunks) * (G * queries) + r
+    share = _share(n, CHUNK, SPLITS, TILE)
+    count = (n + share - 1) // share
+    parts = ((item * H + head).to(tl.int64) * chunks) * (G * queries) + r
     top = tl.full((), float("-inf"), tl.float32)
     den = tl.zeros((), tl.float32)
     if SINKS:
@@ -467,19 +236,19 @@ def _merge(
     acc = tl.zeros((DP,), tl.float32)
     for start in range(0, count, BLOCK):
         c = start + tl.arange(0, BLOCK)
-        at = first + c * (G * queries)
+        at = parts + c * (G * queries)
         m = tl.load(m_ptr + at, mask=c < count, other=float("-inf"))
         new = tl.maximum(top, tl.max(m, 0))
         safe = tl.where(new == float("-inf"), 0.0, new)
         weight = tl.exp2(m - safe)
         before = tl.exp2(top - safe)
-        # a part that may read nothing has a maximum of -inf and was perhaps not written
+        # a part that may read nothing has a maximum of -inf
         some = m > float("-inf")
         sums = tl.load(den_ptr + at, mask=some, other=0)
-        parts = tl.load(acc_ptr + at[:, None] * D + channel[None, :], mask=some[:, None] & (channel < D)[None, :],
+        vectors = tl.load(acc_ptr + at[:, None] * D + channel[None, :], mask=some[:, None] & (channel < D)[None, :],
                         other=0)  # fmt: skip
         den = den * before + tl.sum(weight * sums, 0)
-        acc = acc * before + tl.sum(weight[:, None] * parts, 0)
+        acc = acc * before + tl.sum(weight[:, None] * vectors, 0)
         top = new
     tl.store(out_ptr + out, (acc / den * v_scale).to(out_ptr.dtype.element_ty), mask=channel < D)
     if MASS:
@@ -523,43 +292,60 @@ def attend(
     sink_logits: Tensor | None = None,
 ) -> Tensor:
     """`kvsuite.kernels.attend.attend` on a GPU: float16 or bfloat16, head_dim up to 256."""
+    if paged.mass is not None and q.shape[2] > 1:
+        raise ValueError("attention mass is counted query by query")
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    each = max(1, ROWS // (q.shape[1] // paged.table.shape[1]))
+    for first in range(0, q.shape[2], each):
+        _some(q[:, :, first : first + each], out, first, paged, rows, scale, window, softcap, sink_logits)
+    return out
+
+
+def _some(
+    q: Tensor,
+    out: Tensor,
+    first: int,
+    paged: Paged,
+    rows: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+) -> None:
+    """As many queries as one program takes, from ``first`` on, into their places in ``out``."""
     batch, heads, queries, dim = q.shape
     _, kv_heads, pages = paged.table.shape
-    group = heads // kv_heads
-    if paged.mass is not None and queries > 1:
-        raise ValueError("attention mass is counted query by query")
-    chosen = settings(paged, dim)
-    chunk, slots = chunk_tokens(batch * kv_heads), pages * PAGE
-    chunks = -(-slots // chunk)
-    rows_each = min(ROWS, max(16, triton.next_power_of_2(group * queries)))
+    group, slots, chosen = heads // kv_heads, pages * PAGE, settings(paged, dim)
+    chunk = chunk_tokens(batch * kv_heads)
+    chunks = min(SPLITS, -(-slots // chunk))
     shape = (batch, kv_heads, chunks, group * queries)
-    q = q if q.stride(-1) == 1 else q.contiguous()
     acc = q.new_empty((*shape, dim), dtype=torch.float32)
     m, den = q.new_empty((2, *shape), dtype=torch.float32)
-    out = torch.empty((batch, heads, queries, dim), dtype=q.dtype, device=q.device)
     weights = tops = lse = m
     if paged.mass is not None:
         weights = q.new_empty((batch, heads, slots), dtype=torch.float16)
         tops = q.new_empty((batch, heads, -(-slots // chosen.tile)), dtype=torch.float32)
         lse = q.new_empty((batch, heads), dtype=torch.float32)
     k_scale, v_scale = paged.k.format.scale or 1.0, paged.v.format.scale or 1.0
-    base2 = scale * k_scale * (1.0 if softcap else LOG2E)
+    split = {"CHUNK": chunk, "SPLITS": SPLITS, "TILE": chosen.tile}
     launch(
         _attend,
-        (chunks * -(-group * queries // rows_each), kv_heads, batch),
+        (chunks, kv_heads, batch),
         {
             "q_ptr": q, "acc_ptr": acc, "m_ptr": m, "den_ptr": den, "weights_ptr": weights, "tops_ptr": tops,
             "rows_ptr": rows, "table_ptr": paged.table, "used_ptr": paged.used, "seen_ptr": paged.seen,
             "positions_ptr": paged.table if paged.positions is None else paged.positions,
             **_pointers("k", paged.k), **_pointers("v", paged.v),
-            "q_batch": q.stride(0), "q_head": q.stride(1), "q_query": q.stride(2), "scale": base2,
-            "softcap": float(softcap or 1.0), "window": window or 0,
-            "chunks": chunks, "pages": pages, "slots": slots, "queries": queries,
+            "q_batch": q.stride(0), "q_head": q.stride(1), "q_query": q.stride(2),
+            "scale": scale * k_scale * (LOG2E if softcap is None else 1.0), "softcap": float(softcap or 1.0),
+            "window": window or 0, "chunks": chunks, "pages": pages, "slots": slots, "queries": queries,
+            "behind": out.shape[2] - first - queries,
         },
         {
-            "D": dim, "H": kv_heads, "G": group, "M": rows_each, "CHUNK": chunk, "TILE": chosen.tile,
+            "D": dim, "H": kv_heads, "G": group, "M": max(16, triton.next_power_of_2(group * queries)), **split,
             **_constants("K", paged.k, dim), **_constants("V", paged.v, dim),
-            "POSITIONS": paged.positions is not None, "CAUSAL": queries > 1, "WINDOW": window is not None,
+            "POSITIONS": paged.positions is not None, "CAUSAL": out.shape[2] > 1, "WINDOW": window is not None,
             "SOFTCAP": softcap is not None, "MASS": paged.mass is not None, "WIDEN": interpreting(),
             "NATIVE": native_fp8(q.device),
         },
@@ -572,10 +358,10 @@ def attend(
         {
             "acc_ptr": acc, "m_ptr": m, "den_ptr": den, "out_ptr": out, "lse_ptr": lse, "rows_ptr": rows,
             "used_ptr": paged.used, "sinks_ptr": m if sink_logits is None else sink_logits, "v_scale": v_scale,
-            "chunks": chunks, "queries": queries,
+            "chunks": chunks, "queries": queries, "first": first, "all_queries": out.shape[2],
         },
         {
-            "D": dim, "DP": triton.next_power_of_2(dim), "H": kv_heads, "G": group, "CHUNK": chunk, "BLOCK": 16,
+            "D": dim, "DP": triton.next_power_of_2(dim), "H": kv_heads, "G": group, **split, "BLOCK": 16,
             "SINKS": sink_logits is not None, "MASS": paged.mass is not None,
         },
     )  # fmt: skip
@@ -589,12 +375,17 @@ def attend(
             },
             {"H": kv_heads, "G": group, "BLOCK": 1024, "TILE": chosen.tile},
         )  # fmt: skip
-    return out
 
 
 def readable(form: Format, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the kernels read this format."""
-    return dtype in (torch.float16, torch.bfloat16) and head_dim <= 256 and head_dim % 16 == 0
+    """Whether the kernels read this format: 8, 4 or 2 bits, groups that divide a page or a token."""
+    if dtype not in (torch.float16, torch.bfloat16) or head_dim > 256 or head_dim % 16:
+        return False
+    if form.kind == "token":
+        return form.bits in (8, 4, 2) and head_dim % form.group == 0
+    if form.kind == "channel":
+        return form.bits in (8, 4, 2) and PAGE % form.group == 0
+    return form.kind in ("plain", "fp8")
 
 
 @dataclass(frozen=True)
@@ -607,18 +398,20 @@ class Settings:
 
 
 TUNED = {
-    "full": Settings(128, 4, 3),
+    "full": Settings(128, 4, 2),
     "8": Settings(64, 4, 3),
     "4": Settings(128, 4, 2),
     "kivi": Settings(64, 4, 2),
 }
-"""By what `kind_of` says, for head dimensions up to 128; beyond, half a tile at a time. Chosen for the fewest
+"""By what `kind_of` says, for head dimensions up to 128; for larger ones half a tile at a time. Chosen for the fewest
 instructions per token without spilling (`kernels/test_compiled.py`)."""
 
 
 def settings(paged: Paged, head_dim: int) -> Settings:
     """What a cache is started with."""
     chosen = TUNED[kind_of(paged)]
+    if head_dim & (head_dim - 1):  # padded vectors take registers that a pipeline would need
+        return Settings(PAGE, 4, 1)
     return chosen if head_dim <= 128 else dataclasses.replace(chosen, tile=max(PAGE, chosen.tile // 2))
 
 
