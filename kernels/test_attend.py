@@ -40,6 +40,7 @@ class Shape:
     mass: bool = False
     asked: frozenset = frozenset()
     tile: int | None = None
+    splits: int | None = None
 
 
 def draw(form, dim, residual, rolling, rows, heads, pages, dtype, noise):
@@ -152,13 +153,14 @@ def exact(q, paged, row, head, scale, asked):
     unit, single = torch.finfo(q.dtype).eps / 2, torch.finfo(torch.float32).eps / 2
     size = k.double().abs()
     parts = size + 3 * size.amax(1, keepdim=True)  # codes times scale and zeros are added up apart, and cancel
-    rounded = 0 if paged.k.format.kind == "plain" else unit
+    rounded = 0 if paged.k.format.kind == "plain" else unit / 3**0.5  # the standard deviation of a rounding
     weights, errors = [], []
     for h in range(head * group, (head + 1) * group):
         sink = None if "sink_logits" not in asked else float(asked["sink_logits"][h])
         weights.append(naive.weights(q[row, h], k, scale, allowed, asked.get("softcap"), sink))
-        sums = q[row, h].double().abs() @ (rounded * size + (dim + 16) * single * parts).T
-        errors.append(2 * scale * sums.amax(1) + (n + 16) * single)
+        sums = q[row, h].double().abs() @ ((dim + 16) * single * parts).T
+        several = 8 * rounded * (q[row, h].double().square() @ size.square().T).sqrt()  # and they are independent
+        errors.append(2 * scale * (sums + several).amax(1) + (n + 16) * single)
     return torch.stack(weights), v.double(), torch.stack(errors)
 
 
@@ -171,6 +173,8 @@ def check(name, shape, seed, device):
         if shape.tile:
             for kind, chosen in fused.TUNED.items():
                 patch.setitem(fused.TUNED, kind, replace(chosen, tile=shape.tile))
+        if shape.splits:
+            patch.setattr(fused, "SPLITS", shape.splits)
         for module in (reference, fused):
             there = device if module is fused else torch.device("cpu")
             state = move(paged, there)
@@ -221,18 +225,40 @@ def test_the_kernel_and_its_reference_are_attention(name, device):
     run()
 
 
-@pytest.mark.parametrize("dim", [96, 128, 256])
+@pytest.mark.parametrize(
+    ("dim", "dtype"), [(64, torch.float16), (96, torch.bfloat16), (128, torch.float16), (256, torch.bfloat16)]
+)
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_head_dimension(name, dim, device):
-    shape = Shape([[205, 96]], dim, 4)
-    check(name, shape, dim, device)
+def test_every_head_dimension(name, dim, dtype, device):
+    check(name, Shape([[205, 96]], dim, 4, dtype=dtype), dim, device)
+
+
+@pytest.mark.parametrize("asked", [(), ("window",), ("sink_logits", "softcap")], ids="+".join)
+@pytest.mark.parametrize("splits", [None, 5])
+def test_a_long_row_is_many_parts(asked, splits, device):
+    check("plain", Shape([[2500]], 64, 2, asked=frozenset(asked), splits=splits), 4, device)
+
+
+def test_mass_of_a_long_row(device):
+    check("plain", Shape([[1500]], 64, 2, selects=True, mass=True), 5, device)
+    check("int4", Shape([[700]], 64, 2, selects=True, mass=True, splits=3), 6, device)
+
+
+@pytest.mark.parametrize("group", [20, 71])
+def test_more_query_heads_than_a_tensor_instruction_takes(group, device):
+    check("int8", Shape([[150]], 64, group), group, device)
+
+
+def test_a_window_begins_where_it_begins(device):
+    for length in range(100, 132, 5):
+        check("plain", Shape([[length]], 64, 1, asked=frozenset({"window"}), tile=32), length, device)
 
 
 @pytest.mark.parametrize("name", ["plain", "int4", "kivi-4"])
 @pytest.mark.parametrize("queries", [5, 30])
-@pytest.mark.parametrize("asked", [frozenset(), frozenset({"window"})], ids=["", "window"])
+@pytest.mark.parametrize("asked", [(), ("window",), ("sink_logits", "softcap")], ids="+".join)
 def test_several_queries_are_causal_among_themselves(name, queries, asked, device):
-    check(name, Shape([[170, 40], [65, 33]], 64, 3, queries, asked=asked), 1, device)
+    check(name, Shape([[170, 40], [65, 33]], 64, 3, queries, asked=frozenset(asked)), 1, device)
 
 
 @pytest.mark.parametrize("name", ["plain", "kivi-2"])
@@ -244,6 +270,14 @@ def test_idle_items_are_zero_and_a_row_does_not_depend_on_its_mates(name, device
     assert torch.equal(some[0], every[2])
     assert torch.equal(some[2], every[1])
     assert (some[1] == 0).all()
+
+
+def test_queries_may_lie_as_the_model_left_them(device):
+    q, paged = make("plain", Shape([[100, 100], [60, 60]], 64, 2, 3), 3)
+    paged, rows = move(paged, device), torch.tensor([0, 1], dtype=torch.int32, device=device)
+    strided = q.to(device).transpose(1, 2).contiguous().transpose(1, 2)
+    assert not strided.is_contiguous()
+    assert torch.equal(fused.attend(strided, paged, rows, 0.1), fused.attend(q.to(device), paged, rows, 0.1))
 
 
 def test_nan_is_not_lost(device):

@@ -368,12 +368,12 @@ def agree(cache, paged):
             assert torch.equal(pool.view(torch.uint8), field.view(torch.uint8))
         for row, heads in enumerate(one.encoded):
             for head, done in enumerate(heads):
-                slots = torch.arange(done, cache._slots[row][head]) % max(1, one.residual.shape[2])
+                slots = torch.arange(done, int(cache._slots[row, head])) % max(1, one.residual.shape[2])
                 assert torch.equal(one.residual[row, head, slots], other.residual[row, head, slots])
     for x, y in ((cache.positions, paged.positions), (cache.scores, paged.mass)):
         assert (x is None and y is None) or torch.equal(x, y)
-    assert paged.used.tolist() == cache._slots
-    assert paged.live.tolist() == cache._live
+    assert paged.used.tolist() == cache._slots.tolist()
+    assert paged.live.tolist() == cache._live.tolist()
     assert paged.seen.tolist() == [[n] * paged.seen.shape[1] for n in cache._seen]
 
 

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns at every start where it is left open
 import triton
 
@@ -64,8 +62,3 @@ def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors. There ``tl.dot`` is wrong in bfloat16, so operands
     are widened to float32 after they were rounded."""
     return bool(triton.knobs.runtime.interpret)
-
-
-def available(device: torch.device) -> bool:
-    """Whether kernels can run on this device."""
-    return device.type == "cuda" or (device.type == "cpu" and interpreting())
