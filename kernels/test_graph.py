@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from kvsuite.cache import adapter
 from kvsuite.cache.adapter import KVCache
 from kvsuite.cache.fused import FusedCache
 from kvsuite.engines.graph import StepGraph
@@ -83,7 +84,7 @@ def engine():
 
 def caches(engine, method, prompts, capacity=64):
     found = []
-    for layer in engine.layers:
+    for layer in adapter.contexts(engine.model):  # where the model is now
         evictor = method.selector.evictor(capacity) if method.selector else None
         sides = method.codec.sides(layer)
         found.append(FusedCache(layer, sides, 4, capacity, evictor, method.selector is not None))
