@@ -20,7 +20,7 @@ from kvsuite.cache.context import LayerContext, SideCodec
 from kvsuite.cache.fused import FusedCache
 from kvsuite.cache.prefill import Observation
 from kvsuite.engines.graph import StepGraph
-from kvsuite.kernels.attend import encoded, stored
+from kvsuite.kernels.attend import stored
 from kvsuite.kernels.fused import attend as fused
 from kvsuite.kernels.paged import PAGE, Format, Paged, Side
 from kvsuite.methods import Method, parse
@@ -125,7 +125,7 @@ def held(paged: Paged, used: list[int]) -> int:
     """Bytes that attention must read of a cache (mass: and write), from the tensors themselves."""
     total = 4.0 * sum(-(-n // PAGE) for n in used)  # the page table
     for side in (paged.k, paged.v):
-        done = sum(encoded(side, n) for n in used)
+        done = sum(side.settled(n) for n in used)
         total += done * sum(x[0].nbytes for x in side.fields) / PAGE
         total += (sum(used) - done) * side.residual.shape[3] * side.residual.element_size()
     each = (0 if paged.positions is None else 4) + (0 if paged.mass is None else 8)

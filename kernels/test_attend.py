@@ -109,7 +109,7 @@ def poison(side, table, used):
     held = torch.zeros(side.fields[0].shape[:2], dtype=torch.bool)
     for row in range(table.shape[0]):
         for head in range(table.shape[1]):
-            for unit in range(-(-reference.encoded(side, int(used[row, head])) // per)):
+            for unit in range(-(-side.settled(int(used[row, head])) // per)):
                 held[table[row, head, unit * per // PAGE], unit % side.fields[0].shape[1]] = True
     for field in side.fields:
         field[~held] = 0x7F if field.dtype == torch.uint8 else float("nan")

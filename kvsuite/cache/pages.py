@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from kvsuite.cache.context import PAGE, LayerContext, SideCodec
-
-Count = TypeVar("Count", int, np.ndarray)
+from kvsuite.kernels.paged import Count, settled
 
 
 class Places:
@@ -126,11 +123,7 @@ class PagedStore:
 
     def settled(self, length: Count) -> Count:
         """How many of ``length`` slots belong into pages."""
-        r = self.codec.residual
-        if r == 0:
-            return length
-        settled: Count = length - (np.minimum(length, r) if self.codec.rolling else length % r)
-        return settled
+        return settled(length, self.codec.residual, self.codec.rolling)
 
     def _recent(self, row: int, heads: slice, first: int, last: int) -> Tensor:
         """Slots first … last - 1 out of the residual, (heads, last - first, head_dim)."""

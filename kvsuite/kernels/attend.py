@@ -55,19 +55,11 @@ def attend(
 
 def stored(side: Side, table: Tensor, row: int, head: int, n: int) -> Tensor:
     """Slots 0 … n - 1 of one (row, head) as they read, not rounded: float32 (n, head_dim). ``table``: its pages."""
-    done, r = encoded(side, n), side.residual.shape[2]
+    done, r = side.settled(n), side.residual.shape[2]
     pages = table[: -(-done // PAGE)].long()
     x = read(side.format, tuple(field[pages] for field in side.fields), side.residual.shape[3])[:done]
     recent = torch.arange(done, n, device=table.device) % max(r, 1)
     return torch.cat([x, side.residual[row, head, recent].float()])
-
-
-def encoded(side: Side, n: int) -> int:
-    """How many of n slots are in pages."""
-    r = side.residual.shape[2]
-    if r == 0:
-        return n
-    return max(0, n - r) if side.rolling else n - n % r
 
 
 def read(form: Format, fields: tuple[Tensor, ...], head_dim: int) -> Tensor:

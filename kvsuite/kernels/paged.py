@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
+import numpy as np
 from torch import Tensor
 
 PAGE = 32
 """Tokens in a page: one block of cache for one kv head."""
+
+
+Count = TypeVar("Count", int, np.ndarray)
+
+
+def settled(length: Count, residual: int, rolling: bool) -> Count:
+    """How many of ``length`` slots belong into pages where the newest are kept in a residual of so many tokens, always
+    (``rolling``) or until it is full."""
+    if residual == 0:
+        return length
+    found: Count = length - (np.minimum(length, residual) if rolling else length % residual)
+    return found
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,10 @@ class Side:
     fields: tuple[Tensor, ...]
     residual: Tensor
     rolling: bool
+
+    def settled(self, length: int) -> int:
+        """How many of ``length`` slots are in pages."""
+        return int(settled(length, self.residual.shape[2], self.rolling))
 
 
 @dataclass(frozen=True)

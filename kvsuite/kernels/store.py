@@ -82,7 +82,7 @@ def fill(
         kept = kept if counts is None else kept[: int(counts[head])]
         count = len(kept)
         for side, x in ((paged.k, k[head, kept]), (paged.v, v[head, kept])):
-            done = _settled(side, count)
+            done = side.settled(count)
             _write(side, paged.table[row, head], 0, x[:done])
             for slot in range(_recent(side, count), count):
                 side.residual[row, head, slot % side.residual.shape[2]] = x[slot]
@@ -112,19 +112,11 @@ def encode(form: Format, x: Tensor) -> tuple[Tensor, ...]:
     return to_e4m3(x, scale), scale
 
 
-def _settled(side: Side, count: int) -> int:
-    """How many of ``count`` slots belong into pages."""
-    r = side.residual.shape[2]
-    if r == 0:
-        return count
-    return max(0, count - r) if side.rolling else count - count % r
-
-
 def _recent(side: Side, count: int) -> int:
     """The first of ``count`` slots that the residual holds."""
     r = side.residual.shape[2]
     if r == 0 or side.rolling or count == 0:
-        return _settled(side, count)
+        return side.settled(count)
     return (count - 1) // r * r
 
 

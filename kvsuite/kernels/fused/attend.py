@@ -1,8 +1,9 @@
 """Decode attention over a paged, compressed cache, split over the sequence and merged (flash-decoding).
 
-A program takes a fixed number of tokens of one (row, kv head), so what a row gets never depends on its mates, and time
-follows the tokens kept where heads are ragged. The query group is packed as rows: K and V are read once per kv head.
-Pages are read by one body, to which a codec adds how a page becomes numbers; those stay in registers.
+How a row is cut into programs depends on its own length and the batch's width, so what it gets never depends on its
+mates, and time follows the tokens kept where heads are ragged. The query group is packed as rows: K and V are read once
+per kv head. Pages are read by one body, to which a codec adds how a page becomes numbers; these never reach global
+memory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reading a page: where slots are, and how what is written there becomes numbers, in registers.
+"""Reading a page: where slots are, and how what is written there becomes numbers.
 
 Packed codes are loaded as words of four bytes and become float16, which holds them exactly, by a few lines of PTX.
 """
