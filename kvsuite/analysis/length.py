@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvsuite.analysis.samples import BASELINE
-from kvsuite.analysis.stats import Interval, ratio_interval
+import numpy as np
+
+from kvsuite.analysis.resample import Design, Floats
+from kvsuite.analysis.samples import BASELINE, discordant
+from kvsuite.analysis.stats import Asked, Interval, Ratio, estimate
+from kvsuite.columns import Arm
 from kvsuite.errors import UsageError
 from kvsuite.records import Answer
+
+LOOP, PIECE, TIMES = 60, 200, 4
+"""Characters that make a loop at least, of a piece at most, and how often it must come."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +64,14 @@ def _row(counts: tuple[str, int, int, int, str], pairs: list[tuple[Answer, Answe
     if not pairs:
         return LengthRow(*counts)
     mine, theirs = [len(a.tokens) for a, _ in pairs], [len(b.tokens) for _, b in pairs]
+    itself = counts[:2] == (BASELINE, 0)
     dense = sum(a.dense_end for a, _ in pairs)
     return LengthRow(
         *counts,
         pairs=len(pairs),
-        cost=ratio_interval(mine, theirs),
+        cost=Interval(1, 1, 1)
+        if counts[:2] == (BASELINE, 0)
+        else cost_interval(mine, theirs, [a.cap for a, _ in pairs]),
         tokens=sum(mine) / len(mine),
         capped=sum(a.finish == "length" for a, _ in pairs),
         baseline_capped=sum(b.finish == "length" for _, b in pairs),
@@ -70,3 +80,79 @@ def _row(counts: tuple[str, int, int, int, str], pairs: list[tuple[Answer, Answe
         shorter=sum(3 * m <= 2 * t for m, t in zip(mine, theirs, strict=True)),
         ratio=sum(a.nbytes_end for a, _ in pairs) / dense if dense else None,
     )
+
+
+def cost_interval(mine: Sequence[float], theirs: Sequence[float], caps: Sequence[float]) -> Interval:
+    """Σ mine / Σ theirs over pairs of independent prompts. One pair has no interval."""
+    columns = (np.asarray(x, dtype=float) for x in (mine, theirs, caps))
+    return estimate(Design.alone(len(mine)), [_cost(*columns)])[0]
+
+
+def _cost(mine: Floats, theirs: Floats, caps: Floats) -> Ratio:
+    """Answers that have not changed yet could still vanish or grow to their cap."""
+    room = (1.0, float((caps - theirs).sum() / max(theirs.sum(), 1)))
+    return Ratio(mine, theirs, log=True, change=mine - theirs, room=room, bounds=(0, np.inf))
+
+
+def ask(arm: Arm, base: Arm, reference: Arm, floor: Arm | None) -> Asked:
+    """What the lengths of one method ask: cost against the arm of the same noise; shares of pairs against
+    ``reference``, as ``floor`` is. A length is min(tokens, cap). Empty without lengths; raises UsageError where the
+    arms' caps differ or are not known."""
+    if any(np.isnan(x.tokens).any() for x in (arm, base, reference)):
+        return Asked()
+    for beside in (base, reference, *([floor] if floor is not None else [])):
+        same_caps(arm, beside)
+    mine, theirs = np.minimum(arm.tokens, arm.cap), np.minimum(base.tokens, base.cap)
+    logs = np.log(np.maximum(mine, 1) / np.maximum(theirs, 1))
+    asked = Asked(
+        endpoints={"length": _cost(mine, theirs, base.cap)},
+        findings={"log length": Ratio(logs, change=logs)},
+        flips={"length": logs},
+        pairs={"cap hits": discordant(arm.capped == 1, base.capped == 1)},
+    )
+    for name, told in (("empty", is_empty), ("loops", loops)):
+        if all(t is not None for t in (*arm.text, *base.text)):
+            mine_too, theirs_too = (np.array([told(text or "") for text in x.text]) for x in (arm, base))
+            asked.pairs[name] = discordant(mine_too, theirs_too)
+    if floor is None or np.isnan(floor.tokens).any():
+        return asked
+    ref, noise = np.minimum(reference.tokens, reference.cap), np.minimum(floor.tokens, floor.cap)
+    shares = {
+        "longer": (2 * mine >= 3 * ref, 2 * noise >= 3 * ref),
+        "shorter": (3 * mine <= 2 * ref, 3 * noise <= 2 * ref),
+    }
+    for name, (one, other) in shares.items():
+        beyond = one.astype(float) - other
+        asked.findings[name] = Ratio(beyond, change=beyond)
+        asked.pairs[name] = discordant(one, other)
+    return asked
+
+
+def same_caps(one: Arm, other: Arm) -> None:
+    """Raises UsageError, naming the sample, where two arms could not become equally long."""
+    for at in np.flatnonzero(one.cap != other.cap):
+        dataset, sample = one.keys[at]
+        caps = " and ".join(
+            "none that is known" if np.isnan(x.cap[at]) else f"{x.cap[at]:.0f} tokens" for x in (one, other)
+        )
+        raise UsageError(
+            f"{one.files[dataset]} and {other.files[dataset]}: sample {sample} of {dataset} had different caps, {caps}"
+        )
+
+
+def is_empty(text: str) -> bool:
+    """Nothing but white space."""
+    return not text.strip()
+
+
+def loops(text: str) -> bool:
+    """Whether a text ends in a loop: its last ``LOOP`` characters or more are one piece of up to ``PIECE`` characters,
+    at least ``TIMES`` times over."""
+    text = text.rstrip()
+    for piece in range(1, PIECE + 1):
+        tail = text[-max(TIMES * piece, LOOP) :]
+        if len(tail) < max(TIMES * piece, LOOP):
+            return False
+        if tail[piece:] == tail[:-piece]:
+            return True
+    return False

@@ -1,11 +1,16 @@
-"""Per method: score, what changed against the baseline, bytes, and speed while answering."""
+"""Per method: score, what changed against the baseline, what broke beyond noise, bytes, and speed while answering."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvsuite.analysis.stats import Interval, mean_interval
+import numpy as np
+
+from kvsuite.analysis.resample import Design, Floats, Mask, Rule, eligible
+from kvsuite.analysis.stats import Asked, Interval, Ratio, mean_interval
+from kvsuite.columns import Arm
+from kvsuite.errors import UsageError
 from kvsuite.records import Answer
 
 BASELINE = "full"
@@ -63,3 +68,64 @@ def _row(method: str, answers: list[Answer], good: dict[str, Answer], baseline: 
 
 def _rate(tokens: int, seconds: float) -> float | None:
     return tokens / seconds if tokens and seconds > 0 else None
+
+
+@dataclass(frozen=True)
+class Broken:
+    """When an answer counts as broken: its score fell by more than θ of the baseline's. The defaults are the
+    endpoint's; everything else (the paper's median rule and ``<=``, another θ, an absolute loss) is exploratory. Raises
+    UsageError for a θ outside 0 to 1."""
+
+    theta: float = 0.10
+    benign: Rule = "mean"
+    inclusive: bool = False
+    absolute: bool = False
+    """θ is points of the score, not a part of the baseline's."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.theta < 1:
+            raise UsageError(f"theta must be a number between 0 and 1, not {self.theta:g}")
+
+    def fell(self, base: Floats, score: Floats) -> Mask:
+        """(n,): whether the score is that far below the baseline's."""
+        edge = base - self.theta if self.absolute else (1 - self.theta) * base
+        return np.asarray(score <= edge if self.inclusive else score < edge)
+
+
+def scored(arm: Arm) -> bool:
+    """Whether every sample of an arm has a score."""
+    return not np.isnan(arm.score).any()
+
+
+def ask(design: Design, arm: Arm, base: Arm, reference: Arm, floor: Arm | None, rule: Broken) -> Asked:
+    """What the scores of one method ask: *quality* against the arm of the same noise, the others against ``reference``,
+    as ``floor`` is. Empty without scores."""
+    if not (scored(arm) and scored(base) and scored(reference)):
+        return Asked()
+    difference, one, b = arm.score - base.score, arm.score, reference.score
+    level = np.zeros(len(b))
+    for at in design.datasets:
+        level[at] = np.concatenate([b[at], one[at]]).mean()
+    high = np.maximum(b, one) >= np.maximum(level, np.nextafter(0, 1))
+    down, up = high & rule.fell(b, one), high & rule.fell(one, b)
+    asked = Asked(
+        endpoints={"quality": Ratio(difference, change=difference, bounds=(-1, 1))},
+        flips={"quality": difference},
+        pairs={"net harm": (int(down.sum()), int(up.sum()))},
+    )
+    if floor is None or not scored(floor):
+        return asked
+    mine, noise = rule.fell(b, one), rule.fell(b, floor.score)
+    beyond = mine.astype(float) - noise
+    churn, moved = (np.asarray(rule.fell(b, x) | rule.fell(x, b)) for x in (one, floor.score))
+    allowed = eligible(design, b, rule.benign)
+    return asked | Asked(
+        endpoints={"broken": Ratio(beyond, eligible=True, change=beyond, bounds=(-1, 1))},
+        findings={"churn": Ratio(churn.astype(float) - moved, change=churn.astype(float) - moved)},
+        pairs={"broken": discordant(mine & allowed, noise & allowed), "churn": discordant(churn, moved)},
+    )
+
+
+def discordant(one: Mask, other: Mask) -> tuple[int, int]:
+    """How many entries only the one has, and only the other."""
+    return int((one & ~other).sum()), int((other & ~one).sum())

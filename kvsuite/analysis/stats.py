@@ -1,68 +1,208 @@
-"""Intervals: a mean's, a ratio of paired sums', a speed ratio's."""
+"""Estimates with intervals, exact tests, corrections: what every endpoint is made of."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+
+from kvsuite.analysis.resample import DRAWS, Design, Floats, Rule, bootstrap, eligible
+
+LEVEL = 0.05
+"""Two-sided: intervals are 95 %."""
+FEW = 10
+"""Changed clusters below which an interval also holds what unseen changes could do, and degrees of freedom below which
+it is a t-interval."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95 % confidence interval."""
+    """A figure and its 95 % confidence interval."""
 
     mean: float
     low: float
     high: float
 
 
-def mean_interval(scores: Sequence[float]) -> Interval:
-    """The mean of at least one score: Wilson's interval where all are 0 or 1, else percentile bootstrap (10,000 draws,
-    seeded). One score that is not binary has no interval: (mean, -inf, inf)."""
+@dataclass(frozen=True)
+class Estimate(Interval):
+    """An interval with what a planner needs."""
+
+    se: float = math.nan
+    """Standard error, of the logarithm where the figure is a ratio of sums."""
+    df: int = 0
+    unseen: float = 0.0
+    """How far changes of a kind that fewer than ``FEW`` clusters showed could still move the figure."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A figure that is one weighted sum over another: a mean, a share of the eligible, a cost."""
+
+    top: Floats
+    """(n,)"""
+    bottom: Floats | None = None
+    """(n,); None counts samples."""
+    eligible: bool = False
+    """Over the samples whose baseline is at least its dataset's mean, recomputed in every draw."""
+    log: bool = False
+    """Its spread is that of its logarithm."""
+    change: Floats | None = None
+    """(n,), not 0 where a sample changed at all; with fewer than ``FEW`` such clusters the interval is widened."""
+    room: tuple[float, float] = (1.0, 1.0)
+    """How far the figure would fall or rise if every sample changed as much as it can."""
+    bounds: tuple[float, float] = (-math.inf, math.inf)
+    """What the figure can be at all."""
+
+
+@dataclass
+class Asked:
+    """What the comparison of one method with its baseline asks of the common resampling, by the figures' names."""
+
+    endpoints: dict[str, Ratio] = field(default_factory=dict)
+    """Primary: these get a margin and a verdict."""
+    findings: dict[str, Ratio] = field(default_factory=dict)
+    """Exploratory."""
+    flips: dict[str, Floats] = field(default_factory=dict)
+    """(n,) differences whose signs are flipped for the p of a figure of that name."""
+    pairs: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Samples that only the method shows something on, and only the other arm: the exact p of a figure of that name."""
+
+    def __or__(self, other: Asked) -> Asked:
+        return Asked(
+            *({**mine, **theirs} for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True))
+        )
+
+
+def estimate(
+    design: Design,
+    ratios: Sequence[Ratio],
+    base: Floats | None = None,
+    rule: Rule = "mean",
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> list[Estimate]:
+    """All figures from one cluster bootstrap, stratified by dataset. ``base``, (n,), is the baseline's score and says
+    who is eligible."""
+    ones = np.ones(sum(map(len, design.strata)))
+    allowed = np.zeros_like(ones) if base is None else eligible(design, base, rule).astype(float)
+    known: dict[tuple[int, bool], int] = {}
+    columns: tuple[list[Floats], list[Floats]] = ([], [])
+    places = []
+    for ratio in ratios:
+        pair = []
+        for column in (ratio.top, ones if ratio.bottom is None else ratio.bottom):
+            key = (id(column), ratio.eligible)
+            if key not in known:
+                known[key] = len(columns[ratio.eligible])
+                columns[ratio.eligible].append(column)
+            pair.append(known[key])
+        places.append(pair)
+    stacked = [np.column_stack(c) if c else np.empty((len(ones), 0)) for c in columns]
+    drawn = bootstrap(design, stacked[0], base, stacked[1], rule, draws, seed)
+    found = []
+    for ratio, (top, bottom) in zip(ratios, places, strict=True):
+        sums = drawn.eligible if ratio.eligible else drawn.sums
+        weight = allowed if ratio.eligible else ones
+        below = ones if ratio.bottom is None else ratio.bottom
+        seen = _divided(np.array([weight @ ratio.top]), np.array([weight @ below]))[0]
+        found.append(_estimate(design, ratio, float(seen), _divided(sums[:, top], sums[:, bottom]), weight))
+    return found
+
+
+def _divided(top: Floats, bottom: Floats) -> Floats:
+    found: Floats = np.divide(top, bottom, out=np.full(len(top), math.nan), where=bottom != 0)
+    return found
+
+
+def _estimate(design: Design, ratio: Ratio, value: float, draws: Floats, weight: Floats) -> Estimate:
+    """Percentiles of the draws, taken further out by as much as t is wider than the normal distribution (Hesterberg
+    2015, What teachers should know about the bootstrap); below ``FEW`` degrees of freedom t times their spread."""
+    draws = draws[np.isfinite(draws)]
+    if math.isnan(value) or design.df < 1 or not len(draws):
+        return Estimate(value, *ratio.bounds, math.inf, design.df)
+    with np.errstate(divide="ignore"):
+        shown = np.log(draws) if ratio.log else draws
+        middle = float(np.log(value)) if ratio.log else value
     from scipy import stats
 
+    reach = float(stats.t.ppf(1 - LEVEL / 2, design.df))
+    se = float(shown.std()) if np.isfinite(shown).all() else math.inf
+    if design.df < FEW:
+        low, high = middle - reach * se, middle + reach * se
+    else:
+        tail = float(stats.norm.cdf(-reach))
+        low, high = (float(x) for x in np.quantile(shown, (tail, 1 - tail)))
+    if ratio.log:
+        low, high = math.exp(low), math.exp(high)
+    unseen = _unseen(design, ratio, weight)
+    low, high = min(low, value - unseen * ratio.room[0]), max(high, value + unseen * ratio.room[1])
+    return Estimate(value, max(low, ratio.bounds[0]), min(high, ratio.bounds[1]), se, design.df, unseen)
+
+
+def _unseen(design: Design, ratio: Ratio, weight: Floats) -> float:
+    """The share of clusters that could change beyond those that did: Wilson's upper limit less the share seen, where
+    fewer than ``FEW`` did. A sample without a change has not shown that there are none."""
+    if ratio.change is None:
+        return 0.0
+    sums = design.per_cluster(np.column_stack([weight != 0, (ratio.change != 0) & (weight != 0)]).astype(float))
+    n, changed = int((sums[:, 0] > 0).sum()), int((sums[:, 1] > 0).sum())
+    if changed >= FEW or not n:
+        return 0.0
+    return wilson(changed, n).high - changed / n
+
+
+def wilson(count: int, n: int) -> Interval:
+    """Wilson's interval of a share."""
+    from scipy import stats
+
+    found = stats.binomtest(count, n).proportion_ci(1 - LEVEL, method="wilson")
+    return Interval(count / n, float(found.low), float(found.high))
+
+
+def mean_interval(scores: Sequence[float]) -> Interval:
+    """The mean of scores from 0 to 1: Wilson's interval where all are 0 or 1, else from the bootstrap. One score that
+    is not binary can be anywhere."""
     x = np.asarray(scores, dtype=float)
     if np.isin(x, (0.0, 1.0)).all():
-        found = stats.binomtest(int(x.sum()), len(x)).proportion_ci(method="wilson")
-        return Interval(float(x.mean()), float(found.low), float(found.high))
-    if len(x) == 1:
-        return Interval(float(x[0]), float("-inf"), float("inf"))
-    generator = np.random.default_rng(0)
-    drawn = stats.bootstrap((x,), np.mean, n_resamples=10_000, method="percentile", rng=generator).confidence_interval
-    return Interval(float(x.mean()), float(drawn.low), float(drawn.high))
+        return wilson(int(x.sum()), len(x))
+    return estimate(Design.alone(len(x)), [Ratio(x, bounds=(0, 1))])[0]
 
 
-def ratio_interval(mine: Sequence[float], theirs: Sequence[float]) -> Interval:
-    """Σ mine / Σ theirs over pairs, percentile bootstrap over the pairs (10,000 draws, seeded). One pair has no
-    interval: (ratio, 0, inf)."""
-    from scipy import stats
-
-    a, b = np.asarray(mine, dtype=float), np.asarray(theirs, dtype=float)
-    ratio = float(a.sum() / b.sum())
-    if len(a) < 2:
-        return Interval(ratio, 0.0, math.inf)
-    if (a * b.sum() == b * a.sum()).all():  # every draw is the same ratio
-        return Interval(ratio, ratio, ratio)
-
-    def statistic(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
-        return np.asarray(x.sum(axis) / y.sum(axis))
-
-    generator = np.random.default_rng(0)
-    drawn = stats.bootstrap(
-        (a, b), statistic, paired=True, n_resamples=10_000, method="percentile", rng=generator
-    ).confidence_interval
-    return Interval(ratio, float(drawn.low), float(drawn.high))
-
-
-def log_ratio_interval(logs: Sequence[float]) -> Interval:
+def log_ratio_interval(logs: Sequence[float]) -> Estimate:
     """The geometric mean of ratios given as logarithms, with the 95 % t-interval. One has none: (ratio, 0, inf)."""
     from scipy import stats
 
     middle = statistics.fmean(logs)
     if len(logs) < 2:
-        return Interval(math.exp(middle), 0.0, math.inf)
-    half = float(stats.t.ppf(0.975, len(logs) - 1)) * statistics.stdev(logs) / math.sqrt(len(logs))
-    return Interval(math.exp(middle), math.exp(middle - half), math.exp(middle + half))
+        return Estimate(math.exp(middle), 0.0, math.inf, math.inf)
+    se = statistics.stdev(logs) / math.sqrt(len(logs))
+    half = float(stats.t.ppf(1 - LEVEL / 2, len(logs) - 1)) * se
+    return Estimate(math.exp(middle), math.exp(middle - half), math.exp(middle + half), se, len(logs) - 1)
+
+
+def discordant_p(only_one: int, only_other: int) -> float:
+    """Exact two-sided p that changes go either way alike: McNemar's test of the discordant pairs, and the sign test."""
+    from scipy import stats
+
+    n = only_one + only_other
+    return float(stats.binomtest(only_one, n).pvalue) if n else 1.0
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values: any of them below α errs with probability α at most, over all."""
+    return _adjusted(p, "holm")
+
+
+def benjamini_hochberg(p: Sequence[float]) -> list[float]:
+    """Adjusted p-values of exploratory figures: of those below α, a share of α is expected to be wrong."""
+    return _adjusted(p, "fdr_bh")
+
+
+def _adjusted(p: Sequence[float], method: str) -> list[float]:
+    from statsmodels.stats.multitest import multipletests
+
+    return [float(x) for x in multipletests(p, method=method)[1]] if len(p) else []

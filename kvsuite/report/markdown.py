@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvsuite.analysis.throughput import speed_rows
+from kvsuite.analysis.speed import speed_rows
 from kvsuite.records import Run, Timing
 from kvsuite.report.tables import Table, provenance, tables
 

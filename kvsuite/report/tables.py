@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from kvsuite.analysis.length import LengthRow, length_rows
 from kvsuite.analysis.samples import SampleRow, sample_rows
+from kvsuite.analysis.speed import OURS, SpeedRow, speed_rows
 from kvsuite.analysis.stats import Interval
-from kvsuite.analysis.throughput import OURS, SpeedRow, speed_rows
 from kvsuite.records import Agreement, Answer, Record, Run, Timing
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvsuite.analysis.throughput import OURS
+from kvsuite.analysis.speed import OURS
 
 pytestmark = pytest.mark.length
 

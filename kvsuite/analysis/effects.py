@@ -1,0 +1,159 @@
+"""Every method against the baseline and its noise: all endpoints of STATISTICS.md from one pass of resampling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from kvsuite.analysis import length, samples
+from kvsuite.analysis.resample import DRAWS, Design, Mask, eligible, sign_flip
+from kvsuite.analysis.samples import Broken
+from kvsuite.analysis.stats import Estimate, benjamini_hochberg, discordant_p, estimate
+from kvsuite.analysis.verdict import Effect, Margins, Verdict, corrected, effect, overall
+from kvsuite.columns import Arm
+
+DEFAULT = Margins()
+RULE = Broken()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """An exploratory figure: shown beside the endpoints, never a verdict."""
+
+    name: str
+    estimate: Estimate | None
+    p: float | None
+    adjusted: float | None = None
+    """After Benjamini and Hochberg, over all exploratory figures of all methods."""
+    counts: tuple[int, int] | None = None
+    """Samples only the method shows it on, and only the other arm."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One method: the primary endpoints that could be measured, and what stands beside them."""
+
+    method: str
+    n: int
+    effects: list[Effect]
+    findings: list[Finding]
+    negatives: int | None = None
+    """Samples it breaks, of ``eligible``; None without scores."""
+    floor: int | None = None
+    """Samples that noise alone breaks, of the same; None where no floor was measured."""
+    eligible: int = 0
+
+    def effect(self, endpoint: str) -> Effect | None:
+        """One of quality, broken, length."""
+        return next((e for e in self.effects if e.endpoint == endpoint), None)
+
+    def finding(self, name: str) -> Finding | None:
+        """One of the exploratory figures."""
+        return next((f for f in self.findings if f.name == name), None)
+
+    def joined(self, other: Comparison) -> Comparison:
+        """With what another part of the same method showed."""
+        scores = self if self.negatives is not None else other
+        effects, findings = self.effects + other.effects, self.findings + other.findings
+        return replace(scores, n=self.n + other.n, effects=effects, findings=findings)
+
+    @property
+    def verdict(self) -> Verdict:
+        """Over all endpoints that were measured."""
+        return overall(self.effects)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Arms that are compared with each other, aligned (``columns.align``): a run's scored tasks, say, or its chats.
+
+    ``control`` is the baseline once more, other by noise alone; without it, or where its answers are identical, no
+    floor is measured. ``coupled`` says that ``base`` and the methods were sampled with the same noise and ``control``
+    with other: pairs are then formed with the control, on both sides alike, because coupled answers part later than
+    free ones.
+    """
+
+    base: Arm
+    methods: Mapping[str, Arm]
+    control: Arm | None = None
+    coupled: bool = False
+
+    @property
+    def pair(self) -> tuple[Arm, Arm | None]:
+        """What single samples are held against, and what noise makes of that."""
+        control = None if self.control is None or same_answers(self.base, self.control) else self.control
+        return (control, self.base) if self.coupled and control is not None else (self.base, control)
+
+
+def compare(
+    parts: Sequence[Part], margins: Margins = DEFAULT, rule: Broken = RULE, draws: int = DRAWS, seed: int = 0
+) -> list[Comparison]:
+    """Every method of every part with its baseline. What an arm has no column of – scores, lengths – is left out.
+    Raises UsageError where caps differ."""
+    found: dict[str, Comparison] = {}
+    for part in parts:
+        for row in _compare(part, margins, rule, draws, seed):
+            known = found.get(row.method)
+            found[row.method] = row if known is None else known.joined(row)
+    return _corrected(list(found.values()))
+
+
+def _compare(part: Part, margins: Margins, rule: Broken, draws: int, seed: int) -> Iterator[Comparison]:
+    base, (reference, floor) = part.base, part.pair
+    design = Design.of(base.dataset, base.cluster)
+    scored = samples.scored(reference)
+    allowed = eligible(design, reference.score, rule.benign) if scored else np.zeros(len(base), dtype=np.bool_)
+    asked = {
+        name: samples.ask(design, arm, base, reference, floor, rule) | length.ask(arm, base, reference, floor)
+        for name, arm in part.methods.items()
+    }
+    ratios = [r for a in asked.values() for r in (*a.endpoints.values(), *a.findings.values())]
+    estimates = iter(estimate(design, ratios, reference.score if scored else None, rule.benign, draws, seed))
+    columns = [column for a in asked.values() for column in a.flips.values()]
+    flipped = iter(sign_flip(design, np.column_stack(columns), seed) if columns else ())
+    for name, a in asked.items():
+        p = {key: discordant_p(*pair) for key, pair in a.pairs.items()}
+        p |= {key: float(next(flipped)) for key in a.flips}
+        effects = [_effect(key, next(estimates), p.get(key), margins, allowed) for key in a.endpoints]
+        findings = [Finding(key, next(estimates), p.get(key), counts=a.pairs.get(key)) for key in a.findings]
+        others = [key for key in a.pairs if key not in a.endpoints and key not in a.findings]
+        findings += [Finding(key, None, p[key], counts=a.pairs[key]) for key in others]
+        mine, noise = (_count(x, reference, allowed, rule) for x in (part.methods[name], floor))
+        yield Comparison(name, len(base), effects, findings, mine, noise, int(allowed.sum()))
+
+
+def _count(arm: Arm | None, reference: Arm, allowed: Mask, rule: Broken) -> int | None:
+    """How many samples an arm breaks."""
+    if arm is None or not (samples.scored(arm) and samples.scored(reference)):
+        return None
+    return int((allowed & rule.fell(reference.score, arm.score)).sum())
+
+
+def same_answers(one: Arm, other: Arm) -> bool:
+    """Whether two arms answered identically: by text where both have it, else by score and length. A control that did
+    measured no floor."""
+    if all(t is not None for t in one.text) and all(t is not None for t in other.text):
+        return one.text == other.text
+    columns = ((one.score, other.score), (one.tokens, other.tokens))
+    return all(np.array_equal(a, b, equal_nan=True) for a, b in columns)
+
+
+def _effect(key: str, found: Estimate, p: float | None, margins: Margins, allowed: Mask) -> Effect:
+    n = int(allowed.sum()) if key == "broken" else len(allowed)
+    return effect(key, found, getattr(margins, key), -1 if key == "quality" else 1, n, p, ratio=key == "length")
+
+
+def _corrected(rows: list[Comparison]) -> list[Comparison]:
+    """Holm over the primary endpoints of all methods, Benjamini–Hochberg over everything else."""
+    effects = iter(corrected([e for row in rows for e in row.effects]))
+    adjusted = iter(benjamini_hochberg([f.p for row in rows for f in row.findings if f.p is not None]))
+    return [
+        replace(
+            row,
+            effects=[next(effects) for _ in row.effects],
+            findings=[f if f.p is None else replace(f, adjusted=next(adjusted)) for f in row.findings],
+        )
+        for row in rows
+    ]

@@ -1,0 +1,132 @@
+"""From an interval to a verdict, and to how many samples would give one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from kvsuite.analysis.stats import FEW, LEVEL, Estimate, Interval, holm
+from kvsuite.errors import UsageError
+
+Verdict = Literal["harmful", "within margin", "undecided"]
+POWER = 0.8
+
+
+@dataclass(frozen=True)
+class Margins:
+    """How much worse a method may be. Raises UsageError for a negative one."""
+
+    quality: float = 0.01
+    """Points of the mean score, 0.01 is one of a hundred."""
+    broken: float = 0.01
+    """Share of the eligible samples broken beyond noise."""
+    length: float = 0.03
+    """Tokens of the answers, relative."""
+    speed: float = 0.0
+    """Decode speed, relative."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 <= value < 1:
+                raise UsageError(f"the margin for {name} must be a number of at least 0 and below 1, not {value:g}")
+
+
+@dataclass(frozen=True)
+class Effect:
+    """One endpoint of one method: what was seen, whether it matters, and what could have been seen."""
+
+    endpoint: str
+    estimate: Estimate
+    limit: float
+    """The value from which it does harm: the margin's edge."""
+    worse: Literal[-1, 1]
+    """Whether smaller or larger is worse."""
+    n: int
+    """Samples it rests on."""
+    p: float | None = None
+    """Of no difference at all."""
+    adjusted: float | None = None
+    """That p after Holm's correction over all primary endpoints of all methods."""
+    verdict: Verdict = "undecided"
+    ratio: bool = False
+    """1 is no effect, else 0 is."""
+
+    @property
+    def visible(self) -> float:
+        """The smallest effect that this sample would have told from none, 4 times of 5: relative for a ratio."""
+        reach = max(_reach(self.estimate.df) * self.estimate.se, self.estimate.unseen)
+        return math.expm1(reach) if self.ratio and reach < 100 else reach
+
+    @property
+    def needed(self) -> float:
+        """Samples of this kind after which a method without an effect is found within its margin 4 times of 5."""
+        return samples_needed(self.estimate, self.n, abs(self.limit - 1) if self.ratio else abs(self.limit), self.ratio)
+
+
+def judge(interval: Interval, limit: float, worse: Literal[-1, 1]) -> Verdict:
+    """harmful: all of the interval is beyond the limit; within margin: none of it is."""
+    best, worst = (interval.low, interval.high) if worse > 0 else (-interval.high, -interval.low)
+    edge = limit * worse
+    if best > edge:
+        return "harmful"
+    return "within margin" if worst <= edge else "undecided"
+
+
+def effect(
+    endpoint: str,
+    estimate: Estimate,
+    margin: float,
+    worse: Literal[-1, 1],
+    n: int,
+    p: float | None,
+    ratio: bool = False,
+) -> Effect:
+    """An endpoint with its verdict."""
+    limit = (1 if ratio else 0) + worse * margin
+    verdict: Verdict = "undecided" if math.isnan(estimate.mean) else judge(estimate, limit, worse)
+    return Effect(endpoint, estimate, limit, worse, n, p, verdict=verdict, ratio=ratio)
+
+
+def overall(effects: list[Effect]) -> Verdict:
+    """Of several endpoints: harmful if one is, within margin if all are."""
+    found = {e.verdict for e in effects}
+    if "harmful" in found:
+        return "harmful"
+    return "within margin" if found == {"within margin"} else "undecided"
+
+
+def corrected(effects: list[Effect]) -> list[Effect]:
+    """The same with Holm's p over all of them."""
+    adjusted = iter(holm([e.p for e in effects if e.p is not None]))
+    return [e if e.p is None else replace(e, adjusted=next(adjusted)) for e in effects]
+
+
+def samples_needed(seen: Estimate, n: int, margin: float, ratio: bool = False, power: float = POWER) -> float:
+    """How many samples like these ``n`` decide a margin: a method without an effect is then found within it with
+    probability ``power``. Infinite for a margin of 0, which no effect of 0 can keep away from."""
+    if margin <= 0 or not math.isfinite(seen.se):
+        return math.inf
+    width = math.log1p(margin) if ratio else margin
+    from scipy import stats
+
+    z = float(stats.norm.ppf(1 - LEVEL / 2))
+    return max(n * (z + float(stats.norm.ppf(power))) ** 2 * (seen.se / width) ** 2, z**2 * (1 - margin) / margin, FEW)
+
+
+def power(seen: Estimate, n: int, planned: int, effect: float, margin: float, ratio: bool = False) -> float:
+    """The probability that ``planned`` samples with the spread of these ``n`` find a method with a true ``effect`` (bad
+    is positive; relative for a ratio) within ``margin``."""
+    from scipy import stats
+
+    true, edge = (math.log1p(effect), math.log1p(margin)) if ratio else (effect, margin)
+    se = seen.se * math.sqrt(n / planned)
+    reach = float(stats.t.ppf(1 - LEVEL / 2, max(planned - 1, 1)))
+    return float(stats.norm.cdf((edge - true) / se - reach)) if se > 0 else float(true <= edge)
+
+
+def _reach(df: int) -> float:
+    """Standard errors between no effect and one that is found with ``POWER``."""
+    from scipy import stats
+
+    return float(stats.t.ppf(1 - LEVEL / 2, df) + stats.norm.ppf(POWER)) if df else math.inf

@@ -1,0 +1,9 @@
+"""Results people already have, read into columns: one file a format, found by name.
+
+A result is named ``FORMAT:PATH#WHICH``; WHICH chooses among several in one file (a method of a run, a metric). A plain
+path is a folder that kvsuite left.
+"""
+
+from kvsuite.readers.base import Load, formats, read
+
+__all__ = ["Load", "formats", "read"]

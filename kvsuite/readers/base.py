@@ -1,0 +1,99 @@
+"""What a reader is, and how one is found by name."""
+
+from __future__ import annotations
+
+import glob
+import importlib
+import json
+import pkgutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import kvsuite.readers
+from kvsuite.columns import Arm, Floats
+from kvsuite.errors import UsageError, unknown
+
+
+@dataclass(frozen=True)
+class Load:
+    """One load test of a server: per request that was answered, (n,), seconds and tokens; NaN where the source does not
+    say. A request that failed is counted, never timed."""
+
+    source: str
+    ttft: Floats
+    """Time to first token."""
+    itl: Floats
+    """Mean time between tokens after the first."""
+    e2e: Floats
+    """Time to last token."""
+    prompt_tokens: Floats
+    tokens: Floats
+    start: Floats
+    """When the request was sent, on any clock; NaN where unknown."""
+    failed: int
+    duration: float
+    """Seconds from the first request sent to the last token."""
+    setting: dict[str, Any]
+    """What must agree for two load tests to be compared: model, rate, concurrency, number of prompts."""
+
+    def __len__(self) -> int:
+        return len(self.ttft)
+
+    @property
+    def throughput(self) -> float:
+        """Generated tokens per second over the whole test."""
+        return float(np.nansum(self.tokens)) / self.duration
+
+
+def formats() -> list[str]:
+    """All formats, found by file name."""
+    found = pkgutil.iter_modules([str(Path(kvsuite.readers.__path__[0]))])
+    return sorted(m.name.replace("_", "-") for m in found if m.name != "base")
+
+
+def read(spec: str) -> Arm | Load:
+    """What ``FORMAT:PATH#WHICH`` names. Raises UsageError, naming the file, for what is not there or not whole."""
+    name, colon, rest = spec.partition(":")
+    if not colon or (name not in formats() and Path(spec.partition("#")[0]).exists()):
+        name, rest = "run", spec
+    if name not in formats():
+        raise unknown("format of results", name, formats())
+    path, _, which = rest.partition("#")
+    module = importlib.import_module(f"kvsuite.readers.{name.replace('-', '_')}")
+    found: Arm | Load = module.read(spec, path, which)
+    return found
+
+
+def files(pattern: str) -> list[Path]:
+    """The files a path or a pattern with ``*`` and ``?`` names, sorted. Raises UsageError where there are none."""
+    if Path(pattern).exists():
+        return [Path(pattern)]
+    found = sorted(map(Path, glob.glob(pattern, recursive=True)))
+    if not found:
+        raise UsageError(f"there is no file or folder {pattern!r}")
+    return found
+
+
+def load_json(file: Path) -> Any:
+    """The JSON in a file. Raises UsageError where it is cut off or something else."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file} cannot be read as JSON; is it cut off? {error}") from error
+
+
+LONGBENCH = {
+    name: kind
+    for kind, names in {
+        "qa": "narrativeqa qasper multifieldqa_en multifieldqa_zh hotpotqa 2wikimqa musique dureader",
+        "summarization": "gov_report qmsum multi_news vcsum",
+        "few-shot": "trec triviaqa samsum lsht",
+        "synthetic": "passage_count passage_retrieval_en passage_retrieval_zh",
+        "code": "lcc repobench-p",
+    }.items()
+    for name in names.split()
+}
+"""Task types of LongBench (Bai et al. 2024, table 1)."""
