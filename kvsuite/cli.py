@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 
@@ -12,28 +13,90 @@ from kvsuite.errors import UsageError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0, or 2 after one sentence about bad input."""
-    parser = argparse.ArgumentParser(prog="kvsuite", description="Is a KV-cache compression method worth deploying?")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    listing = commands.add_parser("methods", help="list the parts of methods: selectors, budgets, codecs")
-    listing.add_argument("--json", action="store_true", help="a list of {name, kind, stores, source}")
-    commands.add_parser("fetch", help="download and convert the default model and its text")
-    asked = parser.parse_args(argv)
+    asked = _parser().parse_args(argv)
     try:
-        if asked.command == "methods":
-            _methods(asked.json)
-        else:
-            _fetch()
+        asked.run(asked)
     except UsageError as error:
         print(f"kvsuite: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _methods(as_json: bool) -> None:
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kvsuite", description="Is a KV-cache compression method worth deploying?")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    listing = commands.add_parser("methods", help="list the parts of methods: selectors, budgets, codecs")
+    listing.add_argument("--json", action="store_true", help="a list of {name, kind, stores, source}")
+    listing.set_defaults(run=_methods)
+    fetching = commands.add_parser("fetch", help="download and convert the default model and its text")
+    fetching.set_defaults(run=_fetch)
+    _negatives_options(commands.add_parser("negatives", help="which samples methods break, from scores you have"))
+    return parser
+
+
+def _negatives_options(parser: argparse.ArgumentParser) -> None:
+    spec = "FORMAT:PATH#WHICH, e.g. artifact:FOLDER/PREFIX, kvpress:predictions.csv, lm-eval:FOLDER, runs/TIME#METHOD"
+    parser.add_argument("--baseline", required=True, metavar="SPEC", help=f"scores of the uncompressed model: {spec}")
+    parser.add_argument("--candidate", required=True, action="append", metavar="NAME=SPEC", help="scores of a method")
+    parser.add_argument("--control", metavar="SPEC", help="the uncompressed model once more, with other noise")
+    parser.add_argument("--theta", type=float, default=0.10, help="a score this much below the baseline's is negative")
+    parser.add_argument(
+        "--benign", choices=("mean", "median"), default="mean", help="eligible from here on, by dataset"
+    )
+    parser.add_argument("--inclusive", action="store_true", help="scores of exactly (1 - θ) × baseline count, too")
+    parser.add_argument("--allow-missing", action="store_true", help="compare the samples that all have")
+    _margin_options(parser, "quality", "broken")
+    parser.add_argument("--json", action="store_true", help="print figures for a program")
+    parser.set_defaults(run=_negatives)
+
+
+def _margin_options(parser: argparse.ArgumentParser, *names: str) -> None:
+    from kvsuite.analysis.verdict import Margins
+
+    for name in names:
+        default = getattr(Margins(), name)
+        parser.add_argument(f"--margin-{name}", type=float, default=default, help=f"harmful from here on ({default:g})")
+
+
+def _negatives(asked: argparse.Namespace) -> None:
+    from kvsuite import readers
+    from kvsuite.analysis.samples import Broken
+    from kvsuite.analysis.verdict import Margins
+    from kvsuite.columns import align
+    from kvsuite.report import negatives, terminal
+
+    rule = Broken(asked.theta, asked.benign, asked.inclusive)
+    margins = Margins(quality=asked.margin_quality, broken=asked.margin_broken)
+    specs = _named(asked.candidate)
+    arms = [readers.arm(s) for s in (asked.baseline, *specs.values(), *([asked.control] if asked.control else []))]
+    (base, *others), left_out = align(arms, asked.allow_missing)
+    control = others.pop() if asked.control else None
+    methods = dict(zip(specs, others, strict=True))
+    found = negatives.negatives(base, methods, control, rule, margins, left_out)
+    if asked.json:
+        print(json.dumps(negatives.as_json(found), indent=2, ensure_ascii=False, allow_nan=False))
+        print(*found.notes, sep="\n", file=sys.stderr)
+    else:
+        terminal.write(negatives.tables(found), sys.stdout, shutil.get_terminal_size().columns)
+
+
+def _named(given: Sequence[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for text in given:
+        name, equals, spec = text.partition("=")
+        if not (name and equals and spec):
+            raise UsageError(f"--candidate {text!r}: write NAME=SPEC")
+        if name in found:
+            raise UsageError(f"--candidate {name} is there twice")
+        found[name] = spec
+    return found
+
+
+def _methods(asked: argparse.Namespace) -> None:
     from kvsuite.methods import catalogue
 
     rows = [{"name": p.name, "kind": p.kind, "stores": p.stores, "source": p.source} for p in catalogue()]
-    if as_json:
+    if asked.json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return
     from rich.console import Console
@@ -45,7 +108,7 @@ def _methods(as_json: bool) -> None:
     Console().print(table)
 
 
-def _fetch() -> None:
+def _fetch(asked: argparse.Namespace) -> None:
     from kvsuite import models
 
     for what, folder in (("model", models.default_model()), ("text", models.messages())):

@@ -108,6 +108,9 @@ class Gather:
         known = (math.nan if x is None else float(x) for x in (score, tokens, cap, capped, seconds))
         self._rows[key] = (cluster or f"{dataset} {sample}", text, *known)
 
+    def __len__(self) -> int:
+        return len(self._rows)
+
     def arm(self) -> Arm:
         """What was gathered. Raises UsageError where that is nothing."""
         if not self._rows:

@@ -40,7 +40,11 @@ class Answer(Record):
 
     evaluation: str = "samples"
     task: str = ""
+    type: str = ""
+    """qa, summarization, few-shot, synthetic, code or chat."""
     sample: str = ""
+    cluster: str = ""
+    """The document the sample was made of, where several can be made of one."""
     repeat: int = 0
     score: float | None = None
     """0 to 1; None where the task has no reference."""

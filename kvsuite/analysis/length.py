@@ -69,9 +69,7 @@ def _row(counts: tuple[str, int, int, int, str], pairs: list[tuple[Answer, Answe
     return LengthRow(
         *counts,
         pairs=len(pairs),
-        cost=Interval(1, 1, 1)
-        if counts[:2] == (BASELINE, 0)
-        else cost_interval(mine, theirs, [a.cap for a, _ in pairs]),
+        cost=Interval(1, 1, 1) if itself else cost_interval(mine, theirs, [a.cap for a, _ in pairs]),
         tokens=sum(mine) / len(mine),
         capped=sum(a.finish == "length" for a, _ in pairs),
         baseline_capped=sum(b.finish == "length" for _, b in pairs),

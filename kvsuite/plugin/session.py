@@ -167,7 +167,9 @@ class Session:
                 "score": None if broken else task.score(sample, r.text),
                 "evaluation": task.evaluation,
                 "task": task.name,
+                "type": task.type,
                 "sample": sample.id,
+                "cluster": sample.cluster,
                 "cap": cap,
                 "width": self.options.width,
             }

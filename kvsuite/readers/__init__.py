@@ -4,6 +4,6 @@ A result is named ``FORMAT:PATH#WHICH``; WHICH chooses among several in one file
 path is a folder that kvsuite left.
 """
 
-from kvsuite.readers.base import Load, formats, read
+from kvsuite.readers.base import Load, arm, formats, read
 
-__all__ = ["Load", "formats", "read"]
+__all__ = ["Load", "arm", "formats", "read"]

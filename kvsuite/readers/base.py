@@ -67,6 +67,14 @@ def read(spec: str) -> Arm | Load:
     return found
 
 
+def arm(spec: str) -> Arm:
+    """The answers that ``spec`` names. Raises UsageError where they are times of a load test."""
+    found = read(spec)
+    if isinstance(found, Load):
+        raise UsageError(f"{spec} holds times of requests, no answers")
+    return found
+
+
 def files(pattern: str) -> list[Path]:
     """The files a path or a pattern with ``*`` and ``?`` names, sorted. Raises UsageError where there are none."""
     if Path(pattern).exists():

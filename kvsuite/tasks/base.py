@@ -24,6 +24,8 @@ class Sample:
     question: str
     reference: str
     max_new_tokens: int
+    cluster: str = ""
+    """The document it was made of, where several samples can be made of one: they are not independent."""
 
 
 class Task:

@@ -44,7 +44,7 @@ class Needle(Task):
                 continue
             sentences.insert(round(depth * len(sentences)), needle)
             name = f"needle-l{length}-d{round(100 * depth)}-{len(found)}"
-            found.append(Sample(name, " ".join(sentences), question, number, max_new_tokens=24))
+            found.append(Sample(name, " ".join(sentences), question, number, max_new_tokens=24, cluster=text.stem))
         return found
 
     def score(self, sample: Sample, answer: str) -> float:

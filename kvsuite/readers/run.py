@@ -1,0 +1,57 @@
+"""run: a folder that kvsuite left. ``run:FOLDER#METHOD`` is a method's answers, ``run:FOLDER#METHOD@1`` those with
+other noise of sampling (repeat 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from kvsuite import records
+from kvsuite.columns import Arm, Gather
+from kvsuite.errors import UsageError, unknown
+from kvsuite.records import Answer, Run
+
+
+def read(spec: str, path: str, which: str) -> Arm:
+    """The scored and chat answers of one method."""
+    run = records.read(Path(path))
+    found = arms(run)
+    if not found:
+        raise UsageError(f"{path} holds no answers")
+    method, _, repeat = which.partition("@")
+    if not which:
+        raise UsageError(
+            f"{spec}: say which method, {path}#METHOD; there are {', '.join(sorted({m for m, _ in found}))}"
+        )
+    if (method, repeat or "0") not in {(m, str(r)) for m, r in found}:
+        raise unknown(f"method in {path}", which, (f"{m}@{r}" if r else m for m, r in found))
+    return found[method, int(repeat or 0)]
+
+
+def arms(run: Run, evaluation: str = "") -> dict[tuple[str, int], Arm]:
+    """All answers of a run – or those to tasks of one evaluation – by method and repeat. A failed answer is missing
+    from its arm: it is neither wrong nor short."""
+    gathered: dict[tuple[str, int], Gather] = {}
+    for a in answers(run, evaluation):
+        arm = gathered.setdefault((a.method, a.repeat), Gather(f"{run.folder}#{a.method}"))
+        if a.status == "ok":
+            arm.add(
+                run.folder,
+                a.task,
+                a.sample,
+                score=a.score,
+                tokens=len(a.tokens),
+                cap=a.cap,
+                capped=a.finish == "length",
+                seconds=a.prefill_seconds + a.decode_share,
+                text=a.text,
+                cluster=a.cluster,
+                type=a.type,
+            )
+    return {key: arm.arm() for key, arm in gathered.items() if len(arm)}
+
+
+def answers(run: Run, evaluation: str = "") -> Iterable[Answer]:
+    """The answers of a run, or those to tasks of one evaluation."""
+    found = (r for r in run.records if isinstance(r, Answer))
+    return (a for a in found if evaluation in ("", a.evaluation))

@@ -1,0 +1,171 @@
+"""``kvsuite negatives``: which samples methods break, beside what noise breaks, as JSON and as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kvsuite.analysis import paper
+from kvsuite.analysis.effects import Comparison, Part, compare, same_answers
+from kvsuite.analysis.resample import Design
+from kvsuite.analysis.samples import Broken
+from kvsuite.analysis.stats import Interval
+from kvsuite.analysis.verdict import Effect, Margins
+from kvsuite.columns import Arm
+from kvsuite.errors import UsageError
+from kvsuite.report.tables import Table
+
+
+@dataclass(frozen=True)
+class Negatives:
+    """All that is known of one baseline and its candidates."""
+
+    rule: Broken
+    eligible: int
+    n: int
+    rows: list[Comparison]
+    swapped: dict[str, tuple[int, int]]
+    """Method → samples that only the baseline fails on, and of how many."""
+    sets: dict[str, int]
+    by_type: dict[str, dict[str, int]]
+    sweep: dict[float, dict[str, int]]
+    notes: list[str]
+    """What must be known to read it: what was left out, which control there was."""
+
+
+def negatives(
+    base: Arm, methods: Mapping[str, Arm], control: Arm | None, rule: Broken, margins: Margins, left_out: list[str]
+) -> Negatives:
+    """Algorithm 1 and what its numbers are worth. Arms are aligned. Raises UsageError for samples without a score."""
+    for arm in (base, *methods.values(), *([control] if control else [])):
+        for (dataset, sample), score in zip(arm.keys, arm.score, strict=True):
+            if score != score:
+                raise UsageError(f"{arm.files[dataset]}: sample {sample} of {dataset} has no score")
+    design = Design.of(base.dataset, base.cluster)
+    scores = {name: arm.score for name, arm in methods.items()}
+    found = paper.negatives(design, base.score, scores, rule)
+    types = [base.types.get(dataset, "other") for dataset in base.dataset]
+    swept = paper.sweep(design, base.score, scores, rule=rule)
+    return Negatives(
+        rule,
+        int(found.eligible.sum()),
+        len(base),
+        compare([Part(base, methods, control)], margins, rule),
+        {name: paper.swapped(design, base.score, score, rule) for name, score in scores.items()},
+        paper.sets(found.negative),
+        paper.by_type(found, types),
+        {theta: {m: int(mask.sum()) for m, mask in at.negative.items()} for theta, at in swept.items()},
+        [*left_out, _control(base, control)],
+    )
+
+
+def _control(base: Arm, control: Arm | None) -> str:
+    if control is None:
+        return (
+            "No control: what noise alone breaks is not known, and verdicts are about the mean score only. "
+            "Compare with the uncompressed model once more, with other noise (--control)."
+        )
+    if same_answers(base, control):
+        return (
+            "No floor measured: the control gave the baseline's very scores, and verdicts are about the mean score "
+            "only. A control needs noise (another seed, batch size, order of requests)."
+        )
+    return "Excess: samples broken beyond those that the control, noise alone, breaks; share of the eligible."
+
+
+def as_json(found: Negatives) -> dict[str, Any]:
+    """The figures, for a program."""
+    methods = {}
+    for row in found.rows:
+        broken, quality = row.effect("broken"), _quality(row)
+        net = row.finding("net harm")
+        methods[row.method] = {
+            "negatives": row.negatives,
+            "swapped": found.swapped[row.method][0],
+            "swapped_eligible": found.swapped[row.method][1],
+            "excess": broken.estimate.mean if broken else None,
+            "interval": _ends(broken.estimate) if broken else None,
+            "net_harm_p": net.p if net else None,
+            "mean_difference": quality.estimate.mean,
+            "mean_interval": _ends(quality.estimate),
+            "verdict": row.verdict,
+        }
+    return {
+        "eligible": found.eligible,
+        "theta": found.rule.theta,
+        "methods": methods,
+        "sets": found.sets,
+        "by_type": found.by_type,
+    }
+
+
+def _quality(row: Comparison) -> Effect:
+    effect = row.effect("quality")
+    assert effect is not None  # every sample has a score
+    return effect
+
+
+def _ends(interval: Interval) -> list[float] | None:
+    ends = [interval.low, interval.high]
+    return ends if all(abs(x) < float("inf") for x in ends) else None
+
+
+def tables(found: Negatives) -> list[Table]:
+    """The same for a person: each method, sets and task types, other thresholds."""
+    rule, names = found.rule, [row.method for row in found.rows]
+    how = f"{rule.benign} rule, {'at most' if rule.inclusive else 'below'} {1 - rule.theta:.0%} of the baseline's score"
+    counts = Table(
+        f"negative samples · {found.eligible} of {found.n} are eligible · {how}",
+        ["method", "negative", "by noise", "swapped", "net harm p"],
+        [_count_cells(found, row) for row in found.rows],
+        [
+            "by noise: those the control breaks. swapped: what the baseline fails on when the method's scores are the "
+            "reference: asymmetry, not noise. net harm p: exact sign test of samples that broke against samples that "
+            "healed."
+        ],
+    )
+    columns = ["method", "Δ score, points", "excess, %", "verdict"]
+    main = Table("against the baseline, 95 %", columns, list(map(_cells, found.rows)), _notes(found))
+    types = [[f"{kind} ({n['eligible']})", *[str(n[m]) for m in names]] for kind, n in found.by_type.items()]
+    both = [Table("negative by task type (eligible)", ["type", *names], types)]
+    if found.sets:
+        listed = [[name, str(n)] for name, n in found.sets.items()]
+        note = "A&B: both fail (the paper's rule for a set of methods); A|B: one at least."
+        both.append(Table("sets of methods", ["set", "negative"], listed, [note]))
+    thetas = list(found.sweep)
+    swept = [[m, *[str(found.sweep[t][m]) for t in thetas]] for m in names]
+    both.append(Table("negative by threshold θ", ["method", *[f"{t:.0%}" for t in thetas]], swept))
+    return [counts, main, *both]
+
+
+def _count_cells(found: Negatives, row: Comparison) -> list[str]:
+    net = row.finding("net harm")
+    count, of = found.swapped[row.method]
+    p = "-" if net is None or net.p is None else f"{net.p:.2g}"
+    return [row.method, str(row.negatives), "-" if row.floor is None else str(row.floor), f"{count}/{of}", p]
+
+
+def _cells(row: Comparison) -> list[str]:
+    broken = row.effect("broken")
+    return [row.method, _span(_quality(row).estimate), _span(broken.estimate) if broken else "-", row.verdict]
+
+
+def _span(x: Interval) -> str:
+    return f"{100 * x.mean:+.2f} ({100 * x.low:+.2f} to {100 * x.high:+.2f})"
+
+
+def _notes(found: Negatives) -> list[str]:
+    open_ = [(row.method, e) for row in found.rows for e in row.effects if e.verdict == "undecided"]
+    return [*found.notes, *(f"{method}, {e.endpoint}: {undecided(e)}" for method, e in open_)]
+
+
+def undecided(e: Effect) -> str:
+    """What this sample could have shown, and how many would decide."""
+    shown = f"{e.visible:.1%}" if e.ratio or e.endpoint == "broken" else f"{100 * e.visible:.2g} points"
+    said = f"undecided with {e.n:,} samples, which would have shown an effect of {shown} 4 times of 5"
+    if e.needed == float("inf"):
+        return f"{said}; no number of samples can find no effect within a margin of 0"
+    if e.needed < e.n:
+        return f"{said}; a harmless method would have needed about {e.needed:,.0f}, so some harm is likely"
+    return f"{said}; a harmless method needs about {e.needed:,.0f}"
