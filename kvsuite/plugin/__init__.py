@@ -41,8 +41,24 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(str(error)) from error
     folder = Path(worker["kv_run"]) if worker else None
     config.stash[SESSION] = Session(asked, worker.get("workerid", ""), folder)
-    if getattr(config.option, "dist", "no") == "load" and not worker:
-        config.option.dist = "loadgroup"  # the methods of a task share one pass, hence one worker
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Under pytest-xdist the tests of a task go to one worker: its methods share one pass over the samples. (Its own
+    groups, ``loadgroup``, do nothing with pytest 9.2 and xdist 3.8: they rename items, whose names are now fixed.)"""
+    if config.option.dist != "load":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByTask(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            _, _, parameters = nodeid.rpartition("[")
+            named = f"-{parameters.rstrip(']')}-"
+            return next((task for task in session.options.tasks if f"-{task}-" in named), nodeid)
+
+    session = config.stash[SESSION]
+    return ByTask(config, log)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -71,14 +87,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under pytest-xdist: a task's tests stay together, and speed is not timed beside other work."""
-    if not config.stash[SESSION].worker:
-        return
-    for item in items:
+    """Under pytest-xdist speed is not timed: other work runs beside it."""
+    for item in items if config.stash[SESSION].worker else ():
         if item.get_closest_marker("throughput"):
             item.add_marker(pytest.mark.skip(reason=ALONE))
-        elif task := getattr(item, "callspec", None) and item.callspec.params.get("kv_task"):  # type: ignore[attr-defined]
-            item.add_marker(pytest.mark.xdist_group(str(task)))
 
 
 @pytest.hookimpl(trylast=True)
@@ -104,7 +116,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if session.worker or not (session.folder / "run.json").is_file():
         return
     session.run.join()
-    config.hook.pytest_kv_report(run=read(session.folder), terminalreporter=terminalreporter)
+    try:
+        config.hook.pytest_kv_report(run=read(session.folder), terminalreporter=terminalreporter)
+    except UsageError as error:
+        terminalreporter.write_line(f"no report of {session.folder}: {error}", red=True, bold=True)
 
 
 @pytest.fixture(scope="session")

@@ -107,6 +107,7 @@ def test_workers_leave_the_same_records(run):
     Path("left").rename("alone")
     assert run("length or samples", "-n", "2").ret == 0
     assert {(a.task, a.method, a.repeat, a.sample): (a.tokens, a.score, a.nbytes) for a in left(Answer)} == alone
+    assert len(left(Answer)) == len(alone), "a task is answered by one worker"
     assert sorted(p.name for p in Path("left").iterdir()) == ["records.jsonl", "report.md", "run.json"]
 
 
