@@ -51,7 +51,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         return None
     from xdist.scheduler import LoadScopeScheduling
 
-    class ByTask(LoadScopeScheduling):
+    class ByTask(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             _, _, parameters = nodeid.rpartition("[")
             named = f"-{parameters.rstrip(']')}-"

@@ -40,7 +40,7 @@ def arms(run: Run, evaluation: str = "") -> dict[tuple[str, int], Arm]:
                 a.task,
                 a.sample,
                 score=a.score,
-                tokens=len(a.tokens),
+                tokens=len(a.tokens) if a.evaluation == "length" else None,
                 cap=a.cap,
                 capped=a.finish == "length",
                 seconds=a.prefill_seconds + a.decode_share,
