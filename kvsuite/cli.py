@@ -7,7 +7,9 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from kvsuite import records
 from kvsuite.errors import UsageError
 
 
@@ -30,6 +32,8 @@ def _parser() -> argparse.ArgumentParser:
     listing.set_defaults(run=_methods)
     fetching = commands.add_parser("fetch", help="download and convert the default model and its text")
     fetching.set_defaults(run=_fetch)
+    _compare_options(commands.add_parser("compare", help="what changed from one run or result to another beyond noise"))
+    _plan_options(commands.add_parser("plan", help="how many prompts and minutes decide a margin, from a run's noise"))
     _negatives_options(commands.add_parser("negatives", help="which samples methods break, from scores you have"))
     return parser
 
@@ -48,6 +52,20 @@ def _negatives_options(parser: argparse.ArgumentParser) -> None:
     _margin_options(parser, "quality", "broken")
     parser.add_argument("--json", action="store_true", help="print figures for a program")
     parser.set_defaults(run=_negatives)
+
+
+def _compare_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("before", metavar="RUN_A", help="a run folder, or FORMAT:PATH#WHICH")
+    parser.add_argument("after", metavar="RUN_B", help="the later one, of the same kind")
+    parser.add_argument("--allow-missing", action="store_true", help="compare the samples that both have")
+    _margin_options(parser, "quality", "broken", "length", "speed")
+    parser.set_defaults(run=_compare)
+
+
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="RUN", help="a run folder with full and a control")
+    _margin_options(parser, "quality", "broken", "length")
+    parser.set_defaults(run=_plan)
 
 
 def _margin_options(parser: argparse.ArgumentParser, *names: str) -> None:
@@ -78,6 +96,30 @@ def _negatives(asked: argparse.Namespace) -> None:
         print(*found.notes, sep="\n", file=sys.stderr)
     else:
         terminal.write(negatives.tables(found), sys.stdout, shutil.get_terminal_size().columns)
+
+
+def _compare(asked: argparse.Namespace) -> None:
+    from kvsuite import readers
+    from kvsuite.analysis.verdict import Margins
+    from kvsuite.report import compare, terminal
+
+    margins = Margins(asked.margin_quality, asked.margin_broken, asked.margin_length, asked.margin_speed)
+    folders = [Path(x) for x in (asked.before, asked.after)]
+    if all(f.is_dir() for f in folders):
+        one, other = map(records.read, folders)
+        tables = compare.runs(one, other, margins)
+    else:
+        tables = compare.arms(readers.arm(asked.before), readers.arm(asked.after), margins, asked.allow_missing)
+    terminal.write(tables, sys.stdout, shutil.get_terminal_size().columns)
+
+
+def _plan(asked: argparse.Namespace) -> None:
+    from kvsuite.analysis.verdict import Margins
+    from kvsuite.report import plan, terminal
+
+    margins = Margins(asked.margin_quality, asked.margin_broken, asked.margin_length)
+    table = plan.plan(records.read(Path(asked.folder)), margins)
+    terminal.write([table], sys.stdout, shutil.get_terminal_size().columns)
 
 
 def _named(given: Sequence[str]) -> dict[str, str]:

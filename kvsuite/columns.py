@@ -69,6 +69,22 @@ class Arm:
         )
 
 
+def stack(repeats: Sequence[Arm]) -> Arm:
+    """Several answers to each prompt as one arm: they belong to the prompt's cluster."""
+    if len(repeats) == 1:
+        return repeats[0]
+    first, columns = repeats[0], ("score", "tokens", "cap", "capped", "seconds")
+    return Arm(
+        source=first.source,
+        keys=[(d, f"{s} #{k}") for k, arm in enumerate(repeats) for d, s in arm.keys],
+        cluster=[c for arm in repeats for c in arm.cluster],
+        text=[t for arm in repeats for t in arm.text],
+        files=first.files,
+        types=first.types,
+        **{name: np.concatenate([getattr(arm, name) for arm in repeats]) for name in columns},
+    )
+
+
 class Gather:
     """Builds an arm entry by entry and refuses what cannot be a result, by file and id."""
 

@@ -112,7 +112,7 @@ def _compare(part: Part, margins: Margins, rule: Broken, draws: int, seed: int) 
     ratios = [r for a in asked.values() for r in (*a.endpoints.values(), *a.findings.values())]
     estimates = iter(estimate(design, ratios, reference.score if scored else None, rule.benign, draws, seed))
     columns = [column for a in asked.values() for column in a.flips.values()]
-    flipped = iter(sign_flip(design, np.column_stack(columns), seed) if columns else ())
+    flipped = iter(sign_flip(design, np.column_stack(columns), draws, seed) if columns else ())
     for name, a in asked.items():
         p = {key: discordant_p(*pair) for key, pair in a.pairs.items()}
         p |= {key: float(next(flipped)) for key in a.flips}

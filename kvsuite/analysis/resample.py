@@ -147,20 +147,19 @@ def _threshold(weights: Floats, level: Floats, rule: Rule) -> Floats:
     return np.asarray((lower + upper) / 2)
 
 
-FLIPS = 10_000
 EXACT = 13
 """Clusters up to which all 2ⁿ signs are tried."""
 
 
-def sign_flip(design: Design, columns: Floats, seed: int = 0) -> Floats:
+def sign_flip(design: Design, columns: Floats, draws: int = DRAWS, seed: int = 0) -> Floats:
     """Two-sided p of each column's mean being 0, (m,), for ``columns`` (n, m) of differences whose signs are
-    exchangeable under the null: flips whole clusters, all 2ⁿ ways where that is few, else ``FLIPS`` random ones (never
+    exchangeable under the null: flips whole clusters, all 2ⁿ ways where that is few, else ``draws`` random ones (never
     p = 0)."""
     totals = design.per_cluster(columns)
     seen = np.abs(totals.sum(0))
     scale = 1 - 1e-9  # sums of the same numbers in another order differ by rounding
     n, exact = len(totals), len(totals) <= EXACT
-    flips = 2**n if exact else FLIPS
+    flips = 2**n if exact else draws
     step = max(1, min(flips, CHUNK // n))
     rng, reached = np.random.default_rng([seed, n]), np.zeros(columns.shape[1])
     for start in range(0, flips, step):

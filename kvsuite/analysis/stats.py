@@ -184,6 +184,22 @@ def log_ratio_interval(logs: Sequence[float]) -> Estimate:
     return Estimate(math.exp(middle), math.exp(middle - half), math.exp(middle + half), se, len(logs) - 1)
 
 
+def log_change(before: Sequence[float], after: Sequence[float]) -> tuple[Estimate, float]:
+    """The ratio of two geometric means given as logarithms, at least two each, with Welch's 95 % interval, and its
+    p."""
+    from scipy import stats
+
+    middle = statistics.fmean(after) - statistics.fmean(before)
+    spreads = [statistics.variance(x) / len(x) for x in (before, after)]
+    if not sum(spreads):
+        ratio = math.exp(middle)
+        return Estimate(ratio, ratio, ratio, 0.0, len(after) - 1), float(middle == 0)
+    test = stats.ttest_ind(after, before, equal_var=False)
+    ends = test.confidence_interval(1 - LEVEL)
+    low, high = (math.exp(float(x)) for x in (ends.low, ends.high))
+    return Estimate(math.exp(middle), low, high, math.sqrt(sum(spreads)), int(test.df)), float(test.pvalue)
+
+
 def discordant_p(only_one: int, only_other: int) -> float:
     """Exact two-sided p that changes go either way alike: McNemar's test of the discordant pairs, and the sign test."""
     from scipy import stats

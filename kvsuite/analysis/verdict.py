@@ -114,15 +114,18 @@ def samples_needed(seen: Estimate, n: int, margin: float, ratio: bool = False, p
     return max(n * (z + float(stats.norm.ppf(power))) ** 2 * (seen.se / width) ** 2, z**2 * (1 - margin) / margin, FEW)
 
 
-def power(seen: Estimate, n: int, planned: int, effect: float, margin: float, ratio: bool = False) -> float:
-    """The probability that ``planned`` samples with the spread of these ``n`` find a method with a true ``effect`` (bad
-    is positive; relative for a ratio) within ``margin``."""
+def chances(
+    seen: Estimate, n: int, planned: int, effect: float, margin: float, ratio: bool = False
+) -> dict[Verdict, float]:
+    """The probability of every verdict on a method with a true ``effect`` (bad is positive; relative for a ratio) from
+    ``planned`` samples with the spread of these ``n``."""
     from scipy import stats
 
     true, edge = (math.log1p(effect), math.log1p(margin)) if ratio else (effect, margin)
-    se = seen.se * math.sqrt(n / planned)
+    away = (edge - true) / (seen.se * math.sqrt(n / planned))
     reach = float(stats.t.ppf(1 - LEVEL / 2, max(planned - 1, 1)))
-    return float(stats.norm.cdf((edge - true) / se - reach)) if se > 0 else float(true <= edge)
+    within, harmful = float(stats.norm.cdf(away - reach)), float(stats.norm.cdf(-away - reach))
+    return {"harmful": harmful, "within margin": within, "undecided": 1 - within - harmful}
 
 
 def _reach(df: int) -> float:

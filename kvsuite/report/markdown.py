@@ -6,7 +6,8 @@ from typing import Any
 
 from kvsuite.analysis.speed import speed_rows
 from kvsuite.records import Run, Timing
-from kvsuite.report.tables import Table, provenance, tables
+from kvsuite.report.table import Table
+from kvsuite.report.tables import provenance, tables
 
 
 def pytest_kv_report(run: Run, terminalreporter: Any) -> None:

@@ -14,7 +14,7 @@ from kvsuite.analysis.stats import Interval
 from kvsuite.analysis.verdict import Effect, Margins
 from kvsuite.columns import Arm
 from kvsuite.errors import UsageError
-from kvsuite.report.tables import Table
+from kvsuite.report.table import Table
 
 
 @dataclass(frozen=True)

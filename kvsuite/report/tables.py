@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from kvsuite.analysis.length import LengthRow, length_rows
 from kvsuite.analysis.samples import SampleRow, sample_rows
 from kvsuite.analysis.speed import OURS, SpeedRow, speed_rows
 from kvsuite.analysis.stats import Interval
 from kvsuite.records import Agreement, Answer, Record, Run, Timing
-
-
-@dataclass(frozen=True)
-class Table:
-    """A title, columns (the first is left-aligned), rows of text, and what must be read beside it."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
-    notes: list[str] = field(default_factory=list)
+from kvsuite.report.table import Table
+from kvsuite.report.verdicts import verdicts
 
 
 def tables(run: Run) -> list[Table]:
-    """All tables of a run, speed first."""
-    found = []
+    """All tables of a run, the verdicts first."""
+    judged = verdicts(run)
+    found = [] if judged is None else [judged]
     timings = [r for r in run.records if isinstance(r, Timing)]
     for phase in ("decode", "prefill"):
         cells = speed_rows([t for t in timings if t.phase == phase])
@@ -206,4 +198,4 @@ def _span(interval: Interval) -> str:
     return f"{interval.low:.2f}–{interval.high:.2f}"
 
 
-__all__ = ["Table", "provenance", "setting", "tables"]
+__all__ = ["provenance", "setting", "tables"]

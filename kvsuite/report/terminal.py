@@ -9,7 +9,8 @@ import rich.table
 from rich.console import Console
 
 from kvsuite.records import Run
-from kvsuite.report.tables import Table, provenance, tables
+from kvsuite.report.table import Table
+from kvsuite.report.tables import provenance, tables
 
 WIDE = 100
 """Columns from which headers stay on one line."""
@@ -27,7 +28,7 @@ def write(found: Sequence[Table], file: TextIO, width: int, last: str = "") -> N
     console = Console(file=file, width=width, highlight=False)
     for table in found:
         console.print()
-        console.print(_drawn(table, width))
+        console.print(_drawn(table, width) if table.rows else table.title, style="" if table.rows else "italic")
         for note in table.notes:
             console.print(note, style="red" if note.startswith("FAILED") else "dim")
     if last:

@@ -1,0 +1,125 @@
+"""From a run to what is compared in it: which arm is the baseline, and which its noise."""
+
+from __future__ import annotations
+
+import math
+
+from kvsuite.analysis.effects import Part
+from kvsuite.analysis.samples import BASELINE
+from kvsuite.analysis.stats import log_change
+from kvsuite.analysis.verdict import Effect, Margins, effect
+from kvsuite.columns import Arm, Key, align, stack
+from kvsuite.readers.run import arms
+from kvsuite.records import Run, Timing
+
+CONTROL = "jitter"
+"""How the names of methods begin that only add noise of rounding size."""
+OTHER_SEED = "full, other seed"
+
+
+def parts(run: Run) -> list[Part]:
+    """The run's methods against ``full``: scored tasks, and chats."""
+    return [part for known in _arms(run) for part in _parts(known, controls=False)]
+
+
+def noise(run: Run) -> list[Part]:
+    """The run's controls against ``full`` as if they were methods: what no effect looks like here."""
+    found = []
+    for known in _arms(run):
+        found += _parts(known, controls=True)
+        base = known.get(BASELINE, [])
+        alone = [m for m in known if m.startswith(CONTROL)]
+        if len(base) > 1 and (pair := _shared(base[:1], base[1:2], [])):
+            found.append(Part(pair[0], {OTHER_SEED: pair[1]}))
+        elif len(alone) == 1 and base and (pair := _shared(base[:1], known[alone[0]], [])):
+            found.append(Part(pair[0], {alone[0]: pair[1]}))
+    return found
+
+
+def _arms(run: Run) -> list[dict[str, list[Arm]]]:
+    """For scored tasks and for chats, the repeats of every method."""
+    found = []
+    for evaluation in ("samples", "length"):
+        repeats: dict[str, list[Arm]] = {}
+        for (method, _), arm in sorted(arms(run, evaluation).items(), key=lambda item: item[0][1]):
+            repeats.setdefault(method, []).append(arm)
+        found.append(repeats)
+    return found
+
+
+def _parts(known: dict[str, list[Arm]], controls: bool) -> list[Part]:
+    """Methods that answered the same samples share a part. With several seeds of the baseline, sampling is the noise
+    and the next seed the control; with one, rounding is."""
+    base = known.get(BASELINE, [])
+    sampled = len(base) > 1
+    rounding = next((method for method in known if method.startswith(CONTROL)), "")
+    control = base[1:] + base[:1] if sampled else known.get(rounding, [])
+    shared: dict[tuple[Key, ...], tuple[Arm, dict[str, Arm], Arm | None]] = {}
+    for method, repeats in known.items():
+        if method == BASELINE or method.startswith(CONTROL) != controls or not base or repeats is control:
+            continue
+        count = min(len(repeats), len(base), len(control) or 1)
+        if trio := _shared(base[:count], repeats[:count], control[:count]):
+            mine, arm, floor = trio
+            shared.setdefault(tuple(mine.keys), (mine, {}, floor))[1][method] = arm
+    return [Part(mine, methods, floor, coupled=sampled) for mine, methods, floor in shared.values()]
+
+
+def _shared(base: list[Arm], method: list[Arm], control: list[Arm]) -> tuple[Arm, Arm, Arm | None] | None:
+    """Repeats of three arms, on the samples that all of them answered; without the control where it answered none of
+    them, and None where the others share none."""
+    mine, arm, *floor = (stack(x) for x in (base, method, control) if x)
+    shared = set(mine.keys) & set(arm.keys)
+    if not shared:
+        return None
+    if floor and shared.isdisjoint(floor[0].keys):
+        floor = []
+    (mine, arm, *floor), _ = align([mine, arm, *floor], allow_missing=True)
+    return mine, arm, floor[0] if floor else None
+
+
+def changes(one: Run, other: Run) -> list[Part]:
+    """Every method of two runs: the one's answers as the baseline of the other's. The floor of ``full`` is the one's
+    own control; a method has none."""
+    found = []
+    for before, after in zip(_arms(one), _arms(other), strict=True):
+        base = before.get(BASELINE, [])
+        sampled = len(base) > 1
+        rounding = next((before[method] for method in before if method.startswith(CONTROL)), [])
+        for method in (m for m in before if m in after):
+            control = [] if method != BASELINE else base[1:] + base[:1] if sampled else rounding
+            count = min(len(before[method]), len(after[method]), len(control) or 1)
+            if trio := _shared(before[method][:count], after[method][:count], control[:count]):
+                mine, arm, floor = trio
+                found.append(Part(mine, {method: arm}, floor, coupled=sampled))
+    return found
+
+
+def speed_changes(one: Run, other: Run, margins: Margins) -> list[tuple[str, Effect]]:
+    """Every timed cell of two runs and how its speed changed: a method's as a multiple of ``full``'s, ``full`` itself
+    in seconds where the machine is the same. Welch's t on the logarithms of rounds: two runs are two sessions."""
+    before, after = _timings(one), _timings(other)
+    machine = ("cpu", "gpu", "cores", "threads", "dtype")
+    same = all(one.facts["environment"].get(key) == other.facts["environment"].get(key) for key in machine)
+    found = []
+    for cell, timing in before.items():
+        if cell not in after or (timing.method == BASELINE and not same):
+            continue
+        logs = [_logs(x) for x in (timing, after[cell])]
+        if min(map(len, logs)) < 2:
+            continue
+        change, p = log_change(*logs)
+        name = f"{timing.method}, {timing.phase} {timing.width} · {timing.length}"
+        found.append((name, effect("speed", change, margins.speed, -1, len(logs[1]), p, ratio=True)))
+    return found
+
+
+def _timings(run: Run) -> dict[tuple[str, str, int, int], Timing]:
+    timed = (r for r in run.records if isinstance(r, Timing) and r.status == "ok" and r.phase in ("decode", "prefill"))
+    return {(t.method, t.phase, t.width, t.length): t for t in timed}
+
+
+def _logs(timing: Timing) -> list[float]:
+    if timing.method == BASELINE:
+        return [-math.log(s) for s in timing.seconds]
+    return [math.log(b / s) for s, b in zip(timing.seconds, timing.baseline_seconds, strict=True)]

@@ -1,0 +1,69 @@
+"""``kvsuite compare``: what changed from one result to another beyond noise, endpoint by endpoint."""
+
+from __future__ import annotations
+
+from kvsuite import records
+from kvsuite.analysis.effects import Part, compare, same_answers
+from kvsuite.analysis.runs import changes, speed_changes
+from kvsuite.analysis.stats import LEVEL
+from kvsuite.analysis.verdict import Effect, Margins, corrected
+from kvsuite.columns import Arm, align
+from kvsuite.errors import UsageError
+from kvsuite.records import Run
+from kvsuite.report.table import Table
+from kvsuite.report.verdicts import cells, margins_text
+
+WORDS = {"harmful": "worse", "within margin": "not worse", "undecided": "undecided"}
+"""A verdict on the later result."""
+Named = list[tuple[str, Effect]]
+
+
+def runs(one: Run, other: Run, margins: Margins) -> list[Table]:
+    """Every method that both runs measured. Raises UsageError for runs of different models, texts or settings."""
+    if reason := records.refusal(one, other):
+        raise UsageError(reason)
+    shared = changes(one, other)
+    alike = {id(part): next(iter(part.methods)) for part in shared if _same(part)}
+    answers = compare([part for part in shared if id(part) not in alike], margins)
+    effects = [(row.method, e) for row in answers for e in row.effects]
+    said = [f"The same answers in both: {', '.join(dict.fromkeys(alike.values()))}."] if alike else []
+    speeds = speed_changes(one, other, margins)
+    if not shared and not speeds:
+        raise UsageError(f"{one.folder} and {other.folder} have no method in common that answered or was timed")
+    if speeds:
+        said.append("Speed is each run's own ratio to full (full itself: its seconds); the two runs did not alternate.")
+    return [_table(f"{other.folder} against {one.folder}", effects + speeds, margins, said)]
+
+
+def arms(one: Arm, other: Arm, margins: Margins, allow_missing: bool) -> list[Table]:
+    """Two results of the same samples. Raises UsageError where they have neither scores nor lengths in common."""
+    (base, later), left_out = align([one, other], allow_missing)
+    found = [("answers", e) for row in compare([Part(base, {"": later})], margins) for e in row.effects]
+    if not found:
+        raise UsageError(f"{one.source} and {other.source} have neither scores nor lengths for all their samples")
+    return [_table(f"{other.source} against {one.source}", found, margins, left_out)]
+
+
+def _table(title: str, found: Named, margins: Margins, said: list[str]) -> Table:
+    effects = corrected([e for _, e in found])
+    named = [(name, e) for (name, _), e in zip(found, effects, strict=True)]
+    changed = [f"{name}: {e.endpoint}" for name, e in named if e.adjusted is not None and e.adjusted < LEVEL]
+    headline = f"Changed beyond noise: {'; '.join(changed)}." if changed else "Nothing changed beyond noise."
+    columns = ["what", "endpoint", "change", "95 %", "p", "the later is", "needs"]
+    rows = [_cells(name, e) for name, e in named]
+    return Table(title, columns, rows, [headline, *said, *([HOW + f" {margins_text(margins)}."] if rows else [])])
+
+
+def _same(part: Part) -> bool:
+    return all(same_answers(part.base, arm) for arm in part.methods.values())
+
+
+HOW = (
+    "p: of no change, after Holm over all rows (length: of the geometric mean). worse: all of the interval is beyond "
+    "the margin; not worse: none of it. needs: samples with which no change is found within the margin 4 times of 5;"
+)
+
+
+def _cells(name: str, e: Effect) -> list[str]:
+    *shown, verdict, needed = cells(name, e)
+    return [*shown, WORDS[verdict], needed]

@@ -1,0 +1,51 @@
+"""``kvsuite plan``: how many prompts, and minutes, decide a margin, from the noise of a run of one's own."""
+
+from __future__ import annotations
+
+import math
+from datetime import timedelta
+
+import numpy as np
+
+from kvsuite.analysis.effects import Part, compare
+from kvsuite.analysis.runs import noise
+from kvsuite.analysis.verdict import Effect, Margins
+from kvsuite.errors import UsageError
+from kvsuite.records import Run
+from kvsuite.report.table import Table
+from kvsuite.report.verdicts import UNITS
+
+NOTES = [
+    "prompts: with so many, a method without an effect is found within its margin 4 times of 5. A method that changes "
+    "more than noise does needs more: measure it, and look at what it needs itself. time: answering them once with "
+    "full and once with one method, at this run's speed. broken needs two controls (jitter and jitter:seed=1)."
+]
+
+
+def plan(run: Run, margins: Margins) -> Table:
+    """Prompts and time by kind of noise and endpoint. Raises UsageError for a run without a control."""
+    rows, silent = [], []
+    for part in noise(run):
+        for row in compare([part], margins):
+            for e in row.effects:
+                if 0 < e.estimate.se < math.inf:
+                    rows.append(_cells(row.method, e, part))
+                else:
+                    silent.append(f"{row.method} changed no {e.endpoint}: no floor measured.")
+    if not rows and not silent:
+        raise UsageError(f"{run.folder} has no control to plan from: run full and jitter (or a second seed) first")
+    name = run.facts["model"]["name"]
+    columns = ["noise", "endpoint", "margin", "spread", "prompts", "time"]
+    return Table(f"to decide a margin · {name}", columns, rows, [*NOTES, *silent])
+
+
+def _cells(method: str, e: Effect, part: Part) -> list[str]:
+    margin = abs(e.limit - (1 if e.ratio else 0))
+    spread = e.estimate.se * math.sqrt(e.n)
+    if math.isinf(e.needed):
+        return [method, UNITS[e.endpoint], f"{100 * margin:g}", f"{100 * spread:.3g}", "-", "-"]
+    share = e.n / len(part.base)
+    prompts = math.ceil(e.needed / share)
+    seconds = prompts * sum(float(np.nanmean(arm.seconds)) for arm in (part.base, part.methods[method]))
+    duration = str(timedelta(seconds=round(seconds)))
+    return [method, UNITS[e.endpoint], f"{100 * margin:g}", f"{100 * spread:.3g}", f"{prompts:,}", duration]

@@ -1,0 +1,15 @@
+"""What a report plugin draws."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, columns (the first is left-aligned), rows of text, and what must be read beside it."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    notes: list[str] = field(default_factory=list)

@@ -1,0 +1,57 @@
+"""The verdict on every method of a run, endpoint by endpoint, with the controls' own rows beside."""
+
+from __future__ import annotations
+
+import math
+
+from kvsuite.analysis.effects import DEFAULT, Comparison, compare
+from kvsuite.analysis.runs import noise, parts
+from kvsuite.analysis.verdict import Effect, Margins
+from kvsuite.records import Run
+from kvsuite.report.table import Table
+
+UNITS = {"quality": "score, points", "broken": "broken beyond noise, %", "length": "length, ×", "speed": "speed, ×"}
+
+
+def verdicts(run: Run, margins: Margins = DEFAULT) -> Table | None:
+    """One row per method and primary endpoint; None for a run without answers."""
+    methods, controls = compare(parts(run), margins), compare(noise(run), margins)
+    if not methods:
+        return None
+    drawn = [cells(row.method, e) for row in methods for e in row.effects]
+    drawn += [[*cells(row.method, e)[:4], "", "noise", ""] for row in controls for e in row.effects]
+    columns = ["method", "endpoint", "effect", "95 %", "p", "verdict", "needs"]
+    return Table(f"verdicts · {margins_text(margins)}", columns, drawn, notes(methods))
+
+
+def margins_text(margins: Margins) -> str:
+    """The margins, in words."""
+    speed = f", speed -{100 * margins.speed:g} %" if margins.speed else ""
+    quality, broken, length = (f"{100 * x:g}" for x in (margins.quality, margins.broken, margins.length))
+    return f"margins: score -{quality} points, broken +{broken} %, length +{length} %{speed}"
+
+
+def cells(method: str, e: Effect) -> list[str]:
+    """Method, endpoint, effect, interval, p, verdict, samples needed."""
+    needed = "-" if math.isinf(e.needed) else f"{e.needed:,.0f}"
+    p = "-" if e.adjusted is None else f"{e.adjusted:.2g}"
+    low, middle, high = (shown(e, x) for x in (e.estimate.low, e.estimate.mean, e.estimate.high))
+    return [method, UNITS[e.endpoint], middle, f"{low} to {high}", p, e.verdict, needed]
+
+
+def shown(e: Effect, value: float) -> str:
+    """A value in the endpoint's unit."""
+    return f"{value:.2f}" if e.ratio else f"{100 * value:+.1f}"
+
+
+def notes(rows: list[Comparison]) -> list[str]:
+    """What must be read beside the verdicts."""
+    said = [
+        "harmful: all of the interval is beyond the margin; within margin: none of it. p: of no effect, after Holm "
+        "over all rows but the noise (length: of the geometric mean). needs: samples with which a method without an "
+        "effect is found within its margin 4 times of 5."
+    ]
+    broken, scored = ({e.endpoint for row in rows for e in row.effects} & {x} for x in ("broken", "quality"))
+    if scored and not broken:
+        said.append("broken beyond noise: no floor measured, since noise of rounding size changed no answer.")
+    return said
