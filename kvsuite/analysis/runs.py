@@ -28,11 +28,8 @@ def noise(run: Run) -> list[Part]:
     for known in _arms(run):
         found += _parts(known, controls=True)
         base = known.get(BASELINE, [])
-        alone = [m for m in known if m.startswith(CONTROL)]
         if len(base) > 1 and (pair := _shared(base[:1], base[1:2], [])):
             found.append(Part(pair[0], {OTHER_SEED: pair[1]}))
-        elif len(alone) == 1 and base and (pair := _shared(base[:1], known[alone[0]], [])):
-            found.append(Part(pair[0], {alone[0]: pair[1]}))
     return found
 
 
@@ -49,19 +46,20 @@ def _arms(run: Run) -> list[dict[str, list[Arm]]]:
 
 def _parts(known: dict[str, list[Arm]], controls: bool) -> list[Part]:
     """Methods that answered the same samples share a part. With several seeds of the baseline, sampling is the noise
-    and the next seed the control; with one, rounding is."""
+    and the next seed the control; with one, rounding is, and one control is the floor of another."""
     base = known.get(BASELINE, [])
     sampled = len(base) > 1
-    rounding = next((method for method in known if method.startswith(CONTROL)), "")
-    control = base[1:] + base[:1] if sampled else known.get(rounding, [])
-    shared: dict[tuple[Key, ...], tuple[Arm, dict[str, Arm], Arm | None]] = {}
+    rounding = [method for method in known if method.startswith(CONTROL)]
+    shared: dict[tuple[str, tuple[Key, ...]], tuple[Arm, dict[str, Arm], Arm | None]] = {}
     for method, repeats in known.items():
-        if method == BASELINE or method.startswith(CONTROL) != controls or not base or repeats is control:
+        if method == BASELINE or method.startswith(CONTROL) != controls or not base:
             continue
+        floor = BASELINE if sampled else next((other for other in rounding if other != method), "")
+        control = base[1:] + base[:1] if sampled else known.get(floor, [])
         count = min(len(repeats), len(base), len(control) or 1)
         if trio := _shared(base[:count], repeats[:count], control[:count]):
-            mine, arm, floor = trio
-            shared.setdefault(tuple(mine.keys), (mine, {}, floor))[1][method] = arm
+            mine, arm, noise = trio
+            shared.setdefault((floor, tuple(mine.keys)), (mine, {}, noise))[1][method] = arm
     return [Part(mine, methods, floor, coupled=sampled) for mine, methods, floor in shared.values()]
 
 

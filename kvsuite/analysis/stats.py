@@ -14,8 +14,9 @@ from kvsuite.analysis.resample import DRAWS, Design, Floats, Rule, bootstrap, el
 LEVEL = 0.05
 """Two-sided: intervals are 95 %."""
 FEW = 10
-"""Changed clusters below which an interval also holds what unseen changes could do, and degrees of freedom below which
-it is a t-interval."""
+"""Changed clusters below which an interval also holds what unseen changes could do."""
+FEW_DF = 30
+"""Degrees of freedom below which a bootstrap's percentiles are too narrow."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Estimate(Interval):
 
     se: float = math.nan
     """Standard error, of the logarithm where the figure is a ratio of sums."""
-    df: int = 0
+    df: float = 0
     unseen: float = 0.0
     """How far changes of a kind that fewer than ``FEW`` clusters showed could still move the figure."""
 
@@ -120,18 +121,19 @@ def _divided(top: Floats, bottom: Floats) -> Floats:
 
 def _estimate(design: Design, ratio: Ratio, value: float, draws: Floats, weight: Floats) -> Estimate:
     """Percentiles of the draws, taken further out by as much as t is wider than the normal distribution (Hesterberg
-    2015, What teachers should know about the bootstrap); below ``FEW`` degrees of freedom t times their spread."""
+    2015, What teachers should know about the bootstrap); below ``FEW_DF`` degrees of freedom t times their spread."""
     draws = draws[np.isfinite(draws)]
-    if math.isnan(value) or design.df < 1 or not len(draws):
-        return Estimate(value, *ratio.bounds, math.inf, design.df)
+    df = 0.0 if math.isnan(value) else _freedom(design, ratio, value, weight)
+    if df < 1 or not len(draws):
+        return Estimate(value, *ratio.bounds, math.inf, df)
     with np.errstate(divide="ignore"):
         shown = np.log(draws) if ratio.log else draws
         middle = float(np.log(value)) if ratio.log else value
     from scipy import stats
 
-    reach = float(stats.t.ppf(1 - LEVEL / 2, design.df))
+    reach = float(stats.t.ppf(1 - LEVEL / 2, df))
     se = float(shown.std()) if np.isfinite(shown).all() else math.inf
-    if design.df < FEW:
+    if df < FEW_DF:
         low, high = middle - reach * se, middle + reach * se
     else:
         tail = float(stats.norm.cdf(-reach))
@@ -140,7 +142,24 @@ def _estimate(design: Design, ratio: Ratio, value: float, draws: Floats, weight:
         low, high = math.exp(low), math.exp(high)
     unseen = _unseen(design, ratio, weight)
     low, high = min(low, value - unseen * ratio.room[0]), max(high, value + unseen * ratio.room[1])
-    return Estimate(value, max(low, ratio.bounds[0]), min(high, ratio.bounds[1]), se, design.df, unseen)
+    return Estimate(value, max(low, ratio.bounds[0]), min(high, ratio.bounds[1]), se, df, unseen)
+
+
+def _freedom(design: Design, ratio: Ratio, value: float, weight: Floats) -> float:
+    """Degrees of freedom of the spread (Satterthwaite): where few clusters of one dataset make most of it, there are
+    few, however many the others have. 0 where there is one cluster in all."""
+    bottom = 1.0 if ratio.bottom is None else ratio.bottom
+    apart = weight * (ratio.top - value * bottom)
+    parts = np.array(
+        [
+            (count * np.bincount(clusters, apart[at], minlength=count).var(ddof=1), count - 1)
+            for at, clusters, count in zip(design.strata, design.clusters, design.counts, strict=True)
+            if count > 1
+        ]
+    ).reshape(-1, 2)
+    if not parts[:, 0].any():
+        return float(design.df)
+    return float(parts[:, 0].sum() ** 2 / (parts[:, 0] ** 2 / parts[:, 1]).sum())
 
 
 def _unseen(design: Design, ratio: Ratio, weight: Floats) -> float:

@@ -128,7 +128,7 @@ def chances(
     return {"harmful": harmful, "within margin": within, "undecided": 1 - within - harmful}
 
 
-def _reach(df: int) -> float:
+def _reach(df: float) -> float:
     """Standard errors between no effect and one that is found with ``POWER``."""
     from scipy import stats
 

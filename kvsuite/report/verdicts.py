@@ -10,7 +10,7 @@ from kvsuite.analysis.verdict import Effect, Margins
 from kvsuite.records import Run
 from kvsuite.report.table import Table
 
-UNITS = {"quality": "score, points", "broken": "broken beyond noise, %", "length": "length, ×", "speed": "speed, ×"}
+UNITS = {"quality": "score, points", "broken": "broken, %", "length": "length, ×", "speed": "speed, ×"}
 
 
 def verdicts(run: Run, margins: Margins = DEFAULT) -> Table | None:
@@ -49,7 +49,7 @@ def notes(rows: list[Comparison]) -> list[str]:
     said = [
         "harmful: all of the interval is beyond the margin; within margin: none of it. p: of no effect, after Holm "
         "over all rows but the noise (length: of the geometric mean). needs: samples with which a method without an "
-        "effect is found within its margin 4 times of 5."
+        "effect is found within its margin 4 times of 5. broken: of the eligible, beyond what noise breaks."
     ]
     broken, scored = ({e.endpoint for row in rows for e in row.effects} & {x} for x in ("broken", "quality"))
     if scored and not broken:

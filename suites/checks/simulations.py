@@ -1,0 +1,310 @@
+"""Does the analysis keep its promises? Worlds whose truth is known, drawn thousands of times.
+
+``python -m suites.checks.simulations`` runs all of them (minutes) and rewrites the tables of docs/statistics.md;
+test_simulations.py asserts the same bounds. Every world is seeded: the same numbers come out every time.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from kvsuite.analysis.effects import Part, compare
+from kvsuite.analysis.runs import noise
+from kvsuite.analysis.stats import LEVEL, Estimate, log_ratio_interval, mean_interval
+from kvsuite.analysis.verdict import Margins, chances
+from kvsuite.columns import Arm
+from kvsuite.records import read
+
+SIZE = (0.038, 0.063)
+"""Where the size of a test at nominal 5 % must lie in 2,000 draws; an exact test of counts may be smaller."""
+COVERAGE = (0.937, 0.962)
+"""Where the coverage of a 95 % interval must lie."""
+DRAWS = 2000
+RESAMPLES = 1000
+"""Of the bootstrap inside a simulation; outside it is 10,000."""
+CAP = 1024
+
+
+@dataclass(frozen=True)
+class Row:
+    """One promise and what became of it."""
+
+    about: str
+    figure: str
+    seen: float
+    low: float
+    high: float
+    draws: int
+
+    @property
+    def holds(self) -> bool:
+        return self.low <= self.seen <= self.high
+
+
+@dataclass(frozen=True)
+class World:
+    """Prompts of four datasets that score differently: all scores between (ROUGE), right or wrong, mostly 0 or 1 with
+    some between (F1), and nearly all 0. An arm's score is the prompt's own and noise; so is its length. Two prompts in
+    three of the second dataset share a document."""
+
+    each: int = 60
+    """Prompts of a dataset."""
+    noise: float = 0.4
+    """Share of the answers that noise changes at all."""
+    spread: float = 0.45
+    """Standard deviation of a log length, given the prompt."""
+
+    @functools.cached_property
+    def keys(self) -> list[tuple[str, str]]:
+        return [(name, str(i)) for name in ("rouge", "exact", "f1", "count") for i in range(self.each)]
+
+    @functools.cached_property
+    def clusters(self) -> list[str]:
+        return [f"{d} {int(i) // 3 * 2 if d == 'exact' and int(i) % 3 else i + 'x'}" for d, i in self.keys]
+
+    def prompts(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Their own scores, and log lengths; those of a document have a part in common."""
+        n = self.each
+        level = np.concatenate(
+            [
+                np.clip(rng.normal(0.26, 0.06, n), 0.02, 1),
+                rng.choice([0.02, 0.3, 0.6, 0.98], n),
+                rng.choice([0.0, 0.35, 0.7, 1.0], n, p=[0.25, 0.25, 0.25, 0.25]),
+                rng.choice([0.0, 0.05, 0.5], n, p=[0.9, 0.05, 0.05]),
+            ]
+        )
+        _, same = np.unique(self.clusters, return_inverse=True)
+        length = rng.normal(5.4, 0.6, len(level)) + rng.normal(0, 0.4, same.max() + 1)[same]
+        return level, length
+
+    def arm(
+        self, rng: np.random.Generator, level: np.ndarray, length: np.ndarray, worse: float = 0.0, longer: float = 1.0
+    ) -> Arm:
+        """Answers: a share ``worse`` of all scores falls to 0, lengths are ``longer`` times as long."""
+        n, part = self.each, np.repeat(np.arange(4), self.each)
+        moved = rng.random(4 * n) < self.noise
+        score = np.where(part == 0, np.clip(level + moved * rng.normal(0, 0.04, 4 * n), 0, 1), level)
+        score = np.where((part == 1) | (part == 3), rng.random(4 * n) < level, score)
+        score = np.where((part == 2) & moved, np.clip(level + rng.choice([-0.35, 0.35], 4 * n), 0, 1), score)
+        score = np.where(rng.random(4 * n) < worse, 0.0, score)
+        tokens = np.ceil(np.exp(length + rng.normal(0, self.spread, 4 * n)) * longer)
+        capped = tokens >= CAP
+        ones, files = np.ones(4 * n), dict.fromkeys(("rouge", "exact", "f1", "count"), "-")
+        known = {"score": score.astype(float), "tokens": np.minimum(tokens, CAP), "cap": CAP * ones, "seconds": ones}
+        text: list[str | None] = [None] * (4 * n)
+        return Arm("simulated", self.keys, self.clusters, capped=capped.astype(float), text=text, files=files, **known)
+
+    def part(self, rng: np.random.Generator, worse: float = 0.0, longer: float = 1.0, methods: int = 1) -> Part:
+        """A baseline, methods and a control of the same prompts."""
+        own = self.prompts(rng)
+        named = {f"m{i}": self.arm(rng, *own, worse, longer) for i in range(methods)}
+        return Part(self.arm(rng, *own), named, self.arm(rng, *own))
+
+
+def _shares(rows: Iterable[dict[str, bool]]) -> dict[str, tuple[float, int]]:
+    """How often each thing happened, and in how many draws it could."""
+    seen: dict[str, list[bool]] = {}
+    for row in rows:
+        for name, happened in row.items():
+            seen.setdefault(name, []).append(happened)
+    return {name: (sum(x) / len(x), len(x)) for name, x in seen.items()}
+
+
+def _holds(estimate: Estimate, truth: float) -> bool:
+    return estimate.low <= truth <= estimate.high
+
+
+EXACT = {"broken", "net harm", "churn", "longer", "shorter", "cap hits"}
+"""Figures whose p is of counts: it cannot reach 5 %, only stay below."""
+
+
+def null() -> list[Row]:
+    """Three methods that do nothing: how often is something found?"""
+
+    def draw(seed: int) -> dict[str, bool]:
+        rows = compare([World().part(np.random.default_rng([1, seed]), methods=3)], draws=RESAMPLES, seed=seed)
+        first = rows[0]
+        found = {f"p of {e.endpoint}": e.p < LEVEL for e in first.effects}
+        found |= {f"p of {f.name}": f.p < LEVEL for f in first.findings if f.p is not None}
+        found["any of nine after Holm"] = any(e.adjusted < LEVEL for row in rows for e in row.effects)
+        found["any found after Benjamini–Hochberg"] = any(
+            f.adjusted < LEVEL for row in rows for f in row.findings if f.p is not None
+        )
+        return found | {f"interval of {e.endpoint}": not _holds(e.estimate, float(e.ratio)) for e in first.effects}
+
+    shares = _shares(draw(seed) for seed in range(DRAWS))
+    about = "size at nominal 5 %, no effect"
+    found = []
+    for name, (share, draws) in shares.items():
+        upper_only = name.startswith("any") or name.removeprefix("p of ") in EXACT
+        found.append(Row(about, name, share, 0.0 if upper_only else SIZE[0], SIZE[1], draws))
+    return found
+
+
+def effect() -> list[Row]:
+    """A method that loses 8 % of all answers and writes 10 % more: do the intervals hold the truth?"""
+    much = {"worse": 0.08, "longer": 1.1}
+    large = World(each=150_000).part(np.random.default_rng(2), **much)
+    (truth,) = compare([large], draws=2)
+    known = {e.endpoint: e.estimate.mean for e in truth.effects}
+    known |= {f.name: f.estimate.mean for f in truth.findings if f.estimate is not None}
+
+    def draw(seed: int) -> dict[str, bool]:
+        (row,) = compare([World().part(np.random.default_rng([3, seed]), **much)], draws=RESAMPLES, seed=seed)
+        seen = {e.endpoint: e.estimate for e in row.effects}
+        seen |= {f.name: f.estimate for f in row.findings if f.estimate is not None}
+        return {name: _holds(estimate, known[name]) for name, estimate in seen.items()}
+
+    shares = _shares(draw(seed) for seed in range(DRAWS))
+    about = "coverage of 95 % intervals, planted effects"
+    return [Row(about, f"{name} ({known[name]:.3g})", share, *COVERAGE, n) for name, (share, n) in shares.items()]
+
+
+def few() -> list[Row]:
+    """Small samples: 5 and 12 prompts a dataset, one dataset of 8, 6 blocks."""
+
+    def draw(seed: int) -> dict[str, bool]:
+        rng, found = np.random.default_rng([4, seed]), {}
+        for each in (5, 12):
+            (row,) = compare([World(each=each).part(rng)], draws=RESAMPLES, seed=seed)
+            found |= {f"{e.endpoint}, {4 * each} prompts": _holds(e.estimate, float(e.ratio)) for e in row.effects}
+        found["mean of 8 scores"] = _holds(mean_interval(np.clip(rng.normal(0.4, 0.1, 8), 0, 1)), 0.4)
+        found["speed, 6 blocks"] = _holds(log_ratio_interval(rng.normal(np.log(1.3), 0.1, 6)), 1.3)
+        return found
+
+    shares = _shares(draw(seed) for seed in range(DRAWS))
+    about = "coverage of 95 % intervals, small samples (upper end open: few changes widen them)"
+    return [Row(about, name, share, COVERAGE[0], 1.0, n) for name, (share, n) in shares.items()]
+
+
+def scrambler() -> list[Row]:
+    """A method that gives half the prompts the level of another prompt of their dataset: as many broken as fixed."""
+
+    def draw(seed: int) -> dict[str, bool]:
+        rng, world = np.random.default_rng([5, seed]), World(each=150)
+        level, length = world.prompts(rng)
+        mixed = level.copy()
+        for part in np.split(np.arange(len(level)), 4):
+            some = part[rng.random(len(part)) < 0.5]
+            mixed[some] = level[rng.permutation(some)]
+        arms = [world.arm(rng, x, length) for x in (level, mixed, level)]
+        (row,) = compare([Part(arms[0], {"m": arms[1]}, arms[2])], draws=200, seed=seed)
+        net = row.finding("net harm")
+        return {"broken beyond noise": row.effect("broken").p < LEVEL, "net harm": net.p < LEVEL}
+
+    shares = _shares(draw(seed) for seed in range(400))
+    about = "a symmetric scrambler is found by"
+    limits = {"broken beyond noise": (0.8, 1.0), "net harm": (0.0, SIZE[1])}
+    return [Row(about, name, share, *limits[name], n) for name, (share, n) in shares.items()]
+
+
+NOISE = Path(__file__).parents[2] / "reports" / "cpu" / "noise"
+"""A/A records of our own: the default model's answers under full and two controls."""
+
+
+def power() -> list[Row]:
+    """Effects planted into our own noise: does a planner say how often each verdict comes?"""
+    parts = [part for part in noise(read(NOISE)) if "jitter" in part.methods]
+    scored, chats = sorted(parts, key=lambda part: bool(np.isnan(part.base.score).any()))
+    found = _planned("score", scored.base, scored.methods["jitter"], 0.03, ratio=False)
+    return found + _planned("length", chats.base, chats.methods["jitter"], 0.10, ratio=True)
+
+
+def _planned(about: str, base: Arm, control: Arm, margin: float, ratio: bool) -> list[Row]:
+    margins = Margins(quality=margin, length=margin)
+    (seen,) = (e for e in compare([Part(base, {"": control})], margins)[0].effects if e.ratio == ratio)
+    planned = math.ceil(seen.needed)
+    rows = []
+    for effect, verdict in ((0.0, "within margin"), (margin / 2, "within margin"), (2 * margin, "harmful")):
+        predicted = chances(seen.estimate, seen.n, planned, effect, margin, ratio)[verdict]
+
+        def draw(seed: int, effect: float = effect, verdict: str = verdict) -> bool:
+            one, other = _redrawn(np.random.default_rng([6, seed]), base, control, planned)
+            worse = (
+                replace(other, tokens=other.tokens * (1 + effect))
+                if ratio
+                else replace(other, score=other.score - effect)
+            )
+            (row,) = compare([Part(one, {"": worse})], margins, draws=RESAMPLES, seed=seed)
+            return next(e for e in row.effects if e.ratio == ratio).verdict == verdict
+
+        share = sum(draw(seed) for seed in range(500)) / 500
+        figure = f"{about}, effect {effect:.0%}, {planned} prompts: {verdict}"
+        rows.append(
+            Row(
+                "power: simulated, beside the planner's prediction ± 5 points",
+                figure,
+                share,
+                predicted - 0.05,
+                predicted + 0.05,
+                500,
+            )
+        )
+    return rows
+
+
+def _redrawn(rng: np.random.Generator, base: Arm, control: Arm, n: int) -> tuple[Arm, Arm]:
+    """``n`` prompts drawn from the records, baseline and control changing places at random: exchangeable, so no effect.
+    A cap would hide a planted one."""
+    at = rng.integers(0, len(base), n)
+    keys, swap = [("drawn", str(i)) for i in range(n)], rng.random(n) < 0.5
+    arms = []
+    for mine, theirs in ((base, control), (control, base)):
+        score = np.where(swap, theirs.score[at], mine.score[at])
+        tokens = np.where(swap, theirs.tokens[at], mine.tokens[at])
+        drawn = mine.take(at)
+        clusters = [name for _, name in keys]
+        files = {"drawn": "-"}
+        arms.append(
+            replace(drawn, keys=keys, cluster=clusters, score=score, tokens=tokens, cap=np.full(n, 1e9), files=files)
+        )
+    return arms[0], arms[1]
+
+
+WORLDS = (null, effect, few, scrambler, power)
+DOCUMENT = Path(__file__).parents[2] / "docs" / "statistics.md"
+MARK = "<!-- what follows is written by: python -m suites.checks.simulations -->"
+
+
+@contextmanager
+def quick() -> Iterator[None]:
+    """Makes what is slow in statsmodels, a garbage collection a call, cheap meanwhile."""
+    compare([World().part(np.random.default_rng(0))], draws=10)
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def tables(rows: Iterable[Row]) -> str:
+    """The rows as markdown, one table a promise."""
+    lines = []
+    for about, some in itertools.groupby(rows, key=lambda row: row.about):
+        lines += ["", f"**{about}**", "", "| figure | seen | must lie in | draws |", "|---|---:|---:|---:|"]
+        lines += [f"| {r.figure} | {r.seen:.1%} | {r.low:.1%}–{r.high:.1%} | {r.draws:,} |" for r in some]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run every simulation and rewrite the document's tables."""
+    with quick():
+        rows = [row for world in WORLDS for row in world()]
+    text, _, _ = DOCUMENT.read_text().partition(MARK)
+    DOCUMENT.write_text(text + MARK + "\n" + tables(rows))
+    broken = [row for row in rows if not row.holds]
+    print(f"{len(rows)} promises, {len(broken)} broken", *broken, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
