@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from kvsuite import records
 from kvsuite.errors import UsageError
+from kvsuite.margins import Margins
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +51,7 @@ def _negatives_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--inclusive", action="store_true", help="scores of exactly (1 - θ) × baseline count, too")
     parser.add_argument("--allow-missing", action="store_true", help="compare the samples that all have")
-    _margin_options(parser, "quality", "broken")
+    _margins_option(parser)
     parser.add_argument("--json", action="store_true", help="print figures for a program")
     parser.set_defaults(run=_negatives)
 
@@ -58,33 +60,29 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("before", metavar="RUN_A", help="a run folder, or FORMAT:PATH#WHICH")
     parser.add_argument("after", metavar="RUN_B", help="the later one, of the same kind")
     parser.add_argument("--allow-missing", action="store_true", help="compare the samples that both have")
-    _margin_options(parser, "quality", "broken", "length", "speed")
+    _margins_option(parser)
     parser.set_defaults(run=_compare)
 
 
 def _plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="RUN", help="a run folder with full and a control")
-    _margin_options(parser, "quality", "broken", "length")
+    _margins_option(parser)
     parser.set_defaults(run=_plan)
 
 
-def _margin_options(parser: argparse.ArgumentParser, *names: str) -> None:
-    from kvsuite.analysis.verdict import Margins
-
-    for name in names:
-        default = getattr(Margins(), name)
-        parser.add_argument(f"--margin-{name}", type=float, default=default, help=f"harmful from here on ({default:g})")
+def _margins_option(parser: argparse.ArgumentParser) -> None:
+    known = ",".join(f"{f.name}={f.default:g}" for f in dataclasses.fields(Margins))
+    parser.add_argument("--margins", default="", help=f"how much worse a method may be (default: {known})")
 
 
 def _negatives(asked: argparse.Namespace) -> None:
     from kvsuite import readers
     from kvsuite.analysis.samples import Broken
-    from kvsuite.analysis.verdict import Margins
     from kvsuite.columns import align
     from kvsuite.report import negatives, terminal
 
     rule = Broken(asked.theta, asked.benign, asked.inclusive)
-    margins = Margins(quality=asked.margin_quality, broken=asked.margin_broken)
+    margins = Margins.parse(asked.margins)
     specs = _named(asked.candidate)
     arms = [readers.arm(s) for s in (asked.baseline, *specs.values(), *([asked.control] if asked.control else []))]
     (base, *others), left_out = align(arms, asked.allow_missing)
@@ -100,10 +98,9 @@ def _negatives(asked: argparse.Namespace) -> None:
 
 def _compare(asked: argparse.Namespace) -> None:
     from kvsuite import readers
-    from kvsuite.analysis.verdict import Margins
     from kvsuite.report import compare, terminal
 
-    margins = Margins(asked.margin_quality, asked.margin_broken, asked.margin_length, asked.margin_speed)
+    margins = Margins.parse(asked.margins)
     folders = [Path(x) for x in (asked.before, asked.after)]
     if all(f.is_dir() for f in folders):
         one, other = map(records.read, folders)
@@ -114,10 +111,9 @@ def _compare(asked: argparse.Namespace) -> None:
 
 
 def _plan(asked: argparse.Namespace) -> None:
-    from kvsuite.analysis.verdict import Margins
     from kvsuite.report import plan, terminal
 
-    margins = Margins(asked.margin_quality, asked.margin_broken, asked.margin_length)
+    margins = Margins.parse(asked.margins)
     table = plan.plan(records.read(Path(asked.folder)), margins)
     terminal.write([table], sys.stdout, shutil.get_terminal_size().columns)
 

@@ -11,8 +11,9 @@ from kvsuite.analysis import length, samples
 from kvsuite.analysis.resample import DRAWS, Design, Mask, eligible, sign_flip
 from kvsuite.analysis.samples import Broken
 from kvsuite.analysis.stats import Estimate, benjamini_hochberg, discordant_p, estimate
-from kvsuite.analysis.verdict import Effect, Margins, Verdict, corrected, effect, overall
+from kvsuite.analysis.verdict import Effect, Verdict, corrected, effect, overall
 from kvsuite.columns import Arm
+from kvsuite.margins import Margins
 
 DEFAULT = Margins()
 RULE = Broken()

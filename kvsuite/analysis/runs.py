@@ -6,9 +6,11 @@ import math
 
 from kvsuite.analysis.effects import Part
 from kvsuite.analysis.samples import BASELINE
+from kvsuite.analysis.speed import speed_rows
 from kvsuite.analysis.stats import log_change
-from kvsuite.analysis.verdict import Effect, Margins, effect
+from kvsuite.analysis.verdict import Effect, effect
 from kvsuite.columns import Arm, Key, align, stack
+from kvsuite.margins import Margins
 from kvsuite.readers.run import arms
 from kvsuite.records import Run, Timing
 
@@ -91,6 +93,19 @@ def changes(one: Run, other: Run) -> list[Part]:
                 mine, arm, floor = trio
                 found.append(Part(mine, {method: arm}, floor, coupled=sampled))
     return found
+
+
+def speeds(run: Run, margins: Margins) -> list[tuple[str, Effect]]:
+    """Decode speed of every method at the widest, longest cell, as a multiple of ``full``'s. What ran without a kernel
+    is not judged by its speed."""
+    rows = speed_rows(list(_timings(run).values()))
+    cells = [(row.width, row.length) for row in rows if row.phase == "decode"]
+    return [
+        (row.method, effect("speed", row.speedup, margins.speed, -1, row.rounds, None, ratio=True))
+        for row in rows
+        if row.phase == "decode" and (row.width, row.length) == max(cells) and row.speedup is not None
+        if row.method not in (BASELINE, "transformers") and row.path and not row.path.endswith("/unfused")
+    ]
 
 
 def speed_changes(one: Run, other: Run, margins: Margins) -> list[tuple[str, Effect]]:

@@ -7,29 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from kvsuite.analysis.stats import FEW, LEVEL, Estimate, Interval, holm
-from kvsuite.errors import UsageError
 
 Verdict = Literal["harmful", "within margin", "undecided"]
 POWER = 0.8
-
-
-@dataclass(frozen=True)
-class Margins:
-    """How much worse a method may be. Raises UsageError for a negative one."""
-
-    quality: float = 0.01
-    """Points of the mean score, 0.01 is one of a hundred."""
-    broken: float = 0.01
-    """Share of the eligible samples broken beyond noise."""
-    length: float = 0.03
-    """Tokens of the answers, relative."""
-    speed: float = 0.0
-    """Decode speed, relative."""
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not 0 <= value < 1:
-                raise UsageError(f"the margin for {name} must be a number of at least 0 and below 1, not {value:g}")
 
 
 @dataclass(frozen=True)

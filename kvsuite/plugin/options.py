@@ -13,6 +13,7 @@ import pytest
 
 from kvsuite import models, tasks
 from kvsuite.errors import UsageError, unknown
+from kvsuite.margins import Margins
 from kvsuite.methods import Method, parse, parse_all
 from kvsuite.plugin.presets import PRESETS, SMOKE
 
@@ -34,6 +35,7 @@ HELP = {
     "seed": "seed of samples and noise",
     "dtype": "auto (the model's own), bfloat16 or float32",
     "device": "cpu or cuda",
+    "margins": "how much worse a method may be before it counts as harmful",
     "run": "the folder this run leaves (default: runs/ and the time)",
 }
 CHOICES = {
@@ -67,6 +69,7 @@ class Options:
     dtype: str
     device: str
     run: Path | None
+    margins: Margins
 
     @property
     def width(self) -> int:
@@ -119,6 +122,7 @@ def check(given: Mapping[str, Any]) -> Options:
         temperature=_number("temperature", raw["temperature"]),
         timeout=_number("timeout", raw["timeout"]),
         run=Path(str(raw["run"])) if raw["run"] else None,
+        margins=Margins.parse(str(raw["margins"])),
         **{key: _whole(key, raw[key], 0 if key == "seed" else 1) for key in ("samples", "cap", "rounds", "seed")},
     )
     _check_sizes(options)

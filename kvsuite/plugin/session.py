@@ -87,6 +87,7 @@ class Session:
                 "model": {"name": name, "fingerprint": environment.fingerprint(weights)},
                 "texts": {task.name: environment.fingerprint(task.fetch()) for task in self.tasks},
                 "settings": o.settings(),
+                "margins": vars(o.margins),
                 "environment": environment.describe() | self._torch(),
             }
         )

@@ -6,9 +6,10 @@ from kvsuite import records
 from kvsuite.analysis.effects import Part, compare, same_answers
 from kvsuite.analysis.runs import changes, speed_changes
 from kvsuite.analysis.stats import LEVEL
-from kvsuite.analysis.verdict import Effect, Margins, corrected
+from kvsuite.analysis.verdict import Effect, corrected
 from kvsuite.columns import Arm, align
 from kvsuite.errors import UsageError
+from kvsuite.margins import Margins
 from kvsuite.records import Run
 from kvsuite.report.table import Table
 from kvsuite.report.verdicts import cells, margins_text

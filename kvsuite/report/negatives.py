@@ -11,9 +11,10 @@ from kvsuite.analysis.effects import Comparison, Part, compare, same_answers
 from kvsuite.analysis.resample import Design
 from kvsuite.analysis.samples import Broken
 from kvsuite.analysis.stats import Interval
-from kvsuite.analysis.verdict import Effect, Margins
+from kvsuite.analysis.verdict import Effect
 from kvsuite.columns import Arm
 from kvsuite.errors import UsageError
+from kvsuite.margins import Margins
 from kvsuite.report.table import Table
 
 

@@ -9,11 +9,11 @@ import numpy as np
 
 from kvsuite.analysis.effects import Part, compare
 from kvsuite.analysis.runs import noise
-from kvsuite.analysis.verdict import Effect, Margins
+from kvsuite.analysis.verdict import Effect
 from kvsuite.errors import UsageError
+from kvsuite.margins import Margins
 from kvsuite.records import Run
 from kvsuite.report.table import Table
-from kvsuite.report.verdicts import UNITS
 
 NOTES = [
     "prompts: with so many, a method without an effect is found within its margin 4 times of 5. A method that changes "
@@ -35,7 +35,7 @@ def plan(run: Run, margins: Margins) -> Table:
     if not rows and not silent:
         raise UsageError(f"{run.folder} has no control to plan from: run full and jitter (or a second seed) first")
     name = run.facts["model"]["name"]
-    columns = ["noise", "endpoint", "margin", "spread", "prompts", "time"]
+    columns = ["noise", "endpoint", "margin, %", "spread, %", "prompts", "time"]
     return Table(f"to decide a margin · {name}", columns, rows, [*NOTES, *silent])
 
 
@@ -43,9 +43,9 @@ def _cells(method: str, e: Effect, part: Part) -> list[str]:
     margin = abs(e.limit - (1 if e.ratio else 0))
     spread = e.estimate.se * math.sqrt(e.n)
     if math.isinf(e.needed):
-        return [method, UNITS[e.endpoint], f"{100 * margin:g}", f"{100 * spread:.3g}", "-", "-"]
+        return [method, e.endpoint, f"{100 * margin:g}", f"{100 * spread:.3g}", "-", "-"]
     share = e.n / len(part.base)
     prompts = math.ceil(e.needed / share)
     seconds = prompts * sum(float(np.nanmean(arm.seconds)) for arm in (part.base, part.methods[method]))
     duration = str(timedelta(seconds=round(seconds)))
-    return [method, UNITS[e.endpoint], f"{100 * margin:g}", f"{100 * spread:.3g}", f"{prompts:,}", duration]
+    return [method, e.endpoint, f"{100 * margin:g}", f"{100 * spread:.3g}", f"{prompts:,}", duration]

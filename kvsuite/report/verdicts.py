@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import math
 
-from kvsuite.analysis.effects import DEFAULT, Comparison, compare
-from kvsuite.analysis.runs import noise, parts
-from kvsuite.analysis.verdict import Effect, Margins
+from kvsuite.analysis.effects import Comparison, compare
+from kvsuite.analysis.runs import noise, parts, speeds
+from kvsuite.analysis.verdict import Effect
+from kvsuite.margins import Margins
 from kvsuite.records import Run
 from kvsuite.report.table import Table
 
-UNITS = {"quality": "score, points", "broken": "broken, %", "length": "length, ×", "speed": "speed, ×"}
+UNITS = {"quality": " pt", "broken": " %", "length": " ×", "speed": " ×"}
+"""Of each endpoint: points of the score, share of the eligible, multiples of the baseline."""
 
 
-def verdicts(run: Run, margins: Margins = DEFAULT) -> Table | None:
+def verdicts(run: Run) -> Table | None:
     """One row per method and primary endpoint; None for a run without answers."""
+    margins = Margins(**run.facts.get("margins", {}))
     methods, controls = compare(parts(run), margins), compare(noise(run), margins)
     if not methods:
         return None
     drawn = [cells(row.method, e) for row in methods for e in row.effects]
+    drawn += [cells(name, e) for name, e in speeds(run, margins)]
     drawn += [[*cells(row.method, e)[:4], "", "noise", ""] for row in controls for e in row.effects]
     columns = ["method", "endpoint", "effect", "95 %", "p", "verdict", "needs"]
-    return Table(f"verdicts · {margins_text(margins)}", columns, drawn, notes(methods))
+    return Table("verdicts", columns, drawn, [*notes(methods), f"{margins_text(margins)}."])
 
 
 def margins_text(margins: Margins) -> str:
     """The margins, in words."""
     speed = f", speed -{100 * margins.speed:g} %" if margins.speed else ""
     quality, broken, length = (f"{100 * x:g}" for x in (margins.quality, margins.broken, margins.length))
-    return f"margins: score -{quality} points, broken +{broken} %, length +{length} %{speed}"
+    return f"margins: quality -{quality} points, broken +{broken} %, length +{length} %{speed}"
 
 
 def cells(method: str, e: Effect) -> list[str]:
@@ -36,7 +40,7 @@ def cells(method: str, e: Effect) -> list[str]:
     needed = "-" if math.isinf(e.needed) else f"{e.needed:,.0f}"
     p = "-" if e.adjusted is None else f"{e.adjusted:.2g}"
     low, middle, high = (shown(e, x) for x in (e.estimate.low, e.estimate.mean, e.estimate.high))
-    return [method, UNITS[e.endpoint], middle, f"{low} to {high}", p, e.verdict, needed]
+    return [method, e.endpoint, middle + UNITS[e.endpoint], f"{low} to {high}", p, e.verdict, needed]
 
 
 def shown(e: Effect, value: float) -> str:

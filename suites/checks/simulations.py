@@ -20,8 +20,9 @@ import numpy as np
 from kvsuite.analysis.effects import Part, compare
 from kvsuite.analysis.runs import noise
 from kvsuite.analysis.stats import LEVEL, Estimate, log_ratio_interval, mean_interval
-from kvsuite.analysis.verdict import Margins, chances
+from kvsuite.analysis.verdict import chances
 from kvsuite.columns import Arm
+from kvsuite.margins import Margins
 from kvsuite.records import read
 
 SIZE = (0.038, 0.063)
