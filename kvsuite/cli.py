@@ -106,7 +106,12 @@ def _compare(asked: argparse.Namespace) -> None:
         one, other = map(records.read, folders)
         tables = compare.runs(one, other, margins)
     else:
-        tables = compare.arms(readers.arm(asked.before), readers.arm(asked.after), margins, asked.allow_missing)
+        before, after = readers.read(asked.before), readers.read(asked.after)
+        if isinstance(before, readers.Load) and isinstance(after, readers.Load):
+            tables = compare.loads(before, after)
+        else:
+            arms = readers.arm(asked.before), readers.arm(asked.after)
+            tables = compare.arms(*arms, margins, asked.allow_missing)
     terminal.write(tables, sys.stdout, shutil.get_terminal_size().columns)
 
 

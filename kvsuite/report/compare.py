@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 from kvsuite import records
 from kvsuite.analysis.effects import Part, compare, same_answers
 from kvsuite.analysis.runs import changes, speed_changes
+from kvsuite.analysis.speed import compare_loads
 from kvsuite.analysis.stats import LEVEL
 from kvsuite.analysis.verdict import Effect, corrected
 from kvsuite.columns import Arm, align
 from kvsuite.errors import UsageError
 from kvsuite.margins import Margins
+from kvsuite.readers import Load
 from kvsuite.records import Run
 from kvsuite.report.table import Table
 from kvsuite.report.verdicts import cells, margins_text
@@ -43,6 +47,20 @@ def arms(one: Arm, other: Arm, margins: Margins, allow_missing: bool) -> list[Ta
     if not found:
         raise UsageError(f"{one.source} and {other.source} have neither scores nor lengths for all their samples")
     return [_table(f"{other.source} against {one.source}", found, margins, left_out)]
+
+
+def loads(one: Load, other: Load) -> list[Table]:
+    """Two load tests of the same setting."""
+    found = compare_loads(other, one)
+    rows = [[what, f"{x.mean:.3f} ×", f"{x.low:.3f} to {x.high:.3f}"] for what, x in found.ratios.items()]
+    if not math.isnan(found.throughput):
+        rows.append(["tokens per second", f"{found.throughput:.3f} ×", "one figure a test"])
+    answered, failed = ("{1:,} and {0:,}".format(*x) for x in (found.answered, found.failed))
+    notes = [
+        f"Requests answered: {answered}; failed: {failed}.",
+        *(f"{note[0].upper()}{note[1:]}." for note in found.notes),
+    ]
+    return [Table(f"{other.source} against {one.source}", ["what", "change", "95 %"], rows, notes)]
 
 
 def _table(title: str, found: Named, margins: Margins, said: list[str]) -> Table:
