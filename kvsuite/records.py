@@ -115,6 +115,8 @@ def encode(record: Record) -> str:
 def decode(line: str) -> Record:
     """The record of one line. Raises UsageError for another schema or kind."""
     found = json.loads(line)
+    if not isinstance(found, dict):
+        raise UsageError("this line is no record")
     if found.pop("schema", None) != SCHEMA:
         raise UsageError(f"this record is of another schema than {SCHEMA}")
     kind = KINDS.get(found.pop("kind", ""))
@@ -191,10 +193,10 @@ def read(folder: Path) -> Run:
         raise UsageError(f"{str(folder)!r} is not a run folder: {error}") from error
     records, torn = [], 0
     for file in sorted(folder.glob("records*.jsonl")):
-        lines = file.read_text().splitlines()
-        for at, line in enumerate(lines, start=1):
+        lines = file.read_bytes().rstrip(b"\n").split(b"\n")  # an answer may hold what Python takes for line ends, too
+        for at, line in enumerate(lines if lines != [b""] else [], start=1):
             try:
-                records.append(decode(line))
+                records.append(decode(line.decode()))
             except (ValueError, TypeError) as error:
                 if at < len(lines):
                     raise UsageError(f"{file} line {at}: {error}") from error

@@ -148,8 +148,9 @@ def loops(text: str) -> bool:
     at least ``TIMES`` times over."""
     text = text.rstrip()
     for piece in range(1, PIECE + 1):
-        tail = text[-max(TIMES * piece, LOOP) :]
-        if len(tail) < max(TIMES * piece, LOOP):
+        whole = max(TIMES * piece - 2, LOOP)  # what stood between pieces is missing after the last one
+        tail = text[-whole:]
+        if len(tail) < whole:
             return False
         if tail[piece:] == tail[:-piece]:
             return True

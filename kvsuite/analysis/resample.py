@@ -71,11 +71,15 @@ def _codes(names: Sequence[str]) -> Places:
     return np.array([known.setdefault(name, len(known)) for name in names], dtype=np.intp)
 
 
+ROUNDING = 1e-12
+"""By how much the mean of equal scores may come out above them."""
+
+
 def eligible(design: Design, base: Floats, rule: Rule = "mean") -> Mask:
     """(n,): whose baseline score is over 0 and at least the mean (or median) of its dataset."""
     found = np.zeros(len(base), dtype=np.bool_)
     for at in design.datasets:
-        level = base[at].mean() if rule == "mean" else np.median(base[at])
+        level = base[at].mean() - ROUNDING if rule == "mean" else np.median(base[at])
         found[at] = (base[at] >= level) & (base[at] > 0)
     return found
 
@@ -139,7 +143,7 @@ def _threshold(weights: Floats, level: Floats, rule: Rule) -> Floats:
     """The weighted mean or median of ``level``, (n,), in each draw, (draws,)."""
     total = weights.sum(1)
     if rule == "mean":
-        return np.asarray(weights @ level / total)
+        return np.asarray(weights @ level / total - ROUNDING)
     order = np.argsort(level, kind="stable")
     below, ordered = weights[:, order].cumsum(1), level[order]
     lower = ordered[(below >= total[:, None] / 2).argmax(1)]

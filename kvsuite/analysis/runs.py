@@ -11,7 +11,7 @@ from kvsuite.analysis.stats import log_change
 from kvsuite.analysis.verdict import Effect, effect
 from kvsuite.columns import Arm, Key, align, stack
 from kvsuite.margins import Margins
-from kvsuite.readers.run import arms
+from kvsuite.readers.run import answers, arms
 from kvsuite.records import Run, Timing
 
 CONTROL = "jitter"
@@ -92,6 +92,29 @@ def changes(one: Run, other: Run) -> list[Part]:
             if trio := _shared(before[method][:count], after[method][:count], control[:count]):
                 mine, arm, floor = trio
                 found.append(Part(mine, {method: arm}, floor, coupled=sampled))
+    return found
+
+
+def lost(one: Run, other: Run) -> list[str]:
+    """What of the one's answers the other lacks, method by method: these are in no figure."""
+    before, after = (_answered(run) for run in (one, other))
+    said = []
+    for method in before:
+        gone = len(before[method] - after.get(method, set()))
+        if method not in after:
+            said.append(f"{method}: no answer in {other.folder}, {gone:,} in {one.folder}.")
+        elif gone:
+            said.append(
+                f"{method}: {gone:,} of {len(before[method]):,} answers failed or are missing in {other.folder}."
+            )
+    return said
+
+
+def _answered(run: Run) -> dict[str, set[tuple[str, str, int]]]:
+    found: dict[str, set[tuple[str, str, int]]] = {}
+    for a in answers(run):
+        if a.status == "ok":
+            found.setdefault(a.method, set()).add((a.task, a.sample, a.repeat))
     return found
 
 

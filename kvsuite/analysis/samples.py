@@ -119,11 +119,12 @@ def ask(design: Design, arm: Arm, base: Arm, reference: Arm, floor: Arm | None, 
     beyond = mine.astype(float) - noise
     churn, moved = (np.asarray(rule.fell(b, x) | rule.fell(x, b)) for x in (one, floor.score))
     allowed = eligible(design, b, rule.benign)
-    return asked | Asked(
-        endpoints={"broken": Ratio(beyond, eligible=True, change=beyond, bounds=(-1, 1))},
-        findings={"churn": Ratio(churn.astype(float) - moved, change=churn.astype(float) - moved)},
-        pairs={"broken": discordant(mine & allowed, noise & allowed), "churn": discordant(churn, moved)},
-    )
+    asked.findings["churn"] = Ratio(churn.astype(float) - moved, change=churn.astype(float) - moved)
+    asked.pairs["churn"] = discordant(churn, moved)
+    if allowed.any():
+        asked.endpoints["broken"] = Ratio(beyond, eligible=True, change=beyond, bounds=(-1, 1))
+        asked.pairs["broken"] = discordant(mine & allowed, noise & allowed)
+    return asked
 
 
 def discordant(one: Mask, other: Mask) -> tuple[int, int]:

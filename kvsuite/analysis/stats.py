@@ -36,7 +36,9 @@ class Estimate(Interval):
     """Standard error, of the logarithm where the figure is a ratio of sums."""
     df: float = 0
     unseen: float = 0.0
-    """How far changes of a kind that fewer than ``FEW`` clusters showed could still move the figure."""
+    """Where fewer than ``FEW`` clusters changed: how far the share of those that do may be from the share that did."""
+    room: float = 1.0
+    """How far the figure would move if all changed as much as they can."""
 
 
 @dataclass(frozen=True)
@@ -126,23 +128,25 @@ def _estimate(design: Design, ratio: Ratio, value: float, draws: Floats, weight:
     df = 0.0 if math.isnan(value) else _freedom(design, ratio, value, weight)
     if df < 1 or not len(draws):
         return Estimate(value, *ratio.bounds, math.inf, df)
-    with np.errstate(divide="ignore"):
-        shown = np.log(draws) if ratio.log else draws
-        middle = float(np.log(value)) if ratio.log else value
+    log = ratio.log and value > 0 and bool((draws > 0).all())
+    shown, middle = (np.log(draws), math.log(value)) if log else (draws, value)
     from scipy import stats
 
     reach = float(stats.t.ppf(1 - LEVEL / 2, df))
-    se = float(shown.std()) if np.isfinite(shown).all() else math.inf
+    se = float(shown.std())
     if df < FEW_DF:
         low, high = middle - reach * se, middle + reach * se
     else:
         tail = float(stats.norm.cdf(-reach))
         low, high = (float(x) for x in np.quantile(shown, (tail, 1 - tail)))
-    if ratio.log:
+    if log:
         low, high = math.exp(low), math.exp(high)
-    unseen = _unseen(design, ratio, weight)
-    low, high = min(low, value - unseen * ratio.room[0]), max(high, value + unseen * ratio.room[1])
-    return Estimate(value, max(low, ratio.bounds[0]), min(high, ratio.bounds[1]), se, df, unseen)
+    share, unseen = _unseen(design, ratio, weight)
+    apart = (value - ratio.log) / share if share else 0.0  # what changed need not have changed for good
+    low = min(low, value - unseen * (ratio.room[0] + max(apart, 0)))
+    high = max(high, value + unseen * (ratio.room[1] + max(-apart, 0)))
+    ends = max(low, ratio.bounds[0]), min(high, ratio.bounds[1])
+    return Estimate(value, *ends, se if log == ratio.log else math.inf, df, unseen, max(ratio.room))
 
 
 def _freedom(design: Design, ratio: Ratio, value: float, weight: Floats) -> float:
@@ -162,16 +166,17 @@ def _freedom(design: Design, ratio: Ratio, value: float, weight: Floats) -> floa
     return float(parts[:, 0].sum() ** 2 / (parts[:, 0] ** 2 / parts[:, 1]).sum())
 
 
-def _unseen(design: Design, ratio: Ratio, weight: Floats) -> float:
-    """The share of clusters that could change beyond those that did: Wilson's upper limit less the share seen, where
-    fewer than ``FEW`` did. A sample without a change has not shown that there are none."""
+def _unseen(design: Design, ratio: Ratio, weight: Floats) -> tuple[float, float]:
+    """The share of clusters that changed, and how far the true one may be from it, by Wilson's interval, where fewer
+    than ``FEW`` did. A sample without a change has not shown that there are none, nor two that agree that all do."""
     if ratio.change is None:
-        return 0.0
+        return 1.0, 0.0
     sums = design.per_cluster(np.column_stack([weight != 0, (ratio.change != 0) & (weight != 0)]).astype(float))
     n, changed = int((sums[:, 0] > 0).sum()), int((sums[:, 1] > 0).sum())
     if changed >= FEW or not n:
-        return 0.0
-    return wilson(changed, n).high - changed / n
+        return 1.0, 0.0
+    found = wilson(changed, n)
+    return found.mean, max(found.high - found.mean, found.mean - found.low)
 
 
 def wilson(count: int, n: int) -> Interval:

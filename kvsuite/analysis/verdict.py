@@ -35,7 +35,7 @@ class Effect:
     @property
     def visible(self) -> float:
         """The smallest effect that this sample would have told from none, 4 times of 5: relative for a ratio."""
-        reach = max(_reach(self.estimate.df) * self.estimate.se, self.estimate.unseen)
+        reach = max(_reach(self.estimate.df) * self.estimate.se, self.estimate.unseen * self.estimate.room)
         return math.expm1(reach) if self.ratio and reach < 100 else reach
 
     @property
@@ -91,7 +91,11 @@ def samples_needed(seen: Estimate, n: int, margin: float, ratio: bool = False, p
     from scipy import stats
 
     z = float(stats.norm.ppf(1 - LEVEL / 2))
-    return max(n * (z + float(stats.norm.ppf(power))) ** 2 * (seen.se / width) ** 2, z**2 * (1 - margin) / margin, FEW)
+    enough = n * (z + float(stats.norm.ppf(power))) ** 2 * (seen.se / width) ** 2
+    if seen.unseen:  # few changes of the largest kind would use the margin up
+        share = margin / max(seen.room, margin)
+        enough = max(enough, z**2 * (1 - share) / share)
+    return max(enough, FEW)
 
 
 def chances(

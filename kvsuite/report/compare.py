@@ -6,9 +6,9 @@ import math
 
 from kvsuite import records
 from kvsuite.analysis.effects import Part, compare, same_answers
-from kvsuite.analysis.runs import changes, speed_changes
+from kvsuite.analysis.runs import changes, lost, speed_changes
 from kvsuite.analysis.speed import compare_loads
-from kvsuite.analysis.stats import LEVEL
+from kvsuite.analysis.stats import LEVEL, Interval
 from kvsuite.analysis.verdict import Effect, corrected
 from kvsuite.columns import Arm, align
 from kvsuite.errors import UsageError
@@ -32,6 +32,7 @@ def runs(one: Run, other: Run, margins: Margins) -> list[Table]:
     answers = compare([part for part in shared if id(part) not in alike], margins)
     effects = [(row.method, e) for row in answers for e in row.effects]
     said = [f"The same answers in both: {', '.join(dict.fromkeys(alike.values()))}."] if alike else []
+    said += [*lost(one, other), *lost(other, one)]
     speeds = speed_changes(one, other, margins)
     if not shared and not speeds:
         raise UsageError(f"{one.folder} and {other.folder} have no method in common that answered or was timed")
@@ -52,7 +53,7 @@ def arms(one: Arm, other: Arm, margins: Margins, allow_missing: bool) -> list[Ta
 def loads(one: Load, other: Load) -> list[Table]:
     """Two load tests of the same setting."""
     found = compare_loads(other, one)
-    rows = [[what, f"{x.mean:.3f} ×", f"{x.low:.3f} to {x.high:.3f}"] for what, x in found.ratios.items()]
+    rows = [[what, f"{x.mean:.3f} ×", _between(x)] for what, x in found.ratios.items()]
     if not math.isnan(found.throughput):
         rows.append(["tokens per second", f"{found.throughput:.3f} ×", "one figure a test"])
     answered, failed = ("{1:,} and {0:,}".format(*x) for x in (found.answered, found.failed))
@@ -63,6 +64,10 @@ def loads(one: Load, other: Load) -> list[Table]:
     return [Table(f"{other.source} against {one.source}", ["what", "change", "95 %"], rows, notes)]
 
 
+def _between(x: Interval) -> str:
+    return "too few requests" if math.isinf(x.high) else f"{x.low:.3f} to {x.high:.3f}"
+
+
 def _table(title: str, found: Named, margins: Margins, said: list[str]) -> Table:
     effects = corrected([e for _, e in found])
     named = [(name, e) for (name, _), e in zip(found, effects, strict=True)]
@@ -70,7 +75,9 @@ def _table(title: str, found: Named, margins: Margins, said: list[str]) -> Table
     headline = f"Changed beyond noise: {'; '.join(changed)}." if changed else "Nothing changed beyond noise."
     columns = ["what", "endpoint", "change", "95 %", "p", "the later is", "needs"]
     rows = [_cells(name, e) for name, e in named]
-    return Table(title, columns, rows, [headline, *said, *([HOW + f" {margins_text(margins)}."] if rows else [])])
+    return Table(
+        title, columns, rows, [headline, *said, *([HOW + f" {margins_text(margins)}."] if rows else [])], keys=2
+    )
 
 
 def _same(part: Part) -> bool:

@@ -167,6 +167,6 @@ def undecided(e: Effect) -> str:
     said = f"undecided with {e.n:,} samples, which would have shown an effect of {shown} 4 times of 5"
     if e.needed == float("inf"):
         return f"{said}; no number of samples can find no effect within a margin of 0"
-    if e.needed < e.n:
+    if e.needed < e.n and not e.estimate.unseen:
         return f"{said}; a harmless method would have needed about {e.needed:,.0f}, so some harm is likely"
     return f"{said}; a harmless method needs about {e.needed:,.0f}"

@@ -36,7 +36,7 @@ def plan(run: Run, margins: Margins) -> Table:
         raise UsageError(f"{run.folder} has no control to plan from: run full and jitter (or a second seed) first")
     name = run.facts["model"]["name"]
     columns = ["noise", "endpoint", "margin, %", "spread, %", "prompts", "time"]
-    return Table(f"to decide a margin · {name}", columns, rows, [*NOTES, *silent])
+    return Table(f"to decide a margin · {name}", columns, rows, [*NOTES, *silent], keys=2)
 
 
 def _cells(method: str, e: Effect, part: Part) -> list[str]:

@@ -13,3 +13,5 @@ class Table:
     columns: list[str]
     rows: list[list[str]]
     notes: list[str] = field(default_factory=list)
+    keys: int = 1
+    """So many leading columns say what a row is; they come again where a table is too wide for its window."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, TextIO
 
 import rich.table
@@ -25,10 +28,12 @@ def pytest_kv_report(run: Run, terminalreporter: Any) -> None:
 
 def write(found: Sequence[Table], file: TextIO, width: int, last: str = "") -> None:
     """Draw tables for a window of ``width`` columns."""
-    console = Console(file=file, width=width, highlight=False)
+    console = Console(file=file, width=width, highlight=False, markup=False, emoji=False)
     for table in found:
         console.print()
-        console.print(_drawn(table, width) if table.rows else table.title, style="" if table.rows else "italic")
+        console.print(table.title, style="italic")
+        for part in _fitting(table, console) if table.rows else ():
+            console.print(_drawn(part, width))
         for note in table.notes:
             console.print(note, style="red" if note.startswith("FAILED") else "dim")
     if last:
@@ -36,13 +41,40 @@ def write(found: Sequence[Table], file: TextIO, width: int, last: str = "") -> N
         console.print(last, style="bold")
 
 
+def _fitting(table: Table, console: Console) -> list[Table]:
+    """The table, or several of its columns at a time where it is wider than the window."""
+    endless = Console(file=io.StringIO(), width=10_000, markup=False, emoji=False)
+
+    def width(of: Table) -> int:
+        return endless.measure(_drawn(of, console.width)).maximum
+
+    if width(table) <= console.width:
+        return [table]
+    fold = max(15, console.width // 4)
+    rows = [["\n".join(textwrap.wrap(row[0], fold)), *row[1:]] for row in table.rows]
+    folded, groups = replace(table, rows=rows), [[table.keys]]
+    for column in range(table.keys + 1, len(table.columns)):
+        if width(_some(folded, [*groups[-1], column])) > console.width:
+            groups.append([])
+        groups[-1].append(column)
+    return [_some(folded, group) for group in groups]
+
+
+def _some(table: Table, columns: Sequence[int]) -> Table:
+    """The table's keys and these columns."""
+    chosen = [*range(table.keys), *columns]
+    rows = [[row[at] for at in chosen] for row in table.rows]
+    return Table("", [table.columns[at] for at in chosen], rows, keys=table.keys)
+
+
 def _drawn(table: Table, width: int) -> rich.table.Table:
     gap = " " if width >= WIDE else "\n"
-    drawn = rich.table.Table(title=table.title, box=None, title_justify="left", pad_edge=False, padding=(0, 1))
-    first, *others = table.columns
-    drawn.add_column(first, overflow="fold", min_width=15)
-    for name in others:
-        drawn.add_column(name.replace(" tok", gap + "tok"), justify="right", no_wrap=width >= WIDE or len(name) < 20)
+    drawn = rich.table.Table(box=None, pad_edge=False, padding=(0, 1))
+    for at, name in enumerate(table.columns):
+        if at < table.keys:
+            drawn.add_column(name)
+        else:
+            drawn.add_column(name.replace(" tok", gap + "tok"), justify="right", no_wrap=True)
     for row in table.rows:
         drawn.add_row(*row)
     return drawn

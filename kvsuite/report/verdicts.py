@@ -25,7 +25,7 @@ def verdicts(run: Run) -> Table | None:
     drawn += [cells(name, e) for name, e in speeds(run, margins)]
     drawn += [[*cells(row.method, e)[:4], "", "noise", ""] for row in controls for e in row.effects]
     columns = ["method", "endpoint", "effect", "95 %", "p", "verdict", "needs"]
-    return Table("verdicts", columns, drawn, [*notes(methods), f"{margins_text(margins)}."])
+    return Table("verdicts", columns, drawn, [*notes(methods), f"{margins_text(margins)}."], keys=2)
 
 
 def margins_text(margins: Margins) -> str:

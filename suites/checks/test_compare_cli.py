@@ -1,0 +1,245 @@
+"""``kvsuite compare`` and ``kvsuite plan`` as a user meets them: what changed, what decides, what is refused."""
+
+import json
+import math
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvsuite.cli import main
+from kvsuite.records import Answer, RunFolder, Timing, encode
+from kvsuite.report import terminal
+
+FACTS = {
+    "model": {"name": "tiny", "fingerprint": "1"}, "texts": {"chat": "2"}, "settings": {"cap": 200},
+    "environment": {"cpu": "one"},
+}  # fmt: skip
+LENGTHS = np.random.default_rng(0).integers(20, 150, 60)
+NOISY = np.clip(LENGTHS + np.random.default_rng(1).integers(-9, 10, 60), 1, 200)
+RIGHT = (np.random.default_rng(2).random(60) < 0.8).astype(float)
+SHARED = {"finish": "stop", "cap": 200, "prefill_seconds": 0.5, "decode_share": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+@pytest.fixture
+def told(capsys):
+    """The code of a command, and what it printed, its lines joined."""
+
+    def go(*words):
+        code = main(list(map(str, words)))
+        out, err = capsys.readouterr()
+        return code, " ".join(out.split()), err
+
+    return go
+
+
+def chats(method, lengths=LENGTHS, repeat=0, **more):
+    said = [f"{length} words of {repeat}" for length in lengths]
+    kind = {"evaluation": "length", "task": "chat", "type": "chat", "repeat": repeat}
+    return [
+        Answer(method, sample=f"q{i}", tokens=[1] * int(n), text=said[i], **SHARED | kind | more)
+        for i, n in enumerate(lengths)
+    ]
+
+
+def needles(method, scores=RIGHT):
+    return [
+        Answer(method, task="needle", type="synthetic", sample=f"n{i}", score=x, tokens=[1], text=f"{x}", **SHARED)
+        for i, x in enumerate(scores)
+    ]
+
+
+def timing(method, *seconds):
+    rounds = {"seconds": list(seconds), "baseline_seconds": [0.2] * len(seconds)}
+    return Timing(method, cache="kvsuite.cache.x", checked=0.5, width=8, length=512, tokens=8, **rounds)
+
+
+def left(name, *records, facts=FACTS):
+    run = RunFolder(Path(name))
+    run.describe(facts)
+    for record in records:
+        run.append(record)
+    return name
+
+
+def one_line(found):
+    code, out, err = found
+    assert (code, out, err.count("\n"), err[:9]) == (2, "", 1, "kvsuite: "), err
+    return err
+
+
+def test_the_same_answers_changed_nothing(told):
+    left("a", *chats("full"), *chats("m", NOISY), *needles("full"), timing("m", 0.1, 0.11, 0.1))
+    code, out, err = told("compare", "a", "a")
+    assert (code, err) == (0, "")
+    assert "Nothing changed beyond noise. The same answers in both: full, m." in out
+    assert "worse" not in out.split("p: of no change")[0].replace("not worse", "")
+
+
+def test_a_change_is_found_and_named(told):
+    slow, fast = timing("m", 0.15, 0.16, 0.15, 0.16), timing("m", 0.1, 0.11, 0.1, 0.11)
+    worse = [*chats("m", np.round(LENGTHS * 1.25)), *needles("m", RIGHT * (np.arange(60) > 20)), slow]
+    left("a", *chats("full"), *needles("full"), *chats("m"), *needles("m"), fast)
+    left("b", *chats("full"), *needles("full"), *worse)
+    _, out, _ = told("compare", "a", "b")
+    assert "b against a" in out
+    assert "Changed beyond noise: m: quality; m: length; m, decode 8 · 512: speed." in out
+    assert "The same answers in both: full." in out
+    assert f"m length {np.round(LENGTHS * 1.25).sum() / LENGTHS.sum():.2f} ×" in out
+    assert [word in out for word in ("m quality -", "speed 0.68 ×", "worse")] == [True] * 3
+    _, out, _ = told("compare", "b", "a")
+    assert out.count("not worse") >= 3, "a gain is no harm"
+    assert "m: quality; m: length" in out
+
+
+def test_noise_is_no_change(told):
+    left("a", *chats("full"), *chats("m"))
+    left("b", *chats("full"), *chats("m", NOISY))
+    _, out, _ = told("compare", "a", "b", "--margins", "length=0.2")
+    assert "Nothing changed beyond noise." in out
+    assert "not worse" in out
+    assert "undecided" in told("compare", "a", "b", "--margins", "length=0.001")[1]
+
+
+def test_seconds_of_full_are_compared_on_one_machine_only(told):
+    before, after = (timing("full", *x) for x in ([0.1, 0.11, 0.1], [0.3, 0.31, 0.3]))
+    left("a", before, timing("m", 0.1, 0.1))
+    left("b", after, timing("m", 0.1, 0.1))
+    left("elsewhere", after, timing("m", 0.1, 0.1), facts=FACTS | {"environment": {"cpu": "another"}})
+    assert "Changed beyond noise: full, decode 8 · 512: speed." in told("compare", "a", "b")[1]
+    assert "Nothing changed beyond noise." in told("compare", "a", "elsewhere")[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model": {"name": "big", "fingerprint": "1"}}, "different models (name: 'tiny' and 'big')"),
+        ({"texts": {"chat": "9"}}, "different texts (chat: '2' and '9')"),
+        ({"settings": {"cap": 100}}, "different settings (cap: 200 and 100)"),
+    ],
+)
+def test_runs_of_different_things_are_refused(told, change, said):
+    left("a", *chats("full"))
+    left("b", *chats("full"), facts=FACTS | change)
+    assert f"a and b are of {said} and cannot be compared" in one_line(told("compare", "a", "b"))
+
+
+def test_what_cannot_be_compared_is_said(told):
+    left("a", *chats("full"))
+    left("b", *chats("other"))
+    left("capped", *chats("full", NOISY, cap=100))
+    Path("s").mkdir()
+    Path("s/base_trec_eval.json").write_text(json.dumps([{"id": 0, "score": 1}]))
+    assert "say which method, a#METHOD; there are full" in one_line(told("compare", "a", "artifact:s/base"))
+    assert "a#full has no dataset trec" in one_line(told("compare", "artifact:s/base", "a#full"))
+    assert "'s' is not a run folder" in one_line(told("compare", "a", "s"))
+    assert "have no method in common" in one_line(told("compare", "a", "b"))
+    assert "unknown method in a 'x'" in one_line(told("compare", "a#x", "a#full"))
+    assert "sample q0 of chat had different caps, 200 tokens and 100" in one_line(told("compare", "capped", "a"))
+    assert "gone" in one_line(told("compare", "gone", "a"))
+
+
+def test_two_results_are_compared_like_runs(told):
+    left("a", *chats("full"), *chats("m", np.round(LENGTHS * 1.25)))
+    code, out, _ = told("compare", "a#full", "a#m")
+    assert (code, "Changed beyond noise: answers: length." in out) == (0, True)
+    left("b", *chats("full")[:-2])
+    assert "b has no sample q58 of chat, which a has (and 1 more)" in one_line(told("compare", "a#full", "b#full"))
+    assert "left out of chat: 2 of 60" in told("compare", "a#full", "b#full", "--allow-missing")[1]
+
+
+def test_a_line_torn_at_the_end_is_skipped_and_one_in_the_middle_is_not(told):
+    left("a", *chats("full"))
+    left("b", *chats("full"))
+    with Path("b/records.jsonl").open("a") as file:
+        file.write(encode(chats("full")[0])[:70])
+    assert told("compare", "a", "b")[0] == 0
+    with Path("b/records.jsonl").open("a") as file:
+        file.write("\n" + encode(chats("full")[0]) + "\n")
+    assert "b/records.jsonl line 61: " in one_line(told("compare", "a", "b"))
+    assert "b/records.jsonl line 61: " in one_line(told("plan", "b"))
+
+
+@pytest.mark.parametrize("how", ["a line separator in an answer", "torn inside a letter", "a number alone"])
+def test_a_line_is_what_ends_with_a_newline(told, how):
+    text = {"a line separator in an answer": "one\u2028two\x85three"}.get(how, "one")
+    left("a", *(replace(a, text=text) for a in chats("full")))
+    with Path("a/records.jsonl").open("ab") as file:
+        file.write({"torn inside a letter": b'{"text": "\xe2\x82', "a number alone": b"5"}.get(how, b""))
+    assert told("compare", "a", "a")[0] == 0
+
+
+@pytest.mark.parametrize("lost", ["failed", "missing", "all failed"])
+def test_answers_that_are_gone_are_told(told, lost):
+    gone = [replace(a, status="failed", error="out of memory", tokens=[]) for a in chats("m")]
+    now = {"failed": chats("m")[:9] + gone[9:], "missing": chats("m")[:9], "all failed": gone}[lost]
+    left("a", *chats("full"), *chats("m"))
+    left("b", *chats("full"), *now)
+    code, out, err = told("compare", "a", "b")
+    assert code == 2 or any(word in out + err for word in ("51", "60", "failed", "left out")), out
+
+
+# plan
+
+
+def test_a_plan_from_two_seeds_is_the_formulas(told):
+    left("a", *chats("full"), *chats("full", NOISY, repeat=1), *chats("m"))
+    code, out, _ = told("plan", "a", "--margins", "length=0.005")
+    apart = NOISY / NOISY.sum() - LENGTHS / LENGTHS.sum()
+    spread = math.sqrt(60 / 59 * (apart**2).sum()) * math.sqrt(60)
+    power = statistics.NormalDist().inv_cdf(0.975) + statistics.NormalDist().inv_cdf(0.8)
+    wanted = (power * spread / math.log1p(0.005)) ** 2
+    _, row = out.split("full, other seed length ")
+    margin, shown, prompts, time = row.split()[:4]
+    assert (code, margin) == (0, "0.5")
+    assert float(shown) == pytest.approx(100 * spread, rel=0.05)
+    assert int(prompts.replace(",", "")) == pytest.approx(wanted, rel=0.1)
+    hours, minutes, seconds = map(int, time.split(":"))
+    assert 3600 * hours + 60 * minutes + seconds == 3 * int(prompts.replace(",", "")), "1.5 s an answer, two arms"
+    wider = told("plan", "a", "--margins", "length=0.01")[1].split(" seed length ")[1].split()[2]
+    assert int(prompts.replace(",", "")) / int(wider.replace(",", "")) == pytest.approx(3.9, rel=0.05)
+
+
+def test_one_control_plans_what_it_can_and_two_plan_broken(told):
+    off = RIGHT.copy()
+    off[:24:2] = 1 - off[:24:2]
+    one = [*chats("full"), *needles("full"), *chats("jitter", NOISY), *needles("jitter", off)]
+    _, out, _ = told("plan", left("one", *one))
+    assert ["jitter quality 1 " in out, "jitter length 3 " in out, "jitter broken " in out] == [1, 1, 0]
+    two = [*chats("jitter:seed=1", NOISY[::-1]), *needles("jitter:seed=1", np.roll(RIGHT, 1))]
+    assert "jitter:seed=1 broken 1 " in told("plan", left("two", *one, *two))[1]
+
+
+def test_without_noise_there_is_no_plan(told):
+    left("alone", *chats("full"), *chats("m", NOISY))
+    assert "alone has no control to plan from: run full and jitter" in one_line(told("plan", "alone"))
+    left("same", *chats("full"), *chats("jitter"), *needles("full"), *needles("jitter"))
+    code, out, _ = told("plan", "same")
+    assert code == 0
+    assert "jitter changed no quality: no floor measured. jitter changed no length: no floor measured." in out
+    assert "is not a run folder" in one_line(told("plan", "gone"))
+    assert "the margin for length must be" in one_line(told("plan", "same", "--margins", "length=-1"))
+
+
+@pytest.mark.parametrize("columns", [60, 80, 160])
+@pytest.mark.parametrize("command", ["compare", "plan"])
+def test_every_cell_can_be_read(told, monkeypatch, command, columns):
+    drawn, write = [], terminal.write
+    monkeypatch.setattr(terminal, "write", lambda tables, *rest: (drawn.extend(tables), write(tables, *rest)))
+    monkeypatch.setenv("COLUMNS", str(columns))
+    names = ("full", "jitter", "jitter:seed=1", "h2o:budget=2048")
+    for run in "ab":
+        mixed = [np.random.default_rng([i, ord(run)]).permutation(RIGHT) for i in range(4)]
+        mixed[3] *= run == "a"
+        left(run, *(a for name, x in zip(names, mixed, strict=True) for a in needles(name, x)))
+    _, out, _ = told(command, *(["a", "b"] if command == "compare" else ["a"]))
+    shown = {word for t in drawn for row in [t.columns, *t.rows] for cell in row for word in cell.split()}
+    assert shown - set(out.split()) == set()
