@@ -10,15 +10,18 @@ import functools
 import gc
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from kvsuite.analysis.benchmark import score, select
 from kvsuite.analysis.effects import Part, compare
+from kvsuite.analysis.predictors import held_out
 from kvsuite.analysis.runs import noise
+from kvsuite.analysis.speed import blocks_needed
 from kvsuite.analysis.stats import LEVEL, Estimate, log_ratio_interval, mean_interval
 from kvsuite.analysis.verdict import chances
 from kvsuite.columns import Arm
@@ -271,7 +274,61 @@ def _redrawn(rng: np.random.Generator, base: Arm, control: Arm, n: int) -> tuple
     return arms[0], arms[1]
 
 
-WORLDS = (null, effect, few, scrambler, power)
+def selection() -> list[Row]:
+    """The negative benchmark on methods that do nothing: what other families chose on one replicate, scored on
+    another."""
+
+    def draw(seed: int) -> dict[str, bool]:
+        rng = np.random.default_rng([7, seed])
+        level, world = rng.beta(6, 6, 300), World(each=75)
+
+        def replicate() -> Arm:
+            score = np.clip(level + rng.normal(0, 0.12, 300), 0, 1)
+            alone = [str(i) for i in range(300)]
+            return replace(world.arm(rng, level, level), score=score, keys=[("d", i) for i in alone], cluster=alone)
+
+        jurors = {name: replicate() for name in ("kivi:4", "h2o", "snapkv")}
+        found = score(select(replicate(), jurors, "kivi:4"), *(replicate() for _ in range(3)), draws=600, seed=seed)
+        return {"drop of the candidate": _holds(found.drop, 0), "drop of the control": _holds(found.floor, 0)}
+
+    shares = _shares(draw(seed) for seed in range(DRAWS))
+    about = "negative benchmark, methods that do nothing: the interval covers 0"
+    return [Row(about, name, share, *COVERAGE, n) for name, (share, n) in shares.items()]
+
+
+def blocks() -> list[Row]:
+    """Speed from as many ABBA blocks as a pilot of 6 asks for."""
+
+    def draw(seed: int) -> dict[str, bool]:
+        rng = np.random.default_rng([8, seed])
+        n = blocks_needed(rng.normal(np.log(1.2), 0.03, 6), 0.02)
+        return {"as many as the pilot says": _holds(log_ratio_interval(rng.normal(np.log(1.2), 0.03, n)), 1.2)}
+
+    shares = _shares(draw(seed) for seed in range(DRAWS))
+    about = "coverage of the speed ratio"
+    return [Row(about, name, share, *COVERAGE, n) for name, (share, n) in shares.items()]
+
+
+def shuffled() -> list[Row]:
+    """A predictor fitted to shuffled labels is as good as the null, which ignores all features."""
+    rng = np.random.default_rng(9)
+    x = rng.normal(0, 1, (200, 2))
+    y = np.exp(3 + x[:, 0] + rng.normal(0, 0.4, 200))
+    groups = [f"g{i // 5}" for i in range(200)]
+
+    def line(features: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+        found = np.polynomial.Polynomial.fit(features[:, 0], np.log(labels), 1)
+        return lambda new: np.exp(found(new[:, 0]))
+
+    better = [held_out(x, rng.permutation(y), groups, line, draws=500, seed=seed).better for seed in range(400)]
+    about = "a predictor is called better than the null"
+    return [
+        Row(about, "shuffled labels", sum(better) / len(better), 0.0, SIZE[1], len(better)),
+        Row(about, "true labels", float(held_out(x, y, groups, line, draws=500).better), 1.0, 1.0, 1),
+    ]
+
+
+WORLDS = (null, effect, few, scrambler, power, selection, blocks, shuffled)
 DOCUMENT = Path(__file__).parents[2] / "docs" / "statistics.md"
 MARK = "<!-- what follows is written by: python -m suites.checks.simulations -->"
 
