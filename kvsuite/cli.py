@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -18,8 +20,13 @@ from kvsuite.margins import Margins
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0, or 2 after one sentence about bad input."""
     asked = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show ×
     try:
         asked.run(asked)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough: head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UsageError as error:
         print(f"kvsuite: {error}", file=sys.stderr)
         return 2
@@ -131,6 +138,8 @@ def _named(given: Sequence[str]) -> dict[str, str]:
             raise UsageError(f"--candidate {text!r}: write NAME=SPEC")
         if name in found:
             raise UsageError(f"--candidate {name} is there twice")
+        if name == "eligible" or "&" in name or "|" in name:
+            raise UsageError(f"--candidate {name!r}: eligible, & and | have a meaning in the results")
         found[name] = spec
     return found
 

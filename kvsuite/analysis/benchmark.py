@@ -14,9 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvsuite.analysis.effects import same_answers
 from kvsuite.analysis.resample import DRAWS, Design, Floats, Mask, eligible
-from kvsuite.analysis.samples import Broken, scored
+from kvsuite.analysis.samples import Broken, same_answers, scored
 from kvsuite.analysis.stats import Estimate, Ratio, estimate
 from kvsuite.columns import Arm
 from kvsuite.errors import UsageError
@@ -137,7 +136,7 @@ def score(
 
 
 def _difference(one: Floats, other: Floats) -> Ratio:
-    return Ratio(one - other, change=one - other, bounds=(-1, 1))
+    return Ratio(one - other, bounds=(-1, 1))
 
 
 def _notes(selection: Selection, base: Arm, control: Arm | None) -> tuple[str, ...]:

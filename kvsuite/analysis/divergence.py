@@ -75,7 +75,7 @@ class _Prompts:
         position of the longest at least."""
         changed = self._sums(np.abs(column))
         worst = max(float((changed / self.sizes).max()), 1 / float(self.sizes.max()))
-        return Ratio(self._sums(column), self.sizes, change=changed, room=(worst, worst), bounds=bounds)
+        return Ratio(self._sums(column), self.sizes, large=changed != 0, room=(worst, worst), bounds=bounds)
 
     def below(self, column: Floats, share: float) -> Ratio:
         """The share of positions at or below a percentile of theirs."""

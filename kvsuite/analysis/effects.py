@@ -9,8 +9,8 @@ import numpy as np
 
 from kvsuite.analysis import length, samples
 from kvsuite.analysis.resample import DRAWS, Design, Mask, eligible, sign_flip
-from kvsuite.analysis.samples import Broken
-from kvsuite.analysis.stats import Estimate, benjamini_hochberg, discordant_p, estimate
+from kvsuite.analysis.samples import Broken, same_answers
+from kvsuite.analysis.stats import Estimate, benjamini_hochberg, counts, discordant_p, estimate
 from kvsuite.analysis.verdict import Effect, Verdict, corrected, effect, overall
 from kvsuite.columns import Arm
 from kvsuite.margins import Margins
@@ -62,8 +62,10 @@ class Comparison:
 
     @property
     def verdict(self) -> Verdict:
-        """Over all endpoints that were measured."""
-        return overall(self.effects)
+        """Over all endpoints: scores alone, without a floor for broken samples, are never within margin."""
+        found = overall(self.effects)
+        unknown = self.effect("quality") is not None and self.effect("broken") is None
+        return "undecided" if unknown and found == "within margin" else found
 
 
 @dataclass(frozen=True)
@@ -107,20 +109,23 @@ def _compare(part: Part, margins: Margins, rule: Broken, draws: int, seed: int) 
     scored = samples.scored(reference)
     allowed = eligible(design, reference.score, rule.benign) if scored else np.zeros(len(base), dtype=np.bool_)
     asked = {
-        name: samples.ask(design, arm, base, reference, floor, rule) | length.ask(arm, base, reference, floor)
+        name: samples.ask(design, arm, base, reference, floor, rule) | length.ask(design, arm, base, reference, floor)
         for name, arm in part.methods.items()
     }
     ratios = [r for a in asked.values() for r in (*a.endpoints.values(), *a.findings.values())]
     estimates = iter(estimate(design, ratios, reference.score if scored else None, rule.benign, draws, seed))
+    if not design.independent:  # whole documents: an exact test of single samples would count them several times
+        asked = {name: replace(a, flips=a.flips | a.pairs) for name, a in asked.items()}
     columns = [column for a in asked.values() for column in a.flips.values()]
     flipped = iter(sign_flip(design, np.column_stack(columns), draws, seed) if columns else ())
     for name, a in asked.items():
-        p = {key: discordant_p(*pair) for key, pair in a.pairs.items()}
+        p = {key: discordant_p(*counts(pair)) for key, pair in a.pairs.items() if key not in a.flips}
         p |= {key: float(next(flipped)) for key in a.flips}
         effects = [_effect(key, next(estimates), p.get(key), margins, allowed) for key in a.endpoints]
-        findings = [Finding(key, next(estimates), p.get(key), counts=a.pairs.get(key)) for key in a.findings]
+        tallies = {key: counts(pair) for key, pair in a.pairs.items()}
+        findings = [Finding(key, next(estimates), p.get(key), counts=tallies.get(key)) for key in a.findings]
         others = [key for key in a.pairs if key not in a.endpoints and key not in a.findings]
-        findings += [Finding(key, None, p[key], counts=a.pairs[key]) for key in others]
+        findings += [Finding(key, None, p[key], counts=tallies[key]) for key in others]
         mine, noise = (_count(x, reference, allowed, rule) for x in (part.methods[name], floor))
         yield Comparison(name, len(base), effects, findings, mine, noise, int(allowed.sum()))
 
@@ -130,15 +135,6 @@ def _count(arm: Arm | None, reference: Arm, allowed: Mask, rule: Broken) -> int 
     if arm is None or not (samples.scored(arm) and samples.scored(reference)):
         return None
     return int((allowed & rule.fell(reference.score, arm.score)).sum())
-
-
-def same_answers(one: Arm, other: Arm) -> bool:
-    """Whether two arms answered identically: by text where both have it, else by score and length. A control that did
-    measured no floor."""
-    if all(t is not None for t in one.text) and all(t is not None for t in other.text):
-        return one.text == other.text
-    columns = ((one.score, other.score), (one.tokens, other.tokens))
-    return all(np.array_equal(a, b, equal_nan=True) for a, b in columns)
 
 
 def _effect(key: str, found: Estimate, p: float | None, margins: Margins, allowed: Mask) -> Effect:

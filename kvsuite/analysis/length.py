@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvsuite.analysis.resample import Design, Floats
-from kvsuite.analysis.samples import BASELINE, discordant
+from kvsuite.analysis.samples import BASELINE, floored
 from kvsuite.analysis.stats import Asked, Interval, Ratio, estimate
 from kvsuite.columns import Arm
 from kvsuite.errors import UsageError
@@ -88,11 +88,14 @@ def cost_interval(mine: Sequence[float], theirs: Sequence[float], caps: Sequence
 
 def _cost(mine: Floats, theirs: Floats, caps: Floats) -> Ratio:
     """Answers that have not changed yet could still vanish or grow to their cap."""
-    room = (1.0, float((caps - theirs).sum() / max(theirs.sum(), 1)))
-    return Ratio(mine, theirs, log=True, change=mine - theirs, room=room, bounds=(0, np.inf))
+    left = float(np.mean(caps - theirs))
+    large = (mine - theirs >= max(left, 1) / 2) | (theirs - mine >= max(float(theirs.mean()), 1) / 2)
+    return Ratio(
+        mine, theirs, log=True, large=large, room=(1.0, left / max(float(theirs.mean()), 1)), bounds=(0, np.inf)
+    )
 
 
-def ask(arm: Arm, base: Arm, reference: Arm, floor: Arm | None) -> Asked:
+def ask(design: Design, arm: Arm, base: Arm, reference: Arm, floor: Arm | None) -> Asked:
     """What the lengths of one method ask: cost against the arm of the same noise; shares of pairs against
     ``reference``, as ``floor`` is. A length is min(tokens, cap). Empty without lengths; raises UsageError where the
     arms' caps differ or are not known."""
@@ -104,14 +107,14 @@ def ask(arm: Arm, base: Arm, reference: Arm, floor: Arm | None) -> Asked:
     logs = np.log(np.maximum(mine, 1) / np.maximum(theirs, 1))
     asked = Asked(
         endpoints={"length": _cost(mine, theirs, base.cap)},
-        findings={"log length": Ratio(logs, change=logs)},
+        findings={"log length": Ratio(logs)},
         flips={"length": logs},
-        pairs={"cap hits": discordant(arm.capped == 1, base.capped == 1)},
+        pairs={"cap hits": (arm.capped == 1).astype(float) - (base.capped == 1)},
     )
     for name, told in (("empty", is_empty), ("loops", loops)):
         if all(t is not None for t in (*arm.text, *base.text)):
             mine_too, theirs_too = (np.array([told(text or "") for text in x.text]) for x in (arm, base))
-            asked.pairs[name] = discordant(mine_too, theirs_too)
+            asked.pairs[name] = mine_too.astype(float) - theirs_too
     if floor is None or np.isnan(floor.tokens).any():
         return asked
     ref, noise = np.minimum(reference.tokens, reference.cap), np.minimum(floor.tokens, floor.cap)
@@ -119,10 +122,11 @@ def ask(arm: Arm, base: Arm, reference: Arm, floor: Arm | None) -> Asked:
         "longer": (2 * mine >= 3 * ref, 2 * noise >= 3 * ref),
         "shorter": (3 * mine <= 2 * ref, 3 * noise <= 2 * ref),
     }
+    known = floored(design, reference, floor)
     for name, (one, other) in shares.items():
-        beyond = one.astype(float) - other
-        asked.findings[name] = Ratio(beyond, change=beyond)
-        asked.pairs[name] = discordant(one, other)
+        beyond = known * (one.astype(float) - other)
+        asked.findings[name] = Ratio(beyond, known.astype(float), large=beyond != 0)
+        asked.pairs[name] = beyond
     return asked
 
 

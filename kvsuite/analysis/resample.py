@@ -20,36 +20,42 @@ Rule = Literal["mean", "median"]
 
 @dataclass(frozen=True)
 class Design:
-    """Which samples are drawn together, and from where: clusters (documents, conversations) within datasets."""
+    """Which samples are drawn together, and from where: clusters (documents, conversations) within strata
+    (datasets)."""
 
     datasets: list[Places]
     """The samples of each dataset."""
     strata: list[Places]
-    """The same, but what belongs to datasets of one cluster, which have no spread of their own, is one stratum."""
+    """The same, but datasets with documents in common are one stratum, and so are those of one document: what has no
+    spread of its own is drawn with others."""
     clusters: list[Places]
     """For each sample of a stratum its cluster there, 0 … count - 1."""
     counts: list[int]
     """Clusters of each stratum."""
-    pooled: bool
-    """Whether the first stratum is that of the datasets of one cluster."""
+    alike: list[list[Places]]
+    """For each stratum the places within it of every dataset."""
 
     @property
     def df(self) -> int:
         """Clusters less strata: the degrees of freedom of a standard error."""
         return sum(self.counts) - len(self.counts)
 
+    @property
+    def independent(self) -> bool:
+        """Whether every sample is a cluster of its own."""
+        return all(len(at) == count for at, count in zip(self.strata, self.counts, strict=True))
+
     @classmethod
     def of(cls, datasets: Sequence[str], clusters: Sequence[str]) -> Design:
-        """Of one dataset and one cluster name a sample."""
-        of_dataset = _codes(datasets)
-        of_cluster = _codes([f"{d}\0{c}" for d, c in zip(datasets, clusters, strict=True)])
-        counts = np.bincount(of_dataset[np.unique(of_cluster, return_index=True)[1]])
-        pooled = np.where(counts[of_dataset] == 1, -1, of_dataset)
-        strata = [np.flatnonzero(pooled == code) for code in np.unique(pooled)]
+        """Of one dataset and one cluster name a sample; a name that two datasets share is one document."""
+        of_dataset, of_cluster = _codes(datasets), _codes(clusters)
+        stratum = _strata(of_dataset, of_cluster)[of_dataset]
+        strata = [np.flatnonzero(stratum == code) for code in np.unique(stratum)]
         within = [np.unique(of_cluster[at], return_inverse=True)[1] for at in strata]
-        sizes = [int(codes.max()) + 1 for codes in within]
-        whole = [np.flatnonzero(of_dataset == code) for code in range(len(counts))]
-        return cls(whole, strata, within, sizes, bool((pooled == -1).any()))
+        counts = [int(codes.max()) + 1 for codes in within]
+        whole = [np.flatnonzero(of_dataset == code) for code in range(int(of_dataset.max()) + 1)]
+        alike = [[np.flatnonzero(of_dataset[at] == code) for code in np.unique(of_dataset[at])] for at in strata]
+        return cls(whole, strata, within, counts, alike)
 
     @classmethod
     def alone(cls, n: int) -> Design:
@@ -64,6 +70,21 @@ class Design:
             np.add.at(sums, clusters, columns[at])
             found.append(sums)
         return np.concatenate(found)
+
+
+def _strata(of_dataset: Places, of_cluster: Places) -> Places:
+    """The stratum of every dataset, (datasets,)."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    sizes = (int(of_dataset.max()) + 1, int(of_cluster.max()) + 1)
+    met = coo_array((np.ones(len(of_dataset)), (of_dataset, of_cluster)), shape=sizes).tocsr()
+    stratum = connected_components(met @ met.T, directed=False)[1].astype(np.intp)
+    counts = np.array([len(np.unique(of_cluster[stratum[of_dataset] == s])) for s in range(int(stratum.max()) + 1)])
+    lone = counts == 1
+    if lone.sum() == 1 and len(counts) > 1:  # it joins the smallest of the others
+        lone[np.argmin(np.where(lone, counts.max() + 1, counts))] = True
+    return np.where(lone[stratum], -1, stratum)
 
 
 def _codes(names: Sequence[str]) -> Places:
@@ -110,20 +131,19 @@ def bootstrap(
     """
     conditional = np.empty((len(columns), 0)) if conditional is None else conditional
     sums, among = np.zeros((draws, columns.shape[1])), np.zeros((draws, conditional.shape[1]))
-    always = None if base is None else eligible(design, base, rule)
-    for number, (at, clusters, count) in enumerate(zip(design.strata, design.clusters, design.counts, strict=True)):
+    parts = zip(design.strata, design.clusters, design.counts, design.alike, strict=True)
+    for number, (at, clusters, count, alike) in enumerate(parts):
         mine, some = np.ascontiguousarray(columns[at]), np.ascontiguousarray(conditional[at])
         for rows, weights in _weights(count, len(at), draws, np.random.default_rng([seed, number])):
             spread = weights if len(at) == count else weights[:, clusters]
             scale = count / max(count - 1, 1)
             sums[rows] += scale * (spread @ mine)
-            if base is None or always is None or not some.shape[1]:
+            if base is None or not some.shape[1]:
                 continue
-            if design.pooled and number == 0:  # a dataset of one cluster has the same mean in every draw
-                allowed = always[None, at]
-            else:
-                allowed = (base[at] >= _threshold(spread, base[at], rule)[:, None]) & (base[at] > 0)
-            among[rows] += scale * (np.where(allowed, spread, 0.0) @ some)
+            for here in alike:
+                level, drawn = base[at][here], spread if len(alike) == 1 else spread[:, here]
+                allowed = (level >= _threshold(drawn, level, rule)[:, None]) & (level > 0)
+                among[rows] += scale * (np.where(allowed, drawn, 0.0) @ some[here])
     return Drawn(sums, among)
 
 
@@ -141,7 +161,7 @@ def _weights(count: int, samples: int, draws: int, rng: np.random.Generator) -> 
 
 def _threshold(weights: Floats, level: Floats, rule: Rule) -> Floats:
     """The weighted mean or median of ``level``, (n,), in each draw, (draws,)."""
-    total = weights.sum(1)
+    total = np.maximum(weights.sum(1), np.nextafter(0, 1))  # a dataset may be drawn not at all
     if rule == "mean":
         return np.asarray(weights @ level / total - ROUNDING)
     order = np.argsort(level, kind="stable")

@@ -110,6 +110,14 @@ def lost(one: Run, other: Run) -> list[str]:
     return said
 
 
+def failures(run: Run) -> list[str]:
+    """How many answers of every method failed: these are in no figure."""
+    found: dict[str, list[bool]] = {}
+    for a in answers(run):
+        found.setdefault(a.method, []).append(a.status != "ok")
+    return [f"FAILED {m}: {sum(x)} of {len(x)} answers, which are in no verdict." for m, x in found.items() if any(x)]
+
+
 def _answered(run: Run) -> dict[str, set[tuple[str, str, int]]]:
     found: dict[str, set[tuple[str, str, int]]] = {}
     for a in answers(run):
@@ -144,9 +152,9 @@ def speed_changes(one: Run, other: Run, margins: Margins) -> list[tuple[str, Eff
         logs = [_logs(x) for x in (timing, after[cell])]
         if min(map(len, logs)) < 2:
             continue
-        change, p = log_change(*logs)
+        change, _ = log_change(*logs)
         name = f"{timing.method}, {timing.phase} {timing.width} · {timing.length}"
-        found.append((name, effect("speed", change, margins.speed, -1, len(logs[1]), p, ratio=True)))
+        found.append((name, effect("speed", change, margins.speed, -1, len(logs[1]), None, ratio=True)))
     return found
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvsuite.analysis.resample import Design, Floats, Mask, Rule, eligible
+from kvsuite.analysis.resample import ROUNDING, Design, Floats, Mask, Rule, eligible
 from kvsuite.analysis.stats import Asked, Interval, Ratio, mean_interval
 from kvsuite.columns import Arm
 from kvsuite.errors import UsageError
@@ -89,7 +89,7 @@ class Broken:
     def fell(self, base: Floats, score: Floats) -> Mask:
         """(n,): whether the score is that far below the baseline's."""
         edge = base - self.theta if self.absolute else (1 - self.theta) * base
-        return np.asarray(score <= edge if self.inclusive else score < edge)
+        return np.asarray(score <= edge + ROUNDING if self.inclusive else score < edge - ROUNDING)
 
 
 def scored(arm: Arm) -> bool:
@@ -109,24 +109,38 @@ def ask(design: Design, arm: Arm, base: Arm, reference: Arm, floor: Arm | None, 
     high = np.maximum(b, one) >= np.maximum(level, np.nextafter(0, 1))
     down, up = high & rule.fell(b, one), high & rule.fell(one, b)
     asked = Asked(
-        endpoints={"quality": Ratio(difference, change=difference, bounds=(-1, 1))},
+        endpoints={"quality": Ratio(difference, large=np.abs(difference) >= 0.5, bounds=(-1, 1))},
         flips={"quality": difference},
-        pairs={"net harm": (int(down.sum()), int(up.sum()))},
+        pairs={"net harm": down.astype(float) - up},
     )
     if floor is None or not scored(floor):
         return asked
+    known = floored(design, reference, floor)
     mine, noise = rule.fell(b, one), rule.fell(b, floor.score)
-    beyond = mine.astype(float) - noise
     churn, moved = (np.asarray(rule.fell(b, x) | rule.fell(x, b)) for x in (one, floor.score))
-    allowed = eligible(design, b, rule.benign)
-    asked.findings["churn"] = Ratio(churn.astype(float) - moved, change=churn.astype(float) - moved)
-    asked.pairs["churn"] = discordant(churn, moved)
+    beyond, both = (known * (x.astype(float) - y) for x, y in ((mine, noise), (churn, moved)))
+    measured = known.astype(float)
+    asked.findings["churn"] = Ratio(both, measured, large=both != 0)
+    asked.pairs["churn"] = both
+    allowed = eligible(design, b, rule.benign) & known
     if allowed.any():
-        asked.endpoints["broken"] = Ratio(beyond, eligible=True, change=beyond, bounds=(-1, 1))
-        asked.pairs["broken"] = discordant(mine & allowed, noise & allowed)
+        asked.endpoints["broken"] = Ratio(beyond, measured, eligible=True, large=beyond != 0, bounds=(-1, 1))
+        asked.pairs["broken"] = beyond * allowed
     return asked
 
 
-def discordant(one: Mask, other: Mask) -> tuple[int, int]:
-    """How many entries only the one has, and only the other."""
-    return int((one & ~other).sum()), int((other & ~one).sum())
+def floored(design: Design, reference: Arm, floor: Arm) -> Mask:
+    """(n,): the samples of datasets in which noise changed anything; elsewhere no floor was measured."""
+    found = np.zeros(len(reference), dtype=np.bool_)
+    for at in design.datasets:
+        found[at] = not same_answers(reference.take(at.tolist()), floor.take(at.tolist()))
+    return found
+
+
+def same_answers(one: Arm, other: Arm) -> bool:
+    """Whether two arms answered identically: by text where both have it, else by score and length. A control that did
+    measured no floor."""
+    if all(t is not None for t in one.text) and all(t is not None for t in other.text):
+        return one.text == other.text
+    columns = ((one.score, other.score), (one.tokens, other.tokens))
+    return all(np.array_equal(a, b, equal_nan=True) for a, b in columns)

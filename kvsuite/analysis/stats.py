@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kvsuite.analysis.resample import DRAWS, Design, Floats, Rule, bootstrap, eligible
+from kvsuite.analysis.resample import DRAWS, Design, Floats, Mask, Rule, bootstrap, eligible
 
 LEVEL = 0.05
 """Two-sided: intervals are 95 %."""
 FEW = 10
-"""Changed clusters below which an interval also holds what unseen changes could do."""
+"""Clusters with a large change below which an interval also holds what unseen changes could do."""
 FEW_DF = 30
 """Degrees of freedom below which a bootstrap's percentiles are too narrow."""
 
@@ -36,9 +36,11 @@ class Estimate(Interval):
     """Standard error, of the logarithm where the figure is a ratio of sums."""
     df: float = 0
     unseen: float = 0.0
-    """Where fewer than ``FEW`` clusters changed: how far the share of those that do may be from the share that did."""
+    """Where fewer than ``FEW`` clusters changed much: how far the share that does may be from the share that did."""
     room: float = 1.0
     """How far the figure would move if all changed as much as they can."""
+    share: float = 1.0
+    """Of the clusters, that changed much."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,10 @@ class Ratio:
     """Over the samples whose baseline is at least its dataset's mean, recomputed in every draw."""
     log: bool = False
     """Its spread is that of its logarithm."""
-    change: Floats | None = None
-    """(n,), not 0 where a sample changed at all; with fewer than ``FEW`` such clusters the interval is widened."""
+    large: Mask | None = None
+    """(n,): where a sample changed by half of ``room`` or more. With fewer than ``FEW`` such clusters the interval is
+    widened: a few large losses weigh as much as all the small changes, and resampling cannot know those it never
+    saw."""
     room: tuple[float, float] = (1.0, 1.0)
     """How far the figure would fall or rise if every sample changed as much as it can."""
     bounds: tuple[float, float] = (-math.inf, math.inf)
@@ -71,8 +75,9 @@ class Asked:
     """Exploratory."""
     flips: dict[str, Floats] = field(default_factory=dict)
     """(n,) differences whose signs are flipped for the p of a figure of that name."""
-    pairs: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Samples that only the method shows something on, and only the other arm: the exact p of a figure of that name."""
+    pairs: dict[str, Floats] = field(default_factory=dict)
+    """(n,): 1 where only the method shows something, -1 where only the other arm does: the exact p of a figure of that
+    name."""
 
     def __or__(self, other: Asked) -> Asked:
         return Asked(
@@ -142,11 +147,11 @@ def _estimate(design: Design, ratio: Ratio, value: float, draws: Floats, weight:
     if log:
         low, high = math.exp(low), math.exp(high)
     share, unseen = _unseen(design, ratio, weight)
-    apart = (value - ratio.log) / share if share else 0.0  # what changed need not have changed for good
+    apart = float(np.clip((value - ratio.log) / share, -1, 1)) if share else 0.0  # nor need what changed stay changed
     low = min(low, value - unseen * (ratio.room[0] + max(apart, 0)))
     high = max(high, value + unseen * (ratio.room[1] + max(-apart, 0)))
     ends = max(low, ratio.bounds[0]), min(high, ratio.bounds[1])
-    return Estimate(value, *ends, se if log == ratio.log else math.inf, df, unseen, max(ratio.room))
+    return Estimate(value, *ends, se if log == ratio.log else math.inf, df, unseen, max(ratio.room), share)
 
 
 def _freedom(design: Design, ratio: Ratio, value: float, weight: Floats) -> float:
@@ -169,12 +174,12 @@ def _freedom(design: Design, ratio: Ratio, value: float, weight: Floats) -> floa
 def _unseen(design: Design, ratio: Ratio, weight: Floats) -> tuple[float, float]:
     """The share of clusters that changed, and how far the true one may be from it, by Wilson's interval, where fewer
     than ``FEW`` did. A sample without a change has not shown that there are none, nor two that agree that all do."""
-    if ratio.change is None:
+    if ratio.large is None:
         return 1.0, 0.0
-    sums = design.per_cluster(np.column_stack([weight != 0, (ratio.change != 0) & (weight != 0)]).astype(float))
+    sums = design.per_cluster(np.column_stack([weight != 0, ratio.large & (weight != 0)]).astype(float))
     n, changed = int((sums[:, 0] > 0).sum()), int((sums[:, 1] > 0).sum())
     if changed >= FEW or not n:
-        return 1.0, 0.0
+        return changed / max(n, 1), 0.0
     found = wilson(changed, n)
     return found.mean, max(found.high - found.mean, found.mean - found.low)
 
@@ -222,6 +227,11 @@ def log_change(before: Sequence[float], after: Sequence[float]) -> tuple[Estimat
     ends = test.confidence_interval(1 - LEVEL)
     low, high = (math.exp(float(x)) for x in (ends.low, ends.high))
     return Estimate(math.exp(middle), low, high, math.sqrt(sum(spreads)), int(test.df)), float(test.pvalue)
+
+
+def counts(pairs: Floats) -> tuple[int, int]:
+    """How many entries only the one has, and only the other."""
+    return int((pairs > 0).sum()), int((pairs < 0).sum())
 
 
 def discordant_p(only_one: int, only_other: int) -> float:

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
+
 from kvsuite.analysis.stats import FEW, LEVEL, Estimate, Interval, holm
 
 Verdict = Literal["harmful", "within margin", "undecided"]
@@ -90,12 +92,23 @@ def samples_needed(seen: Estimate, n: int, margin: float, ratio: bool = False, p
     width = math.log1p(margin) if ratio else margin
     from scipy import stats
 
-    z = float(stats.norm.ppf(1 - LEVEL / 2))
-    enough = n * (z + float(stats.norm.ppf(power))) ** 2 * (seen.se / width) ** 2
-    if seen.unseen:  # few changes of the largest kind would use the margin up
-        share = margin / max(seen.room, margin)
-        enough = max(enough, z**2 * (1 - share) / share)
-    return max(enough, FEW)
+    reach = float(stats.norm.ppf(1 - LEVEL / 2)) + float(stats.norm.ppf(power))
+    enough = max(n * reach**2 * (seen.se / width) ** 2, FEW)
+    while seen.room and _passes(enough, seen.share, margin / seen.room, seen.se * math.sqrt(n / enough), width) < power:
+        enough *= 1.01
+    return enough
+
+
+def _passes(n: float, share: float, edge: float, se: float, width: float) -> float:
+    """The probability that ``n`` samples of which a ``share`` changes much find a method without an effect within its
+    margin: where fewer than ``FEW`` do, it takes a share whose upper limit is within the ``edge``."""
+    from scipy import stats
+
+    k, z = np.arange(FEW), float(stats.norm.ppf(1 - LEVEL / 2))
+    upper = (k + z**2 / 2 + z * np.sqrt(k * (n - np.minimum(k, n)) / n + z**2 / 4)) / (n + z**2)
+    chance = stats.binom.pmf(k, round(n), min(share, 1))
+    many = float(stats.norm.cdf(width / se - z)) if se > 0 else 1.0
+    return float(chance @ (upper <= edge) + (1 - chance.sum()) * many)
 
 
 def chances(

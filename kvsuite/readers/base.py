@@ -89,7 +89,7 @@ def load_json(file: Path) -> Any:
     """The JSON in a file. Raises UsageError where it is cut off or something else."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{file} cannot be read as JSON; is it cut off? {error}") from error
 
 

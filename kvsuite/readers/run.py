@@ -36,7 +36,7 @@ def arms(run: Run, evaluation: str = "") -> dict[tuple[str, int], Arm]:
         arm = gathered.setdefault((a.method, a.repeat), Gather(f"{run.folder}#{a.method}"))
         if a.status == "ok":
             arm.add(
-                run.folder,
+                f"{run.folder / 'records.jsonl'}#{a.method}",
                 a.task,
                 a.sample,
                 score=a.score,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 
 from kvsuite import records
-from kvsuite.analysis.effects import Part, compare, same_answers
+from kvsuite.analysis.effects import Part, compare
+from kvsuite.analysis.length import same_caps
 from kvsuite.analysis.runs import changes, lost, speed_changes
+from kvsuite.analysis.samples import same_answers
 from kvsuite.analysis.speed import compare_loads
 from kvsuite.analysis.stats import LEVEL, Interval
 from kvsuite.analysis.verdict import Effect, corrected
@@ -27,7 +29,15 @@ def runs(one: Run, other: Run, margins: Margins) -> list[Table]:
     """Every method that both runs measured. Raises UsageError for runs of different models, texts or settings."""
     if reason := records.refusal(one, other):
         raise UsageError(reason)
+    for run in (one, other):
+        if run.torn:
+            raise UsageError(
+                f"{run.folder}/records.jsonl is cut off at its end: {run.torn} line; remove that line to go on"
+            )
     shared = changes(one, other)
+    for part in shared:
+        for arm in part.methods.values():
+            same_caps(arm, part.base)
     alike = {id(part): next(iter(part.methods)) for part in shared if _same(part)}
     answers = compare([part for part in shared if id(part) not in alike], margins)
     effects = [(row.method, e) for row in answers for e in row.effects]
@@ -37,7 +47,10 @@ def runs(one: Run, other: Run, margins: Margins) -> list[Table]:
     if not shared and not speeds:
         raise UsageError(f"{one.folder} and {other.folder} have no method in common that answered or was timed")
     if speeds:
-        said.append("Speed is each run's own ratio to full (full itself: its seconds); the two runs did not alternate.")
+        said.append(
+            "Speed is each run's own ratio to full (full itself: its seconds). One session a side does not show how "
+            "much sessions differ, so it gets an interval of its rounds and no verdict: repeat both runs in turn."
+        )
     return [_table(f"{other.folder} against {one.folder}", effects + speeds, margins, said)]
 
 
@@ -72,7 +85,9 @@ def _table(title: str, found: Named, margins: Margins, said: list[str]) -> Table
     effects = corrected([e for _, e in found])
     named = [(name, e) for (name, _), e in zip(found, effects, strict=True)]
     changed = [f"{name}: {e.endpoint}" for name, e in named if e.adjusted is not None and e.adjusted < LEVEL]
-    headline = f"Changed beyond noise: {'; '.join(changed)}." if changed else "Nothing changed beyond noise."
+    headline = (
+        f"Changed (p < 5 % after Holm): {'; '.join(changed)}." if changed else "Nothing changed that can be told."
+    )
     columns = ["what", "endpoint", "change", "95 %", "p", "the later is", "needs"]
     rows = [_cells(name, e) for name, e in named]
     return Table(
@@ -92,4 +107,4 @@ HOW = (
 
 def _cells(name: str, e: Effect) -> list[str]:
     *shown, verdict, needed = cells(name, e)
-    return [*shown, WORDS[verdict], needed]
+    return [*shown, WORDS[verdict] if e.endpoint != "speed" else "-", needed if e.endpoint != "speed" else "-"]

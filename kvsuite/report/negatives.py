@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from kvsuite.analysis import paper
-from kvsuite.analysis.effects import Comparison, Part, compare, same_answers
+from kvsuite.analysis.effects import Comparison, Part, compare
 from kvsuite.analysis.resample import Design
-from kvsuite.analysis.samples import Broken
+from kvsuite.analysis.samples import Broken, same_answers
 from kvsuite.analysis.stats import Interval
 from kvsuite.analysis.verdict import Effect
 from kvsuite.columns import Arm
@@ -26,6 +27,9 @@ class Negatives:
     eligible: int
     n: int
     rows: list[Comparison]
+    """By the rule asked for."""
+    judged: list[Comparison]
+    """By the endpoint's own rule, which verdicts are made by; empty where it is the same."""
     swapped: dict[str, tuple[int, int]]
     """Method → samples that only the baseline fails on, and of how many."""
     sets: dict[str, int]
@@ -39,6 +43,7 @@ def negatives(
     base: Arm, methods: Mapping[str, Arm], control: Arm | None, rule: Broken, margins: Margins, left_out: list[str]
 ) -> Negatives:
     """Algorithm 1 and what its numbers are worth. Arms are aligned. Raises UsageError for samples without a score."""
+    base, methods, control = _scored(base, methods, control)
     for arm in (base, *methods.values(), *([control] if control else [])):
         for (dataset, sample), score in zip(arm.keys, arm.score, strict=True):
             if score != score:
@@ -53,6 +58,7 @@ def negatives(
         int(found.eligible.sum()),
         len(base),
         compare([Part(base, methods, control)], margins, rule),
+        compare([Part(base, methods, control)], margins) if rule != Broken() else [],
         {name: paper.swapped(design, base.score, score, rule) for name, score in scores.items()},
         paper.sets(found.negative),
         paper.by_type(found, types),
@@ -61,22 +67,39 @@ def negatives(
     )
 
 
+def _scored(base: Arm, methods: Mapping[str, Arm], control: Arm | None) -> tuple[Arm, Mapping[str, Arm], Arm | None]:
+    """Without the datasets that have no score in any arm: chats, whose answers are not scored."""
+    arms = [base, *methods.values(), *([control] if control else [])]
+    known = {d for arm in arms for d, score in zip(arm.dataset, arm.score, strict=True) if score == score}
+    at = [i for i, d in enumerate(base.dataset) if d in known]
+    if not at:
+        raise UsageError(f"{base.source}: there are no scores in it")
+    if len(at) == len(base):
+        return base, methods, control
+    return base.take(at), {m: arm.take(at) for m, arm in methods.items()}, control.take(at) if control else None
+
+
 def _control(base: Arm, control: Arm | None) -> str:
     if control is None:
         return (
-            "No control: what noise alone breaks is not known, and verdicts are about the mean score only. "
+            "No control: what noise alone breaks is not known, so nothing is within margin. "
             "Compare with the uncompressed model once more, with other noise (--control)."
         )
     if same_answers(base, control):
         return (
-            "No floor measured: the control gave the baseline's very scores, and verdicts are about the mean score "
-            "only. A control needs noise (another seed, batch size, order of requests)."
+            "No floor measured: the control gave the baseline's very scores, so nothing is within margin. A control "
+            "needs noise (another seed, batch size, order of requests)."
         )
-    return "Excess: samples broken beyond those that the control, noise alone, breaks; share of the eligible."
+    changed = int((control.score != base.score).sum())
+    return (
+        f"The control, noise alone, changed {changed:,} of {len(base):,} scores. Excess: samples broken beyond those "
+        "it breaks; share of the eligible, in datasets where it changed anything."
+    )
 
 
 def as_json(found: Negatives) -> dict[str, Any]:
     """The figures, for a program."""
+    verdicts = {row.method: row.verdict for row in found.judged or found.rows}
     methods = {}
     for row in found.rows:
         broken, quality = row.effect("broken"), _quality(row)
@@ -90,7 +113,7 @@ def as_json(found: Negatives) -> dict[str, Any]:
             "net_harm_p": net.p if net else None,
             "mean_difference": quality.estimate.mean,
             "mean_interval": _ends(quality.estimate),
-            "verdict": row.verdict,
+            "verdict": verdicts[row.method],
         }
     return {
         "eligible": found.eligible,
@@ -126,8 +149,8 @@ def tables(found: Negatives) -> list[Table]:
             "healed."
         ],
     )
-    columns = ["method", "Δ score, points", "excess, %", "verdict"]
-    main = Table("against the baseline, 95 %", columns, list(map(_cells, found.rows)), _notes(found))
+    columns = ["method", "Δ score, points", "excess, %", "score alone", "verdict"]
+    main = Table("against the baseline, 95 %", columns, list(map(_cells, found.judged or found.rows)), _notes(found))
     types = [[f"{kind} ({n['eligible']})", *[str(n[m]) for m in names]] for kind, n in found.by_type.items()]
     both = [Table("negative by task type (eligible)", ["type", *names], types)]
     if found.sets:
@@ -149,7 +172,16 @@ def _count_cells(found: Negatives, row: Comparison) -> list[str]:
 
 def _cells(row: Comparison) -> list[str]:
     broken = row.effect("broken")
-    return [row.method, _span(_quality(row).estimate), _span(broken.estimate) if broken else "-", row.verdict]
+    return [
+        row.method,
+        _span(_quality(row).estimate),
+        _span(broken.estimate) if broken else "-",
+        _quality(row).verdict,
+        row.verdict,
+    ]
+
+
+OTHER_RULE = "Verdicts use the endpoint's own rule: below 90 % of the baseline's score, eligible from the mean on."
 
 
 def _span(x: Interval) -> str:
@@ -157,16 +189,17 @@ def _span(x: Interval) -> str:
 
 
 def _notes(found: Negatives) -> list[str]:
-    open_ = [(row.method, e) for row in found.rows for e in row.effects if e.verdict == "undecided"]
-    return [*found.notes, *(f"{method}, {e.endpoint}: {undecided(e)}" for method, e in open_)]
+    open_ = [(row.method, e) for row in found.judged or found.rows for e in row.effects if e.verdict == "undecided"]
+    said = [*found.notes, OTHER_RULE] if found.judged else found.notes
+    return [*said, *(f"{method}, {e.endpoint}: {undecided(e)}" for method, e in open_)]
 
 
 def undecided(e: Effect) -> str:
     """What this sample could have shown, and how many would decide."""
     shown = f"{e.visible:.1%}" if e.ratio or e.endpoint == "broken" else f"{100 * e.visible:.2g} points"
+    if math.isinf(e.estimate.se):
+        return f"undecided: {e.n:,} samples have no spread to judge by"
     said = f"undecided with {e.n:,} samples, which would have shown an effect of {shown} 4 times of 5"
     if e.needed == float("inf"):
         return f"{said}; no number of samples can find no effect within a margin of 0"
-    if e.needed < e.n and not e.estimate.unseen:
-        return f"{said}; a harmless method would have needed about {e.needed:,.0f}, so some harm is likely"
-    return f"{said}; a harmless method needs about {e.needed:,.0f}"
+    return f"{said}; a harmless method is found harmless with about {e.needed:,.0f}, 4 times of 5"

@@ -9,6 +9,7 @@ import numpy as np
 
 from kvsuite.analysis.effects import Part, compare
 from kvsuite.analysis.runs import noise
+from kvsuite.analysis.stats import FEW
 from kvsuite.analysis.verdict import Effect
 from kvsuite.errors import UsageError
 from kvsuite.margins import Margins
@@ -30,6 +31,10 @@ def plan(run: Run, margins: Margins) -> Table:
             for e in row.effects:
                 if 0 < e.estimate.se < math.inf:
                     rows.append(_cells(row.method, e, part))
+                    few = round(e.estimate.share * e.n)
+                    if few < FEW:
+                        said = f"from {few} large changes; half or twice as many prompts is possible"
+                        silent.append(f"{row.method}, {e.endpoint}: {said}.")
                 else:
                     silent.append(f"{row.method} changed no {e.endpoint}: no floor measured.")
     if not rows and not silent:

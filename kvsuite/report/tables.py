@@ -15,8 +15,7 @@ from kvsuite.report.verdicts import verdicts
 
 def tables(run: Run) -> list[Table]:
     """All tables of a run, the verdicts first."""
-    judged = verdicts(run)
-    found = [] if judged is None else [judged]
+    found = verdicts(run)
     timings = [r for r in run.records if isinstance(r, Timing)]
     for phase in ("decode", "prefill"):
         cells = speed_rows([t for t in timings if t.phase == phase])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kvsuite.cli import main
-from kvsuite.records import Answer, RunFolder, Timing, encode
+from kvsuite.records import Answer, RunFolder, Timing, encode, read
 from kvsuite.report import terminal
 
 FACTS = {
@@ -80,7 +80,7 @@ def test_the_same_answers_changed_nothing(told):
     left("a", *chats("full"), *chats("m", NOISY), *needles("full"), timing("m", 0.1, 0.11, 0.1))
     code, out, err = told("compare", "a", "a")
     assert (code, err) == (0, "")
-    assert "Nothing changed beyond noise. The same answers in both: full, m." in out
+    assert "Nothing changed that can be told. The same answers in both: full, m." in out
     assert "worse" not in out.split("p: of no change")[0].replace("not worse", "")
 
 
@@ -91,7 +91,7 @@ def test_a_change_is_found_and_named(told):
     left("b", *chats("full"), *needles("full"), *worse)
     _, out, _ = told("compare", "a", "b")
     assert "b against a" in out
-    assert "Changed beyond noise: m: quality; m: length; m, decode 8 · 512: speed." in out
+    assert "Changed (p < 5 % after Holm): m: quality; m: length." in out
     assert "The same answers in both: full." in out
     assert f"m length {np.round(LENGTHS * 1.25).sum() / LENGTHS.sum():.2f} ×" in out
     assert [word in out for word in ("m quality -", "speed 0.68 ×", "worse")] == [True] * 3
@@ -104,7 +104,7 @@ def test_noise_is_no_change(told):
     left("a", *chats("full"), *chats("m"))
     left("b", *chats("full"), *chats("m", NOISY))
     _, out, _ = told("compare", "a", "b", "--margins", "length=0.2")
-    assert "Nothing changed beyond noise." in out
+    assert "Nothing changed that can be told." in out
     assert "not worse" in out
     assert "undecided" in told("compare", "a", "b", "--margins", "length=0.001")[1]
 
@@ -114,8 +114,8 @@ def test_seconds_of_full_are_compared_on_one_machine_only(told):
     left("a", before, timing("m", 0.1, 0.1))
     left("b", after, timing("m", 0.1, 0.1))
     left("elsewhere", after, timing("m", 0.1, 0.1), facts=FACTS | {"environment": {"cpu": "another"}})
-    assert "Changed beyond noise: full, decode 8 · 512: speed." in told("compare", "a", "b")[1]
-    assert "Nothing changed beyond noise." in told("compare", "a", "elsewhere")[1]
+    assert "full, decode 8 · 512 speed" in told("compare", "a", "b")[1], "shown, but no verdict"
+    assert "full, decode" not in told("compare", "a", "elsewhere")[1]
 
 
 @pytest.mark.parametrize(
@@ -150,18 +150,19 @@ def test_what_cannot_be_compared_is_said(told):
 def test_two_results_are_compared_like_runs(told):
     left("a", *chats("full"), *chats("m", np.round(LENGTHS * 1.25)))
     code, out, _ = told("compare", "a#full", "a#m")
-    assert (code, "Changed beyond noise: answers: length." in out) == (0, True)
+    assert (code, "Changed (p < 5 % after Holm): answers: length." in out) == (0, True)
     left("b", *chats("full")[:-2])
-    assert "b has no sample q58 of chat, which a has (and 1 more)" in one_line(told("compare", "a#full", "b#full"))
+    said = one_line(told("compare", "a#full", "b#full"))
+    assert "b/records.jsonl#full has no sample q58 of chat, which a/records.jsonl#full has (and 1 more)" in said
     assert "left out of chat: 2 of 60" in told("compare", "a#full", "b#full", "--allow-missing")[1]
 
 
-def test_a_line_torn_at_the_end_is_skipped_and_one_in_the_middle_is_not(told):
+def test_a_torn_line_is_told(told):
     left("a", *chats("full"))
     left("b", *chats("full"))
     with Path("b/records.jsonl").open("a") as file:
         file.write(encode(chats("full")[0])[:70])
-    assert told("compare", "a", "b")[0] == 0
+    assert "b/records.jsonl is cut off at its end" in one_line(told("compare", "a", "b"))
     with Path("b/records.jsonl").open("a") as file:
         file.write("\n" + encode(chats("full")[0]) + "\n")
     assert "b/records.jsonl line 61: " in one_line(told("compare", "a", "b"))
@@ -174,7 +175,10 @@ def test_a_line_is_what_ends_with_a_newline(told, how):
     left("a", *(replace(a, text=text) for a in chats("full")))
     with Path("a/records.jsonl").open("ab") as file:
         file.write({"torn inside a letter": b'{"text": "\xe2\x82', "a number alone": b"5"}.get(how, b""))
-    assert told("compare", "a", "a")[0] == 0
+    torn = how != "a line separator in an answer"
+    assert len(read(Path("a")).records) == 60
+    assert read(Path("a")).torn == torn
+    assert told("compare", "a", "a")[0] == (2 if torn else 0)
 
 
 @pytest.mark.parametrize("lost", ["failed", "missing", "all failed"])
@@ -205,7 +209,9 @@ def test_a_plan_from_two_seeds_is_the_formulas(told):
     hours, minutes, seconds = map(int, time.split(":"))
     assert 3600 * hours + 60 * minutes + seconds == 3 * int(prompts.replace(",", "")), "1.5 s an answer, two arms"
     wider = told("plan", "a", "--margins", "length=0.01")[1].split(" seed length ")[1].split()[2]
-    assert int(prompts.replace(",", "")) / int(wider.replace(",", "")) == pytest.approx(3.9, rel=0.05)
+    assert int(prompts.replace(",", "")) / int(wider.replace(",", "")) == pytest.approx(3.3, abs=0.7), (
+        "less than 4, since few lengths change much"
+    )
 
 
 def test_one_control_plans_what_it_can_and_two_plan_broken(told):

@@ -103,7 +103,7 @@ def test_the_json_is_the_issues_shape_and_nothing_else(told, control):
             len(end) == 2 and end[0] <= x <= end[1]
             for end, x in zip(ends, (row["mean_difference"], row["excess"]), strict=False)
         )
-    said = {"none": "No control", "noise": "Excess: ", "identical": "No floor measured"}
+    said = {"none": "No control", "noise": "The control, noise alone, changed ", "identical": "No floor measured"}
     assert err.startswith(said["none" if not control else "noise" if floor else "identical"])
 
 

@@ -24,13 +24,22 @@ def mean_of(x, clusters=None, datasets=None, **more):
 
 
 def test_draws_take_whole_clusters_of_every_dataset():
-    weights = bootstrap(Design.of(list("aaaaaabbbbc"), list("00112200113")), np.eye(11), draws=200).sums
+    clusters = [d + c for d, c in zip("aaaaaabbbbcc", "001122001100", strict=True)]
+    weights = bootstrap(Design.of(list("aaaaaabbbbcc"), clusters), np.eye(12), draws=200).sums
     assert np.allclose(weights[:, :6].sum(1), 6)
-    assert np.allclose(weights[:, 6:10].sum(1), 4)
-    assert (weights[:, 10] == 1).all(), "one cluster alone has no spread"
-    assert (weights[:, 0:10:2] == weights[:, 1:10:2]).all()
-    assert set(np.unique((weights[:, :6] * 2 / 3).round(9))) == {0, 1, 2}, "two of three are drawn, each counts 3/2"
+    assert np.allclose(weights[:, 6:].sum(1), 6), "a dataset of one document is drawn with the smallest other"
+    assert (weights[:, 0::2] == weights[:, 1::2]).all()
+    for column in (0, 10):
+        assert set(np.unique((weights[:, column] * 2 / 3).round(9))) == {0, 1, 2}, "two of three are drawn, for 3/2"
     assert not (weights[:, 0] == weights[:, 6]).all(), "a cluster belongs to its dataset"
+
+
+def test_a_document_in_two_datasets_is_drawn_once():
+    design = Design.of(list("aaabbbcc"), ["1", "2", "3", "1", "2", "3", "x", "y"])
+    weights = bootstrap(design, np.eye(8), draws=200).sums
+    assert (weights[:, :3] == weights[:, 3:6]).all()
+    assert [len(at) for at in design.datasets] == [3, 3, 2]
+    assert sorted(design.counts) == [2, 3]
 
 
 def test_no_draw_depends_on_how_many_are_held_at_once(monkeypatch):
@@ -123,20 +132,29 @@ def test_order_moves_an_interval_by_the_noise_of_the_draws_and_more_samples_narr
 
 @pytest.mark.parametrize("rule", ["mean", "median"])
 def test_who_is_eligible_is_asked_again_in_every_draw(rule):
-    datasets, clusters = list("aaaaaaabbbbbcde"), list("012234500123000")
+    datasets = list("aaaaaaabbbbbcde")
+    clusters = [d + c for d, c in zip(datasets, "012234500123000", strict=True)]
     base = np.append(np.random.default_rng(4).choice([0, 0.25, 0.5, 1], 12), [0.25, 0.5, 0])
     design = Design.of(datasets, clusters)
     found = bootstrap(design, np.eye(15), base, np.eye(15), rule, draws=300)
     for weights, among in zip(found.sums, found.eligible, strict=True):
-        for name, scale in {"a": 6 / 5, "b": 4 / 3, "c": 0, "d": 0, "e": 0}.items():
+        for name, scale in {"a": 6 / 5, "b": 4 / 3, "c": 3 / 2, "d": 3 / 2, "e": 3 / 2}.items():
             mine = [i for i in range(15) if datasets[i] == name]
-            drawn = [base[i] for i in mine for _ in range(round(weights[i] / scale) if scale else 1)]
-            level = getattr(np, rule)(drawn)  # of a dataset of one sample always its own score
+            drawn = [base[i] for i in mine for _ in range(round(weights[i] / scale))]
+            level = getattr(np, rule)(drawn) if drawn else 0  # of a dataset of one sample always its own score
             assert [among[i] for i in mine] == [weights[i] * (base[i] > 0 and base[i] >= level) for i in mine]
     top, bottom = found.eligible @ base, found.eligible.sum(1)
     mine = estimate(design, [Ratio(base, eligible=True)], base, rule, draws=300)[0]
     shares = (top / np.where(bottom, bottom, np.nan))[bottom > 0]
     assert (mine.mean, mine.se) == pytest.approx((base[eligible(design, base, rule)].mean(), shares.std()))
+
+
+@pytest.mark.parametrize("score", [0.1, 0.7, 1 / 3])
+def test_equal_scores_are_all_eligible_in_every_draw(score):
+    base = np.full(7, score)
+    found = bootstrap(Design.alone(7), np.eye(7), base, np.eye(7), draws=300)
+    assert (found.eligible == found.sums).all()
+    assert eligible(Design.alone(7), base).all()
 
 
 def test_an_interval_ends_where_the_figure_must():
