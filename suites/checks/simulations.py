@@ -254,7 +254,7 @@ def _planned(about: str, base: Arm, control: Arm, margin: float, ratio: bool) ->
                 share,
                 predicted - 0.05,
                 predicted + 0.05,
-                500,
+                PLANTED,
             )
         )
     return rows
