@@ -343,7 +343,7 @@ def _arm(names: list[tuple[str, str]], score: np.ndarray | None = None, tokens: 
 
 
 def documents() -> list[Row]:
-    """60 documents of 5 samples that share most of their noise; and a dataset of one document beside another dataset."""
+    """60 documents of 5 samples that share most of their noise; a dataset of one document beside another dataset."""
     names = [("d", f"document {i // 5}") for i in range(300)]
     lone = [("one", "document")] * 200 + [("many", str(i)) for i in range(50)]
 
