@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 
 @dataclass(frozen=True)
@@ -51,3 +52,57 @@ class Response:
     """The class that stored and attended, with its module."""
     path: str = ""
     """The codec, and whether a fused kernel or the reference ran: ``kivi/unfused``."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request to a server, in the words of OpenAI's chat completions."""
+
+    id: str
+    messages: tuple[Mapping[str, Any], ...]
+    """``{"role": …, "content": …}``, system and tool messages included."""
+    max_tokens: int | None = None
+    """None leaves the end to the server."""
+    temperature: float = 0.0
+    seed: int | None = None
+    tools: tuple[Mapping[str, Any], ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields of the body, such as vLLM's ``cache_salt``."""
+
+
+@dataclass
+class Reply:
+    """What came back, and when. Seconds count from the moment of sending; a reply with an ``error`` failed."""
+
+    id: str
+    text: str = ""
+    reasoning: str = ""
+    """What the model thought aloud (``reasoning_content`` or ``reasoning``): it is waited and paid for like text."""
+    tool_calls: str = ""
+    """Names and arguments of tool calls, joined as they came."""
+    finish: str = ""
+    """stop, length, tool_calls …, as the server said; empty where it did not say."""
+    tokens: int = 0
+    """Tokens generated, reasoning and tool calls included."""
+    counted: Literal["usage", "tokenizer", "chunks"] = "usage"
+    """Who counted them: the server, the model's tokenizer, or one for each chunk that brought something."""
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    """Of the prompt, those the server found in its prefix cache, where it says."""
+    start: float = 0.0
+    """When it was sent, ``time.perf_counter()``."""
+    ttft: float = 0.0
+    """To the first chunk that brought text, reasoning or a tool call."""
+    gaps: list[float] = field(default_factory=list)
+    """Between such chunks; a chunk may bring several tokens."""
+    seconds: float = 0.0
+    """To the end of the stream."""
+    retries: int = 0
+    error: str = ""
+
+
+class Backend(Protocol):
+    """Whatever answers an `Ask`: a server behind a URL, or an engine in this process."""
+
+    async def ask(self, ask: Ask) -> Reply:
+        """Never raises for what the engine does wrong: that is a `Reply` with an ``error``."""
