@@ -1,0 +1,269 @@
+"""A streaming client of OpenAI's chat completions, as vLLM, SGLang, LMDeploy and llama.cpp serve them."""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import ipaddress
+import json
+import random
+import time
+import urllib.request
+from collections.abc import Callable
+from typing import Self
+
+from kvsuite.engines.request import Ask, Reply
+from kvsuite.engines.stream import Events, Failure, Heard, said
+from kvsuite.errors import UsageError
+
+try:
+    import httpx
+
+    from kvsuite.engines.wire import IDLE, Connection, Wire
+except ImportError as error:
+    raise UsageError("asking a server needs httpx: pip install 'kvsuite[client]'") from error
+
+BACKOFF = 0.5
+"""Seconds before the first retry, twice as many before the next; by chance half as many up to 1.5 times, so that those
+who were refused together do not return together."""
+JSON = {"Content-Type": "application/json"}
+LINGER = 0.5
+"""Seconds that a stream has to end after [DONE]; then its connection can be used again."""
+
+
+class Client:
+    """Asks one server, any number of things at a time. It belongs to the event loop that uses it first.
+
+    ``url`` is the server's root, with or without /v1; ``model`` the one to ask for, else the first that it names.
+    Seconds: ``connect`` for a connection; ``first`` to the first token and ``total`` to the end, both from the first
+    attempt; ``between`` tokens. ``count`` counts the tokens of a text; it is used where the server does not say them.
+    Raises UsageError for what is no URL or no time.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str = "",
+        *,
+        key: str | None = None,
+        connect: float = 10,
+        first: float = 120,
+        between: float = 60,
+        total: float = 600,
+        count: Callable[[str], int] | None = None,
+        retries: int = 3,
+    ) -> None:
+        if not all(seconds > 0 for seconds in (connect, first, between, total)) or retries < 0:
+            raise UsageError("a client's timeouts must be over 0 seconds, its retries at least 0")
+        self.url, self.model = url.rstrip("/").removesuffix("/v1").rstrip("/"), model
+        self.connect, self.first, self.between, self.total = connect, first, between, total
+        self.count, self.retries = count, retries
+        self._http = _http(self.url, key, connect)
+        self._usage: bool | None = None
+        """Whether the server takes ``stream_options``; None before it has shown."""
+        self._naming: asyncio.Task[list[str]] | None = None
+        self._counting = asyncio.Lock()
+
+    async def ask(self, ask: Ask) -> Reply:
+        """The answer; where it fails, what came of it and the ``error``. Asks again only where nothing was done yet: no
+        connection, 429 and 503. Its clock starts with the first attempt."""
+        heard = Heard(reply := Reply(ask.id, start=time.perf_counter()))
+        try:
+            self.model = self.model or await self._name()
+            await self._insist(ask, heard)
+        except (Failure, OSError, UsageError) as error:
+            reply.error = str(error)
+        reply.seconds = (time.perf_counter() if reply.error else heard.end) - reply.start
+        text = heard.close()
+        if heard.tokens is not None:
+            reply.tokens = heard.tokens
+        elif self.count is None:
+            reply.tokens, reply.counted = heard.chunks, "chunks"
+        else:
+            async with self._counting:  # in a thread, as other streams run on; one at a time, as tokenizers have state
+                reply.tokens = await asyncio.to_thread(self.count, text) if text else 0
+            reply.counted = "tokenizer"
+        if reply.error and heard.chunks:
+            reply.error += f" after {reply.tokens} {'chunks' if reply.counted == 'chunks' else 'tokens'}"
+        return reply
+
+    async def models(self) -> list[str]:
+        """The models that it serves. Raises UsageError where it names none, OSError where nothing answers."""
+        status, text = await self.get("/v1/models")
+        try:
+            names = [str(model["id"]) for model in json.loads(text)["data"]]
+        except (ValueError, TypeError, KeyError):
+            names = []
+        if status != 200 or not names:
+            raise UsageError(f"{self.url}/v1/models names no model (HTTP {status}: {said(text)})")
+        return names
+
+    async def get(self, path: str) -> tuple[int, str]:
+        """Status and text of a page such as ``/metrics``. Raises OSError, one sentence, where nothing answers."""
+        return await self._page("GET", path)
+
+    async def post(self, path: str) -> tuple[int, str]:
+        """The same of a POST without a body, such as ``/reset_prefix_cache``."""
+        return await self._page("POST", path)
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def _name(self) -> str:
+        """The first model, by one question for all who want to know; one that failed is put again."""
+        if self._naming is None or self._naming.done():
+            self._naming = asyncio.create_task(self.models())
+        return (await asyncio.shield(self._naming))[0]
+
+    async def _page(self, method: str, path: str) -> tuple[int, str]:
+        try:
+            async with asyncio.timeout(self.between):
+                response = await self._http.request(method, path)
+        except TimeoutError:
+            raise TimeoutError(f"{self.url}{path}: no answer within {self.between:g} s") from None
+        except httpx.HTTPError as error:
+            raise ConnectionError(f"{self.url}{path}: {_reason(error)}") from error
+        return response.status_code, response.text
+
+    async def _insist(self, ask: Ask, heard: Heard) -> None:
+        """Until there is an answer. Raises Failure where there is none."""
+        clock, usage = asyncio.get_running_loop().time, self._usage is not False
+        body = self._body(ask, usage)  # before the clock starts: a long prompt takes milliseconds
+        begin, heard.reply.start = clock(), time.perf_counter()
+        end = begin + self.total
+        try:
+            async with asyncio.timeout_at(min(begin + self.first, end)) as limit:
+                while True:
+                    try:
+                        await self._attempt(body, heard, limit, end)
+                    except Failure as failure:
+                        if usage and not self._usage and failure.status in (400, 422):
+                            usage, body = False, self._body(ask, False)  # if it was not that, the server says so again
+                            continue
+                        await self._pause(failure, heard.reply, limit)
+                    else:
+                        self._usage = usage
+                        return
+        except TimeoutError:
+            if heard.whole:
+                return
+            if limit.when() == end:
+                raise Failure(f"not finished within {self.total:g} s") from None
+            raise Failure(f"no token within {self.between if heard.chunks else self.first:g} s") from None
+
+    async def _attempt(self, body: bytes, heard: Heard, limit: asyncio.Timeout, end: float) -> None:
+        """Send it once and listen to the end, moving the limit on with every token."""
+        try:
+            async with self._http.stream("POST", "/v1/chat/completions", content=body, headers=JSON) as response:
+                if response.status_code != 200 or "json" in response.headers.get("content-type", ""):
+                    raise await _refusal(response)
+                await self._listen(response, heard, limit, end)
+        except httpx.ConnectTimeout:
+            raise Failure(f"no connection within {self.connect:g} s") from None
+        except httpx.ConnectError as error:
+            raise Failure(f"no connection: {_reason(error)}", again=True) from error
+        except httpx.HTTPError as error:
+            if not heard.whole:
+                raise Failure(f"the connection broke ({_reason(error)})") from error
+        if not heard.whole:
+            raise Failure("the stream ended before the answer did")
+
+    async def _listen(self, response: httpx.Response, heard: Heard, limit: asyncio.Timeout, end: float) -> None:
+        clock, events = asyncio.get_running_loop().time, Events()
+        wire = response.extensions.get("connection")
+        async for chunk in response.aiter_raw():  # aiter_lines would decode and split it before we see the clock
+            at = wire.arrived if isinstance(wire, Connection) else time.perf_counter()
+            moved = [heard.hear(data, at) for data in events.feed(chunk) if not heard.done]
+            if any(moved):
+                limit.reschedule(min(clock() + (LINGER if heard.done else self.between), end))
+
+    async def _pause(self, failure: Failure, reply: Reply, limit: asyncio.Timeout) -> None:
+        """Wait for another attempt. Raises the failure where there shall be none, or none in time."""
+        pause, when = failure.after, limit.when()
+        if pause is None:
+            pause = BACKOFF * 2**reply.retries * random.uniform(0.5, 1.5)
+        late = when is not None and asyncio.get_running_loop().time() + pause >= when
+        if not failure.again or late or reply.retries >= self.retries:
+            raise failure
+        reply.retries += 1
+        await asyncio.sleep(pause)
+
+    def _body(self, ask: Ask, usage: bool) -> bytes:
+        body = {
+            "model": self.model,
+            "messages": [dict(message) for message in ask.messages],
+            "stream": True,
+            "temperature": ask.temperature,
+        }
+        if usage:
+            body["stream_options"] = {"include_usage": True}
+        if ask.max_tokens is not None:
+            body["max_tokens"] = ask.max_tokens
+        if ask.seed is not None:
+            body["seed"] = ask.seed
+        if ask.tools:
+            body["tools"] = [dict(tool) for tool in ask.tools]
+        return json.dumps({**body, **ask.extra}).encode()
+
+
+def _http(url: str, key: str | None, connect: float) -> httpx.AsyncClient:
+    """One for all streams, without a limit on connections: a limit would queue requests, and hide that."""
+    try:
+        at = httpx.URL(url)
+    except httpx.InvalidURL:
+        at = httpx.URL("")
+    if at.scheme not in ("http", "https") or not at.host:
+        raise UsageError(f"{url!r} is not the URL of a server: write it like http://127.0.0.1:8000")
+    if key and not (key.isascii() and key.isprintable()):
+        raise UsageError("a server's key is made of printable ASCII characters")
+    here = _loopback(at.host)
+    direct = at.scheme == "http" and (here or not urllib.request.getproxies())
+    return httpx.AsyncClient(
+        base_url=at,
+        headers={"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {}),
+        timeout=httpx.Timeout(None, connect=connect),
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=20, keepalive_expiry=IDLE),
+        trust_env=not here,  # a proxy for the world outside has no business here
+        transport=Wire(at.host, at.port or 80) if direct else None,
+    )
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+async def _refusal(response: httpx.Response) -> Failure:
+    """What an answer says that is no stream."""
+    status = response.status_code
+    await response.aread()
+    text = f"HTTP {status}{', but no stream' if status == 200 else ''}: {said(response.text) or response.reason_phrase}"
+    after = _seconds(response.headers.get("retry-after", ""))
+    if after is not None:
+        text += f" (come back in {after:.0f} s)"
+    return Failure(text, status, status in (429, 503), after)
+
+
+def _seconds(after: str) -> float | None:
+    """Retry-After: seconds or a date; None for what is neither."""
+    try:
+        return max(0.0, float(after))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(after).timestamp() - time.time())
+    except ValueError:
+        return None
+
+
+def _reason(error: httpx.HTTPError) -> str:
+    return str(error).rstrip(".") or type(error).__name__
