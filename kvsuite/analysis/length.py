@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvsuite.analysis.resample import Design, Floats
-from kvsuite.analysis.samples import BASELINE, floored
+from kvsuite.analysis.samples import floored
 from kvsuite.analysis.stats import Asked, Interval, Ratio, estimate
 from kvsuite.columns import Arm
 from kvsuite.errors import UsageError
@@ -42,29 +42,28 @@ class LengthRow:
     """Bytes held at the end against the uncompressed K and V of the same tokens: 1 where the method never acted."""
 
 
-def length_rows(answers: Sequence[Answer]) -> list[LengthRow]:
+def length_rows(answers: Sequence[Answer], base: str = "full") -> list[LengthRow]:
     """One task's answers of all arms, in order of appearance. Errors and time-outs are failures, never short answers.
     Raises UsageError where two arms had different caps for a prompt."""
     arms = dict.fromkeys((a.method, a.repeat) for a in answers)
     good = {arm: {a.sample: a for a in answers if (a.method, a.repeat) == arm and a.status == "ok"} for arm in arms}
-    baseline = good.get((BASELINE, 0), {})
+    baseline = good.get((base, 0), {})
     rows = []
     for arm in arms:
         errors = [a.error for a in answers if (a.method, a.repeat) == arm and a.status == "failed"]
         counts = (*arm, len(good[arm]) + len(errors), len(errors), errors[0] if errors else "")
         pairs = [(a, baseline[a.sample]) for a in good[arm].values() if a.sample in baseline]
-        rows.append(_row(counts, pairs))
+        rows.append(_row(counts, pairs, itself=arm == (base, 0)))
     return rows
 
 
-def _row(counts: tuple[str, int, int, int, str], pairs: list[tuple[Answer, Answer]]) -> LengthRow:
+def _row(counts: tuple[str, int, int, int, str], pairs: list[tuple[Answer, Answer]], itself: bool) -> LengthRow:
     for a, b in pairs:
         if a.cap != b.cap:
             raise UsageError(f"sample {a.sample}: {a.method} had a cap of {a.cap} tokens, the baseline {b.cap}")
     if not pairs:
         return LengthRow(*counts)
-    mine, theirs = [len(a.tokens) for a, _ in pairs], [len(b.tokens) for _, b in pairs]
-    itself = counts[:2] == (BASELINE, 0)
+    mine, theirs = [a.length for a, _ in pairs], [b.length for _, b in pairs]
     dense = sum(a.dense_end for a, _ in pairs)
     return LengthRow(
         *counts,
@@ -73,7 +72,7 @@ def _row(counts: tuple[str, int, int, int, str], pairs: list[tuple[Answer, Answe
         tokens=sum(mine) / len(mine),
         capped=sum(a.finish == "length" for a, _ in pairs),
         baseline_capped=sum(b.finish == "length" for _, b in pairs),
-        same=sum(a.tokens == b.tokens for a, b in pairs),
+        same=sum(a.said == b.said for a, b in pairs),
         longer=sum(2 * m >= 3 * t for m, t in zip(mine, theirs, strict=True)),
         shorter=sum(3 * m <= 2 * t for m, t in zip(mine, theirs, strict=True)),
         ratio=sum(a.nbytes_end for a, _ in pairs) / dense if dense else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from kvsuite.analysis.effects import Part
-from kvsuite.analysis.samples import BASELINE
+from kvsuite.analysis.serving import checks, served_rows
 from kvsuite.analysis.speed import speed_rows
 from kvsuite.analysis.stats import log_change
 from kvsuite.analysis.verdict import Effect, effect
@@ -14,24 +14,24 @@ from kvsuite.margins import Margins
 from kvsuite.readers.run import answers, arms
 from kvsuite.records import Run, Timing
 
-CONTROL = "jitter"
-"""How the names of methods begin that only add noise of rounding size."""
-OTHER_SEED = "full, other seed"
+FULL = "full"
+"""What methods in this process are timed against."""
+OTHER_SEED = "other seed"
 
 
 def parts(run: Run) -> list[Part]:
     """The run's methods against ``full``: scored tasks, and chats."""
-    return [part for known in _arms(run) for part in _parts(known, controls=False)]
+    return [part for known in _arms(run) for part in _parts(run, known, controls=False)]
 
 
 def noise(run: Run) -> list[Part]:
     """The run's controls against ``full`` as if they were methods: what no effect looks like here."""
     found = []
     for known in _arms(run):
-        found += _parts(known, controls=True)
-        base = known.get(BASELINE, [])
+        found += _parts(run, known, controls=True)
+        base = known.get(run.baseline, [])
         if len(base) > 1 and (pair := _shared(base[:1], base[1:2], [])):
-            found.append(Part(pair[0], {OTHER_SEED: pair[1]}))
+            found.append(Part(pair[0], {f"{run.baseline}, {OTHER_SEED}": pair[1]}))
     return found
 
 
@@ -42,21 +42,24 @@ def _arms(run: Run) -> list[dict[str, list[Arm]]]:
         repeats: dict[str, list[Arm]] = {}
         for (method, _), arm in sorted(arms(run, evaluation).items(), key=lambda item: item[0][1]):
             repeats.setdefault(method, []).append(arm)
+        if evaluation == "length" and run.sampled:  # a server's A/A arm has other seeds, too
+            again = [repeats.pop(method) for method in list(repeats) if run.is_control(method)]
+            repeats.get(run.baseline, []).extend(arm for arms in again for arm in arms)
         found.append(repeats)
     return found
 
 
-def _parts(known: dict[str, list[Arm]], controls: bool) -> list[Part]:
+def _parts(run: Run, known: dict[str, list[Arm]], controls: bool) -> list[Part]:
     """Methods that answered the same samples share a part. With several seeds of the baseline, sampling is the noise
     and the next seed the control; with one, rounding is, and one control is the floor of another."""
-    base = known.get(BASELINE, [])
+    base = known.get(run.baseline, [])
     sampled = len(base) > 1
-    rounding = [method for method in known if method.startswith(CONTROL)]
+    noises = [method for method in known if run.is_control(method)]
     shared: dict[tuple[str, tuple[Key, ...]], tuple[Arm, dict[str, Arm], Arm | None]] = {}
     for method, repeats in known.items():
-        if method == BASELINE or method.startswith(CONTROL) != controls or not base:
+        if method == run.baseline or run.is_control(method) != controls or not base:
             continue
-        floor = BASELINE if sampled else next((other for other in rounding if other != method), "")
+        floor = run.baseline if sampled else next((other for other in noises if other != method), "")
         control = base[1:] + base[:1] if sampled else known.get(floor, [])
         count = min(len(repeats), len(base), len(control) or 1)
         if trio := _shared(base[:count], repeats[:count], control[:count]):
@@ -83,11 +86,11 @@ def changes(one: Run, other: Run) -> list[Part]:
     own control; a method has none."""
     found = []
     for before, after in zip(_arms(one), _arms(other), strict=True):
-        base = before.get(BASELINE, [])
+        base = before.get(one.baseline, [])
         sampled = len(base) > 1
-        rounding = next((before[method] for method in before if method.startswith(CONTROL)), [])
+        noise = next((before[method] for method in before if one.is_control(method)), [])
         for method in (m for m in before if m in after):
-            control = [] if method != BASELINE else base[1:] + base[:1] if sampled else rounding
+            control = [] if method != one.baseline else base[1:] + base[:1] if sampled else noise
             count = min(len(before[method]), len(after[method]), len(control) or 1)
             if trio := _shared(before[method][:count], after[method][:count], control[:count]):
                 mine, arm, floor = trio
@@ -127,15 +130,24 @@ def _answered(run: Run) -> dict[str, set[tuple[str, str, int]]]:
 
 
 def speeds(run: Run, margins: Margins) -> list[tuple[str, Effect]]:
-    """Decode speed of every method at the widest, longest cell, as a multiple of ``full``'s. What ran without a kernel
-    is not judged by its speed."""
+    """Decode speed of every method at the widest, longest cell, as a multiple of ``full``'s; of servers, tokens per
+    second of the last load. What ran without a kernel, and what is broken, is not judged by its speed."""
+    served = served_rows(run)
+    if served:
+        left_out = {run.baseline} | {method for method, check in checks(run).items() if check.broken}
+        return [
+            (row.method, effect("speed", row.ratios["rate"], margins.speed, -1, row.blocks, None, ratio=True))
+            for row in served
+            if row.cell == served[-1].cell and "rate" in row.ratios
+            if row.method not in left_out and not run.is_control(row.method)
+        ]
     rows = speed_rows(list(_timings(run).values()))
     cells = [(row.width, row.length) for row in rows if row.phase == "decode"]
     return [
         (row.method, effect("speed", row.speedup, margins.speed, -1, row.rounds, None, ratio=True))
         for row in rows
         if row.phase == "decode" and (row.width, row.length) == max(cells) and row.speedup is not None
-        if row.method not in (BASELINE, "transformers") and row.path and not row.path.endswith("/unfused")
+        if row.method not in (FULL, "transformers") and row.path and not row.path.endswith("/unfused")
     ]
 
 
@@ -147,7 +159,7 @@ def speed_changes(one: Run, other: Run, margins: Margins) -> list[tuple[str, Eff
     same = all(one.facts["environment"].get(key) == other.facts["environment"].get(key) for key in machine)
     found = []
     for cell, timing in before.items():
-        if cell not in after or (timing.method == BASELINE and not same):
+        if cell not in after or (timing.method == FULL and not same):
             continue
         logs = [_logs(x) for x in (timing, after[cell])]
         if min(map(len, logs)) < 2:
@@ -164,6 +176,6 @@ def _timings(run: Run) -> dict[tuple[str, str, int, int], Timing]:
 
 
 def _logs(timing: Timing) -> list[float]:
-    if timing.method == BASELINE:
+    if timing.method == FULL:
         return [-math.log(s) for s in timing.seconds]
     return [math.log(b / s) for s, b in zip(timing.seconds, timing.baseline_seconds, strict=True)]

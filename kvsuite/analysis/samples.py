@@ -13,8 +13,6 @@ from kvsuite.columns import Arm
 from kvsuite.errors import UsageError
 from kvsuite.records import Answer
 
-BASELINE = "full"
-
 
 @dataclass(frozen=True)
 class SampleRow:
@@ -28,7 +26,7 @@ class SampleRow:
     score: Interval | None = None
     pairs: int = 0
     same: int = 0
-    """Of ``pairs`` answers, those with the very tokens of the baseline's."""
+    """Of ``pairs`` answers, those that are the baseline's to the token, or to the letter."""
     nbytes: float | None = None
     """Mean bytes held after the prompt."""
     ratio: float | None = None
@@ -38,11 +36,11 @@ class SampleRow:
     """Tokens per second; the first token of an answer belongs to the prefill."""
 
 
-def sample_rows(answers: Sequence[Answer]) -> list[SampleRow]:
+def sample_rows(answers: Sequence[Answer], base: str = "full") -> list[SampleRow]:
     """One task's answers of all methods, in order of appearance. Failures count as failures, never as scores."""
     methods = dict.fromkeys(a.method for a in answers)
     good = {m: {a.sample: a for a in answers if a.method == m and a.status == "ok"} for m in methods}
-    baseline = good.get(BASELINE, {})
+    baseline = good.get(base, {})
     return [_row(m, [a for a in answers if a.method == m], good[m], baseline) for m in methods]
 
 
@@ -58,11 +56,11 @@ def _row(method: str, answers: list[Answer], good: dict[str, Answer], baseline: 
         *counts,
         score=mean_interval(scores) if scores else None,
         pairs=len(paired),
-        same=sum(a.tokens == b.tokens for a, b in paired),
+        same=sum(a.said == b.said for a, b in paired),
         nbytes=sum(a.nbytes for a in mine) / len(mine),
-        ratio=sum(a.nbytes for a, _ in paired) / sum(b.nbytes for _, b in paired) if paired else None,
+        ratio=sum(a.nbytes for a, _ in paired) / held if (held := sum(b.nbytes for _, b in paired)) else None,
         prefill=_rate(sum(a.prompt_tokens for a in mine), sum(a.prefill_seconds for a in mine)),
-        decode=_rate(sum(len(a.tokens) - 1 for a in mine), sum(a.decode_share for a in mine)),
+        decode=_rate(sum(a.length - 1 for a in mine), sum(a.decode_share for a in mine)),
     )
 
 

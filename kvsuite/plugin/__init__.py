@@ -9,6 +9,8 @@ import pytest
 
 from kvsuite.errors import UsageError
 from kvsuite.plugin import hooks, options
+from kvsuite.plugin.local import Local
+from kvsuite.plugin.serving import Serving
 from kvsuite.plugin.session import Session
 from kvsuite.records import read
 from kvsuite.report import markdown, terminal
@@ -40,7 +42,10 @@ def pytest_configure(config: pytest.Config) -> None:
     except UsageError as error:
         raise pytest.UsageError(str(error)) from error
     folder = Path(worker["kv_run"]) if worker else None
-    config.stash[SESSION] = Session(asked, worker.get("workerid", ""), folder)
+    kind = Local if asked.servers is None else Serving
+    if kind is Serving and getattr(config.option, "dist", "no") != "no":
+        raise pytest.UsageError("servers are asked from one process: run without -n")
+    config.stash[SESSION] = kind(asked, worker.get("workerid", ""), folder)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -68,12 +73,15 @@ def pytest_configure_node(node: Any) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test per method, task, batch and length where a test asks for them; tasks are those of its evaluation."""
+    """One test per method, server, task, batch and length where a test asks for them; tasks are those of its
+    evaluation."""
     session = metafunc.config.stash[SESSION]
     asked, own = session.options, {m.name for m in metafunc.definition.iter_markers()}
     tasks = [task.name for task in session.tasks if task.evaluation in own]
     values: dict[str, tuple[Any, Any]] = {
-        "kv_method": (asked.methods, lambda method: method.name),
+        "kv_method": (asked.methods if asked.servers is None else (), lambda method: method.name),
+        "kv_arm": (asked.arms, lambda name: name.replace(" ", "-")),
+        "kv_cell": (session.cells if isinstance(session, Serving) else (), lambda cell: cell.name.replace(" ", "-")),
         "kv_task": (tasks, str),
         "kv_batch": (asked.batch, lambda width: f"b{width}"),
         "kv_length": (asked.length, lambda tokens: f"l{tokens}"),
@@ -87,8 +95,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under pytest-xdist speed is not timed: other work runs beside it."""
-    for item in items if config.stash[SESSION].worker else ():
+    """Tests of methods in this process are left out where servers are compared, and the other way round. Under
+    pytest-xdist speed is not timed: other work runs beside it."""
+    session = config.stash[SESSION]
+    other = "kv_local" if isinstance(session, Serving) else "kv_serving"
+    left_out = [item for item in items if other in getattr(item, "fixturenames", ())]
+    if left_out:
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+    for item in items if session.worker else ():
         if item.get_closest_marker("throughput"):
             item.add_marker(pytest.mark.skip(reason=ALONE))
 
@@ -103,7 +118,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     params = [getattr(item, "callspec", None) for item in chosen]
     tasks = {str(p.params["kv_task"]) for p in params if p is not None and "kv_task" in p.params}
     try:
-        config.stash[SESSION].fetch(sorted(tasks))
+        evaluations = [m for m in EVALUATIONS if any(i.get_closest_marker(m) for i in chosen)]
+        config.stash[SESSION].fetch(sorted(tasks), evaluations)
     except UsageError as error:
         raise pytest.UsageError(str(error)) from error
 
@@ -124,5 +140,19 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 @pytest.fixture(scope="session")
 def kv_session(pytestconfig: pytest.Config) -> Session:
-    """The run: its options, its engine, and what has been answered so far."""
+    """The run: its options, and what has been answered so far, whoever answers."""
     return pytestconfig.stash[SESSION]
+
+
+@pytest.fixture(scope="session")
+def kv_local(kv_session: Session) -> Local:
+    """A run in this process, with its engine; a test that asks for it is left out where servers are compared."""
+    assert isinstance(kv_session, Local)
+    return kv_session
+
+
+@pytest.fixture(scope="session")
+def kv_serving(kv_session: Session) -> Serving:
+    """A comparison of servers; a test that asks for it is left out of other runs."""
+    assert isinstance(kv_session, Serving)
+    return kv_session

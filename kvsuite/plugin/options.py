@@ -15,6 +15,7 @@ from kvsuite import models, tasks
 from kvsuite.errors import UsageError, unknown
 from kvsuite.margins import Margins
 from kvsuite.methods import Method, parse, parse_all
+from kvsuite.plugin import servers
 from kvsuite.plugin.presets import PRESETS, SMOKE
 
 BASELINE = parse("full")
@@ -37,8 +38,10 @@ HELP = {
     "device": "cpu or cuda",
     "margins": "how much worse a method may be before it counts as harmful",
     "run": "the folder this run leaves (default: runs/ and the time)",
+    **servers.HELP,
 }
 CHOICES = {
+    **servers.CHOICES,
     "compress": ("prompt", "context"),
     "dtype": ("auto", "bfloat16", "float32"),
     "device": ("cpu", "cuda"),
@@ -70,6 +73,13 @@ class Options:
     device: str
     run: Path | None
     margins: Margins
+    servers: servers.Servers | None
+    """What is compared instead of methods, if anything."""
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """Names of what is compared."""
+        return tuple(m.name for m in self.methods) if self.servers is None else tuple(self.servers.specs)
 
     @property
     def width(self) -> int:
@@ -79,16 +89,22 @@ class Options:
     def settings(self) -> dict[str, Any]:
         """What two runs must share to be compared, as JSON; methods and folders may differ."""
         shared = ("compress", "batch", "length", "tasks", "samples", "cap", "temperature", "seed", "dtype", "device")
-        return {key: list(v) if isinstance(v := getattr(self, key), tuple) else v for key in shared}
+        own = {key: list(v) if isinstance(v := getattr(self, key), tuple) else v for key in shared}
+        return own if self.servers is None else own | self.servers.settings()
 
 
 def add(parser: pytest.Parser) -> None:
     """Declare ``--kv-…``. Defaults are filled in by `read`, so that the configuration file can come between."""
     group = parser.getgroup("kvsuite", "KV-cache compression")
     for key, text in HELP.items():
-        default = SMOKE.get(key, "smoke")
-        shown = "" if key in ("model", "methods", "run") else f" (default: {default})"
-        group.addoption(f"--kv-{key}", dest=f"kv_{key}", default=None, metavar=key.upper(), help=text + shown)
+        default = (SMOKE | servers.DEFAULTS).get(key, "smoke")
+        shown = (
+            "" if key in ("model", "methods", "run") or not default or "default" in text else f" (default: {default})"
+        )
+        how = "append" if key == "variant" else "store"
+        group.addoption(
+            f"--kv-{key}", dest=f"kv_{key}", action=how, default=None, metavar=key.upper(), help=text + shown
+        )
 
 
 def read(config: pytest.Config) -> Options:
@@ -103,7 +119,7 @@ def check(given: Mapping[str, Any]) -> Options:
     preset = str(given.get("preset", "smoke"))
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
-    raw = PRESETS[preset] | {key: value for key, value in given.items() if key != "preset"}
+    raw = PRESETS[preset] | servers.DEFAULTS | {key: value for key, value in given.items() if key != "preset"}
     for key, known in CHOICES.items():
         if raw[key] not in known:
             raise unknown(f"value of --kv-{key}", str(raw[key]), known)
@@ -123,6 +139,7 @@ def check(given: Mapping[str, Any]) -> Options:
         timeout=_number("timeout", raw["timeout"]),
         run=Path(str(raw["run"])) if raw["run"] else None,
         margins=Margins.parse(str(raw["margins"])),
+        servers=servers.check(raw, _number),
         **{key: _whole(key, raw[key], 0 if key == "seed" else 1) for key in ("samples", "cap", "rounds", "seed")},
     )
     _check_sizes(options)
@@ -131,13 +148,23 @@ def check(given: Mapping[str, Any]) -> Options:
 
 def _check_sizes(options: Options) -> None:
     longest = max(options.length)
-    for method in options.methods:
-        method.check_context(longest)
-    limit = models.model_limit(options.model) if options.model else 8192
+    if options.servers is None:
+        for method in options.methods:
+            method.check_context(longest)
+    limit = _limit(options)
     if limit is not None and longest + FRAME > limit:
         raise UsageError(f"--kv-length {longest} does not fit the model's context of {limit} tokens")
     if options.run is not None and any(options.run.glob("records*.jsonl")):
         raise UsageError(f"--kv-run {str(options.run)!r} already holds a run; name another folder")
+
+
+def _limit(options: Options) -> int | None:
+    """The most tokens a prompt and its answer can have, where that is known before anything is loaded."""
+    if options.model is None:
+        return None if options.servers else 8192
+    if options.servers and options.model.is_file():  # GGUF
+        return None
+    return models.model_limit(options.model)
 
 
 def _configured(file: Path) -> dict[str, Any]:

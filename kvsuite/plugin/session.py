@@ -1,31 +1,22 @@
-"""One run's engine, loaded once, and what it has answered and timed: everything is a record at once."""
+"""What the tests of one run share, whoever answers: options, the run's folder, and what has been answered."""
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from kvsuite import environment, models, tasks
-from kvsuite.engines.request import Request, Response
-from kvsuite.errors import UsageError
-from kvsuite.methods import Method
-from kvsuite.plugin.options import BASELINE, Options
+from kvsuite import environment, tasks
+from kvsuite.plugin.options import Options
 from kvsuite.plugin.progress import Progress
 from kvsuite.records import Answer, Record, RunFolder
-from kvsuite.tasks import Sample, Task
-
-if TYPE_CHECKING:
-    from kvsuite.engines.decoder import Prompt
-    from kvsuite.engines.transformers import TransformersEngine
+from kvsuite.tasks import Task
 
 
 class Session:
-    """What the tests of one run share. Nothing is loaded before it is used."""
+    """One run; a subclass knows who answers. Nothing is loaded before it is used."""
 
     def __init__(self, options: Options, worker: str = "", folder: Path | None = None) -> None:
         """``worker`` is the name of a pytest-xdist worker, ``folder`` its controller's run folder."""
@@ -33,9 +24,6 @@ class Session:
         self.folder = folder or options.run or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
         self.run = RunFolder(self.folder, worker)
         self.progress = Progress(quiet=bool(worker))
-        self._answers: dict[str, list[Answer]] = {}
-        self._texts: dict[int, list[int]] = {}
-        self._prompts: dict[int, Prompt] = {}
         self._described = False
 
     @property
@@ -43,28 +31,18 @@ class Session:
         """The tasks asked for."""
         return [tasks.task(name) for name in self.options.tasks]
 
-    def fetch(self, names: Sequence[str]) -> None:
-        """Make sure that the model and these tasks' texts are here. Raises UsageError that says what to run."""
-        _ = self.model_folder
-        if self.options.device == "cuda":
-            import torch
-
-            if not torch.cuda.is_available():
-                raise UsageError("--kv-device cuda: torch finds no CUDA device here")
+    def fetch(self, names: Sequence[str], evaluations: Sequence[str]) -> None:
+        """Make sure that what these tasks and evaluations need is here. Raises UsageError that says what to run."""
         for name in names:
             tasks.task(name).fetch()
 
-    @property
-    def model_folder(self) -> Path:
-        """The model's folder, fetched if it is the default."""
-        return self.options.model or models.default_model()
+    def answers(self, name: str) -> Sequence[Answer]:
+        """Every arm's answers to a task."""
+        raise NotImplementedError
 
-    @cached_property
-    def engine(self) -> TransformersEngine:
-        """The model, loaded on first use."""
-        from kvsuite.engines.transformers import TransformersEngine
-
-        return TransformersEngine.load(self.model_folder, self.options.dtype, self.options.device)
+    def facts(self) -> dict[str, Any]:
+        """What ``run.json`` says beside what all runs say: model, environment, who is the baseline."""
+        raise NotImplementedError
 
     def record(self, record: Record) -> None:
         """Write one record; the first one is preceded by ``run.json``."""
@@ -75,110 +53,17 @@ class Session:
     def describe(self) -> None:
         """Write ``run.json``."""
         self._described = True
-        o, folder = self.options, self.model_folder
-        weights = [f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin", ".json")]
-        name = o.model.name if o.model else "SmolLM2-135M-Instruct"
+        o, own = self.options, self.facts()
         self.run.describe(
             {
                 "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 "command": sys.argv[1:],
                 "preset": o.preset,
-                "methods": [method.name for method in o.methods],
-                "model": {"name": name, "fingerprint": environment.fingerprint(weights)},
+                "methods": list(o.arms),
                 "texts": {task.name: environment.fingerprint(task.fetch()) for task in self.tasks},
                 "settings": o.settings(),
                 "margins": vars(o.margins),
-                "environment": environment.describe() | self._torch(),
+                **own,
+                "environment": environment.describe() | own.get("environment", {}),
             }
         )
-
-    def answers(self, name: str) -> list[Answer]:
-        """Every method's answers to a task; one pass over the samples serves all methods. A chat task is answered with
-        sampling, and once more by the baseline with other noise: its control."""
-        if name not in self._answers:
-            task, o = tasks.task(name), self.options
-            sampled = task.evaluation == "length" and o.temperature > 0
-            self._answers[name] = self._pass(task, o.methods, 0)
-            if sampled:
-                self._answers[name] += self._pass(task, (BASELINE,), 1)
-        return self._answers[name]
-
-    def samples(self, task: Task) -> list[Sample]:
-        """The run's samples of a task."""
-        tokenizer, o = self.engine.tokenizer, self.options
-
-        def tokens(text: str) -> int:
-            return len(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-        return task.samples(o.samples, o.length, o.seed, tokens)
-
-    def request(self, task: Task, sample: Sample) -> Request:
-        """What the engine is asked for a sample."""
-        cap = sample.max_new_tokens
-        return Request(sample.id, sample.context, sample.question, min(cap, self.options.cap))
-
-    def text(self, length: int) -> list[int]:
-        """``length`` tokens of presidential messages: what speed is measured on."""
-        if length not in self._texts:
-            ids: list[int] = []
-            for file in sorted(models.messages().glob("*.txt")):
-                ids += self.engine.tokenizer(file.read_text(), add_special_tokens=False)["input_ids"]
-                if len(ids) >= length:
-                    break
-            self._texts[length] = ids[:length]
-        return self._texts[length]
-
-    def prompt(self, length: int) -> Prompt:
-        """That text, prefilled once, with whatever any method of the run asks to see."""
-        if length not in self._prompts:
-            needs = frozenset(need for method in self.options.methods for need in method.needs)
-            request = Request("text", "", "", 1 << 30)
-            self._prompts[length] = self.engine.prefill(request, self.text(length), [], needs)
-        return self._prompts[length]
-
-    def _pass(self, task: Task, methods: Sequence[Method], repeat: int) -> list[Answer]:
-        from kvsuite.engines.sampling import Sampling
-
-        o = self.options
-        samples = {sample.id: sample for sample in self.samples(task)}
-        requests = [self.request(task, sample) for sample in samples.values()]
-        temperature = o.temperature if task.evaluation == "length" else 0.0
-        how = Sampling(temperature, o.seed, repeat)
-        found: list[Answer] = []
-        caps = {request.id: request.max_new_tokens for request in requests}
-        with self.progress.over(task.name, len(requests) * len(methods)) as done:
-            for response in self.engine.generate(
-                requests, methods, width=o.width, compress=o.compress, sampling=how, timeout=o.timeout
-            ):
-                answer = self._answer(task, samples[response.id], response, caps[response.id])
-                self.record(answer)
-                found.append(answer)
-                done(len(response.tokens))
-        return found
-
-    def _answer(self, task: Task, sample: Sample, r: Response, cap: int) -> Answer:
-        """A response as a record: what both have in common, and where it belongs."""
-        broken = r.finish == "error"
-        common = {f.name: getattr(r, f.name) for f in dataclasses.fields(Answer) if hasattr(r, f.name)}
-        return Answer(
-            **common
-            | {
-                "status": "failed" if broken else "ok",
-                "finish": "" if broken else r.finish,
-                "score": None if broken else task.score(sample, r.text),
-                "evaluation": task.evaluation,
-                "task": task.name,
-                "type": task.type,
-                "sample": sample.id,
-                "cluster": sample.cluster,
-                "cap": cap,
-                "width": self.options.width,
-            }
-        )
-
-    def _torch(self) -> dict[str, Any]:
-        import torch
-
-        gpu = torch.cuda.get_device_name() if self.options.device == "cuda" else None
-        dtype = str(self.engine.model.dtype).removeprefix("torch.")
-        return {"threads": torch.get_num_threads(), "dtype": dtype, "gpu": gpu}

@@ -40,10 +40,10 @@ def arms(run: Run, evaluation: str = "") -> dict[tuple[str, int], Arm]:
                 a.task,
                 a.sample,
                 score=a.score,
-                tokens=len(a.tokens) if a.evaluation == "length" else None,
+                tokens=a.length if a.evaluation == "length" else None,
                 cap=a.cap,
                 capped=a.finish == "length",
-                seconds=a.prefill_seconds + a.decode_share,
+                seconds=a.seconds,
                 text=a.text,
                 cluster=a.cluster,
                 type=a.type,
@@ -52,6 +52,6 @@ def arms(run: Run, evaluation: str = "") -> dict[tuple[str, int], Arm]:
 
 
 def answers(run: Run, evaluation: str = "") -> Iterable[Answer]:
-    """The answers of a run, or those to tasks of one evaluation."""
-    found = (r for r in run.records if isinstance(r, Answer))
+    """A run's answers to tasks, or to those of one evaluation."""
+    found = (r for r in run.records if isinstance(r, Answer) and r.task)
     return (a for a in found if evaluation in ("", a.evaluation))

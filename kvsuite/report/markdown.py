@@ -21,10 +21,11 @@ def render(run: Run) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in where["packages"].items())
     git = where["git"]
     commit = "no checkout" if git is None else git["commit"][:12] + (", with changes" if git["dirty"] else "")
+    how = f"{where['threads']} threads, {where['dtype']} · " if where["threads"] else ""
     parts = [
         f"# kvsuite report · {facts['model']['name']}",
         f"{facts['started']} · `pytest {' '.join(facts['command'])}` · preset {facts['preset']}",
-        f"{where['gpu'] or where['cpu']}, {where['cores']} cores, {where['threads']} threads, {where['dtype']} · "
+        f"{where['gpu'] or where['cpu']}, {where['cores']} cores, {how}"
         f"Python {where['python']}, {packages} · kvsuite {where['kvsuite']} ({commit})",
         "It speaks of this model, these texts and this machine.",
         *[_table(table) for table in tables(run)],
@@ -58,7 +59,9 @@ def _cells(timings: list[Timing]) -> Table:
 
 
 def _table(table: Table) -> str:
-    lines = [f"## {table.title}", "", _line(table.columns), _line(["---", *["---:"] * (len(table.columns) - 1)])]
+    lines = [f"## {table.title}"]
+    if table.columns:
+        lines += ["", _line(table.columns), _line(["---", *["---:"] * (len(table.columns) - 1)])]
     lines += [_line(row) for row in table.rows]
     for note in table.notes:
         lines += ["", note]

@@ -8,27 +8,29 @@ from kvsuite.analysis.length import LengthRow, length_rows
 from kvsuite.analysis.samples import SampleRow, sample_rows
 from kvsuite.analysis.speed import OURS, SpeedRow, speed_rows
 from kvsuite.analysis.stats import Interval
+from kvsuite.readers.run import answers as task_answers
 from kvsuite.records import Agreement, Answer, Record, Run, Timing
+from kvsuite.report import servers
 from kvsuite.report.table import Table
 from kvsuite.report.verdicts import verdicts
 
 
 def tables(run: Run) -> list[Table]:
     """All tables of a run, the verdicts first."""
-    found = verdicts(run)
+    found = [*servers.headlines(run), *verdicts(run), *servers.speed(run), *servers.served(run)]
     timings = [r for r in run.records if isinstance(r, Timing)]
     for phase in ("decode", "prefill"):
         cells = speed_rows([t for t in timings if t.phase == phase])
         if cells:
             found.append(_speed(phase, cells, run))
     promises = speed_rows([t for t in timings if t.phase not in ("decode", "prefill")])
-    answers = [r for r in run.records if isinstance(r, Answer)]
+    answers = list(task_answers(run))
     for task in dict.fromkeys(a.task for a in answers):
         mine = [a for a in answers if a.task == task]
         if mine[0].evaluation == "length":
-            found.append(_length(task, length_rows(mine), mine, run))
+            found.append(_length(task, length_rows(mine, run.baseline), mine, run))
         else:
-            found.append(_samples(task, sample_rows(mine), mine, run))
+            found.append(_samples(task, sample_rows(mine, run.baseline), mine, run))
     agreements = [r for r in run.records if isinstance(r, Agreement)]
     if promises or agreements:
         found.append(_promises(promises, agreements))
@@ -38,6 +40,8 @@ def tables(run: Run) -> list[Table]:
 def setting(run: Run) -> str:
     """Model, number format, threads: what every figure depends on."""
     where = run.facts["environment"]
+    if _served(run):
+        return f"{run.facts['model']['name']}, served"
     device = where["gpu"] or f"{where['threads']} threads"
     return f"{run.facts['model']['name']}, {where['dtype']}, {device}"
 
@@ -106,14 +110,17 @@ def _samples(task: str, rows: Sequence[SampleRow], answers: Sequence[Answer], ru
     span = "–".join(str(n) for n in sorted({min(lengths), max(lengths)}))
     title = f"{task} · {rows[0].n} samples of {span} tokens · {setting(run)}, batch {answers[0].width}"
     drawn = [_sample_cells(row) for row in rows]
-    columns = ["method", "score", "95 %", "as full", "MiB", "of full", "prefill tok/s", "decode tok/s"]
-    notes = [
+    columns = ["method", "score", "95 %", f"as {run.baseline}", "MiB", "of full", "prefill tok/s", "decode tok/s"]
+    note = (
         f"MiB is what the cache of one sample holds after its prompt ({run.facts['settings']['compress']} compressed), "
-        "all layers; 95 % is the interval of the mean score; as full counts answers with the very tokens of full's.",
-        *_floor([(row.method, row.pairs, row.same) for row in rows if row.method.startswith("jitter")]),
-        *_errors([(row.method, row.error) for row in rows if row.failed]),
-    ]
-    return Table(title, columns, drawn, notes)
+        "all layers; 95 % is the interval of the mean score; as full counts answers with the very tokens of full's."
+    )
+    if _served(run):
+        columns, drawn = columns[:4], [row[:4] for row in drawn]
+        note = "95 %: interval of the mean score; as baseline: answers that are the baseline's to the letter."
+    controls = [(row.method, row.pairs, row.same) for row in rows if run.is_control(row.method)]
+    failures = [(row.method, row.error) for row in rows if row.failed]
+    return Table(title, columns, drawn, [note, *_floor(run, controls), *_errors(failures)])
 
 
 def _sample_cells(row: SampleRow) -> list[str]:
@@ -132,21 +139,20 @@ def _length(task: str, rows: Sequence[LengthRow], answers: Sequence[Answer], run
     title = f"{task} · {rows[0].n} prompts, at most {max(a.cap for a in answers)} tokens, {how} · {setting(run)}"
     drawn = [_length_cells(row) for row in rows]
     notes = [
-        "Cost is the tokens of all answers against full's to the same prompts, one cap for both; the interval "
-        "resamples prompts. An answer at its cap counts as that long: a longer cap can show more of an effect.",
+        f"Cost is the tokens of all answers against {run.baseline}'s to the same prompts, one cap for both; its "
+        "interval resamples prompts. An answer at its cap counts as that long: more cap may show more effect.",
         "1.5× and 2/3 count answers at least that much longer, at most that short: with no effect, as many of both.",
-        "Of full is bytes held at the end against uncompressed K and V: 1.00 means the method hardly acted.",
-        *_floor([(_arm(row), row.pairs, row.same) for row in rows if row.method.startswith("jitter")]),
+        *_floor(run, [(_arm(row), row.pairs, row.same) for row in rows if run.is_control(row.method)]),
     ]
+    if not _served(run):
+        notes.append("Of full is bytes held at the end against uncompressed K and V: 1.00: the method hardly acted.")
     other = [row for row in rows if row.repeat]
     if other:
         notes.append("full, other seed is the noise of sampling itself: what stays inside it is not an effect.")
-    return Table(
-        title,
-        ["method", "cost", "95 %", "tokens", "at cap", "1.5×", "2/3", "as full", "of full"],
-        drawn,
-        notes + _errors([(_arm(row), row.error) for row in rows if row.failed]),
-    )
+    columns = ["method", "cost", "95 %", "tokens", "at cap", "1.5×", "2/3", f"as {run.baseline}", "of full"]
+    if _served(run):
+        columns, drawn = columns[:-1], [row[:-1] for row in drawn]
+    return Table(title, columns, drawn, notes + _errors([(_arm(row), row.error) for row in rows if row.failed]))
 
 
 def _arm(row: LengthRow) -> str:
@@ -179,13 +185,17 @@ def _promises(rows: Sequence[SpeedRow], agreements: Sequence[Agreement]) -> Tabl
     return Table("the core's promises", ["what", "measured"], drawn)
 
 
-def _floor(controls: Sequence[tuple[str, int, int]]) -> list[str]:
-    said = []
+def _served(run: Run) -> bool:
+    return "servers" in run.facts
+
+
+def _floor(run: Run, controls: Sequence[tuple[str, int, int]]) -> list[str]:
+    said, noise = [], "Another order of requests" if _served(run) else "Noise of rounding size"
     for name, pairs, same in controls:
         if pairs and same == pairs:
-            said.append(f"{name}: all {pairs} answers identical to full's, so no floor was measured.")
+            said.append(f"{name}: all {pairs} answers identical to {run.baseline}'s, so no floor was measured.")
         elif pairs:
-            said.append(f"Noise of rounding size ({name}) changed {pairs - same} of {pairs} answers.")
+            said.append(f"{noise} ({name}) changed {pairs - same} of {pairs} answers.")
     return said
 
 

@@ -15,6 +15,8 @@ from kvsuite.records import Run
 from kvsuite.report.table import Table
 from kvsuite.report.tables import provenance, tables
 
+LOUD = ("FAILED", "BROKEN", "COMPRESSED")
+"""How notes begin that must not be overlooked."""
 WIDE = 100
 """Columns from which headers stay on one line."""
 
@@ -35,7 +37,7 @@ def write(found: Sequence[Table], file: TextIO, width: int, last: str = "") -> N
         for part in _fitting(table, console) if table.rows else ():
             console.print(_drawn(part, width))
         for note in table.notes:
-            console.print(note, style="red" if note.startswith("FAILED") else "dim")
+            console.print(note, style="red" if note.startswith(LOUD) else "dim")
     if last:
         console.print()
         console.print(last, style="bold")

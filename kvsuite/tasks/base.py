@@ -33,8 +33,8 @@ class Task:
 
     name: ClassVar[str]
     type: ClassVar[Type]
-    evaluation: ClassVar[Literal["samples", "length"]] = "samples"
-    """What its answers are for: their scores, or their lengths."""
+    evaluation: ClassVar[Literal["samples", "length", "throughput"]] = "samples"
+    """What its answers are for: their scores, their lengths, or the time they take."""
 
     def fetch(self) -> Iterable[Path]:
         """Make sure its texts are here and name their files. Raises UsageError that says what to run."""

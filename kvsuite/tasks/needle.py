@@ -39,7 +39,7 @@ class Needle(Task):
             text = next(texts, None)
             if text is None:
                 raise UsageError(f"no presidential message is long enough for --kv-length {length}")
-            sentences = _sentences(text.read_text(), length - tokens(needle + question), tokens)
+            sentences = first_sentences(text.read_text(), length - tokens(needle + question), tokens)
             if sentences is None:  # a message shorter than asked for
                 continue
             sentences.insert(round(depth * len(sentences)), needle)
@@ -52,7 +52,7 @@ class Needle(Task):
         return float(sample.reference in numbers)
 
 
-def _sentences(text: str, length: int, tokens: Callable[[str], int]) -> list[str] | None:
+def first_sentences(text: str, length: int, tokens: Callable[[str], int]) -> list[str] | None:
     """The first sentences of a text that fill ``length`` tokens, or None where it is too short."""
     taken: list[str] = []
     for sentence in re.split(r"(?<=[.!?;])\s+", " ".join(text.split())):

@@ -37,6 +37,7 @@ def project(pytester, monkeypatch):
     return pytester
 
 
+URL = ["--kv-baseline", "http://127.0.0.1:1"]
 MISTAKES = [
     (["--kv-methods", "kiwi:bits=4"], "unknown method 'kiwi': did you mean 'kivi'?"),
     (["--kv-methods", "kivi:bit=4"], "unknown parameter of kivi 'bit': did you mean 'bits'?"),
@@ -56,6 +57,31 @@ MISTAKES = [
     (["--kv-length", "long"], "--kv-length must be a whole number, not 'long'"),
     (["--kv-batch", "0"], "--kv-batch must be at least 1, not 0"),
     (["--kv-tasks", "neddle"], "unknown task 'neddle': did you mean 'needle'?"),
+    (
+        ["--kv-variant", "fp8=http://127.0.0.1:1"],
+        "--kv-variant needs --kv-baseline: what serves the",
+    ),
+    (
+        ["--kv-baseline", "vllm serve"],
+        "'vllm serve' is no server: write a URL, openvino:kv=…, or a",
+    ),
+    (["--kv-baseline", "nowhere --port {port}"], "the program 'nowhere' of the command 'nowhere --port"),
+    (
+        ["--kv-baseline", "http://127.0.0.1:1", "--kv-variant", "http://127.0.0.1:2"],
+        "write NAME=SPEC, such as fp8=http",
+    ),
+    ([*URL, "--kv-variant=baseline=http://x"], "baseline: this name is taken"),
+    (
+        ["--kv-baseline", "http://127.0.0.1:1", "--kv-profile", "vlm"],
+        "unknown server profile 'vlm': did you mean 'vllm'?",
+    ),
+    ([*URL, "--kv-serve", "both"], "unknown value of --kv-serve 'both'"),
+    ([*URL, "--kv-arrivals", "poison:2"], "unknown kind of arrivals 'poison'"),
+    ([*URL, "--kv-workload", "no.jsonl"], "--kv-workload 'no.jsonl' does not exist"),
+    (
+        ["--kv-baseline", "http://127.0.0.1:1", "--kv-goodput", "ttft=2"],
+        "write both targets in seconds, ttft=2,itl=0.2",
+    ),
     (["--kv-compress", "contexts"], "unknown value of --kv-compress 'contexts': did you mean 'context'?"),
 ]
 

@@ -15,13 +15,13 @@ CLOSE = 1e-3
 
 
 @pytest.fixture
-def shortest(kv_session, kv_task):
+def shortest(kv_local, kv_task):
     """The 8 shortest of `full`'s answers, by request; all of them in float32, where their equality is promised."""
-    answers = {a.sample: a for a in kv_session.answers(kv_task) if a.method == "full"}
+    answers = {a.sample: a for a in kv_local.answers(kv_task) if a.method == "full"}
     task = tasks.task(kv_task)
-    chosen = sorted(kv_session.samples(task), key=lambda s: answers[s.id].prompt_tokens)
-    exact = kv_session.engine.model.dtype == torch.float32
-    return [(kv_session.request(task, s), answers[s.id]) for s in (chosen if exact else chosen[:8])]
+    chosen = sorted(kv_local.samples(task), key=lambda s: answers[s.id].prompt_tokens)
+    exact = kv_local.engine.model.dtype == torch.float32
+    return [(kv_local.request(task, s), answers[s.id]) for s in (chosen if exact else chosen[:8])]
 
 
 def first_difference(mine, tokens):
@@ -32,30 +32,30 @@ def first_difference(mine, tokens):
     return None if len(mine.tokens) == len(tokens) else (min(len(mine.tokens), len(tokens)), float("inf"))
 
 
-def compare(kv_session, task, other, answers, tokens):
+def compare(kv_local, task, other, answers, tokens):
     """Record on how many samples the tokens agree; in float32 they may part at close calls only, 1 in 1,000 at most."""
     found = [first_difference(answer, tokens[answer.sample]) for _, answer in answers]
     apart = [d for d in found if d is not None]
     where = {"cache": answers[0][1].cache, "path": answers[0][1].path, "width": answers[0][1].width}
-    kv_session.record(Agreement("full", **where, other=other, task=task, n=len(found), same=len(found) - len(apart)))
-    if kv_session.engine.model.dtype == torch.float32:  # bfloat16 decides many calls by rounding: counted, not promised
+    kv_local.record(Agreement("full", **where, other=other, task=task, n=len(found), same=len(found) - len(apart)))
+    if kv_local.engine.model.dtype == torch.float32:  # bfloat16 decides many calls by rounding: counted, not promised
         assert [d for d in apart if d[1] >= CLOSE] == []
         assert len(apart) <= max(1, len(found) // 1000)
 
 
-def test_full_answers_as_transformers(kv_session, kv_task, shortest):
-    engine = kv_session.engine
+def test_full_answers_as_transformers(kv_local, kv_task, shortest):
+    engine = kv_local.engine
     engine.model.set_attn_implementation("sdpa")
     try:
         others = {request.id: greedy(engine, request) for request, _ in shortest}
     finally:
         engine.model.set_attn_implementation("kvsuite")
-    compare(kv_session, kv_task, "transformers' own cache", shortest, others)
+    compare(kv_local, kv_task, "transformers' own cache", shortest, others)
 
 
 @torch.inference_mode()
-def test_full_stores_what_transformers_stores(kv_session, kv_task, shortest):
-    engine, request = kv_session.engine, shortest[0][0]
+def test_full_stores_what_transformers_stores(kv_local, kv_task, shortest):
+    engine, request = kv_local.engine, shortest[0][0]
     ids, _ = engine.encode(request, "prompt")
     observed = engine.prefill(request, ids, [], frozenset()).context
     caches = [parse("full").cache(layer, 1, len(ids)) for layer in engine.layers]
@@ -74,20 +74,20 @@ def test_full_stores_what_transformers_stores(kv_session, kv_task, shortest):
             assert torch.equal(held.v, layer.values[0, head])
 
 
-def test_an_answer_is_bitwise_independent_of_mates_row_and_order(kv_session, kv_task, shortest):
-    o, few = kv_session.options, shortest[:8]
+def test_an_answer_is_bitwise_independent_of_mates_row_and_order(kv_local, kv_task, shortest):
+    o, few = kv_local.options, shortest[:8]
     requests = [request for request, _ in few][::-1]
-    found = kv_session.engine.generate(requests, [parse("full")], width=o.width, compress=o.compress)
+    found = kv_local.engine.generate(requests, [parse("full")], width=o.width, compress=o.compress)
     again = {r.id: (r.tokens, r.margins) for r in found}
     for request, answer in few:
         assert again[request.id] == (answer.tokens, answer.margins)
 
 
-def test_widths_agree(kv_session, kv_task, shortest):
-    o, other = kv_session.options, 8 if kv_session.options.width == 1 else 1
+def test_widths_agree(kv_local, kv_task, shortest):
+    o, other = kv_local.options, 8 if kv_local.options.width == 1 else 1
     requests = [request for request, _ in shortest]
-    found = kv_session.engine.generate(requests, [parse("full")], width=other, compress=o.compress)
-    compare(kv_session, kv_task, f"itself at width {other}", shortest, {r.id: r.tokens for r in found})
+    found = kv_local.engine.generate(requests, [parse("full")], width=other, compress=o.compress)
+    compare(kv_local, kv_task, f"itself at width {other}", shortest, {r.id: r.tokens for r in found})
 
 
 @torch.inference_mode()

@@ -23,10 +23,10 @@ def timed(run):
     return time.perf_counter() - start
 
 
-def record(kv_session, cells, method, **rest):
+def record(kv_local, cells, method, **rest):
     decoder, worst = cells[-1].decoder, max(cell.checked for cell in cells)
     where = {"cache": decoder.provenance, "path": decoder.path, "checked": worst, "length": LENGTH}
-    kv_session.record(Timing(method, **where, **rest))
+    kv_local.record(Timing(method, **where, **rest))
 
 
 def checked(timing, engine, methods, prompt, width, steps):
@@ -37,9 +37,9 @@ def checked(timing, engine, methods, prompt, width, steps):
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
-def test_many_methods_cost_one_prefill(kv_session, timing, benchmark, count):
-    engine, ids, alone, together = kv_session.engine, kv_session.text(LENGTH), [], []
-    cells = checked(timing, engine, EIGHT[:count], kv_session.prompt(LENGTH), 1, 2)
+def test_many_methods_cost_one_prefill(kv_local, timing, benchmark, count):
+    engine, ids, alone, together = kv_local.engine, kv_local.text(LENGTH), [], []
+    cells = checked(timing, engine, EIGHT[:count], kv_local.prompt(LENGTH), 1, 2)
 
     def prefill():
         return engine.prefill(Request("prefill", "", "", 1), ids, [], frozenset())
@@ -55,15 +55,15 @@ def test_many_methods_cost_one_prefill(kv_session, timing, benchmark, count):
     benchmark.pedantic(lambda: together.append(timed(answer)), setup=turn, rounds=5, warmup_rounds=1)
     name = f"{count} methods" if count > 1 else "1 method"
     rounds = {"seconds": together[1:], "baseline_seconds": alone[1:]}
-    record(kv_session, cells, name, phase="shared prefill", tokens=LENGTH, **rounds)
+    record(kv_local, cells, name, phase="shared prefill", tokens=LENGTH, **rounds)
     ratio = statistics.median(together[1:]) / statistics.median(alone[1:])
     assert ratio < 1 + 0.5 * count, "a method costs its compression, far less than another prefill"
 
 
-def test_decoding_at_width_8_is_worth_4_times_width_1(kv_session, timing, benchmark):
+def test_decoding_at_width_8_is_worth_4_times_width_1(kv_local, timing, benchmark):
     """In the quietest of at most 3 sessions: other work on the machine costs the wide step more than the narrow one."""
-    rounds, prompt, gains = 24, kv_session.prompt(LENGTH), []
-    one, eight = (checked(timing, kv_session.engine, [parse("full")], prompt, width, 3 * rounds)[0] for width in (1, 8))
+    rounds, prompt, gains = 24, kv_local.prompt(LENGTH), []
+    one, eight = (checked(timing, kv_local.engine, [parse("full")], prompt, width, 3 * rounds)[0] for width in (1, 8))
     before, after = [], []
 
     def session():
@@ -77,5 +77,5 @@ def test_decoding_at_width_8_is_worth_4_times_width_1(kv_session, timing, benchm
     while gains[-1] < 4 and len(gains) < 3:
         session()
     seconds = {"seconds": after[-rounds:], "baseline_seconds": before[-rounds:]}
-    record(kv_session, [one, eight], "full", phase="width", width=8, tokens=8, **seconds)
+    record(kv_local, [one, eight], "full", phase="width", width=8, tokens=8, **seconds)
     assert gains[-1] >= 4, gains

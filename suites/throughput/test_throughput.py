@@ -11,9 +11,9 @@ from kvsuite.records import Timing
 pytestmark = pytest.mark.throughput
 
 
-def run_cell(kv_session, benchmark, cell, make):
+def run_cell(kv_local, benchmark, cell, make):
     """Check both sides, time them in turn, record what came out, whatever came out; raise what went wrong."""
-    o, found, before, after = kv_session.options, {}, [], []
+    o, found, before, after = kv_local.options, {}, [], []
     try:
         baseline, mine, found = make()
         deadline = time.perf_counter() + o.timeout
@@ -28,9 +28,9 @@ def run_cell(kv_session, benchmark, cell, make):
         benchmark.pedantic(lambda: after.append(mine.round()), setup=turn, rounds=rounds, warmup_rounds=warm)
         record = Timing(**cell, **found, seconds=after[warm:], baseline_seconds=before[warm:])
     except Exception as error:
-        kv_session.record(Timing(**cell, **found, status="failed", error=f"{type(error).__name__}: {error}"))
+        kv_local.record(Timing(**cell, **found, status="failed", error=f"{type(error).__name__}: {error}"))
         raise
-    kv_session.record(record)
+    kv_local.record(record)
     benchmark.extra_info["record"] = {"method": record.method, "path": record.path, "nbytes": record.nbytes}
 
 
@@ -39,55 +39,55 @@ def ours(decoder):
     return {"cache": decoder.provenance, "path": decoder.path}
 
 
-def test_decode(kv_session, timing, benchmark, kv_method, kv_batch, kv_length):
+def test_decode(kv_local, timing, benchmark, kv_method, kv_batch, kv_length):
     def make():
-        prompt = kv_session.prompt(kv_length)
-        steps = kv_session.options.rounds + 2
-        cells = [timing.DecodeCell(kv_session.engine, m, prompt, kv_batch, steps) for m in (parse("full"), kv_method)]
+        prompt = kv_local.prompt(kv_length)
+        steps = kv_local.options.rounds + 2
+        cells = [timing.DecodeCell(kv_local.engine, m, prompt, kv_batch, steps) for m in (parse("full"), kv_method)]
         for cell in cells:
             cell.check()
         decoder = cells[1].decoder
         return *cells, ours(decoder) | {"nbytes": decoder.nbytes, "checked": cells[1].checked, "tokens": kv_batch}
 
     cell = {"method": kv_method.name, "phase": "decode", "width": kv_batch, "length": kv_length}
-    run_cell(kv_session, benchmark, cell, make)
+    run_cell(kv_local, benchmark, cell, make)
 
 
-def test_prefill(kv_session, timing, benchmark, kv_method, kv_prefill):
+def test_prefill(kv_local, timing, benchmark, kv_method, kv_prefill):
     def make():
-        ids = kv_session.text(kv_prefill)
-        cells = [timing.PrefillCell(kv_session.engine, m, ids) for m in (parse("full"), kv_method)]
+        ids = kv_local.text(kv_prefill)
+        cells = [timing.PrefillCell(kv_local.engine, m, ids) for m in (parse("full"), kv_method)]
         for cell in cells:
             cell.check()
         decoder = cells[1].inner.decoder
         return *cells, ours(decoder) | {"nbytes": decoder.nbytes, "checked": cells[1].checked, "tokens": kv_prefill}
 
     cell = {"method": kv_method.name, "phase": "prefill", "width": 1, "length": kv_prefill}
-    run_cell(kv_session, benchmark, cell, make)
+    run_cell(kv_local, benchmark, cell, make)
 
 
-def test_transformers(kv_session, timing, benchmark, kv_batch, kv_length):
+def test_transformers(kv_local, timing, benchmark, kv_batch, kv_length):
     def make():
-        steps = kv_session.options.rounds + 2
-        full = timing.DecodeCell(kv_session.engine, parse("full"), kv_session.prompt(kv_length), kv_batch, steps)
+        steps = kv_local.options.rounds + 2
+        full = timing.DecodeCell(kv_local.engine, parse("full"), kv_local.prompt(kv_length), kv_batch, steps)
         full.check()
-        other = timing.TransformersCell(kv_session.engine, kv_session.text(kv_length), kv_batch)
+        other = timing.TransformersCell(kv_local.engine, kv_local.text(kv_length), kv_batch)
         found = {"cache": "transformers.cache_utils.DynamicCache", "path": "sdpa"}
         return full, other, found | {"nbytes": other.nbytes, "tokens": kv_batch}
 
     cell = {"method": "transformers", "phase": "decode", "width": kv_batch, "length": kv_length}
-    run_cell(kv_session, benchmark, cell, make)
+    run_cell(kv_local, benchmark, cell, make)
 
 
-def test_a_cache_nobody_checked_is_not_timed(kv_session, timing):
-    cell = timing.DecodeCell(kv_session.engine, parse("full"), kv_session.prompt(min(kv_session.options.length)), 1, 2)
+def test_a_cache_nobody_checked_is_not_timed(kv_local, timing):
+    cell = timing.DecodeCell(kv_local.engine, parse("full"), kv_local.prompt(min(kv_local.options.length)), 1, 2)
     with pytest.raises(timing.Unchecked, match="only after its output was checked"):
         cell.round()
 
 
-def test_the_suite_adds_little_to_a_step(kv_session, timing):
+def test_the_suite_adds_little_to_a_step(kv_local, timing):
     """A timed step against the model and the choice of a token alone: what is around them is ours."""
-    cell = timing.DecodeCell(kv_session.engine, parse("full"), kv_session.prompt(min(kv_session.options.length)), 8, 90)
+    cell = timing.DecodeCell(kv_local.engine, parse("full"), kv_local.prompt(min(kv_local.options.length)), 8, 90)
     cell.check()
     inside, forward = [], cell.decoder._logits
 

@@ -1,0 +1,243 @@
+"""Whether a variant answers garbage: broken is not fast, so what is broken is not ranked by speed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from kvsuite.analysis.length import is_empty, loops
+from kvsuite.analysis.resample import Mask, Places
+from kvsuite.analysis.samples import same_answers
+from kvsuite.analysis.stats import holm
+from kvsuite.analysis.texts import LONG, Script, Speech, Topics, length, squeezed
+from kvsuite.columns import Arm, Key
+from kvsuite.errors import UsageError
+
+Name = Literal["empty", "repetition", "language", "cap hits", "agreement"]
+LEVEL = 0.01
+"""How often a variant that differs by noise alone is called broken at most, over all signs."""
+FEW = 8
+"""Prompts below which nothing is tested."""
+LEAST: dict[Name, float] = {"empty": 0.1, "repetition": 0.1, "language": 0.1, "cap hits": 0.2, "agreement": 0.2}
+"""The share of answers beyond the floor from which a sign can fail. A sane but lossy variant does end late, or leave
+the topic, now and then."""
+BLIND: dict[Name, float] = {"empty": 0.1, "repetition": 0.1, "language": 0.1, "cap hits": 1 / 3, "agreement": 1 / 3}
+"""The floor that is taken for granted where none was measured."""
+HOPELESS: tuple[Name, ...] = ("empty", "repetition", "language")
+"""Signs that one answer can show by itself, without others to compare with."""
+
+
+@dataclass(frozen=True)
+class Sign:
+    """One way of being garbage.
+
+    * *empty*: nothing but white space.
+    * *repetition*: ends in a loop, or its end is far more repetitive than the baseline's answers.
+    * *language*: symbols, or a script or language that the baseline does not use.
+    * *cap hits*: ended by the cap, 3/2 as long as the baseline's answer or longer, which ended by itself.
+    * *agreement*: no closer to the baseline's answer than to its answers to other prompts.
+    """
+
+    name: Name
+    n: int
+    """Answers it could be seen on: the baseline's does not show it. Agreement takes a baseline's answer from which its
+    topic can be told: its second half is closer to its own first half than to others'."""
+    count: int
+    """Of these, the variant's answers that show it."""
+    floor: int | None
+    """The same of the control; None where no floor was measured."""
+    p: float
+    """Exact and one-sided, prompts as wholes: that the control shows it as often; without one, that no more than the
+    share ``BLIND`` does."""
+    adjusted: float
+    """After Holm's correction over the signs whose discordant prompts are enough to fail at all."""
+    failed: bool
+
+
+@dataclass(frozen=True)
+class Example:
+    """An answer that shows the sign, beside the baseline's."""
+
+    sample: Key
+    sign: Name
+    baseline: str
+    variant: str
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was found. A broken variant has an example and no rank."""
+
+    n: int
+    """Answers whose text is known of all arms."""
+    signs: tuple[Sign, ...]
+    broken: bool
+    example: Example | None
+    note: str = ""
+    """What the check could not rely on, in words: few answers, no floor."""
+
+
+def check(base: Arm, variant: Arm, control: Arm | None) -> Check:
+    """Whether ``variant`` is broken, against the baseline's answers to the same prompts; ``control`` is the baseline
+    once more and says how often noise alone looks like it. All arms are aligned.
+
+    A sign fails where its adjusted p is at most ``LEVEL`` and its share is ``LEAST`` beyond the floor. With fewer than
+    ``FEW`` prompts none can. Broken is also a variant all of whose answers are empty, repetitive or in a wrong language
+    where none of the control's is. Raises UsageError where the arms are not aligned or no text was kept."""
+    arms = [base, variant, *([control] if control is not None else [])]
+    if any(arm.keys != base.keys for arm in arms):
+        raise UsageError(f"{variant.source} cannot be checked: it does not answer the same samples as {base.source}")
+    at = [i for i in range(len(base)) if all(arm.text[i] is not None for arm in arms)]
+    if not at:
+        raise UsageError(f"{variant.source} cannot be checked for garbage: the text of the answers was not kept")
+    base, *others = (arm.take(at) for arm in arms)
+    notes = [] if control is not None else ["no control: no floor was measured"]
+    if control is not None and same_answers(base, others[1]):
+        notes, others = ["the control's answers are identical: no floor was measured"], others[:1]
+    prompts = _codes(base.cluster)
+    few = int(prompts.max()) + 1 < FEW
+    if few:
+        notes.append(f"too few answers: {prompts.max() + 1} of at least {FEW} prompts")
+    found = {name: _by_dataset(mark, base, others) for name, mark in MARKS.items()}
+    signs = _signs(found, prompts, few)
+    hard = [np.any([found[name].shown(k) for name in HOPELESS], axis=0) for k in range(len(others))]
+    hopeless = bool(hard[0].all()) and not any(x.any() for x in hard[1:])
+    failed = [s.name for s in signs if s.failed] or (list(HOPELESS) if hopeless else [])
+    example = _example(base, others[0], found, failed) if failed else None
+    return Check(len(base), signs, bool(failed), example, "; ".join(notes))
+
+
+@dataclass(frozen=True)
+class _Marks:
+    """Where a sign is seen: (n,) each."""
+
+    possible: Mask
+    """The baseline's answer does not show it, and all that it takes is known."""
+    arms: list[Mask]
+    """For each arm."""
+    lost: Mask | None = None
+    """Where the baseline's answer shows it though it should not."""
+
+    def shown(self, k: int) -> Mask:
+        """On which answers of an arm it counts."""
+        return self.possible & self.arms[k]
+
+    @property
+    def least(self) -> float:
+        """How often sane answers show it at most, as the baseline's do."""
+        return 0.0 if self.lost is None else float(self.lost.sum() / max((self.possible | self.lost).sum(), 1))
+
+
+def _signs(found: dict[Name, _Marks], prompts: Places, few: bool) -> tuple[Sign, ...]:
+    """All signs tested and corrected. One that could not reach ``LEVEL`` whatever its discordant prompts said is not in
+    the family (Tarone 1990)."""
+    tests = {name: _tested(marks, prompts, BLIND[name]) for name, marks in found.items()}
+    counted = [name for name, (_, least) in tests.items() if least <= LEVEL]
+    adjusted = dict(zip(counted, holm([tests[name][0] for name in counted]), strict=True))
+    signs = []
+    for name, marks in found.items():
+        n, count = int(marks.possible.sum()), int(marks.shown(0).sum())
+        floor = int(marks.shown(1).sum()) if len(marks.arms) > 1 else None
+        beyond = (count - floor) / max(n, 1) if floor is not None else count / max(n, 1) - BLIND[name]
+        p = adjusted.get(name, 1.0)
+        failed = not few and p <= LEVEL and beyond >= max(LEAST[name], marks.least)
+        signs.append(Sign(name, n, count, floor, tests[name][0], p, failed))
+    return tuple(signs)
+
+
+def _tested(marks: _Marks, prompts: Places, blind: float) -> tuple[float, float]:
+    """The p of a sign and the least it could have been. Answers to one prompt, or about one document, count once."""
+    from scipy.stats import binom
+
+    mine = np.bincount(prompts, marks.shown(0))
+    if len(marks.arms) > 1:
+        beyond = mine - np.bincount(prompts, marks.shown(1))
+        k, n, rate = int((beyond > 0).sum()), int((beyond != 0).sum()), 0.5
+    else:
+        among = np.bincount(prompts, marks.possible)
+        k, n, rate = int((2 * mine > among).sum()), int((among > 0).sum()), blind
+    return float(binom.sf(k - 1, n, rate)), rate**n
+
+
+def _example(base: Arm, variant: Arm, found: dict[Name, _Marks], failed: Sequence[Name]) -> Example:
+    """Of the failed sign that most answers show, the answer that shows most signs."""
+    sign = max(failed, key=lambda name: found[name].shown(0).sum())
+    signs = np.sum([marks.shown(0) for marks in found.values()], axis=0)
+    at = int(np.argmax(np.where(found[sign].shown(0), signs, 0)))
+    return Example(base.keys[at], sign, base.text[at] or "", variant.text[at] or "")
+
+
+def _by_dataset(mark: Callable[[Arm, list[Arm]], _Marks], base: Arm, arms: list[Arm]) -> _Marks:
+    """Each dataset by itself, as answers of one are alike in length and form; small ones together."""
+    sizes = Counter(base.dataset)
+    names = np.array([name if sizes[name] >= FEW else "" for name in base.dataset])
+    found = _Marks(np.zeros(len(base), np.bool_), [np.zeros(len(base), np.bool_) for _ in arms])
+    lost = np.zeros(len(base), np.bool_)
+    for name in np.unique(names):
+        at = np.flatnonzero(names == name)
+        part = mark(base.take(at.tolist()), [arm.take(at.tolist()) for arm in arms])
+        found.possible[at], lost[at] = part.possible, False if part.lost is None else part.lost
+        for whole, mine in zip(found.arms, part.arms, strict=True):
+            whole[at] = mine
+    return _Marks(found.possible, found.arms, lost)
+
+
+def _codes(names: Sequence[str]) -> Places:
+    return np.unique(np.asarray(names), return_inverse=True)[1].astype(np.intp)
+
+
+def _texts(arm: Arm) -> list[str]:
+    return [text or "" for text in arm.text]
+
+
+def _each(base: Arm, arms: Sequence[Arm], told: Callable[[str], bool]) -> _Marks:
+    own, *others = (np.array([told(text) for text in _texts(arm)], np.bool_) for arm in (base, *arms))
+    return _Marks(~own, others)
+
+
+def _empty(base: Arm, arms: list[Arm]) -> _Marks:
+    return _each(base, arms, is_empty)
+
+
+def _cap_hits(base: Arm, arms: list[Arm]) -> _Marks:
+    known = ~np.any([np.isnan(x.capped) | np.isnan(x.tokens) for x in (base, *arms)], axis=0)
+    return _Marks(known & (base.capped == 0), [(x.capped == 1) & (2 * x.tokens >= 3 * base.tokens) for x in arms])
+
+
+TIGHT = 0.25
+"""To what part of its size the end of an answer is compressed at least, and to half of what the baseline's are: prose
+comes to .5 to .7, tables to .3."""
+
+
+def _repetition(base: Arm, arms: list[Arm]) -> _Marks:
+    edge = min(TIGHT, float(np.median([squeezed(text) for text in _texts(base)])) / 2)
+    return _each(base, arms, lambda text: loops(text) or squeezed(text) < edge)
+
+
+def _language(base: Arm, arms: list[Arm]) -> _Marks:
+    script, speech = Script(_texts(base)), Speech(_texts(base))
+    letters = _each(base, arms, script.strange)
+    own, *others = (speech.foreign(_texts(arm)) for arm in (base, *arms))
+    return _Marks(letters.possible & ~own, [a | b for a, b in zip(letters.arms, others, strict=True)])
+
+
+def _agreement(base: Arm, arms: list[Arm]) -> _Marks:
+    texts, prompts = _texts(base), _codes(base.cluster)
+    halves = [(text[: len(text) // 2], text[len(text) // 2 :]) for text in texts]
+    astray = Topics([first for first, _ in halves], prompts).astray([second for _, second in halves])
+    long = np.array([length(text) >= LONG for text in texts], np.bool_)
+    topics = Topics(texts, prompts)
+    return _Marks(long & ~astray, [topics.astray(_texts(arm)) for arm in arms], long & astray)
+
+
+MARKS: dict[Name, Callable[[Arm, list[Arm]], _Marks]] = {
+    "empty": _empty,
+    "repetition": _repetition,
+    "language": _language,
+    "cap hits": _cap_hits,
+    "agreement": _agreement,
+}

@@ -1,0 +1,249 @@
+"""Arms that servers answered: speed by blocks, what is garbled, and whether compression ran."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from kvsuite.analysis.garbled import Check, check
+from kvsuite.analysis.speed import Goodput, goodput
+from kvsuite.analysis.stats import Estimate, log_ratio_interval
+from kvsuite.columns import Arm, Gather, align
+from kvsuite.readers.base import Load
+from kvsuite.records import Probe, Run, Served
+
+FIGURES = ("rate", "ttft", "tpot", "e2e")
+"""Tokens per second of a leg; median seconds to the first token, per token after it, and to the end of an answer."""
+
+
+@dataclass(frozen=True)
+class ServedRow:
+    """One arm in one cell. A ratio over 1 is faster than the baseline."""
+
+    method: str
+    cell: str
+    n: int
+    failed: int
+    error: str
+    legs: int = 0
+    blocks: int = 0
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """Median leg, by `FIGURES`."""
+    ratios: Mapping[str, Estimate] = field(default_factory=dict)
+    """Of blocks in which both arms answered everything: t-interval of the log ratios."""
+    tokens: float = math.nan
+    """Mean tokens of an answer."""
+
+
+def timed(run: Run) -> list[Served]:
+    """Answers that were made to be timed."""
+    return [r for r in run.records if isinstance(r, Served) and r.evaluation == "throughput"]
+
+
+def as_load(found: Sequence[Served], source: str) -> Load:
+    """Answers of one load as a load test."""
+    good = [r for r in found if r.status == "ok"]
+    return Load(
+        source,
+        ttft=np.array([r.ttft for r in good]),
+        itl=np.array([r.tpot or math.nan for r in good]),
+        e2e=np.array([r.e2e for r in good]),
+        prompt_tokens=np.array([float(r.prompt_tokens) for r in good]),
+        tokens=np.array([float(r.count) for r in good]),
+        start=np.array([r.start for r in good]),
+        failed=len(found) - len(good),
+        duration=max((r.start + r.e2e for r in good), default=0.0) - min((r.start for r in good), default=0.0),
+        setting={},
+    )
+
+
+def goodputs(run: Run) -> dict[str, Goodput]:
+    """What every arm can be offered, from the load tests that looked for it."""
+    targets = run.facts["settings"].get("goodput")
+    if not targets:
+        return {}
+    tests: dict[tuple[str, str], list[Served]] = {}
+    for r in run.records:
+        if isinstance(r, Served) and r.evaluation == "goodput":
+            tests.setdefault((r.method, r.cell), []).append(r)
+    arms: dict[str, list[tuple[float, Load]]] = {}
+    for (method, cell), found in tests.items():
+        rate = float(cell.removeprefix("poisson:").split()[0])
+        arms.setdefault(method, []).append((rate, as_load(found, cell)))
+    return {method: goodput(found, *targets) for method, found in arms.items()}
+
+
+def served_rows(run: Run) -> list[ServedRow]:
+    """One row per arm and cell, in order of appearance. A leg in which a request failed has no figures: what is missing
+    would look fast."""
+    grouped: dict[tuple[str, str], list[Served]] = {}
+    for r in timed(run):
+        grouped.setdefault((r.cell, r.method), []).append(r)
+    legs = {key: _legs(found) for key, found in grouped.items()}
+    return [_row(cell, method, found, legs, run.baseline) for (cell, method), found in grouped.items()]
+
+
+def _row(
+    cell: str,
+    method: str,
+    found: Sequence[Served],
+    legs: Mapping[tuple[str, str], Mapping[int, list[dict[str, float]]]],
+    base: str,
+) -> ServedRow:
+    errors = [r.error for r in found if r.status != "ok"]
+    counts = (method, cell, len(found), len(errors), errors[0] if errors else "")
+    mine, theirs = legs[cell, method], legs.get((cell, base), {})
+    each = [leg for block in mine.values() for leg in block]
+    if not each:
+        return ServedRow(*counts)
+    both = [block for block in mine if block in theirs]
+    ratios = {}
+    for name in FIGURES:
+        logs = [_mean_log(mine[b], name) - _mean_log(theirs[b], name) for b in both]
+        logs = [x if name == "rate" else -x for x in logs if math.isfinite(x)]
+        if logs:
+            ratios[name] = log_ratio_interval(logs)
+    figures = {name: statistics.median(leg[name] for leg in each) for name in FIGURES}
+    tokens = statistics.fmean(r.count for r in found if r.status == "ok")
+    return ServedRow(*counts, len(each), len(both), figures, ratios, tokens)
+
+
+def _legs(found: Iterable[Served]) -> dict[int, list[dict[str, float]]]:
+    """By block, the figures of every whole leg."""
+    grouped: dict[tuple[int, int], list[Served]] = {}
+    for r in found:
+        grouped.setdefault((r.block, r.leg), []).append(r)
+    blocks: dict[int, list[dict[str, float]]] = {}
+    for (block, _), replies in grouped.items():
+        if all(r.status == "ok" for r in replies):
+            blocks.setdefault(block, []).append(_figures(replies))
+    return blocks
+
+
+def _figures(replies: Sequence[Served]) -> dict[str, float]:
+    took = max(r.start + r.e2e for r in replies) - min(r.start for r in replies)
+    between = [r.tpot for r in replies if r.tpot]
+    return {
+        "rate": sum(r.count for r in replies) / took if took > 0 else math.nan,
+        "ttft": statistics.median(r.ttft for r in replies),
+        "tpot": statistics.median(between) if between else math.nan,
+        "e2e": statistics.median(r.e2e for r in replies),
+    }
+
+
+def _mean_log(legs: Sequence[Mapping[str, float]], name: str) -> float:
+    return statistics.fmean(math.log(leg[name]) if leg[name] > 0 else math.nan for leg in legs)
+
+
+def checks(run: Run) -> dict[str, Check]:
+    """Whether an arm's answers are still answers: everything it said against what the baseline said to the same,
+    beyond the A/A arm. The first answer of every arm to a prompt counts."""
+    arms = {name: arm for name, arm in _said(run).items() if len(arm)}
+    base = arms.get(run.baseline)
+    control = next((arm for name, arm in arms.items() if run.is_control(name)), None)
+    found = {}
+    for name, arm in arms.items():
+        if base is None or name == run.baseline or run.is_control(name):
+            continue
+        both = [base, arm] if control is None or not set(control.keys) & set(arm.keys) else [base, arm, control]
+        if set(base.keys) & set(arm.keys):
+            aligned, _ = align(both, allow_missing=True)
+            found[name] = check(aligned[0], aligned[1], aligned[2] if len(aligned) > 2 else None)
+    return found
+
+
+def _said(run: Run) -> dict[str, Arm]:
+    gathered: dict[str, Gather] = {}
+    seen = set()
+    for r in run.records:
+        if not isinstance(r, Served) or r.status != "ok":
+            continue
+        dataset, sample = (r.cell, f"{r.sample} in block {r.block}") if r.cell else (r.task, r.sample)
+        if (r.method, dataset, sample) in seen:
+            continue
+        seen.add((r.method, dataset, sample))
+        said = "\n".join(filter(None, (r.reasoning, r.text, r.calls)))
+        gather = gathered.setdefault(r.method, Gather(f"{run.folder}#{r.method}"))
+        gather.add(run.folder, dataset, sample, tokens=r.count, cap=r.cap, capped=r.finish == "length", text=said)
+    return {method: gather.arm() for method, gather in gathered.items()}
+
+
+@dataclass(frozen=True)
+class Told:
+    """What an arm's server said of itself."""
+
+    method: str
+    profile: str
+    command: str
+    facts: Mapping[str, Any]
+    """Of its last leg."""
+    counters: Mapping[str, float]
+    """Summed over its legs."""
+    failures: tuple[str, ...]
+    proof: str = ""
+    """Why compression is taken to have run; empty where that is not shown. Nothing to be shown of a baseline."""
+    lost: tuple[str, ...] = ()
+    """Features that the baseline's server has otherwise."""
+
+
+def told(run: Run) -> list[Told]:
+    """One entry per arm."""
+    probes: dict[str, list[Probe]] = {}
+    for r in run.records:
+        if isinstance(r, Probe):
+            probes.setdefault(r.method, []).append(r)
+    base = _facts(probes.get(run.baseline, []))
+    found = []
+    for method, mine in probes.items():
+        facts, plain = _facts(mine), method == run.baseline or run.is_control(method)
+        last = next((p for p in reversed(mine) if p.status == "ok"), mine[-1])
+        sums: dict[str, float] = {}
+        for p in mine:
+            for name, value in p.counters.items():
+                sums[name] = max(sums.get(name, 0.0), value) if name == "late" else sums.get(name, 0.0) + value
+        failures = tuple(dict.fromkeys(p.error for p in mine if p.status != "ok"))
+        proof, lost = ("", ()) if plain or not facts else (proven(facts, base), differing(facts, base))
+        found.append(Told(method, last.profile, last.command, facts, sums, failures, proof, lost))
+    return found
+
+
+def _facts(probes: Sequence[Probe]) -> Mapping[str, Any]:
+    return next((p.facts for p in reversed(probes) if p.status == "ok"), {})
+
+
+ENOUGH = 1.05
+"""Less than this much more room is no compression: block sizes round."""
+
+
+def proven(facts: Mapping[str, Any], base: Mapping[str, Any]) -> str:
+    """What shows that a server stores fewer bytes for a token than the baseline's; empty where nothing does. That it
+    accepted an option shows nothing."""
+    mine, theirs = (_per_token(f) for f in (facts, base))
+    if mine and theirs and theirs / mine >= ENOUGH:
+        return f"{mine:,.0f} bytes a token, the baseline {theirs:,.0f}"
+    tokens, before = facts.get("kv_tokens"), base.get("kv_tokens")
+    if mine is None and tokens and before and tokens / before >= ENOUGH:
+        return f"room for {tokens:,} tokens, the baseline's server for {before:,}"
+    return str(facts.get("proof", ""))
+
+
+def _per_token(facts: Mapping[str, Any]) -> float | None:
+    given, size, tokens = (facts.get(name) for name in ("kv_bytes_per_token", "kv_bytes", "kv_tokens"))
+    if given:
+        return float(given)
+    return size / tokens if size and tokens else None
+
+
+def differing(facts: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[str, ...]:
+    """Features in which a server differs from the baseline's."""
+    mine, theirs = facts.get("features", {}), base.get("features", {})
+    return tuple(
+        f"{name}: {mine.get(name, 'not said')} (baseline: {theirs.get(name, 'not said')})"
+        for name in dict.fromkeys([*theirs, *mine])
+        if mine.get(name) != theirs.get(name)
+    )

@@ -1,0 +1,171 @@
+"""How answers read beside the baseline's: script, language, repetition, topic. Of any language; characters alone."""
+
+from __future__ import annotations
+
+import unicodedata
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from kvsuite.analysis.resample import Floats, Mask, Places
+
+LONG = 100
+"""Characters from which an answer has a language and a topic."""
+POOL = 2000
+"""Characters that others must have written before a text can be strange to them."""
+END, SHORT = 600, 200
+"""Bytes of an answer's end that are compressed, and fewer than which are not."""
+RARE = 0.01
+"""Of the baseline's letters, the share from which it uses a script."""
+STRANGE, PROSE, MOULD = 1.4, 3.0, 2.0
+"""A text is foreign at so many times the bits of the baseline's upper quartile, which counts as ``PROSE`` at least; one
+below ``MOULD`` is of answers from one mould, beside which any free sentence is strange."""
+SLOTS = 1 << 20
+"""Sequences of characters are told apart by so many numbers."""
+OTHERS, TENTH, PEERS = 200, 0.1, 7
+"""Answers to other prompts that one is compared with at most; the share of them that may be as close as its own; and
+how many it takes."""
+
+
+def squeezed(text: str) -> float:
+    """The compressed size of a text's end as a part of its size; 1 where it is too short to tell."""
+    end = text.encode(errors="replace")[-END:]
+    return len(zlib.compress(end)) / len(end) if len(end) >= SHORT else 1.0
+
+
+class Script:
+    """Which letters the baseline uses."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        kinds = _kinds("".join(texts))
+        letters = {kind: count for kind, count in kinds.items() if kind not in ("digit", "symbol")}
+        used = {kind for kind, count in letters.items() if count >= RARE * sum(letters.values())}
+        self._used = used | {"digit"} if letters else None
+
+    def strange(self, text: str) -> bool:
+        """Whether most of a text is symbols or letters of other scripts. Where the baseline has numbers only, any
+        letters will do."""
+        seen = _kinds(text)
+        odd = (n for kind, n in seen.items() if kind == "symbol" or (self._used and kind not in self._used))
+        return 2 * sum(odd) > seen.total()
+
+
+def _kinds(text: str) -> Counter[str]:
+    """Visible characters by script; ``digit`` and ``symbol`` belong to none."""
+    found: Counter[str] = Counter()
+    for character, count in Counter(text).items():
+        if not character.isspace():
+            found[_kind(character)] += count
+    return found
+
+
+@cache
+def _kind(character: str) -> str:
+    category = unicodedata.category(character)[0]
+    if category == "N":
+        return "digit"
+    return unicodedata.name(character, "symbol").split()[0] if category in "LM" else "symbol"
+
+
+class Speech:
+    """How surprising a text is, in bits a character, to whoever knows the baseline's answers to the other prompts: by
+    three characters in a row, where these are unknown by two, by one. Prose of a model comes to 3 or 4, of another
+    language to 5, random letters to 8."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._own = [[np.unique(_grams(text, n), return_counts=True) for n in (1, 2, 3)] for text in texts]
+        self._counts = [np.zeros(SLOTS) for _ in range(3)]
+        self._total = 0.0
+        for grams in self._own:
+            self._add(grams, 1)
+        bits = self._bits(texts)
+        usual = 0.0 if np.isnan(bits).all() else float(np.nanquantile(bits, 0.75))
+        self._edge = STRANGE * max(usual, PROSE) if usual >= MOULD else np.inf
+
+    def foreign(self, texts: Sequence[str]) -> Mask:
+        """(n,), one text a prompt: which are far more surprising than the baseline's own."""
+        return np.asarray(self._bits(texts) > self._edge)
+
+    def _add(self, grams: Sequence[tuple[Places, Places]], sign: int) -> None:
+        for counts, (slots, times) in zip(self._counts, grams, strict=True):
+            counts[slots] += sign * times
+        self._total += sign * float(grams[0][1].sum())
+
+    def _bits(self, texts: Sequence[str]) -> Floats:
+        """NaN for a text under ``LONG`` characters and where the others have fewer than ``POOL``."""
+        found = np.full(len(texts), np.nan)
+        ones, twos, threes = self._counts
+        for at, text in enumerate(texts):
+            single, double, triple = (_grams(text, n) for n in (1, 2, 3))
+            self._add(self._own[at], -1)
+            if len(single) >= LONG and self._total >= POOL:
+                chance = (ones[single[2:]] + 0.1) / (self._total + 100)
+                chance = (twos[double[1:]] + 5 * chance) / (ones[single[1:-1]] + 5)
+                chance = (threes[triple] + 5 * chance) / (twos[double[:-1]] + 5)
+                found[at] = -np.log2(chance).mean()
+            self._add(self._own[at], 1)
+        return found
+
+
+class Topics:
+    """What tells one prompt's answer from others': four characters in a row, the rarer the heavier. ``prompts``, (n,),
+    numbers what the answers are about: answers about the same are not compared."""
+
+    def __init__(self, texts: Sequence[str], prompts: Places) -> None:
+        n = len(texts)
+        counts = _rows(texts)
+        self._weight = np.log((n + 1) / np.maximum(np.bincount(counts.indices, minlength=SLOTS), 1))
+        self._own = self._unit(counts)
+        self._some = np.unique(np.linspace(0, n - 1, min(n, OTHERS)).astype(np.intp))
+        self._apart = prompts[:, None] != prompts[self._some]
+        near = (self._own @ self._own[self._some].T).toarray() * self._apart
+        self._plain = near.sum(1) / np.maximum(self._apart.sum(1), 1)
+
+    def astray(self, texts: Sequence[str]) -> Mask:
+        """(n,), one text a prompt: which are no closer to the baseline's answer than to a tenth of the others, or have
+        fewer than ``PEERS`` others to be told from. An answer that is like all others is no closer for it."""
+        mine, plain = self._unit(_rows(texts)), self._plain[self._some]
+        own = np.asarray(mine.multiply(self._own).sum(1)).ravel()
+        near = (mine @ self._own[self._some].T).toarray()
+        level = (near * self._apart).sum(1) / np.maximum((self._apart * plain).sum(1), 1e-12)
+        own, near = own - level * self._plain, near - level[:, None] * plain
+        closer, peers = (self._apart & (near >= own[:, None] - 1e-12)).sum(1), self._apart.sum(1)
+        return np.asarray((closer >= np.maximum(np.floor(TENTH * (peers + 1)), 1)) | (peers < PEERS))
+
+    def _unit(self, counts: Any) -> Any:
+        rows = counts.copy()
+        rows.data *= self._weight[rows.indices]
+        size = np.sqrt(np.asarray(rows.multiply(rows).sum(1)).ravel())
+        rows.data /= np.repeat(np.maximum(size, 1e-12), np.diff(rows.indptr))
+        return rows
+
+
+def _rows(texts: Sequence[str]) -> Any:
+    """1 + log of how often each four characters occur: sparse, (texts, SLOTS)."""
+    from scipy.sparse import csr_array
+
+    found = [np.unique(_grams(text, 4), return_counts=True) for text in texts]
+    ends = np.cumsum([0, *(len(slots) for slots, _ in found)])
+    data = 1 + np.log(np.concatenate([times for _, times in found]))
+    return csr_array((data, np.concatenate([slots for slots, _ in found]), ends), shape=(len(texts), SLOTS))
+
+
+def length(text: str) -> int:
+    """Characters, a run of white space being one."""
+    return len(" ".join(text.split()))
+
+
+def _grams(text: str, n: int) -> Places:
+    """Every ``n`` characters in a row as a number below ``SLOTS``, without regard to case and white space."""
+    folded = " ".join(text.lower().split()).encode("utf-32-le", "replace")
+    points = np.frombuffer(folded, np.uint32).astype(np.uint64)
+    many = max(len(points) - n + 1, 0)
+    mixed = np.zeros(many, np.uint64)
+    for k in range(n):
+        mixed = (mixed + points[k : k + many] + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= mixed >> np.uint64(29)
+    return (mixed % np.uint64(SLOTS)).astype(np.intp)

@@ -1,0 +1,220 @@
+"""One arm of a comparison of servers: what serves it, started and stopped here unless it is a URL."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shlex
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from kvsuite.engines import probe
+from kvsuite.engines.process import Process, free_port
+from kvsuite.engines.profile import NONE, Profile, choose
+from kvsuite.engines.request import Ask, Reply
+from kvsuite.errors import UsageError
+
+if TYPE_CHECKING:
+    from kvsuite.engines.openai import Client
+    from kvsuite.engines.openvino import OpenVino
+
+ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
+POLL = 0.25
+"""Seconds between two questions whether a server is ready."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What serves: a URL, a command, or an engine in this process."""
+
+    kind: Literal["url", "command", "openvino"]
+    text: str
+    words: tuple[str, ...] = ()
+    """Of a command, without the assignments before it."""
+    environment: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Spec:
+        """Raises UsageError, one sentence, for what cannot serve."""
+        text = text.strip()
+        if re.match(r"https?://", text):
+            return cls("url", text)
+        if text == "openvino" or text.startswith("openvino:"):
+            from kvsuite.engines.openvino import parse
+
+            parse(text.partition(":")[2])  # a mistake in it is told now
+            return cls("openvino", text)
+        try:
+            words = shlex.split(text)
+        except ValueError as error:
+            raise UsageError(f"the command {text!r} cannot be read: {error}") from error
+        own: list[tuple[str, str]] = []
+        while words and (match := ASSIGNMENT.fullmatch(words[0])):
+            own.append((match[1], match[2]))
+            words.pop(0)
+        if not words or "{port}" not in text:
+            raise UsageError(f"{text!r} is no server: write a URL, openvino:kv=…, or a command that contains {{port}}")
+        if shutil.which(words[0], path=dict(own).get("PATH", os.environ.get("PATH"))) is None:
+            raise UsageError(f"the program {words[0]!r} of the command {text!r} is not there")
+        return cls("command", text, tuple(words), tuple(own))
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether a model's folder or file has to be named to it."""
+        return self.kind == "openvino" or "{model}" in self.text
+
+
+@dataclass
+class Server:
+    """A spec, up or down. ``model`` gives the path that ``{model}`` stands for; ``log`` is where a command's output
+    goes; ``startup`` is how many seconds it may take until it answers."""
+
+    name: str
+    spec: Spec
+    log: Path
+    model: Callable[[], Path]
+    profile_name: str = ""
+    startup: float = 600.0
+    timeout: float = 600.0
+    count: Callable[[str], int] | None = None
+    """Counts the tokens of a text where the server does not say them."""
+    profile: Profile = NONE
+    command: str = ""
+    served: str = ""
+    """The model, as the server calls it."""
+    _client: Client | None = None
+    _engine: OpenVino | None = None
+    _process: Process | None = None
+    _began: int = 0
+
+    @property
+    def up(self) -> bool:
+        """Whether it can be asked: started, and not dead since."""
+        if self._engine is not None:
+            return self._engine.alive
+        return self._client is not None and (self._process is None or self._process.alive)
+
+    async def start(self) -> None:
+        """Until it answers. Raises UsageError with the end of its log where it does not."""
+        await self.stop()
+        try:
+            await self._start()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def _start(self) -> None:
+        if self.spec.kind == "openvino":
+            from kvsuite.engines.openvino import OpenVino, parse
+
+            self.command, self.profile, path = self.spec.text, choose("openvino"), self.model()
+            self._engine = OpenVino(path, parse(self.spec.text.partition(":")[2]))
+            await asyncio.to_thread(self._engine.start)
+            self.served = path.name
+            return
+        url = self.spec.text
+        if self.spec.kind == "command":
+            url = self._run()
+        from kvsuite.engines.openai import Client
+
+        client = self._client = Client(url, key=os.environ.get("OPENAI_API_KEY"), total=self.timeout, count=self.count)
+        self.command = self.command if self._process else self.spec.text
+        self.profile = choose(self.profile_name, self.spec.text if self._process else "")
+        await self._ready(client)
+        if self.profile is NONE:
+            _, metrics = await client.get("/metrics")
+            self.profile = choose("", metrics=metrics)
+        self.served = (await client.models())[0]
+
+    def _run(self) -> str:
+        port = free_port()
+        fill = {"{port}": str(port), "{model}": str(self.model()) if self.spec.needs_model else ""}
+        words = []
+        for word in self.spec.words:
+            for mark, value in fill.items():
+                word = word.replace(mark, value)
+            words.append(word)
+        self.command = shlex.join([*(f"{k}={v}" for k, v in self.spec.environment), *words])
+        self._began = self.log.stat().st_size if self.log.is_file() else 0
+        self._process = Process(words, self.log, dict(self.spec.environment))
+        self._process.start()
+        return f"http://127.0.0.1:{port}"
+
+    async def _ready(self, client: Client) -> None:
+        deadline, said = time.monotonic() + self.startup, "nothing"
+        while time.monotonic() < deadline:
+            if self._process is not None and not self._process.alive:
+                raise UsageError(
+                    f"{self.name}: the server ended with code {self._process.returncode} before it answered: "
+                    f"{self._process.tail()} (log: {self.log})"
+                )
+            try:
+                status, text = await client.get(self.profile.ready)
+                if status == 200 and await client.models():
+                    return
+                said = f"{status} {text[:80]}"
+            except (OSError, UsageError) as error:
+                said = str(error) or type(error).__name__
+            if self._process is None:
+                raise UsageError(f"{self.name}: no server answers at {self.spec.text} ({said})")
+            await asyncio.sleep(POLL)
+        raise UsageError(f"{self.name}: no answer within {self.startup:g} s ({said}; log: {self.log})")
+
+    async def stop(self) -> None:
+        """Stop what was started here; a URL is left alone. Twice does no harm."""
+        client, engine, process = self._client, self._engine, self._process
+        self._client, self._engine, self._process = None, None, None
+        try:
+            if client is not None:
+                await client.close()
+            if engine is not None:
+                await asyncio.to_thread(engine.stop)
+        finally:
+            if process is not None:
+                await asyncio.to_thread(process.stop)
+
+    async def ask(self, ask: Ask) -> Reply:
+        """An answer; a server that is down gives a failed one."""
+        backend = self._engine or self._client
+        if backend is None:
+            return Reply(ask.id, start=time.perf_counter(), error="the server is down")
+        return await backend.ask(ask)
+
+    async def facts(self) -> dict[str, Any]:
+        """What it runs with (``probe.facts``); what an engine in this process knows of itself."""
+        if self._engine is not None:
+            return self._engine.facts()
+        return await probe.facts(self.profile, self._page, self._said())
+
+    async def counters(self) -> dict[str, float]:
+        """What it counted since it started."""
+        return {} if self._client is None else await probe.counters(self.profile, self._page)
+
+    async def forget(self) -> bool:
+        """Empty its prefix cache. False where there is no way."""
+        if not self.profile.reset or self._client is None:
+            return False
+        try:
+            status, _ = await self._client.post(self.profile.reset)
+        except OSError:
+            return False
+        return status == 200
+
+    async def _page(self, path: str) -> tuple[int, str]:
+        try:
+            return await self._client.get(path) if self._client else (0, "")
+        except OSError:
+            return 0, ""
+
+    def _said(self) -> str:
+        """Its log since it was started."""
+        if self._process is None or not self.log.is_file():
+            return ""
+        with self.log.open("rb") as file:
+            file.seek(self._began)
+            return file.read().decode(errors="replace")

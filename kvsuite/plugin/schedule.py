@@ -1,0 +1,105 @@
+"""In which order servers are visited, and what they are asked there: the same in every arm."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from kvsuite import tasks, workloads
+from kvsuite.engines.request import Ask
+from kvsuite.plugin.options import Options
+from kvsuite.plugin.servers import AGAIN, Servers
+from kvsuite.tasks import Sample, Task
+from kvsuite.workloads import Arrivals
+
+DIGEST = "digest"
+OPEN = 32
+"""Requests of a leg whose load has no concurrency."""
+WARM_UP = 16
+"""Tokens of an answer that only warms a server up."""
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One turn of one arm. Legs of a timed visit are counted within its block: 0 and 1."""
+
+    arm: str
+    block: int = 0
+    half: int = 0
+    timed: bool = False
+    answers: bool = False
+    """Whether the tasks are answered, too: once per arm."""
+
+
+def visits(arms: Sequence[str], blocks: int, timed: bool, answers: bool) -> list[Visit]:
+    """A B C, then C B A, ``blocks`` times: what drifts while they run meets all arms alike."""
+    if not timed:
+        return [Visit(arm, answers=answers) for arm in arms]
+    found = []
+    for block in range(blocks):
+        for half, order in enumerate((arms, list(reversed(arms)))):
+            first = answers and block == half == 0
+            found += [Visit(arm, block, half, timed=True, answers=first) for arm in order]
+    return found
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One load that is timed."""
+
+    name: str
+    arrivals: Arrivals
+    length: int
+    """Tokens of its prompts; 0 where the workload has its own."""
+
+
+def cells(options: Options, servers: Servers) -> list[Cell]:
+    """Every load of a run."""
+    loads = [servers.arrivals] if servers.arrivals else [Arrivals("closed", concurrency=n) for n in options.batch]
+    if servers.workload is not None:
+        return [Cell(f"{load} {servers.workload.name}", load, 0) for load in loads]
+    return [Cell(f"{load} {length} tokens", load, length) for load in loads for length in options.length]
+
+
+def task_asks(task: Task, samples: Sequence[Sample], options: Options, arm: str) -> list[Ask]:
+    """A task's samples as requests. The A/A arm's come in another order and, where answers are sampled, with other
+    seeds: what is noise to whoever asks."""
+    temperature = options.temperature if task.evaluation == "length" else 0.0
+    asks = [_ask(s, temperature, options, repeat=int(arm == AGAIN)) for s in samples]
+    return _reordered(asks, f"{options.seed}") if arm == AGAIN else asks
+
+
+def width(options: Options, arm: str) -> int:
+    """How many samples of a task are asked at a time: of the A/A arm another number, since servers round differently
+    in other batches."""
+    return options.width if arm != AGAIN else max(options.width // 2, 1) if options.width > 1 else 2
+
+
+def load_asks(
+    cell: Cell, options: Options, servers: Servers, block: int, arm: str, tokens: Callable[[str], int]
+) -> list[Ask]:
+    """What a cell asks in a block: other prompts in every block, the same in every arm."""
+    count = servers.requests or (2 * cell.arrivals.concurrency if cell.arrivals.kind == "closed" else OPEN)
+    file = servers.workload
+    if file is None:
+        samples = tasks.task(DIGEST).samples(count, [cell.length], 1_000 * options.seed + block, tokens)
+        asks = [_ask(s, 0.0, options) for s in samples]
+    elif file.suffix == ".jsonl":
+        found = workloads.read(file)
+        return [a if a.max_tokens else replace(a, max_tokens=options.cap) for a in found]  # its order is its history
+    else:
+        asks = workloads.sharegpt(file, count, 1_000 * options.seed + block, tokens, options.cap)
+    return _reordered(asks, f"{options.seed} {block}") if arm == AGAIN else asks
+
+
+def _ask(sample: Sample, temperature: float, options: Options, repeat: int = 0) -> Ask:
+    message = {"role": "user", "content": sample.context + sample.question}
+    seed = random.Random(f"{options.seed} {sample.id} {repeat}").randrange(1 << 31) if temperature else None
+    return Ask(sample.id, (message,), min(sample.max_new_tokens, options.cap), temperature, seed)
+
+
+def _reordered(asks: Sequence[Ask], key: str) -> list[Ask]:
+    shuffled = list(asks)
+    random.Random(f"again {key}").shuffle(shuffled)
+    return shuffled if shuffled != list(asks) else shuffled[::-1]

@@ -1,0 +1,122 @@
+"""The options of a comparison of servers: what serves, what is asked, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvsuite.engines import profile
+from kvsuite.engines.server import Spec
+from kvsuite.errors import UsageError
+from kvsuite.workloads import Arrivals
+
+BASELINE = "baseline"
+AGAIN = "baseline again"
+"""The A/A arm: the baseline asked the same in another order. What it shows is noise."""
+HELP = {
+    "baseline": "what serves the uncompressed model: a URL, openvino:kv=f16, or a command with {port} and {model}; "
+    "compares servers instead of methods",
+    "variant": "NAME=SPEC: what serves the same model with a compressed cache; may be given several times",
+    "profile": "what is known of the servers: a name or your own .toml (default: recognised by command or /metrics)",
+    "serve": "alone: one server at a time, restarted A B B A; together: all at once, used in turn",
+    "arrivals": "closed (as many at a time as --kv-batch says), constant:RATE, poisson:RATE or bursts:N@RATE",
+    "workload": "what is timed: a trace (.jsonl, OpenAI messages) or ShareGPT's .json (default: texts of --kv-length)",
+    "prefix": "cold: no prompt finds itself in the prefix cache; warm: every one does",
+    "requests": "requests per timed cell and leg (default 0: twice the concurrency)",
+    "goodput": "find the highest rate that meets p95 targets in seconds, e.g. ttft=2,itl=0.2",
+    "startup": "seconds a server may take until it answers",
+}
+DEFAULTS: dict[str, Any] = {
+    "baseline": "",
+    "variant": [],
+    "profile": "",
+    "serve": "alone",
+    "arrivals": "closed",
+    "workload": "",
+    "prefix": "cold",
+    "requests": 0,
+    "goodput": "",
+    "startup": 600,
+}
+CHOICES = {"serve": ("alone", "together"), "prefix": ("cold", "warm")}
+
+
+@dataclass(frozen=True)
+class Servers:
+    """Arms of a comparison of servers, and what they are asked."""
+
+    baseline: Spec
+    variants: Mapping[str, Spec]
+    profile: str
+    together: bool
+    arrivals: Arrivals | None
+    """None: a closed loop at every ``--kv-batch``."""
+    workload: Path | None
+    warm: bool
+    requests: int
+    goodput: tuple[float, float] | None
+    """Targets for the p95 of TTFT and ITL, seconds."""
+    startup: float
+
+    @property
+    def specs(self) -> dict[str, Spec]:
+        """Every arm's, the A/A arm's included, in the order in which they serve."""
+        return {BASELINE: self.baseline, AGAIN: self.baseline, **self.variants}
+
+    def settings(self) -> dict[str, Any]:
+        """What two runs must share to be compared, as JSON."""
+        return {
+            "serve": "together" if self.together else "alone",
+            "arrivals": "closed" if self.arrivals is None else str(self.arrivals),
+            "workload": self.workload.name if self.workload else "",
+            "prefix": "warm" if self.warm else "cold",
+            "requests": self.requests,
+            "goodput": self.goodput,
+        }
+
+
+def check(raw: Mapping[str, Any], number: Any) -> Servers | None:
+    """The servers that options ask for; None where they ask for none. ``number(key, value)`` reads a number. Raises
+    UsageError."""
+    given = [raw["variant"]] if isinstance(raw["variant"], str) else list(raw["variant"])
+    if not raw["baseline"]:
+        if given:
+            raise UsageError("--kv-variant needs --kv-baseline: what serves the uncompressed model")
+        return None
+    variants: dict[str, Spec] = {}
+    for text in given:
+        name, equals, spec = str(text).partition("=")
+        if not (name.strip() and equals and spec.strip()) or "://" in name or " " in name.strip():
+            raise UsageError(f"--kv-variant {str(text)!r}: write NAME=SPEC, such as fp8=http://127.0.0.1:8001")
+        if name in (BASELINE, AGAIN) or name in variants:
+            raise UsageError(f"--kv-variant {name}: this name is taken")
+        variants[name.strip()] = Spec.parse(spec)
+    if raw["profile"]:
+        profile.choose(str(raw["profile"]))
+    workload = Path(str(raw["workload"])) if raw["workload"] else None
+    if workload is not None and not workload.is_file():
+        raise UsageError(f"--kv-workload {str(workload)!r} does not exist")
+    closed = str(raw["arrivals"]).strip() == "closed"
+    return Servers(
+        baseline=Spec.parse(str(raw["baseline"])),
+        variants=variants,
+        profile=str(raw["profile"]),
+        together=raw["serve"] == "together",
+        arrivals=None if closed else Arrivals.parse(str(raw["arrivals"])),
+        workload=workload,
+        warm=raw["prefix"] == "warm",
+        requests=int(number("requests", raw["requests"])),
+        goodput=_targets(str(raw["goodput"]), number),
+        startup=number("startup", raw["startup"]),
+    )
+
+
+def _targets(text: str, number: Any) -> tuple[float, float] | None:
+    if not text:
+        return None
+    parts = dict(part.partition("=")[::2] for part in text.split(","))
+    if parts.keys() != {"ttft", "itl"}:
+        raise UsageError(f"--kv-goodput {text!r}: write both targets in seconds, ttft=2,itl=0.2")
+    return number("goodput", parts["ttft"]), number("goodput", parts["itl"])

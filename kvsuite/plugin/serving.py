@@ -1,0 +1,123 @@
+"""A run whose answers are made by servers: each arm is visited in turn and asked the same."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvsuite import environment, models
+from kvsuite.analysis.garbled import Check
+from kvsuite.analysis.serving import checks
+from kvsuite.errors import UsageError
+from kvsuite.plugin import schedule
+from kvsuite.plugin.schedule import Cell
+from kvsuite.plugin.servers import AGAIN, BASELINE, Servers
+from kvsuite.plugin.session import Session
+from kvsuite.plugin.visits import Visits
+from kvsuite.records import Served, read
+
+
+class Serving(Session):
+    """Everything is measured in one go when the first test asks, since servers are started and stopped for it."""
+
+    _names: Sequence[str] = ()
+    _timed = False
+
+    @property
+    def asked(self) -> Servers:
+        """What serves."""
+        assert self.options.servers is not None
+        return self.options.servers
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """The loads that are timed."""
+        return schedule.cells(self.options, self.asked)
+
+    def fetch(self, names: Sequence[str], evaluations: Sequence[str]) -> None:
+        """Make sure that texts, model and client are here; remember what will be measured. Raises UsageError."""
+        self._names, self._timed = names, "throughput" in evaluations
+        specs = self.asked.specs.values()
+        if any(s.kind != "openvino" for s in specs) and importlib.util.find_spec("httpx") is None:
+            raise UsageError("asking a server needs httpx: pip install 'kvsuite[client]'")
+        if any(s.needs_model for s in specs):
+            self.model()
+        timed = [schedule.DIGEST] if self._timed and self.asked.workload is None else []
+        super().fetch([*names, *timed], evaluations)
+        if self._timed:  # a trace that cannot be read is told before a server is started
+            schedule.load_asks(self.cells[0], self.options, self.asked, 0, BASELINE, self.tokens)
+
+    def model(self) -> Path:
+        """What ``{model}`` stands for: the model asked for, else the default one."""
+        if self.options.model:
+            return self.options.model.absolute()
+        kinds = {s.kind for s in self.asked.specs.values() if s.needs_model}
+        return models.default_gguf() if kinds == {"openvino"} else models.default_model()
+
+    @cached_property
+    def tokens(self) -> Callable[[str], int]:
+        """Counts a text's tokens by the model's own tokenizer where its folder is known, else at 4 characters each."""
+        return self.tokenizer or (lambda text: -(-len(text) // 4))
+
+    @cached_property
+    def tokenizer(self) -> Callable[[str], int] | None:
+        """The model's own, where its folder is known."""
+        known = self.options.model or (self.model() if any(s.needs_model for s in self.asked.specs.values()) else None)
+        file = known / "tokenizer.json" if known else None
+        if file is None or not file.is_file() or importlib.util.find_spec("tokenizers") is None:
+            return None
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(file))
+        return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def answers(self, name: str) -> list[Served]:
+        """Every arm's answers to a task."""
+        return [a for a in self.measured() if a.task == name]
+
+    def timed(self, arm: str, cell: str) -> list[Served]:
+        """An arm's answers in a cell, of all blocks."""
+        return [a for a in self.measured() if a.method == arm and a.cell == cell]
+
+    def measured(self) -> list[Served]:
+        """All answers; the first call makes them. A baseline that cannot be started ends the session, in a sentence."""
+        if self._visits is None:
+            self._visits = Visits(self, self._names, self._timed)
+            try:
+                asyncio.run(self._visits.all())
+            except UsageError as error:
+                pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
+        return self._visits.found
+
+    _visits: Visits | None = None
+
+    def check(self, arm: str) -> Check | None:
+        """Whether an arm's answers are answers; None for the baseline, and where there is nothing to compare."""
+        self.measured()
+        return checks(read(self.folder)).get(arm)
+
+    def facts(self) -> dict[str, Any]:
+        """Which model is served by what, and which arm is the baseline."""
+        known = self._visits.servers if self._visits else {}
+        served = next((s.served for s in known.values() if s.served), "?")
+        name = "SmolLM2-135M-Instruct" if str(models.cache_folder()) in served else Path(served).name or served
+        print_of = hashlib.sha256(served.encode()).hexdigest()
+        if any(s.needs_model for s in self.asked.specs.values()):
+            path = self.model()
+            files = [path] if path.is_file() else [f for f in path.iterdir() if f.suffix in (".safetensors", ".json")]
+            print_of = environment.fingerprint(files)
+        return {
+            "model": {"name": name, "fingerprint": print_of},
+            "baseline": BASELINE,
+            "controls": [AGAIN],
+            "servers": {arm: spec.text for arm, spec in self.asked.specs.items()},
+            "cells": [cell.name for cell in self.cells] if self._timed else [],
+            "environment": {"threads": None, "dtype": None, "gpu": None},
+        }

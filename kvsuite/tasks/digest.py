@@ -1,0 +1,45 @@
+"""digest: a presidential message to be summarized, cut to length: what servers are timed on."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from kvsuite import models
+from kvsuite.errors import UsageError
+from kvsuite.tasks.base import Sample, Task
+from kvsuite.tasks.needle import first_sentences
+
+QUESTION = "\n\nSummarize this message."
+
+
+class Digest(Task):
+    """Every sample is another message, or another part of one, so that no prompt begins like another. Answers end
+    where the model ends them; they are timed, not scored."""
+
+    name = "digest"
+    type = "summarization"
+    evaluation = "throughput"
+
+    def fetch(self) -> list[Path]:
+        return sorted(models.messages().glob("*.txt"))
+
+    def samples(self, count: int, lengths: Sequence[int], seed: int, tokens: Callable[[str], int]) -> list[Sample]:
+        files = self.fetch()
+        order = random.Random(f"digest {seed}")
+        found: list[Sample] = []
+        for _ in range(100 * count):
+            if len(found) == count:
+                return found
+            text, length = order.choice(files), lengths[len(found) % len(lengths)]
+            words = text.read_text().split()
+            start = order.randrange(max(1, len(words) - length))
+            taken = first_sentences(" ".join(words[start:]), length - tokens(QUESTION), tokens)
+            if taken:
+                name = f"digest-l{length}-{len(found)}"
+                found.append(Sample(name, " ".join(taken), QUESTION, "", max_new_tokens=512, cluster=text.stem))
+        raise UsageError(f"no presidential message is long enough for --kv-length {max(lengths)}")
+
+    def score(self, sample: Sample, answer: str) -> None:
+        return None

