@@ -125,7 +125,7 @@ def _clear(group: int, grace: float) -> None:
                 elif pid not in told:  # a second SIGTERM makes some servers leave at once
                     os.kill(pid, signal.SIGTERM)
         told.update(family)
-        time.sleep(TICK / 5)
+        time.sleep(TICK / 5 if late < 10 else 10 * TICK)  # what hangs in a driver may stay for hours
 
 
 def _reap() -> bool:

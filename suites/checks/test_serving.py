@@ -163,6 +163,17 @@ def test_warm_prompts_find_themselves_in_the_prefix_cache(command, tmp_path):
     assert all(r.cached_tokens == r.prompt_tokens for r in timed)
 
 
+def test_servers_are_compared_without_torch(command, tmp_path):
+    for name in ("torch", "transformers"):
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('blocked', name={name!r})")
+    with Server() as base:
+        words, environment = command("throughput or length or samples", "--kv-baseline", base.url, "--kv-rounds", "1")
+        words = [word for word in words if word not in EVALUATIONS] + [str(ROOT / "suites")]
+        result = go((words, environment | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}))
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert (tmp_path / "left" / "report.md").is_file()
+
+
 def test_a_baseline_that_compresses_is_said(command, tmp_path):
     with Server(cache_dtype="fp8_e4m3") as base:
         go(command("samples", "--kv-baseline", base.url))

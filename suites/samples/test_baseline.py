@@ -1,13 +1,13 @@
 """pytest -m samples: what `full` answers is transformers' answer, and belongs to its prompt alone."""
 
 import pytest
-import torch
-from transformers import DynamicCache, GenerationConfig
 
 from kvsuite import tasks
 from kvsuite.methods import parse
 from kvsuite.records import Agreement
 
+torch = pytest.importorskip("torch")  # servers are compared without it
+transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.samples
 
 CLOSE = 1e-3
@@ -60,7 +60,7 @@ def test_full_stores_what_transformers_stores(kv_local, kv_task, shortest):
     observed = engine.prefill(request, ids, [], frozenset()).context
     caches = [parse("full").cache(layer, 1, len(ids)) for layer in engine.layers]
     parse("full").compress(0, observed, caches)
-    theirs = DynamicCache()
+    theirs = transformers.DynamicCache()
     engine.model.set_attn_implementation("sdpa")
     try:
         engine.model(
@@ -95,7 +95,7 @@ def greedy(engine, request):
     """The tokens transformers generates with its DynamicCache and SDPA, one prompt at a time."""
     ids, _ = engine.encode(request, "prompt")
     prompt = torch.tensor([ids], device=engine.model.device)
-    plain = GenerationConfig(  # the folder's own may penalize repetitions
+    plain = transformers.GenerationConfig(  # the folder's own may penalize repetitions
         max_new_tokens=request.max_new_tokens, do_sample=False, eos_token_id=sorted(engine.stop), pad_token_id=0
     )
     out = engine.model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=plain)
