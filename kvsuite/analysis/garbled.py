@@ -25,6 +25,8 @@ FEW = 8
 LEAST: dict[Name, float] = {"empty": 0.1, "repetition": 0.1, "language": 0.1, "cap hits": 0.2, "agreement": 0.2}
 """The share of answers beyond the floor from which a sign can fail. A sane but lossy variant does end late, or leave
 the topic, now and then."""
+BEYOND = 0.1
+"""The share beyond that of sane halves of answers which leave each other's topic."""
 BLIND: dict[Name, float] = {"empty": 0.1, "repetition": 0.1, "language": 0.1, "cap hits": 1 / 3, "agreement": 1 / 3}
 """The floor that is taken for granted where none was measured."""
 HOPELESS: tuple[Name, ...] = ("empty", "repetition", "language")
@@ -44,8 +46,7 @@ class Sign:
 
     name: Name
     n: int
-    """Answers it could be seen on: the baseline's does not show it. Agreement takes a baseline's answer from which its
-    topic can be told: its second half is closer to its own first half than to others'."""
+    """Answers it could be seen on: the baseline's does not show it; for agreement it is long enough to have a topic."""
     count: int
     """Of these, the variant's answers that show it."""
     floor: int | None
@@ -118,18 +119,20 @@ class _Marks:
     possible: Mask
     """The baseline's answer does not show it, and all that it takes is known."""
     arms: list[Mask]
-    """For each arm."""
-    lost: Mask | None = None
-    """Where the baseline's answer shows it though it should not."""
+    """For the variant, and for the control if there is one."""
+    halves: Mask | None = None
+    """Where half of the baseline's answer shows it beside the other half, though both are sane."""
 
     def shown(self, k: int) -> Mask:
         """On which answers of an arm it counts."""
         return self.possible & self.arms[k]
 
-    @property
-    def least(self) -> float:
-        """How often sane answers show it at most, as the baseline's do."""
-        return 0.0 if self.lost is None else float(self.lost.sum() / max((self.possible | self.lost).sum(), 1))
+    def bar(self, name: Name) -> float:
+        """The share of the variant's answers from which it can fail."""
+        n = max(int(self.possible.sum()), 1)
+        floor = float(self.shown(1).sum() / n) if len(self.arms) > 1 else BLIND[name]
+        sane = 0.0 if self.halves is None else float((self.halves & self.possible).sum() / n) + BEYOND
+        return max(floor + LEAST[name], sane)
 
 
 def _signs(found: dict[Name, _Marks], prompts: Places, few: bool) -> tuple[Sign, ...]:
@@ -142,9 +145,8 @@ def _signs(found: dict[Name, _Marks], prompts: Places, few: bool) -> tuple[Sign,
     for name, marks in found.items():
         n, count = int(marks.possible.sum()), int(marks.shown(0).sum())
         floor = int(marks.shown(1).sum()) if len(marks.arms) > 1 else None
-        beyond = (count - floor) / max(n, 1) if floor is not None else count / max(n, 1) - BLIND[name]
         p = adjusted.get(name, 1.0)
-        failed = not few and p <= LEVEL and beyond >= max(LEAST[name], marks.least)
+        failed = not few and p <= LEVEL and count >= n * marks.bar(name)
         signs.append(Sign(name, n, count, floor, tests[name][0], p, failed))
     return tuple(signs)
 
@@ -175,15 +177,14 @@ def _by_dataset(mark: Callable[[Arm, list[Arm]], _Marks], base: Arm, arms: list[
     """Each dataset by itself, as answers of one are alike in length and form; small ones together."""
     sizes = Counter(base.dataset)
     names = np.array([name if sizes[name] >= FEW else "" for name in base.dataset])
-    found = _Marks(np.zeros(len(base), np.bool_), [np.zeros(len(base), np.bool_) for _ in arms])
-    lost = np.zeros(len(base), np.bool_)
+    possible, halves, *marked = (np.zeros(len(base), np.bool_) for _ in range(2 + len(arms)))
     for name in np.unique(names):
         at = np.flatnonzero(names == name)
         part = mark(base.take(at.tolist()), [arm.take(at.tolist()) for arm in arms])
-        found.possible[at], lost[at] = part.possible, False if part.lost is None else part.lost
-        for whole, mine in zip(found.arms, part.arms, strict=True):
+        possible[at], halves[at] = part.possible, False if part.halves is None else part.halves
+        for whole, mine in zip(marked, part.arms, strict=True):
             whole[at] = mine
-    return _Marks(found.possible, found.arms, lost)
+    return _Marks(possible, marked, halves)
 
 
 def _codes(names: Sequence[str]) -> Places:
@@ -225,13 +226,21 @@ def _language(base: Arm, arms: list[Arm]) -> _Marks:
     return _Marks(letters.possible & ~own, [a | b for a, b in zip(letters.arms, others, strict=True)])
 
 
+VAGUE = 2 / 3
+"""The share of the baseline's answers whose halves do not find each other from which no topic can be told: they are too
+short, or all the same but for a name or a number."""
+
+
 def _agreement(base: Arm, arms: list[Arm]) -> _Marks:
     texts, prompts = _texts(base), _codes(base.cluster)
-    halves = [(text[: len(text) // 2], text[len(text) // 2 :]) for text in texts]
-    astray = Topics([first for first, _ in halves], prompts).astray([second for _, second in halves])
+    firsts, seconds = zip(*((text[: len(text) // 2], text[len(text) // 2 :]) for text in texts), strict=True)
     long = np.array([length(text) >= LONG for text in texts], np.bool_)
     topics = Topics(texts, prompts)
-    return _Marks(long & ~astray, [topics.astray(_texts(arm)) for arm in arms], long & astray)
+    own, *others = (topics.astray(_texts(arm)) for arm in (base, *arms))
+    possible, halves = long & ~own, Topics(firsts, prompts).astray(seconds)
+    if (halves & possible).sum() > VAGUE * possible.sum():
+        possible[:] = False
+    return _Marks(possible, others, halves)
 
 
 MARKS: dict[Name, Callable[[Arm, list[Arm]], _Marks]] = {

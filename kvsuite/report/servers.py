@@ -59,11 +59,11 @@ def speed(run: Run) -> list[Table]:
     if not rows:
         return []
     broken = {method for method, check in checks(run).items() if check.broken}
-    drawn = [_cells(row, row.method in broken) for row in rows]
+    drawn = [_cells(row, row.method in broken, row.method == run.baseline) for row in rows]
     columns = ["load", "arm", "tok/s", "×", "TTFT s", "×", "TPOT ms", "×", "E2E s", "×", "tokens", "failed"]
     blocks = max(row.blocks for row in rows)
     notes = [
-        f"× over 1 is faster than the baseline, which took the same requests in turn ({blocks} blocks A B B A); ± is "
+        f"× over 1 is faster than the baseline, which took the same requests in turn ({blocks} blocks A B B A), with "
         "the 95 % t-interval over blocks. The A/A arm shows what no difference looks like here. Figures are medians of "
         "legs; tok/s counts all answers of a leg, from the first request to the last token.",
         "Answers end where the model ends them: tokens is their mean length. TPOT: per token after the first.",
@@ -89,22 +89,21 @@ def _goodput(run: Run, broken: set[str]) -> list[Table]:
     return [Table("goodput", ["arm", "holds", "misses", "tests", ""], rows, [note])]
 
 
-def _cells(row: ServedRow, broken: bool) -> list[str]:
+def _cells(row: ServedRow, broken: bool, itself: bool) -> list[str]:
     failed = f"{row.failed}/{row.n}"
     if broken or not row.figures:
         return [row.cell, row.method, *["BROKEN" if broken else "-"] * 8, "-", failed]
     f, r = row.figures, row.ratios
     shown = {"rate": f"{f['rate']:,.0f}", "ttft": f"{f['ttft']:.2f}", "tpot": f"{1e3 * f['tpot']:.1f}"}
     shown["e2e"] = f"{f['e2e']:.2f}"
-    pairs = [text for name, value in shown.items() for text in (value, _ratio(r.get(name)))]
+    pairs = [text for name, value in shown.items() for text in (value, "1" if itself else _ratio(r.get(name)))]
     return [row.cell, row.method, *pairs, f"{row.tokens:.0f}", failed]
 
 
 def _ratio(e: Estimate | None) -> str:
     if e is None:
         return "-"
-    half = (e.high - e.low) / 2
-    return f"{e.mean:.2f} ± {half:.2f}" if half < 10 else f"{e.mean:.2f}"
+    return f"{e.mean:.2f} ({e.low:.2f}–{e.high:.2f})" if e.high < 100 else f"{e.mean:.2f}"
 
 
 def served(run: Run) -> list[Table]:
@@ -121,7 +120,8 @@ def served(run: Run) -> list[Table]:
             notes.append(
                 f"{s.method}: {s.counters['accepted'] / s.counters['drafted']:.0%} of drafted tokens accepted."
             )
-    notes += [f"{s.method}: {s.command}" for s in found]
+    asked = {key: [s.method for s in found if s.command == key] for key in dict.fromkeys(s.command for s in found)}
+    notes += [f"{', '.join(methods)}: {key}" for key, methods in asked.items()]
     if late > 0.005:
         notes.append(
             f"The client sent a request up to {1e3 * late:.0f} ms late: the load was not quite the one asked for."

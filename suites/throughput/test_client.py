@@ -21,6 +21,7 @@ ASK = Ask("stream", ({"role": "user", "content": "stamps"},), TOKENS)
 
 @pytest.fixture
 def url():
+    pytest.importorskip("httpx")
     command = [sys.executable, "-m", "suites.checks.scripted", "--itl", str(ITL)]
     root = Path(__file__).parents[2]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as server:
