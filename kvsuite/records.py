@@ -109,6 +109,7 @@ class Served(Answer):
     start: float = 0.0
     """When it was sent, on the client's clock."""
     ttft: float = 0.0
+    """0 where nothing came before the end."""
     gaps: list[float] = field(default_factory=list)
     """Between chunks."""
     e2e: float = 0.0

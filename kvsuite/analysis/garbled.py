@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from kvsuite.analysis.length import is_empty, loops
-from kvsuite.analysis.resample import Mask, Places
+from kvsuite.analysis.resample import Floats, Mask, Places
 from kvsuite.analysis.samples import same_answers
 from kvsuite.analysis.stats import holm
 from kvsuite.analysis.texts import LONG, Script, Speech, Topics, length, squeezed
@@ -26,7 +26,8 @@ LEAST: dict[Name, float] = {"empty": 0.1, "repetition": 0.1, "language": 0.1, "c
 """The share of answers beyond the floor from which a sign can fail. A sane but lossy variant does end late, or leave
 the topic, now and then."""
 BEYOND = 0.1
-"""The share beyond that of sane halves of answers which leave each other's topic."""
+"""For agreement also beyond half the share of the baseline's answers whose own halves leave each other's topic: the
+share of whole ones that would."""
 BLIND: dict[Name, float] = {"empty": 0.1, "repetition": 0.1, "language": 0.1, "cap hits": 1 / 3, "agreement": 1 / 3}
 """The floor that is taken for granted where none was measured."""
 HOPELESS: tuple[Name, ...] = ("empty", "repetition", "language")
@@ -51,9 +52,12 @@ class Sign:
     """Of these, the variant's answers that show it."""
     floor: int | None
     """The same of the control; None where no floor was measured."""
+    back: int
+    """Answers of the baseline that show it where the variant's does not: a small model that loops here may as well loop
+    there."""
     p: float
-    """Exact and one-sided, prompts as wholes: that the control shows it as often; without one, that no more than the
-    share ``BLIND`` does."""
+    """Exact and one-sided, prompts as wholes: the larger of two, that the control shows it as often (without one, that
+    no more than the share ``BLIND`` does), and that ``back`` is as likely as ``count``."""
     adjusted: float
     """After Holm's correction over the signs whose discordant prompts are enough to fail at all."""
     failed: bool
@@ -120,6 +124,8 @@ class _Marks:
     """The baseline's answer does not show it, and all that it takes is known."""
     arms: list[Mask]
     """For the variant, and for the control if there is one."""
+    back: Mask
+    """The baseline's answer shows it, the variant's does not."""
     halves: Mask | None = None
     """Where half of the baseline's answer shows it beside the other half, though both are sane."""
 
@@ -131,8 +137,8 @@ class _Marks:
         """The share of the variant's answers from which it can fail."""
         n = max(int(self.possible.sum()), 1)
         floor = float(self.shown(1).sum() / n) if len(self.arms) > 1 else BLIND[name]
-        sane = 0.0 if self.halves is None else float((self.halves & self.possible).sum() / n) + BEYOND
-        return max(floor + LEAST[name], sane)
+        sane = 0.0 if self.halves is None else float((self.halves & self.possible).sum() / n) / 2 + BEYOND
+        return max(max(floor, float(self.back.sum() / n)) + LEAST[name], sane)
 
 
 def _signs(found: dict[Name, _Marks], prompts: Places, few: bool) -> tuple[Sign, ...]:
@@ -143,11 +149,11 @@ def _signs(found: dict[Name, _Marks], prompts: Places, few: bool) -> tuple[Sign,
     adjusted = dict(zip(counted, holm([tests[name][0] for name in counted]), strict=True))
     signs = []
     for name, marks in found.items():
-        n, count = int(marks.possible.sum()), int(marks.shown(0).sum())
+        n, count, back = (int(x.sum()) for x in (marks.possible, marks.shown(0), marks.back))
         floor = int(marks.shown(1).sum()) if len(marks.arms) > 1 else None
         p = adjusted.get(name, 1.0)
         failed = not few and p <= LEVEL and count >= n * marks.bar(name)
-        signs.append(Sign(name, n, count, floor, tests[name][0], p, failed))
+        signs.append(Sign(name, n, count, floor, back, tests[name][0], p, failed))
     return tuple(signs)
 
 
@@ -155,14 +161,23 @@ def _tested(marks: _Marks, prompts: Places, blind: float) -> tuple[float, float]
     """The p of a sign and the least it could have been. Answers to one prompt, or about one document, count once."""
     from scipy.stats import binom
 
-    mine = np.bincount(prompts, marks.shown(0))
-    if len(marks.arms) > 1:
-        beyond = mine - np.bincount(prompts, marks.shown(1))
-        k, n, rate = int((beyond > 0).sum()), int((beyond != 0).sum()), 0.5
-    else:
-        among = np.bincount(prompts, marks.possible)
-        k, n, rate = int((2 * mine > among).sum()), int((among > 0).sum()), blind
-    return float(binom.sf(k - 1, n, rate)), rate**n
+    mine, back, among, *noise = (
+        np.bincount(prompts, x.astype(np.float64)).astype(np.float64)
+        for x in (marks.shown(0), marks.back, marks.possible, *(marks.shown(k) for k in range(1, len(marks.arms))))
+    )
+    if noise:
+        p, least = _more(mine, noise[0])
+        return max(p, _more(mine, back)[0]), least
+    k, n = int((2 * mine > among).sum()), int((among > 0).sum())
+    return max(float(binom.sf(k - 1, n, blind)), _more(mine, back)[0]), blind**n
+
+
+def _more(mine: Floats, theirs: Floats) -> tuple[float, float]:
+    """The p that prompts have more of the one as often as more of the other, and the least it could have been."""
+    from scipy.stats import binom
+
+    k, n = int((mine > theirs).sum()), int((mine != theirs).sum())
+    return float(binom.sf(k - 1, n, 0.5)), 0.5**n
 
 
 def _example(base: Arm, variant: Arm, found: dict[Name, _Marks], failed: Sequence[Name]) -> Example:
@@ -177,14 +192,15 @@ def _by_dataset(mark: Callable[[Arm, list[Arm]], _Marks], base: Arm, arms: list[
     """Each dataset by itself, as answers of one are alike in length and form; small ones together."""
     sizes = Counter(base.dataset)
     names = np.array([name if sizes[name] >= FEW else "" for name in base.dataset])
-    possible, halves, *marked = (np.zeros(len(base), np.bool_) for _ in range(2 + len(arms)))
+    possible, back, halves, *marked = (np.zeros(len(base), np.bool_) for _ in range(3 + len(arms)))
     for name in np.unique(names):
         at = np.flatnonzero(names == name)
         part = mark(base.take(at.tolist()), [arm.take(at.tolist()) for arm in arms])
-        possible[at], halves[at] = part.possible, False if part.halves is None else part.halves
+        possible[at], back[at] = part.possible, part.back
+        halves[at] = False if part.halves is None else part.halves
         for whole, mine in zip(marked, part.arms, strict=True):
             whole[at] = mine
-    return _Marks(possible, marked, halves)
+    return _Marks(possible, marked, back, halves)
 
 
 def _codes(names: Sequence[str]) -> Places:
@@ -195,9 +211,9 @@ def _texts(arm: Arm) -> list[str]:
     return [text or "" for text in arm.text]
 
 
-def _each(base: Arm, arms: Sequence[Arm], told: Callable[[str], bool]) -> _Marks:
+def _each(base: Arm, arms: list[Arm], told: Callable[[str], bool]) -> _Marks:
     own, *others = (np.array([told(text) for text in _texts(arm)], np.bool_) for arm in (base, *arms))
-    return _Marks(~own, others)
+    return _Marks(~own, others, own & ~others[0])
 
 
 def _empty(base: Arm, arms: list[Arm]) -> _Marks:
@@ -206,7 +222,12 @@ def _empty(base: Arm, arms: list[Arm]) -> _Marks:
 
 def _cap_hits(base: Arm, arms: list[Arm]) -> _Marks:
     known = ~np.any([np.isnan(x.capped) | np.isnan(x.tokens) for x in (base, *arms)], axis=0)
-    return _Marks(known & (base.capped == 0), [(x.capped == 1) & (2 * x.tokens >= 3 * base.tokens) for x in arms])
+
+    def late(one: Arm, other: Arm) -> Mask:
+        longer = 2 * one.tokens >= 3 * other.tokens
+        return np.asarray(known & (one.capped == 1) & (other.capped == 0) & longer)
+
+    return _Marks(known & (base.capped == 0), [late(arm, base) for arm in arms], late(base, arms[0]))
 
 
 TIGHT = 0.25
@@ -221,9 +242,11 @@ def _repetition(base: Arm, arms: list[Arm]) -> _Marks:
 
 def _language(base: Arm, arms: list[Arm]) -> _Marks:
     script, speech = Script(_texts(base)), Speech(_texts(base))
-    letters = _each(base, arms, script.strange)
-    own, *others = (speech.foreign(_texts(arm)) for arm in (base, *arms))
-    return _Marks(letters.possible & ~own, [a | b for a, b in zip(letters.arms, others, strict=True)])
+    own, *others = (
+        np.array([script.strange(text) for text in _texts(arm)], np.bool_) | speech.foreign(_texts(arm))
+        for arm in (base, *arms)
+    )
+    return _Marks(~own, others, own & ~others[0])
 
 
 VAGUE = 2 / 3
@@ -240,7 +263,7 @@ def _agreement(base: Arm, arms: list[Arm]) -> _Marks:
     possible, halves = long & ~own, Topics(firsts, prompts).astray(seconds)
     if (halves & possible).sum() > VAGUE * possible.sum():
         possible[:] = False
-    return _Marks(possible, others, halves)
+    return _Marks(possible, others, np.zeros(len(base), np.bool_), halves)
 
 
 MARKS: dict[Name, Callable[[Arm, list[Arm]], _Marks]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from kvsuite.analysis.effects import Part
 from kvsuite.analysis.serving import checks, served_rows
@@ -20,8 +21,16 @@ OTHER_SEED = "other seed"
 
 
 def parts(run: Run) -> list[Part]:
-    """The run's methods against ``full``: scored tasks, and chats."""
-    return [part for known in _arms(run) for part in _parts(run, known, controls=False)]
+    """The run's methods against ``full``: scored tasks, and chats. What is broken is left out."""
+    found = [part for known in _arms(run) for part in _parts(run, known, controls=False)]
+    left_out = broken(run)
+    kept = [replace(p, methods={m: a for m, a in p.methods.items() if m not in left_out}) for p in found]
+    return [part for part in kept if part.methods]
+
+
+def broken(run: Run) -> set[str]:
+    """Arms of servers whose answers are none: these have no verdict and no rank."""
+    return {method for method, check in checks(run).items() if check.broken}
 
 
 def noise(run: Run) -> list[Part]:
@@ -130,15 +139,16 @@ def _answered(run: Run) -> dict[str, set[tuple[str, str, int]]]:
 
 
 def speeds(run: Run, margins: Margins) -> list[tuple[str, Effect]]:
-    """Decode speed of every method at the widest, longest cell, as a multiple of ``full``'s; of servers, tokens per
-    second of the last load. What ran without a kernel, and what is broken, is not judged by its speed."""
+    """Decode speed of every method at the widest, longest cell, as a multiple of ``full``'s; of servers, time
+    per token in the last load (tokens per second would reward long answers). What ran without a kernel, and what is
+    broken, is not judged by its speed."""
     served = served_rows(run)
     if served:
-        left_out = {run.baseline} | {method for method, check in checks(run).items() if check.broken}
+        left_out = {run.baseline} | broken(run)
         return [
-            (row.method, effect("speed", row.ratios["rate"], margins.speed, -1, row.blocks, None, ratio=True))
+            (row.method, effect("speed", row.ratios["tpot"], margins.speed, -1, row.blocks, None, ratio=True))
             for row in served
-            if row.cell == served[-1].cell and "rate" in row.ratios
+            if row.cell == served[-1].cell and "tpot" in row.ratios
             if row.method not in left_out and not run.is_control(row.method)
         ]
     rows = speed_rows(list(_timings(run).values()))

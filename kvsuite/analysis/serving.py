@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 
 from kvsuite.analysis.garbled import Check, check
-from kvsuite.analysis.speed import Goodput, goodput
+from kvsuite.analysis.speed import Goodput, goodput, p95
 from kvsuite.analysis.stats import Estimate, log_ratio_interval
 from kvsuite.columns import Arm, Gather, align
 from kvsuite.readers.base import Load
 from kvsuite.records import Probe, Run, Served
 
 FIGURES = ("rate", "ttft", "tpot", "e2e")
-"""Tokens per second of a leg; median seconds to the first token, per token after it, and to the end of an answer."""
+"""Tokens per second of a leg; median seconds to the first token, per token after it, and to the end of an answer. (A
+leg has ``itl95`` besides: the p95 of the seconds between two chunks.)"""
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,15 @@ class ServedRow:
     n: int
     failed: int
     error: str
-    legs: int = 0
     blocks: int = 0
     figures: Mapping[str, float] = field(default_factory=dict)
-    """Median leg, by `FIGURES`."""
+    """Median leg, by `FIGURES` and ``itl95``."""
     ratios: Mapping[str, Estimate] = field(default_factory=dict)
-    """Of blocks in which both arms answered everything: t-interval of the log ratios."""
+    """Of blocks in which both arms answered everything in both legs: t-interval of the log ratios."""
     tokens: float = math.nan
     """Mean tokens of an answer."""
+    capped: int = 0
+    """Answers that their cap ended."""
 
 
 def timed(run: Run) -> list[Served]:
@@ -47,16 +49,16 @@ def timed(run: Run) -> list[Served]:
 
 def as_load(found: Sequence[Served], source: str) -> Load:
     """Answers of one load as a load test."""
-    good = [r for r in found if r.status == "ok"]
+    good = [r for r in found if r.status == "ok" and r.tpot is not None]
     return Load(
         source,
-        ttft=np.array([r.ttft for r in good]),
-        itl=np.array([r.tpot or math.nan for r in good]),
+        ttft=np.array([r.ttft or math.nan for r in good] or [math.inf]),  # where none came, it takes forever
+        itl=np.array([r.tpot or math.nan for r in good] or [math.inf]),
         e2e=np.array([r.e2e for r in good]),
         prompt_tokens=np.array([float(r.prompt_tokens) for r in good]),
         tokens=np.array([float(r.count) for r in good]),
         start=np.array([r.start for r in good]),
-        failed=len(found) - len(good),
+        failed=sum(r.status != "ok" for r in found),
         duration=max((r.start + r.e2e for r in good), default=0.0) - min((r.start for r in good), default=0.0),
         setting={},
     )
@@ -101,16 +103,21 @@ def _row(
     each = [leg for block in mine.values() for leg in block]
     if not each:
         return ServedRow(*counts)
-    both = [block for block in mine if block in theirs]
+    both = [block for block in mine if len(mine[block]) == 2 == len(theirs.get(block, ()))]
     ratios = {}
     for name in FIGURES:
         logs = [_mean_log(mine[b], name) - _mean_log(theirs[b], name) for b in both]
         logs = [x if name == "rate" else -x for x in logs if math.isfinite(x)]
         if logs:
             ratios[name] = log_ratio_interval(logs)
-    figures = {name: statistics.median(leg[name] for leg in each) for name in FIGURES}
-    tokens = statistics.fmean(r.count for r in found if r.status == "ok")
-    return ServedRow(*counts, len(each), len(both), figures, ratios, tokens)
+    figures = {name: float(np.nanmedian(column)) for name in (*FIGURES, "itl95") if (column := _known(each, name))}
+    good = [r for r in found if r.status == "ok"]
+    capped = sum(r.finish == "length" for r in good)
+    return ServedRow(*counts, len(both), figures, ratios, statistics.fmean(r.count for r in good), capped)
+
+
+def _known(legs: Sequence[Mapping[str, float]], name: str) -> list[float]:
+    return [leg[name] for leg in legs if math.isfinite(leg[name])]
 
 
 def _legs(found: Iterable[Served]) -> dict[int, list[dict[str, float]]]:
@@ -127,10 +134,12 @@ def _legs(found: Iterable[Served]) -> dict[int, list[dict[str, float]]]:
 
 def _figures(replies: Sequence[Served]) -> dict[str, float]:
     took = max(r.start + r.e2e for r in replies) - min(r.start for r in replies)
-    between = [r.tpot for r in replies if r.tpot]
+    between, first = [r.tpot for r in replies if r.tpot], [r.ttft for r in replies if r.ttft]
+    gaps = [gap for r in replies for gap in r.gaps]
     return {
         "rate": sum(r.count for r in replies) / took if took > 0 else math.nan,
-        "ttft": statistics.median(r.ttft for r in replies),
+        "ttft": statistics.median(first) if first else math.nan,
+        "itl95": p95(np.array(gaps)) if gaps else math.nan,
         "tpot": statistics.median(between) if between else math.nan,
         "e2e": statistics.median(r.e2e for r in replies),
     }
@@ -142,7 +151,7 @@ def _mean_log(legs: Sequence[Mapping[str, float]], name: str) -> float:
 
 def checks(run: Run) -> dict[str, Check]:
     """Whether an arm's answers are still answers: everything it said against what the baseline said to the same,
-    beyond the A/A arm. The first answer of every arm to a prompt counts."""
+    beyond the A/A arm. An A/A arm that answered less than half of it is no control."""
     arms = {name: arm for name, arm in _said(run).items() if len(arm)}
     base = arms.get(run.baseline)
     control = next((arm for name, arm in arms.items() if run.is_control(name)), None)
@@ -150,26 +159,30 @@ def checks(run: Run) -> dict[str, Check]:
     for name, arm in arms.items():
         if base is None or name == run.baseline or run.is_control(name):
             continue
-        both = [base, arm] if control is None or not set(control.keys) & set(arm.keys) else [base, arm, control]
-        if set(base.keys) & set(arm.keys):
+        shared = set(base.keys) & set(arm.keys)
+        both = [base, arm]
+        if control is not None and 2 * len(shared & set(control.keys)) >= len(shared):
+            both.append(control)
+        if shared:
             aligned, _ = align(both, allow_missing=True)
             found[name] = check(aligned[0], aligned[1], aligned[2] if len(aligned) > 2 else None)
     return found
 
 
 def _said(run: Run) -> dict[str, Arm]:
+    found = [r for r in run.records if isinstance(r, Served) and r.evaluation != "goodput"]
+    legs: dict[tuple[str, int], set[int]] = {}
+    for r in found:
+        legs.setdefault((r.method, r.block), set()).add(r.leg)
     gathered: dict[str, Gather] = {}
-    seen = set()
-    for r in run.records:
-        if not isinstance(r, Served) or r.status != "ok":
-            continue
-        dataset, sample = (r.cell, f"{r.sample} in block {r.block}") if r.cell else (r.task, r.sample)
-        if (r.method, dataset, sample) in seen:
-            continue
-        seen.add((r.method, dataset, sample))
+    for r in (r for r in found if r.status == "ok"):
+        half = sorted(legs[r.method, r.block]).index(r.leg)
+        dataset, sample = (r.cell, f"{r.sample} in half {half} of block {r.block}") if r.cell else (r.task, r.sample)
         said = "\n".join(filter(None, (r.reasoning, r.text, r.calls)))
         gather = gathered.setdefault(r.method, Gather(f"{run.folder}#{r.method}"))
-        gather.add(run.folder, dataset, sample, tokens=r.count, cap=r.cap, capped=r.finish == "length", text=said)
+        known: dict[str, Any] = {"tokens": r.count, "cap": r.cap, "capped": r.finish == "length"}
+        cluster = r.cluster or f"{r.sample} {r.block}"
+        gather.add(run.folder, dataset, sample, text=said, cluster=cluster, **known)
     return {method: gather.arm() for method, gather in gathered.items()}
 
 
@@ -188,7 +201,9 @@ class Told:
     proof: str = ""
     """Why compression is taken to have run; empty where that is not shown. Nothing to be shown of a baseline."""
     lost: tuple[str, ...] = ()
-    """Features that the baseline's server has otherwise."""
+    """Features that the baseline's server has otherwise, and whose tokens are counted otherwise."""
+    warm: float = 0.0
+    """Of the tokens of prompts that were to be cold, the share that the server had in its prefix cache."""
 
 
 def told(run: Run) -> list[Told]:
@@ -197,8 +212,10 @@ def told(run: Run) -> list[Told]:
     for r in run.records:
         if isinstance(r, Probe):
             probes.setdefault(r.method, []).append(r)
-    base = _facts(probes.get(run.baseline, []))
-    found = []
+    base, found = _facts(probes.get(run.baseline, [])), []
+    counted, warm = _counted(run), _warm(run)
+    if run.baseline not in probes:
+        return []
     for method, mine in probes.items():
         facts, plain = _facts(mine), method == run.baseline or run.is_control(method)
         last = next((p for p in reversed(mine) if p.status == "ok"), mine[-1])
@@ -208,8 +225,34 @@ def told(run: Run) -> list[Told]:
                 sums[name] = max(sums.get(name, 0.0), value) if name == "late" else sums.get(name, 0.0) + value
         failures = tuple(dict.fromkeys(p.error for p in mine if p.status != "ok"))
         proof, lost = ("", ()) if plain or not facts else (proven(facts, base), differing(facts, base))
-        found.append(Told(method, last.profile, last.command, facts, sums, failures, proof, lost))
+        if counted.get(method) != counted.get(run.baseline) and method in counted:
+            lost += (f"tokens counted by {counted[method]} (baseline: {counted.get(run.baseline)})",)
+        found.append(
+            Told(method, last.profile, last.command, facts, sums, failures, proof, lost, warm.get(method, 0.0))
+        )
     return found
+
+
+def _counted(run: Run) -> dict[str, str]:
+    """Who counted every arm's tokens."""
+    found: dict[str, set[str]] = {}
+    for r in run.records:
+        if isinstance(r, Served) and r.status == "ok":
+            found.setdefault(r.method, set()).add(r.counted)
+    return {method: ", ".join(sorted(kinds)) for method, kinds in found.items()}
+
+
+def _warm(run: Run) -> dict[str, float]:
+    """By arm, of the prompts' tokens in loads that were to be cold, the share found in the prefix cache; where the
+    server says it request by request."""
+    if run.facts["settings"].get("prefix") == "warm":
+        return {}
+    sums: dict[str, list[int]] = {}
+    for r in timed(run):
+        if r.cached_tokens is not None:
+            both = sums.setdefault(r.method, [0, 0])
+            both[0], both[1] = both[0] + r.cached_tokens, both[1] + r.prompt_tokens
+    return {method: cached / asked for method, (cached, asked) in sums.items() if asked}
 
 
 def _facts(probes: Sequence[Probe]) -> Mapping[str, Any]:
@@ -223,11 +266,13 @@ ENOUGH = 1.05
 def proven(facts: Mapping[str, Any], base: Mapping[str, Any]) -> str:
     """What shows that a server stores fewer bytes for a token than the baseline's; empty where nothing does. That it
     accepted an option shows nothing."""
+    if facts.get("compressed") is not True:
+        return ""
     mine, theirs = (_per_token(f) for f in (facts, base))
     if mine and theirs and theirs / mine >= ENOUGH:
         return f"{mine:,.0f} bytes a token, the baseline {theirs:,.0f}"
     tokens, before = facts.get("kv_tokens"), base.get("kv_tokens")
-    if mine is None and tokens and before and tokens / before >= ENOUGH:
+    if mine is None and tokens and before and tokens / before >= ENOUGH:  # in what memory, it does not say
         return f"room for {tokens:,} tokens, the baseline's server for {before:,}"
     return str(facts.get("proof", ""))
 

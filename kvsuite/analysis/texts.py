@@ -21,9 +21,11 @@ END, SHORT = 600, 200
 """Bytes of an answer's end that are compressed, and fewer than which are not."""
 RARE = 0.01
 """Of the baseline's letters, the share from which it uses a script."""
-STRANGE, PROSE, MOULD = 1.4, 3.0, 2.0
-"""A text is foreign at so many times the bits of the baseline's upper quartile, which counts as ``PROSE`` at least; one
-below ``MOULD`` is of answers from one mould, beside which any free sentence is strange."""
+STRANGE, PROSE = 1.4, 3.0
+"""A text is foreign at so many times the bits of the baseline's upper quartile, which counts as ``PROSE`` at least."""
+MOULD, RANDOM = 2.0, 8.0
+"""Below so many bits, answers are from one mould, beside which any free sentence is strange: only what reaches
+``RANDOM`` is foreign then."""
 SLOTS = 1 << 20
 """Sequences of characters are told apart by so many numbers."""
 OTHERS, TENTH, PEERS = 200, 0.1, 7
@@ -83,8 +85,8 @@ class Speech:
         for grams in self._own:
             self._add(grams, 1)
         bits = self._bits(texts)
-        usual = 0.0 if np.isnan(bits).all() else float(np.nanquantile(bits, 0.75))
-        self._edge = STRANGE * max(usual, PROSE) if usual >= MOULD else np.inf
+        usual = np.inf if np.isnan(bits).all() else float(np.nanquantile(bits, 0.75))
+        self._edge = STRANGE * max(usual, PROSE) if usual >= MOULD else RANDOM
 
     def foreign(self, texts: Sequence[str]) -> Mask:
         """(n,), one text a prompt: which are far more surprising than the baseline's own."""

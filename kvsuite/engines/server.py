@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from kvsuite.engines.openvino import OpenVino
 
 ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
+GRACE = 5.0
+"""Seconds that a client has to say in its own words that time is up."""
 POLL = 0.25
 """Seconds between two questions whether a server is ready."""
 
@@ -180,10 +182,14 @@ class Server:
 
     async def ask(self, ask: Ask) -> Reply:
         """An answer; a server that is down gives a failed one."""
-        backend = self._engine or self._client
+        backend, start = self._engine or self._client, time.perf_counter()
         if backend is None:
-            return Reply(ask.id, start=time.perf_counter(), error="the server is down")
-        return await backend.ask(ask)
+            return Reply(ask.id, start=start, error="the server is down")
+        try:
+            async with asyncio.timeout(self.timeout + GRACE):  # a client has its own
+                return await backend.ask(ask)
+        except TimeoutError:
+            return Reply(ask.id, start=start, seconds=self.timeout, error=f"no answer within {self.timeout:g} s")
 
     async def facts(self) -> dict[str, Any]:
         """What it runs with (``probe.facts``); what an engine in this process knows of itself."""
@@ -194,6 +200,13 @@ class Server:
     async def counters(self) -> dict[str, float]:
         """What it counted since it started."""
         return {} if self._client is None else await probe.counters(self.profile, self._page)
+
+    async def answers(self) -> bool:
+        """Whether it is ready now."""
+        if self._client is None:
+            return self.up
+        status, _ = await self._page(self.profile.ready)
+        return status == 200
 
     async def forget(self) -> bool:
         """Empty its prefix cache. False where there is no way."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from kvsuite import tasks, workloads
 from kvsuite.engines.request import Ask
@@ -13,6 +14,7 @@ from kvsuite.plugin.servers import AGAIN, Servers
 from kvsuite.tasks import Sample, Task
 from kvsuite.workloads import Arrivals
 
+T = TypeVar("T")
 DIGEST = "digest"
 OPEN = 32
 """Requests of a leg whose load has no concurrency."""
@@ -83,14 +85,28 @@ def load_asks(
     count = servers.requests or (2 * cell.arrivals.concurrency if cell.arrivals.kind == "closed" else OPEN)
     file = servers.workload
     if file is None:
-        samples = tasks.task(DIGEST).samples(count, [cell.length], 1_000 * options.seed + block, tokens)
-        asks = [_ask(s, 0.0, options) for s in samples]
+        asks = _digests(cell, f"{options.seed} {cell.name} {block}", count, options, tokens)
     elif file.suffix == ".jsonl":
-        found = workloads.read(file)
-        return [a if a.max_tokens else replace(a, max_tokens=options.cap) for a in found]  # its order is its history
+        found = [replace(a, max_tokens=a.max_tokens or options.cap) for a in workloads.read(file)]
+        if arm != AGAIN or cell.arrivals.kind == "trace":  # at the trace's own times there is no other order
+            return list(found)
+        talks = _reordered(workloads.conversations(found), f"{options.seed} {block}")
+        return [found[place] for talk in talks for place in talk]
     else:
         asks = workloads.sharegpt(file, count, 1_000 * options.seed + block, tokens, options.cap)
     return _reordered(asks, f"{options.seed} {block}") if arm == AGAIN else asks
+
+
+def warm_up(cell: Cell, options: Options, tokens: Callable[[str], int]) -> list[Ask]:
+    """Requests whose short answers nobody looks at, of prompts that come in no load."""
+    warm = replace(cell, length=cell.length or min(options.length))
+    asks = _digests(warm, "warm-up", 2 * cell.arrivals.concurrency, options, tokens)
+    return [replace(a, max_tokens=WARM_UP) for a in asks]
+
+
+def _digests(cell: Cell, seed: str, count: int, options: Options, tokens: Callable[[str], int]) -> list[Ask]:
+    number = random.Random(seed).randrange(1 << 30)
+    return [_ask(s, 0.0, options) for s in tasks.task(DIGEST).samples(count, [cell.length], number, tokens)]
 
 
 def _ask(sample: Sample, temperature: float, options: Options, repeat: int = 0) -> Ask:
@@ -99,7 +115,7 @@ def _ask(sample: Sample, temperature: float, options: Options, repeat: int = 0) 
     return Ask(sample.id, (message,), min(sample.max_new_tokens, options.cap), temperature, seed)
 
 
-def _reordered(asks: Sequence[Ask], key: str) -> list[Ask]:
+def _reordered(asks: Sequence[T], key: str) -> list[T]:
     shuffled = list(asks)
     random.Random(f"again {key}").shuffle(shuffled)
     return shuffled if shuffled != list(asks) else shuffled[::-1]

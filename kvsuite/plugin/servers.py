@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ HELP = {
     "variant": "NAME=SPEC: what serves the same model with a compressed cache; may be given several times",
     "profile": "what is known of the servers: a name or your own .toml (default: recognised by command or /metrics)",
     "serve": "alone: one server at a time, restarted A B B A; together: all at once, used in turn",
-    "arrivals": "closed (as many at a time as --kv-batch says), constant:RATE, poisson:RATE or bursts:N@RATE",
+    "arrivals": "closed (as many at a time as --kv-batch says), constant:RATE, poisson:RATE, bursts:N@RATE or trace",
     "workload": "what is timed: a trace (.jsonl, OpenAI messages) or ShareGPT's .json (default: texts of --kv-length)",
     "prefix": "cold: no prompt finds itself in the prefix cache; warm: every one does",
     "requests": "requests per timed cell and leg (default 0: twice the concurrency)",
@@ -88,16 +89,19 @@ def check(raw: Mapping[str, Any], number: Any) -> Servers | None:
     variants: dict[str, Spec] = {}
     for text in given:
         name, equals, spec = str(text).partition("=")
-        if not (name.strip() and equals and spec.strip()) or "://" in name or " " in name.strip():
+        name = name.strip()
+        if not equals or not spec.strip() or not re.fullmatch(r"[\w.+-]+", name):
             raise UsageError(f"--kv-variant {str(text)!r}: write NAME=SPEC, such as fp8=http://127.0.0.1:8001")
         if name in (BASELINE, AGAIN) or name in variants:
             raise UsageError(f"--kv-variant {name}: this name is taken")
-        variants[name.strip()] = Spec.parse(spec)
+        variants[name] = Spec.parse(spec)
     if raw["profile"]:
         profile.choose(str(raw["profile"]))
     workload = Path(str(raw["workload"])) if raw["workload"] else None
     if workload is not None and not workload.is_file():
         raise UsageError(f"--kv-workload {str(workload)!r} does not exist")
+    if str(raw["arrivals"]).strip() == "trace" and (workload is None or workload.suffix != ".jsonl"):
+        raise UsageError("--kv-arrivals trace needs a trace: --kv-workload FILE.jsonl")
     closed = str(raw["arrivals"]).strip() == "closed"
     return Servers(
         baseline=Spec.parse(str(raw["baseline"])),
@@ -119,4 +123,7 @@ def _targets(text: str, number: Any) -> tuple[float, float] | None:
     parts = dict(part.partition("=")[::2] for part in text.split(","))
     if parts.keys() != {"ttft", "itl"}:
         raise UsageError(f"--kv-goodput {text!r}: write both targets in seconds, ttft=2,itl=0.2")
-    return number("goodput", parts["ttft"]), number("goodput", parts["itl"])
+    found = number("goodput", parts["ttft"]), number("goodput", parts["itl"])
+    if not min(found) > 0:
+        raise UsageError(f"--kv-goodput {text!r}: targets are over 0 seconds")
+    return found

@@ -93,15 +93,22 @@ class Serving(Session):
             try:
                 asyncio.run(self._visits.all())
             except UsageError as error:
+                self.ready()
                 pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
         return self._visits.found
 
     _visits: Visits | None = None
 
-    def check(self, arm: str) -> Check | None:
-        """Whether an arm's answers are answers; None for the baseline, and where there is nothing to compare."""
+    @cached_property
+    def checks(self) -> dict[str, Check]:
+        """Whether every variant's answers are answers."""
         self.measured()
-        return checks(read(self.folder)).get(arm)
+        return checks(read(self.folder))
+
+    def ready(self) -> None:
+        """Describe the run before the first request, since that takes a moment."""
+        if not self._described:
+            self.describe()
 
     def facts(self) -> dict[str, Any]:
         """Which model is served by what, and which arm is the baseline."""

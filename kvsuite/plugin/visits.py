@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +27,9 @@ from kvsuite.workloads import Arrivals
 if TYPE_CHECKING:
     from kvsuite.plugin.serving import Serving
 
+GOODPUT = 10_000
+"""From here on, blocks are numbers of searches for goodput."""
+
 
 class Visits:
     """All legs of a run, one after the other."""
@@ -36,6 +41,8 @@ class Visits:
         self.visits = schedule.visits(list(self.asked.specs), self.options.rounds, timed, bool(names))
         self.found: list[Served] = []
         self.gone: dict[str, str] = {}
+        self.why: dict[str, list[str]] = {}
+        """What starts of an arm ended in."""
         self.loads = 0
         self.servers: dict[str, Server] = {}
         for arm, spec in self.asked.specs.items():
@@ -53,8 +60,8 @@ class Visits:
         self.session.folder.mkdir(parents=True, exist_ok=True)
         total = sum(self._requests(v) for v in self.visits)
         try:
-            if self.asked.together:
-                await asyncio.gather(*(self._up(arm) for arm in self.servers if arm != AGAIN))
+            for arm in self.servers if self.asked.together else ():  # one after the other: each measures its memory
+                await self._up(arm)
             with self.session.progress.over("requests", total) as done:
                 self.done = done
                 for leg, visit in enumerate(self.visits):
@@ -74,29 +81,33 @@ class Visits:
         return schedule.load_asks(cell, self.options, self.asked, visit.block, visit.arm, self.session.tokens)
 
     async def _up(self, arm: str) -> None:
-        """Start an arm that is down, and warm it up. An arm that did not start once is given up."""
+        """Start an arm that is down, and warm it up. One that did not start at first, or twice later, is given up."""
         server = self.servers[arm]
         if server.up or arm in self.gone:
             return
         try:
             await server.start()
-        except UsageError as error:
-            if not server.served:
-                self.gone[arm] = str(error)
+        except (UsageError, OSError, RuntimeError) as error:
+            self.why[arm] = [*self.why.get(arm, []), str(error).removeprefix(f"{server.name}: ")]
+            if not server.served or len(self.why[arm]) > 1:
+                self.gone[arm] = self.why[arm][-1]
             if arm == BASELINE and not self.found:  # nothing can be compared
-                raise
+                raise UsageError(str(error)) from error
             return
         for cell in self.cells[-1:]:
-            asks = [replace(a, max_tokens=schedule.WARM_UP) for a in self._load(cell, Visit(arm, block=-1))]
-            await load.drive(server, asks, cell.arrivals, done=lambda reply: None)
+            asks = schedule.warm_up(cell, self.options, self.session.tokens)
+            width = Arrivals("closed", concurrency=cell.arrivals.concurrency)
+            await load.drive(server, asks, width, done=lambda reply: None)
 
     async def _visit(self, leg: int, visit: Visit) -> None:
         server = self.servers[visit.arm]
         if not self.asked.together:
             for other in self.servers.values():
-                if other is not server and other.spec.kind != "url":
+                remembers = not other.profile.salt and not other.profile.reset
+                if other.spec.kind != "url" and (other is not server or (remembers and visit.timed)):
                     await other.stop()
         await self._up(visit.arm)
+        self.session.ready()
         before = await server.counters() if server.up else {}
         notes: dict[str, float] = {}
         for task in self.tasks if visit.answers else ():
@@ -109,7 +120,7 @@ class Visits:
             if self.asked.warm:
                 await load.drive(server, await self._fresh(asks, server, True), cell.arrivals, done=lambda reply: None)
             found = await self._drive(leg, visit, server, asks, cell.arrivals, none, {}, cell.name)
-            notes["late"] = max(notes.get("late", 0.0), *found.late)
+            notes["late"] = max([notes.get("late", 0.0), *found.late])
         if visit.timed and visit.block == visit.half == 0 and self.asked.goodput:
             await self._goodput(leg, visit, server)
         await self._probe(leg, visit, server, before, notes)
@@ -127,7 +138,8 @@ class Visits:
             at = replace(cell, name=f"poisson:{rate:.3g} goodput", arrivals=Arrivals("poisson", rate))
             before = len(self.found)
             own = tasks.task(schedule.DIGEST)
-            await self._drive(leg, visit, server, self._load(at, visit), at.arrivals, own, {}, at.name, "goodput")
+            fresh = replace(visit, block=GOODPUT + self.loads)  # other prompts: these are in no prefix cache yet
+            await self._drive(leg, visit, server, self._load(at, fresh), at.arrivals, own, {}, at.name, "goodput")
             return goodput([(rate, as_load(self.found[before:], at.name))], *targets).rate is not None
 
         await load.bisect(holds, reached / 8, 8 * reached)
@@ -141,8 +153,8 @@ class Visits:
             "profile": server.profile.name,
             "command": server.command,
         }
-        if not server.up:
-            said = self.gone.get(visit.arm) or f"the server died during the leg: see {server.log}"
+        if not server.up or not await server.answers():
+            said = self.why.get(visit.arm, [f"the server died during the leg: see {server.log}"])[-1]
             self.session.record(Probe(visit.arm, status="failed", error=said, **common))
             return
         facts = await server.facts()
@@ -153,11 +165,11 @@ class Visits:
     async def _fresh(self, asks: Sequence[Ask], server: Server, warm: bool = False) -> list[Ask]:
         """The requests, kept from finding prefixes of other loads in the server's cache, where it has a way. Warm loads
         share what they find."""
+        self.loads += 1
         if not server.profile.salt:
             if server.up and not warm:
                 await server.forget()
             return list(asks)
-        self.loads += 1
         salt = f"kvsuite {0 if warm else self.loads}"
         return [replace(a, extra={**a.extra, server.profile.salt: salt}) for a in asks]
 
@@ -168,6 +180,7 @@ class Visits:
     ) -> load.Driven:  # fmt: skip
         """Ask and write down."""
         caps = {a.id: a.max_tokens or 0 for a in asks}
+        prompts = {a.id: hashlib.sha256(json.dumps(list(a.messages)).encode()).hexdigest()[:12] for a in asks}
         own = await self._fresh(asks, server, bool(cell and self.asked.warm))
 
         def done(reply: Reply) -> None:
@@ -175,6 +188,7 @@ class Visits:
                 reply.error = self.gone[visit.arm]
             answer = _served(reply, visit.arm, task, samples.get(reply.id), caps[reply.id])
             where: dict[str, Any] = {"cell": cell, "block": visit.block, "leg": leg, "width": arrivals.concurrency}
+            where["cluster"] = answer.cluster or prompts[reply.id]
             where |= {"task": "" if cell else task.name, "evaluation": evaluation or task.evaluation}
             answer = replace(answer, **where)
             self.session.record(answer)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from kvsuite.analysis.garbled import Check
-from kvsuite.analysis.serving import ServedRow, Told, checks, goodputs, served_rows, told
+from kvsuite.analysis.runs import broken
+from kvsuite.analysis.serving import FIGURES, ServedRow, Told, checks, goodputs, served_rows, told
 from kvsuite.analysis.stats import Estimate
 from kvsuite.records import Run
 from kvsuite.report.table import Table
 
+WARM = 0.05
+"""A share of tokens: templates and system prompts are found in any prefix cache."""
 SHOWN = 160
 """Characters of an example."""
 
@@ -27,16 +30,20 @@ def headlines(run: Run) -> list[Table]:
                 said.append(f"NOT SHOWN {server.method}: nothing says that its cache is uncompressed.")
         elif not plain and server.facts and not server.proof:
             said.append(f"NOT SHOWN {server.method}: nothing shows that compression ran.")
+        if server.warm > WARM:
+            said.append(f"WARM {server.method}: {server.warm:.0%} of its prompts' tokens were in its prefix cache.")
         said += [f"DIFFERS {server.method}: {feature}." for feature in server.lost]
     for method, check in checks(run).items():
         if check.broken:
             said.append(f"BROKEN {method}: {_broken(check)}")
+        elif check.note:
+            said.append(f"HARDLY CHECKED {method}, whether its answers are answers: {check.note}.")
     return [Table("headlines", [], [], said)] if said else []
 
 
 def _broken(check: Check) -> str:
     failed = ", ".join(f"{s.name} {s.count} of {s.n}" + _floor(s.floor) for s in check.signs if s.failed)
-    said = f"its answers are no answers: {failed}."
+    said = f"its answers are no answers: {failed or 'all are hopeless'}."
     if check.example is not None:
         example = check.example
         both = _cut(example.baseline), _cut(example.variant)
@@ -58,30 +65,47 @@ def speed(run: Run) -> list[Table]:
     rows = served_rows(run)
     if not rows:
         return []
-    broken = {method for method, check in checks(run).items() if check.broken}
-    drawn = [_cells(row, row.method in broken, row.method == run.baseline) for row in rows]
-    columns = ["load", "arm", "tok/s", "×", "TTFT s", "×", "TPOT ms", "×", "E2E s", "×", "tokens", "failed"]
+    left_out = broken(run)
+    drawn = [_cells(row, row.method in left_out, row.method == run.baseline) for row in rows]
+    columns = [
+        "load",
+        "arm",
+        "tok/s",
+        "×",
+        "TTFT s",
+        "×",
+        "TPOT ms",
+        "×",
+        "ITL p95",
+        "E2E s",
+        "×",
+        "tokens",
+        "at cap",
+        "failed",
+    ]
     blocks = max(row.blocks for row in rows)
     notes = [
         f"× over 1 is faster than the baseline, which took the same requests in turn ({blocks} blocks A B B A), with "
         "the 95 % t-interval over blocks. The A/A arm shows what no difference looks like here. Figures are medians of "
         "legs; tok/s counts all answers of a leg, from the first request to the last token.",
-        "Answers end where the model ends them: tokens is their mean length. TPOT: per token after the first.",
+        "Answers end where the model ends them, or at their cap: tokens is their mean length. TPOT: per token after "
+        "the first; ITL p95: of the gaps between tokens, ms.",
     ]
     notes += [f"FAILED {row.method}, {row.cell}: {row.error}" for row in rows if row.failed]
-    return [Table(f"served · {run.facts['model']['name']}", columns, drawn, notes, keys=2), *_goodput(run, broken)]
+    return [Table(f"served · {run.facts['model']['name']}", columns, drawn, notes, keys=2), *_goodput(run, left_out)]
 
 
-def _goodput(run: Run, broken: set[str]) -> list[Table]:
+def _goodput(run: Run, left_out: set[str]) -> list[Table]:
     found = goodputs(run)
     if not found:
         return []
     ttft, itl = run.facts["settings"]["goodput"]
     rows = []
     for method, good in found.items():
-        held = "BROKEN" if method in broken else "-" if good.rate is None else f"{good.rate:.3g}"
+        held = "-" if good.rate is None else f"{good.rate:.3g}"
         missed = "-" if good.missed is None else f"{good.missed:.3g}"
-        rows.append([method, held, missed, str(len(good.cells)), good.note])
+        row = ["BROKEN", "-", "-", ""] if method in left_out else [held, missed, str(len(good.cells)), good.note]
+        rows.append([method, *row])
     note = (
         f"Requests a second (Poisson) up to which the p95 of TTFT stays within {ttft:g} s and that of TPOT within "
         f"{itl:g} s; a failed request misses both. One search a server: a difference inside one step is none."
@@ -92,18 +116,27 @@ def _goodput(run: Run, broken: set[str]) -> list[Table]:
 def _cells(row: ServedRow, broken: bool, itself: bool) -> list[str]:
     failed = f"{row.failed}/{row.n}"
     if broken or not row.figures:
-        return [row.cell, row.method, *["BROKEN" if broken else "-"] * 8, "-", failed]
+        return [row.cell, row.method, *["BROKEN" if broken else "-"] * 9, "-", "-", failed]
     f, r = row.figures, row.ratios
-    shown = {"rate": f"{f['rate']:,.0f}", "ttft": f"{f['ttft']:.2f}", "tpot": f"{1e3 * f['tpot']:.1f}"}
-    shown["e2e"] = f"{f['e2e']:.2f}"
-    pairs = [text for name, value in shown.items() for text in (value, "1" if itself else _ratio(r.get(name)))]
-    return [row.cell, row.method, *pairs, f"{row.tokens:.0f}", failed]
+    shown = {name: _shown(f.get(name), *how) for name, how in FORMATS.items()}
+    ratios = {name: "1" if itself else _ratio(r.get(name)) for name in FIGURES}
+    pairs = [text for name in FIGURES[:3] for text in (shown[name], ratios[name])]
+    last = [shown["itl95"], shown["e2e"], ratios["e2e"]]
+    return [row.cell, row.method, *pairs, *last, f"{row.tokens:.0f}", f"{row.capped}/{row.n}", failed]
+
+
+FORMATS = {"rate": (1, 0), "ttft": (1, 2), "tpot": (1e3, 1), "itl95": (1e3, 1), "e2e": (1, 2)}
+"""In which unit figures are shown, and with how many decimals."""
+
+
+def _shown(value: float | None, unit: float, decimals: int) -> str:
+    return "-" if value is None else f"{unit * value:,.{decimals}f}"
 
 
 def _ratio(e: Estimate | None) -> str:
     if e is None:
         return "-"
-    return f"{e.mean:.2f} ({e.low:.2f}–{e.high:.2f})" if e.high < 100 else f"{e.mean:.2f}"
+    return f"{e.mean:.2f} ({e.low:.2f}–{e.high:.2f})" if e.high < 100 else f"{e.mean:.2f} (–)"
 
 
 def served(run: Run) -> list[Table]:
@@ -118,7 +151,7 @@ def served(run: Run) -> list[Table]:
     for s in found:
         if s.counters.get("drafted"):
             notes.append(
-                f"{s.method}: {s.counters['accepted'] / s.counters['drafted']:.0%} of drafted tokens accepted."
+                f"{s.method}: {s.counters.get('accepted', 0) / s.counters['drafted']:.0%} of drafted tokens accepted."
             )
     asked = {key: [s.method for s in found if s.command == key] for key in dict.fromkeys(s.command for s in found)}
     notes += [f"{', '.join(methods)}: {key}" for key, methods in asked.items()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from kvsuite.analysis.effects import Comparison, Finding, compare
-from kvsuite.analysis.runs import failures, noise, parts, speeds
+from kvsuite.analysis.runs import broken, failures, noise, parts, speeds
 from kvsuite.analysis.stats import LEVEL
 from kvsuite.analysis.verdict import Effect
 from kvsuite.margins import Margins
@@ -20,10 +20,12 @@ def verdicts(run: Run) -> list[Table]:
     """One row per method and primary endpoint, and what stands beside them; none for a run without answers."""
     margins = Margins(**run.facts.get("margins", {}))
     methods, controls = compare(parts(run), margins), compare(noise(run), margins)
-    if not methods:
+    fast = speeds(run, margins)
+    if not methods and not fast:
         return []
     drawn = [cells(row.method, e) for row in methods for e in row.effects]
-    drawn += [cells(name, e) for name, e in speeds(run, margins)]
+    drawn += [cells(name, e) for name, e in fast]
+    drawn += [[name, "all", "-", "-", "", "BROKEN", "-"] for name in sorted(broken(run))]
     drawn += [[*cells(row.method, e)[:4], "", "noise", ""] for row in controls for e in row.effects]
     columns = ["method", "endpoint", "effect", "95 %", "p", "verdict", "needs"]
     said = [*notes(methods), *failures(run), f"{margins_text(margins)}."]

@@ -1,0 +1,137 @@
+"""From answers of servers to figures: what is paired, what proves compression, what has no figure."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from kvsuite.analysis.runs import speeds
+from kvsuite.analysis.serving import as_load, checks, differing, goodputs, proven, served_rows, told
+from kvsuite.margins import Margins
+from kvsuite.records import Probe, Run, Served
+
+TOKENS, PROMPTS = 11, 8
+
+
+def leg(method, block, half, seconds=1.0, leg=0, **more):
+    """A leg of 8 requests at a time; everything takes ``seconds``."""
+    start = 100.0 * block + 10 * half
+    known = {"cell": "c", "block": block, "leg": leg or 10 * block + half, "evaluation": "throughput", "cap": 50}
+    known |= {"start": start, "ttft": 0.2 * seconds, "e2e": 1.2 * seconds, "count": TOKENS, "counted": "usage"}
+    known |= {"gaps": [0.1 * seconds] * 10, "finish": "stop", "prompt_tokens": 100}
+    return [
+        Served(method, sample=f"s{i}", text=f"a sane answer about thing {i}", **known | more) for i in range(PROMPTS)
+    ]
+
+
+def run(records, tmp_path, **facts):
+    known = {"baseline": "baseline", "controls": ["baseline again"], "servers": {}, "methods": []}
+    return Run(tmp_path, {**known, "settings": {"temperature": 0}, **facts}, records)
+
+
+def both(seconds, blocks=3):
+    return [
+        r
+        for block in range(blocks)
+        for half, order in enumerate((("baseline", "m"), ("m", "baseline")))
+        for r in (x for name in order for x in leg(name, block, half, seconds[name] * (1 + 0.01 * block)))
+    ]
+
+
+def test_figures_of_a_cell(tmp_path):
+    found = run(both({"baseline": 1.0, "m": 2.0}), tmp_path)
+    base, mine = served_rows(found)
+    assert (mine.method, mine.blocks, mine.n, mine.failed, mine.tokens) == ("m", 3, 48, 0, TOKENS)
+    assert mine.figures["ttft"] == pytest.approx(2 * base.figures["ttft"])
+    assert mine.figures["tpot"] == pytest.approx(0.2 * 1.01)
+    assert mine.figures["itl95"] == pytest.approx(0.2 * 1.01)
+    assert mine.figures["rate"] == pytest.approx(PROMPTS * TOKENS / (2.4 * 1.01))
+    assert all(mine.ratios[name].mean == pytest.approx(0.5) for name in ("rate", "ttft", "tpot", "e2e")), (
+        "over 1: faster"
+    )
+    [(name, effect)] = speeds(found, Margins())
+    assert (name, effect.verdict) == ("m", "harmful")
+
+
+def test_talking_longer_is_not_faster(tmp_path):
+    def longer(r):
+        return replace(r, count=21, e2e=r.ttft + 2 * (r.e2e - r.ttft)) if r.method == "m" else r
+
+    found = run([longer(r) for r in both({"baseline": 1.0, "m": 1.0})], tmp_path)
+    assert served_rows(found)[1].ratios["rate"].mean > 1.01
+    [(_, effect)] = speeds(found, Margins())
+    assert effect.estimate.mean == pytest.approx(1)
+
+
+def test_a_block_with_a_failed_leg_is_left_out_of_ratios(tmp_path):
+    records = both({"baseline": 1.0, "m": 1.0})
+    at = next(i for i, r in enumerate(records) if (r.method, r.block) == ("m", 1))
+    records[at] = replace(records[at], status="failed", error="cut", e2e=0.001)
+    row = served_rows(run(records, tmp_path))[1]
+    assert (row.blocks, row.failed, row.error) == (2, 1, "cut")
+    assert row.ratios["rate"].mean == pytest.approx(1)
+
+
+def test_an_answer_without_a_token_has_no_time_to_its_first(tmp_path):
+    records = [replace(r, ttft=0.0, gaps=[], count=0, text="") if r.sample == "s0" else r for r in leg("m", 0, 0)]
+    assert served_rows(run(records, tmp_path))[0].figures["ttft"] == pytest.approx(0.2)
+    load = as_load(records, "c")
+    assert len(load) == PROMPTS - 1
+    assert as_load([replace(r, status="failed") for r in records], "c").ttft.tolist() == [math.inf]
+
+
+def test_goodput_where_nothing_was_answered(tmp_path):
+    records = leg("m", 0, 0, cell="poisson:2 goodput", evaluation="goodput", status="failed", error="down")
+    found = goodputs(run(records, tmp_path, settings={"temperature": 0, "goodput": [1.0, 0.5]}))["m"]
+    assert (found.rate, found.missed) == (None, 2.0)
+
+
+FP8 = {"compressed": True, "kv_dtype": "fp8"}
+PROOFS = [
+    (
+        FP8 | {"kv_tokens": 200, "kv_bytes": 1000},
+        {"kv_tokens": 100, "kv_bytes": 1000},
+        "5 bytes a token, the baseline 10",
+    ),
+    (FP8 | {"kv_tokens": 200, "kv_bytes": 2000}, {"kv_tokens": 100, "kv_bytes": 1000}, ""),
+    (FP8 | {"kv_tokens": 200}, {"kv_tokens": 100}, "room for 200 tokens, the baseline's server for 100"),
+    (FP8 | {"kv_tokens": 100}, {"kv_tokens": 100}, ""),
+    ({"compressed": False, "kv_tokens": 200}, {"kv_tokens": 100}, ""),
+    ({"compressed": None, "kv_tokens": 200}, {"kv_tokens": 100}, ""),
+    (FP8 | {"kv_bytes_per_token": 5}, {"kv_bytes_per_token": 10}, "5 bytes a token, the baseline 10"),
+    (FP8, {}, ""),
+]
+
+
+@pytest.mark.parametrize(("facts", "base", "proof"), PROOFS)
+def test_what_proves_that_compression_ran(facts, base, proof):
+    assert proven(facts, base) == proof
+
+
+def test_features_that_differ():
+    mine, base = (
+        {"features": f} for f in ({"prefix caching": "False", "x": "1"}, {"prefix caching": "True", "x": "1"})
+    )
+    assert differing(mine, base) == ("prefix caching: False (baseline: True)",)
+
+
+def test_what_is_told_of_an_arm(tmp_path):
+    probes = [
+        Probe("baseline", facts={"compressed": False}, counters={"preemptions": 1.0, "late": 0.2}),
+        Probe("baseline", facts={"compressed": False}, counters={"preemptions": 2.0, "late": 0.1}),
+        Probe("m", facts=FP8, counters={}),
+        Probe("m", status="failed", error="it died"),
+    ]
+    warm = [replace(r, cached_tokens=50, counted="chunks") for r in leg("m", 0, 0)]
+    base, mine = told(run([*probes, *warm, *leg("baseline", 0, 0)], tmp_path))
+    assert base.counters == {"preemptions": 3.0, "late": 0.2}
+    assert (mine.facts, mine.failures, mine.warm, mine.proof) == (FP8, ("it died",), 0.5, "")
+    assert mine.lost == ("tokens counted by chunks (baseline: usage)",)
+
+
+def test_every_leg_is_checked_for_garbage(tmp_path):
+    again = [r for b in range(3) for h in (0, 1) for r in leg("baseline again", b, h)]
+    records = both({"baseline": 1.0, "m": 1.0}) + [replace(r, text=f"{r.text}.") for r in again]
+    assert not checks(run(records, tmp_path))["m"].broken
+    bad = [replace(r, text="�#%" * 40) if r.method == "m" and r.leg % 10 == 1 else r for r in records]
+    assert checks(run(bad, tmp_path))["m"].broken, "only the second legs are garbage"
