@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     listing.set_defaults(run=_methods)
     fetching = commands.add_parser("fetch", help="download and convert the default model and its text")
     fetching.set_defaults(run=_fetch)
+    _report_options(commands.add_parser("report", help="the tables of a run that was left"))
     _compare_options(commands.add_parser("compare", help="what changed from one run or result to another beyond noise"))
     _plan_options(commands.add_parser("plan", help="how many prompts and minutes decide a margin, from a run's noise"))
     _negatives_options(commands.add_parser("negatives", help="which samples methods break, from scores you have"))
@@ -61,6 +62,12 @@ def _negatives_options(parser: argparse.ArgumentParser) -> None:
     _margins_option(parser)
     parser.add_argument("--json", action="store_true", help="print figures for a program")
     parser.set_defaults(run=_negatives)
+
+
+def _report_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="RUN", help="a run folder")
+    parser.add_argument("--markdown", action="store_true", help="as report.md holds it")
+    parser.set_defaults(run=_report)
 
 
 def _compare_options(parser: argparse.ArgumentParser) -> None:
@@ -120,6 +127,17 @@ def _compare(asked: argparse.Namespace) -> None:
             arms = readers.arm(asked.before), readers.arm(asked.after)
             tables = compare.arms(*arms, margins, asked.allow_missing)
     terminal.write(tables, sys.stdout, shutil.get_terminal_size().columns)
+
+
+def _report(asked: argparse.Namespace) -> None:
+    from kvsuite.report import markdown, tables, terminal
+
+    run = records.read(Path(asked.folder))
+    if asked.markdown:
+        print(markdown.render(run), end="")
+    else:
+        last = tables.provenance(run.records)
+        terminal.write(tables.tables(run), sys.stdout, shutil.get_terminal_size().columns, last)
 
 
 def _plan(asked: argparse.Namespace) -> None:

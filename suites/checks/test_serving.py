@@ -116,6 +116,8 @@ def test_what_a_run_tells_of_its_servers(command, tmp_path):
     assert [line for line in verdicts.splitlines() if line.startswith("| garbage |")] == [
         "| garbage | all | - | - |  | BROKEN | - |"
     ]
+    told = [sys.executable, "-m", "kvsuite.cli", "report", "--markdown", str(tmp_path / "left")]
+    assert subprocess.run(told, capture_output=True, text=True, check=True, cwd=ROOT).stdout == report
     run = read(tmp_path / "left")
     served = [r for r in run.records if isinstance(r, Served)]
     expected = 8 + 8 + 2 * 2 * 4  # needle, chat, and two blocks of two legs
