@@ -81,13 +81,15 @@ def goodputs(run: Run) -> dict[str, Goodput]:
 
 
 def served_rows(run: Run) -> list[ServedRow]:
-    """One row per arm and cell, in order of appearance. A leg in which a request failed has no figures: what is missing
+    """One row per cell and arm, both in order of appearance. A leg in which a request failed has no figures: what is missing
     would look fast."""
     grouped: dict[tuple[str, str], list[Served]] = {}
     for r in timed(run):
         grouped.setdefault((r.cell, r.method), []).append(r)
     legs = {key: _legs(found) for key, found in grouped.items()}
-    return [_row(cell, method, found, legs, run.baseline) for (cell, method), found in grouped.items()]
+    cells = list(dict.fromkeys(cell for cell, _ in grouped))
+    ordered = sorted(grouped, key=lambda key: cells.index(key[0]))
+    return [_row(*key, grouped[key], legs, run.baseline) for key in ordered]
 
 
 def _row(

@@ -194,18 +194,22 @@ class OpenVino:
             return Reply(ask.id, start=start, error=f"the request cannot be sent: {error}")
         self._waiting[number] = loop, future
         if self._dead:  # after the entry was made, so that either this or `_read` sees it
-            del self._waiting[number]
+            self._waiting.pop(number, None)
             return Reply(ask.id, start=start, error=f"openvino: {self._dead}")
-        self._asks.put(message)
+        self._put(message)
         try:
             reply = await future
         except asyncio.CancelledError:
-            if self._waiting.pop(number, None) and not self._dead:
-                self._asks.put(pickle.dumps((number, None, 0.0)))
+            if self._waiting.pop(number, None):
+                self._put(pickle.dumps((number, None, 0.0)))
             raise
         reply.id, reply.start = ask.id, start
         reply.seconds = reply.seconds or time.perf_counter() - start
         return reply
+
+    def _put(self, message: bytes) -> None:
+        with contextlib.suppress(ValueError):  # stopped meanwhile: `_read` tells who waits
+            self._asks.put(message)
 
     def _read(self) -> None:
         """Until the worker is gone: give every reply to the loop that waits for it."""

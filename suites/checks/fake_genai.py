@@ -1,8 +1,8 @@
 """What kvsuite uses of openvino_genai 2026.4, without a model: a prompt's tokens are its words, an answer counts up.
 
 The last word of a prompt says what happens: a number is how many tokens come before the end; "crash", "raise" and
-"ignored" are ways in which an engine fails, in the second step; "late" is one in the hundredth. A block has 4 tokens.
-13 threads crash it at once."""
+"ignored" are ways in which an engine fails, in the second step; "late" is one in the hundredth. A block has 4 tokens;
+a step reads 50 of a prompt. 13 threads crash it at once."""
 
 import math
 import os
@@ -10,7 +10,7 @@ import time
 import types
 
 __version__ = "fake"
-BLOCK, STOP = 4, 2
+BLOCK, STOP, CHUNK = 4, 2, 50
 LOG = """\
 Model: OV Tokenizer
   KEY_CACHE_PRECISION: u8
@@ -73,7 +73,7 @@ class Tokenizer:
 class Handle:
     def __init__(self, words, config):
         self.words, self.config, self.status = words, config, "RUNNING"
-        self.made, self.unread = 0, []
+        self.made, self.known, self.unread = 0, 0, []
 
     def can_read(self):
         return bool(self.unread)
@@ -88,6 +88,9 @@ class Handle:
         self.status = "CANCEL"
 
     def step(self):
+        self.known = min(len(self.words), self.known + CHUNK)
+        if self.known < len(self.words):
+            return
         self.made += 1
         word = self.words[-1]
         if self.made > 1 and word == "crash":
@@ -133,7 +136,7 @@ class ContinuousBatchingPipeline:
 
     def step(self):
         kept = self.scheduler.cache_eviction_config[2] if self.scheduler.use_cache_eviction else math.inf
-        there = [len(r.words) + r.made for r in self.requests]
+        there = [min(len(r.words), r.known + CHUNK) + r.made for r in self.requests]
         held = [min(n, kept) if r.made else n for n, r in zip(there, self.requests, strict=True)]
         used = sum(math.ceil(n / BLOCK) for n in held)
         self.used = 100 * used / self.blocks

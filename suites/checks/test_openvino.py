@@ -168,11 +168,16 @@ def test_sixteen_bits_that_evict_are_compressed_and_eviction_is_seen(fake):
     assert engine.facts()["compressed"]
     answers(engine, ask(0, "a few words 20"))
     assert "proof" not in engine.facts()
-    answers(engine, ask(0, "word " * 110, 30), ask(1, "word " * 100, 30))
-    assert engine.facts()["proof"] == "192 tokens of 268"
-    assert engine.facts()["evicted_tokens"] == 76
+    answers(engine, ask(0, "word " * 110, 30))
+    assert (engine.facts()["proof"], engine.facts()["evicted_tokens"]) == ("96 tokens of 139", 43)
     engine = fake("kv=f16")
     answers(engine, ask(0, "word " * 110, 30))
+    assert "proof" not in engine.facts()
+
+
+def test_a_prompt_that_is_not_read_yet_is_not_taken_for_evicted(fake):
+    engine = fake("kv=f16,eviction=160,start=32,recent=32")
+    answers(engine, ask(0, "go on", 100), *(ask(i, "word " * 120, 5) for i in range(1, 4)))
     assert "proof" not in engine.facts()
 
 
