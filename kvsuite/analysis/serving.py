@@ -81,8 +81,8 @@ def goodputs(run: Run) -> dict[str, Goodput]:
 
 
 def served_rows(run: Run) -> list[ServedRow]:
-    """One row per cell and arm, both in order of appearance. A leg in which a request failed has no figures: what is missing
-    would look fast."""
+    """One row per cell and arm, both in order of appearance. A leg in which a request failed has no figures: what is
+    missing would look fast."""
     grouped: dict[tuple[str, str], list[Served]] = {}
     for r in timed(run):
         grouped.setdefault((r.cell, r.method), []).append(r)
