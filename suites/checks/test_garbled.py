@@ -265,16 +265,26 @@ class TestSane:
         """An answer is as close to the baseline's other answers on its document as to its own."""
         rng = random.Random("documents")
         base, variant, cluster = [], [], []
-        for number, writer in enumerate(topics()[:16]):
-            text = writer.write(rng, 150)
-            for _ in range(2):
-                base.append([*text[:100], *writer.write(rng, 30)])
-                variant.append([*text[:100], *writer.write(rng, 30)])
+        for number, writer in enumerate(topics()[:8]):
+            text = writer.write(rng, 100)
+            for _ in range(6):
+                base.append([*text, *writer.write(rng, 20)])
+                variant.append([*text, *writer.write(rng, 20)])
                 cluster.append(str(number))
         control = [*base[:-1], base[-1][:-1]]
         found = checked(base, variant, control, cluster=cluster)
-        assert sign(found, "agreement").n == 32
-        assert sign(found, "agreement").count <= 2
+        assert (sign(found, "agreement").n, sign(found, "agreement").count) == (48, 0)
+
+    def test_an_answer_that_is_like_all_others_draws_no_topics_away(self):
+        """What the variant says more often than the baseline, two of the baseline's answers consist of."""
+        rng = random.Random("hubs")
+        words = ["".join(rng.choices(string.ascii_lowercase, k=6)) for _ in range(400)]
+        common, own = words[:40], [words[40 + 20 * at : 60 + 20 * at] for at in range(16)]
+        base = [
+            " ".join([*rng.sample(common, 38 if at < 2 else 8), *own[at][: 4 if at < 2 else 20]]) for at in range(16)
+        ]
+        variant = [" ".join([*rng.sample(common, 30), *own[at][:5]]) for at in range(16)]
+        assert Topics(base, np.arange(16)).astray(variant).sum() <= 2
 
 
 class TestBroken:
@@ -331,6 +341,15 @@ class TestBroken:
         assert sign(found, "agreement").n <= 24
         assert found.example.sample[0] == "chat"
 
+    def test_in_the_language_of_another_dataset(self):
+        world, rng = World("languages", 24), random.Random(3)
+        base = [["".join(CHINESE.write(rng, 150))] for _ in range(24)] + world.base
+        variant = [writer.write(rng, 60) for writer in world.writers] + world.base
+        keys = [(name, str(at)) for name in ("Chinese", "English") for at in range(24)]
+        found = checked(base, variant, base[:24] + world.control, keys=keys, cluster=[" ".join(key) for key in keys])
+        assert "language" in failed(found)
+        assert found.example.sample[0] == "Chinese"
+
 
 class TestShort:
     def number(self, rng):
@@ -377,6 +396,10 @@ class TestShort:
         base, variant = ([told() for _ in range(n)] for _ in range(2))
         control = [told(), *base[1:]]
         assert not checked(base, variant, control).broken
+        declined = (
+            "The passage in question does not say a word about this, so I am afraid that I cannot help you there."
+        )
+        assert not checked(base, [declined] * n, control).broken
         garbage = [" ".join(drawn(string.ascii_lowercase)(World(at, 1), 0)) for at in range(n)]
         assert "language" in failed(checked(base, garbage, control))
 
@@ -398,6 +421,11 @@ class TestCounting:
         assert (sign(found, "empty").n, sign(found, "empty").count, sign(found, "empty").back) == (10, 10, 0)
         found = checked(base, base[::-1], [*base[:-1], "7"])
         assert (sign(found, "empty").count, sign(found, "empty").back) == (10, 10)
+        assert not found.broken
+        base = [""] * 4 + ["48213"] * 12
+        found = checked(base, ["48213"] * 8 + [""] * 8, [*base[:-1], "7"])
+        assert (sign(found, "empty").count, sign(found, "empty").back, sign(found, "empty").floor) == (8, 4, 0)
+        assert sign(found, "empty").p == pytest.approx(794 / 2**12)
         assert not found.broken
 
     def test_signs_are_corrected_together(self):
