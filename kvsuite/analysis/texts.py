@@ -26,7 +26,7 @@ STRANGE, PROSE = 1.4, 3.0
 MOULD, RANDOM = 2.0, 8.0
 """Below so many bits, answers are from one mould, beside which any free sentence is strange: only what reaches
 ``RANDOM`` is foreign then."""
-SLOTS = 1 << 20
+SLOTS = 1 << 18
 """Sequences of characters are told apart by so many numbers."""
 OTHERS, TENTH, PEERS = 200, 0.1, 7
 """Answers to other prompts that one is compared with at most; the share of them that may be as close as its own; and
@@ -79,7 +79,7 @@ class Speech:
     language to 5, random letters to 8."""
 
     def __init__(self, texts: Sequence[str]) -> None:
-        self._own = [[np.unique(_grams(text, n), return_counts=True) for n in (1, 2, 3)] for text in texts]
+        self._own = [[np.unique(grams, return_counts=True) for grams in _grams(text, 3)] for text in texts]
         self._counts = [np.zeros(SLOTS) for _ in range(3)]
         self._total = 0.0
         for grams in self._own:
@@ -102,7 +102,7 @@ class Speech:
         found = np.full(len(texts), np.nan)
         ones, twos, threes = self._counts
         for at, text in enumerate(texts):
-            single, double, triple = (_grams(text, n) for n in (1, 2, 3))
+            single, double, triple = _grams(text, 3)
             self._add(self._own[at], -1)
             if len(single) >= LONG and self._total >= POOL:
                 chance = (ones[single[2:]] + 0.1) / (self._total + 100)
@@ -124,7 +124,8 @@ class Topics:
         self._own = self._unit(counts)
         self._some = np.unique(np.linspace(0, n - 1, min(n, OTHERS)).astype(np.intp))
         self._apart = prompts[:, None] != prompts[self._some]
-        near = (self._own @ self._own[self._some].T).toarray() * self._apart
+        self._others = self._own[self._some].T.tocsr()
+        near = (self._own @ self._others).toarray() * self._apart
         self._plain = near.sum(1) / np.maximum(self._apart.sum(1), 1)
 
     def astray(self, texts: Sequence[str]) -> Mask:
@@ -132,7 +133,7 @@ class Topics:
         fewer than ``PEERS`` others to be told from. An answer that is like all others is no closer for it."""
         mine, plain = self._unit(_rows(texts)), self._plain[self._some]
         own = np.asarray(mine.multiply(self._own).sum(1)).ravel()
-        near = (mine @ self._own[self._some].T).toarray()
+        near = (mine @ self._others).toarray()
         level = (near * self._apart).sum(1) / np.maximum((self._apart * plain).sum(1), 1e-12)
         own, near = own - level * self._plain, near - level[:, None] * plain
         closer, peers = (self._apart & (near >= own[:, None] - 1e-12)).sum(1), self._apart.sum(1)
@@ -150,7 +151,7 @@ def _rows(texts: Sequence[str]) -> Any:
     """1 + log of how often each four characters occur: sparse, (texts, SLOTS)."""
     from scipy.sparse import csr_array
 
-    found = [np.unique(_grams(text, 4), return_counts=True) for text in texts]
+    found = [np.unique(_grams(text, 4)[-1], return_counts=True) for text in texts]
     ends = np.cumsum([0, *(len(slots) for slots, _ in found)])
     data = 1 + np.log(np.concatenate([times for _, times in found]))
     return csr_array((data, np.concatenate([slots for slots, _ in found]), ends), shape=(len(texts), SLOTS))
@@ -161,13 +162,14 @@ def length(text: str) -> int:
     return len(" ".join(text.split()))
 
 
-def _grams(text: str, n: int) -> Places:
-    """Every ``n`` characters in a row as a number below ``SLOTS``, without regard to case and white space."""
+def _grams(text: str, most: int) -> list[Places]:
+    """Every character, every two in a row, … every ``most``, as numbers below ``SLOTS``. Case and the kind of white
+    space do not matter."""
     folded = " ".join(text.lower().split()).encode("utf-32-le", "replace")
-    points = np.frombuffer(folded, np.uint32).astype(np.uint64)
-    many = max(len(points) - n + 1, 0)
-    mixed = np.zeros(many, np.uint64)
-    for k in range(n):
-        mixed = (mixed + points[k : k + many] + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    points = np.frombuffer(folded, np.uint32).astype(np.uint64) + np.uint64(1)
+    found, mixed = [], np.zeros(len(points), np.uint64)
+    for k in range(most):
+        mixed = (mixed[: max(len(points) - k, 0)] + points[k:]) * np.uint64(0x9E3779B97F4A7C15)
         mixed ^= mixed >> np.uint64(29)
-    return (mixed % np.uint64(SLOTS)).astype(np.intp)
+        found.append((mixed % np.uint64(SLOTS)).astype(np.intp))
+    return found

@@ -22,12 +22,10 @@ CAP = 250
 """Tokens."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    """statsmodels collects garbage in every correction, which takes longer than a check if torch has been imported."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """statsmodels collects garbage in every correction, which takes longer than a check once torch is imported."""
+    monkeypatch.setattr(gc, "collect", lambda: 0)
 
 
 class Writer:
