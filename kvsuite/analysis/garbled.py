@@ -25,9 +25,9 @@ FEW = 8
 LEAST: dict[Name, float] = {"empty": 0.1, "repetition": 0.1, "language": 0.1, "cap hits": 0.2, "agreement": 0.2}
 """The share of answers beyond the floor from which a sign can fail. A sane but lossy variant does end late, or leave
 the topic, now and then."""
-BEYOND = 0.1
-"""For agreement also beyond half the share of the baseline's answers whose own halves leave each other's topic: the
-share of whole ones that would."""
+ASTRAY = 0.1
+"""The share of sane answers in other words that seem to have left the topic, at least. Measured it is .0 to .1, of 200
+characters a quarter: no more than half as often as halves of the baseline's answers leave each other's."""
 BLIND: dict[Name, float] = {"empty": 0.1, "repetition": 0.1, "language": 0.1, "cap hits": 1 / 3, "agreement": 1 / 3}
 """The floor that is taken for granted where none was measured."""
 HOPELESS: tuple[Name, ...] = ("empty", "repetition", "language")
@@ -56,8 +56,9 @@ class Sign:
     """Answers of the baseline that show it where the variant's does not: a small model that loops here may as well loop
     there."""
     p: float
-    """Exact and one-sided, prompts as wholes: the larger of two, that the control shows it as often (without one, that
-    no more than the share ``BLIND`` does), and that ``back`` is as likely as ``count``."""
+    """Exact and one-sided, prompts as wholes: the largest p of three, that the control shows it as often (without one,
+    that no more than the share ``BLIND`` does), that ``back`` is as likely as ``count`` and, for agreement, that no more
+    do than of sane answers in other words."""
     adjusted: float
     """After Holm's correction over the signs whose discordant prompts are enough to fail at all."""
     failed: bool
@@ -137,8 +138,14 @@ class _Marks:
         """The share of the variant's answers from which it can fail."""
         n = max(int(self.possible.sum()), 1)
         floor = float(self.shown(1).sum() / n) if len(self.arms) > 1 else BLIND[name]
-        sane = 0.0 if self.halves is None else float((self.halves & self.possible).sum() / n) / 2 + BEYOND
-        return max(max(floor, float(self.back.sum() / n)) + LEAST[name], sane)
+        return max(floor, float(self.back.sum() / n)) + LEAST[name]
+
+    @property
+    def sane(self) -> float:
+        """The share that sane answers in other words may reach; 0 for the signs that these do not show."""
+        if self.halves is None:
+            return 0.0
+        return max(ASTRAY, float((self.halves & self.possible).sum() / max(self.possible.sum(), 1)) / 2)
 
 
 def _signs(found: dict[Name, _Marks], prompts: Places, few: bool) -> tuple[Sign, ...]:
@@ -165,11 +172,14 @@ def _tested(marks: _Marks, prompts: Places, blind: float) -> tuple[float, float]
         np.bincount(prompts, x.astype(np.float64)).astype(np.float64)
         for x in (marks.shown(0), marks.back, marks.possible, *(marks.shown(k) for k in range(1, len(marks.arms))))
     )
-    if noise:
-        p, least = _more(mine, noise[0])
-        return max(p, _more(mine, back)[0]), least
-    k, n = int((2 * mine > among).sum()), int((among > 0).sum())
-    return max(float(binom.sf(k - 1, n, blind)), _more(mine, back)[0]), blind**n
+    p, _ = _more(mine, back)
+    k, n, rate = int((2 * mine > among).sum()), int((among > 0).sum()), marks.sane if noise else max(blind, marks.sane)
+    if rate:
+        p = max(p, float(binom.sf(k - 1, n, rate)))
+    if not noise:
+        return p, rate**n
+    against, least = _more(mine, noise[0])
+    return max(p, against), least
 
 
 def _more(mine: Floats, theirs: Floats) -> tuple[float, float]:
@@ -192,12 +202,15 @@ def _by_dataset(mark: Callable[[Arm, list[Arm]], _Marks], base: Arm, arms: list[
     """Each dataset by itself, as answers of one are alike in length and form; small ones together."""
     sizes = Counter(base.dataset)
     names = np.array([name if sizes[name] >= FEW else "" for name in base.dataset])
-    possible, back, halves, *marked = (np.zeros(len(base), np.bool_) for _ in range(3 + len(arms)))
+    possible, back, *marked = (np.zeros(len(base), np.bool_) for _ in range(2 + len(arms)))
+    halves: Mask | None = None
     for name in np.unique(names):
         at = np.flatnonzero(names == name)
         part = mark(base.take(at.tolist()), [arm.take(at.tolist()) for arm in arms])
         possible[at], back[at] = part.possible, part.back
-        halves[at] = False if part.halves is None else part.halves
+        if part.halves is not None:
+            halves = np.zeros(len(base), np.bool_) if halves is None else halves
+            halves[at] = part.halves
         for whole, mine in zip(marked, part.arms, strict=True):
             whole[at] = mine
     return _Marks(possible, marked, back, halves)
