@@ -57,8 +57,8 @@ class Sign:
     there."""
     p: float
     """Exact and one-sided, prompts as wholes: the largest p of three, that the control shows it as often (without one,
-    that no more than the share ``BLIND`` does), that ``back`` is as likely as ``count`` and, for agreement, that no more
-    do than of sane answers in other words."""
+    that no more than the share ``BLIND`` does), that ``back`` is as likely as ``count`` and, for agreement, that no
+    more do than of sane answers in other words."""
     adjusted: float
     """After Holm's correction over the signs whose discordant prompts are enough to fail at all."""
     failed: bool
