@@ -29,17 +29,21 @@ class Digest(Task):
         files = self.fetch()
         order = random.Random(f"digest {seed}")
         found: list[Sample] = []
+        begun: set[tuple[str, int]] = set()
         for _ in range(100 * count):
             if len(found) == count:
                 return found
             text, length = order.choice(files), lengths[len(found) % len(lengths)]
             words = text.read_text().split()
             start = order.randrange(max(1, len(words) - length))
+            if (text.stem, start) in begun:
+                continue
+            begun.add((text.stem, start))
             taken = first_sentences(" ".join(words[start:]), length - tokens(QUESTION), tokens)
             if taken:
                 name = f"digest-l{length}-{len(found)}"
                 found.append(Sample(name, " ".join(taken), QUESTION, "", max_new_tokens=512, cluster=text.stem))
-        raise UsageError(f"no presidential message is long enough for --kv-length {max(lengths)}")
+        raise UsageError(f"the presidential messages do not hold {count} different prompts of {max(lengths)} tokens")
 
     def score(self, sample: Sample, answer: str) -> None:
         return None

@@ -3,6 +3,7 @@
 import pytest
 
 from kvsuite import models
+from kvsuite.errors import UsageError
 from kvsuite.tasks import task
 
 WORDS = "The Congress shall hear of the state of the Union and of {i} matters more; let it be so."
@@ -49,3 +50,13 @@ def test_an_answer_counts_where_it_names_the_number(folder, answer, score):
         needle.score(sample, answer.replace("48213", sample.reference).replace("48,213", f"{int(sample.reference):,}"))
         == score
     )
+
+
+def test_no_two_digests_are_one(folder, tmp_path):
+    """A prefix cache would find the second."""
+    for name in "02":
+        (tmp_path / f"{name}.txt").unlink()
+    samples = task("digest").samples(60, [100], 0, words)
+    assert len({s.context for s in samples}) == 60
+    with pytest.raises(UsageError, match="do not hold 800 different prompts of 100 tokens"):
+        task("digest").samples(800, [100], 0, words)
