@@ -119,11 +119,12 @@ def _number(name: str, value: str) -> None:
 
 
 class OpenVino:
-    """A Backend. ``model``: a GGUF file or a folder in OpenVINO's format. ``options``: as `parse` gives them."""
+    """A Backend. ``model``: a GGUF file or a folder in OpenVINO's format. ``options``: as `parse` gives them.
+    ``startup``: seconds it may take to load."""
 
-    def __init__(self, model: Path, options: Mapping[str, str]) -> None:
+    def __init__(self, model: Path, options: Mapping[str, str], startup: float = 600.0) -> None:
         check(options)
-        self.model, self.options = model, dict(options)
+        self.model, self.options, self.startup = model, dict(options), startup
         self._facts: dict[str, Any] = {}
         self._dead = "it was not started"
         self._numbers = itertools.count()
@@ -150,7 +151,10 @@ class OpenVino:
         self._process.start()
         answers.close()  # the only other end is the worker's: its death is the pipe's end
         try:
-            kind, said = self._replies.recv()
+            if self._replies.poll(self.startup):
+                kind, said = self._replies.recv()
+            else:
+                kind, said = "failed", f"it took over {self.startup:g} s"
         except EOFError:
             self._process.join()
             kind, said = "failed", f"it ended with code {self._process.exitcode}"

@@ -115,7 +115,7 @@ class Server:
             from kvsuite.engines.openvino import OpenVino, parse
 
             self.command, self.profile, path = self.spec.text, choose("openvino"), self.model()
-            self._engine = OpenVino(path, parse(self.spec.text.partition(":")[2]))
+            self._engine = OpenVino(path, parse(self.spec.text.partition(":")[2]), self.startup)
             await asyncio.to_thread(self._engine.start)
             self.served = path.name
             return

@@ -87,14 +87,15 @@ def load_asks(
     if file is None:
         asks = _digests(cell, f"{options.seed} {cell.name} {block}", count, options, tokens)
     elif file.suffix == ".jsonl":
-        found = [replace(a, max_tokens=a.max_tokens or options.cap) for a in workloads.read(file)]
-        if arm != AGAIN or cell.arrivals.kind == "trace":  # at the trace's own times there is no other order
-            return list(found)
-        talks = _reordered(workloads.conversations(found), f"{options.seed} {block}")
-        return [found[place] for talk in talks for place in talk]
+        asks = [replace(a, max_tokens=a.max_tokens or options.cap) for a in workloads.read(file)]
     else:
         asks = workloads.sharegpt(file, count, 1_000 * options.seed + block, tokens, options.cap)
-    return _reordered(asks, f"{options.seed} {block}") if arm == AGAIN else asks
+    if servers.forced:
+        asks = [replace(a, extra={**a.extra, "ignore_eos": True}) for a in asks]
+    if arm != AGAIN or cell.arrivals.kind == "trace":  # at a trace's own times there is no other order
+        return asks
+    talks = _reordered(workloads.conversations(asks), f"{options.seed} {block}")
+    return [asks[place] for talk in talks for place in talk]
 
 
 def warm_up(cell: Cell, options: Options, tokens: Callable[[str], int]) -> list[Ask]:

@@ -25,6 +25,7 @@ HELP = {
     "arrivals": "closed (as many at a time as --kv-batch says), constant:RATE, poisson:RATE, bursts:N@RATE or trace",
     "workload": "what is timed: a trace (.jsonl, OpenAI messages) or ShareGPT's .json (default: texts of --kv-length)",
     "prefix": "cold: no prompt finds itself in the prefix cache; warm: every one does",
+    "end": "natural: timed answers end where the model ends them; forced: they go on to --kv-cap (ignore_eos)",
     "requests": "requests per timed cell and leg (default 0: twice the concurrency)",
     "goodput": "find the highest rate that meets p95 targets in seconds, e.g. ttft=2,itl=0.2",
     "startup": "seconds a server may take until it answers",
@@ -37,11 +38,12 @@ DEFAULTS: dict[str, Any] = {
     "arrivals": "closed",
     "workload": "",
     "prefix": "cold",
+    "end": "natural",
     "requests": 0,
     "goodput": "",
     "startup": 600,
 }
-CHOICES = {"serve": ("alone", "together"), "prefix": ("cold", "warm")}
+CHOICES = {"serve": ("alone", "together"), "prefix": ("cold", "warm"), "end": ("natural", "forced")}
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Servers:
     """None: a closed loop at every ``--kv-batch``."""
     workload: Path | None
     warm: bool
+    forced: bool
+    """Whether timed answers go on to their caps, whatever the model says."""
     requests: int
     goodput: tuple[float, float] | None
     """Targets for the p95 of TTFT and ITL, seconds."""
@@ -73,6 +77,7 @@ class Servers:
             "arrivals": "closed" if self.arrivals is None else str(self.arrivals),
             "workload": self.workload.name if self.workload else "",
             "prefix": "warm" if self.warm else "cold",
+            "end": "forced" if self.forced else "natural",
             "requests": self.requests,
             "goodput": self.goodput,
         }
@@ -111,6 +116,7 @@ def check(raw: Mapping[str, Any], number: Any) -> Servers | None:
         arrivals=None if closed else Arrivals.parse(str(raw["arrivals"])),
         workload=workload,
         warm=raw["prefix"] == "warm",
+        forced=raw["end"] == "forced",
         requests=int(number("requests", raw["requests"])),
         goodput=_targets(str(raw["goodput"]), number),
         startup=number("startup", raw["startup"]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kvsuite.analysis.garbled import Check
 from kvsuite.analysis.runs import broken
 from kvsuite.analysis.serving import FIGURES, ServedRow, Told, checks, goodputs, served_rows, told
@@ -88,11 +90,19 @@ def speed(run: Run) -> list[Table]:
         f"× over 1 is faster than the baseline, which took the same requests in turn ({blocks} blocks A B B A), with "
         "the 95 % t-interval over blocks. The A/A arm shows what no difference looks like here. Figures are medians of "
         "legs; tok/s counts all answers of a leg, from the first request to the last token.",
-        "Answers end where the model ends them, or at their cap: tokens is their mean length. TPOT: per token after "
-        "the first; ITL p95: of the gaps between tokens, ms.",
+        f"{_ends(run, rows)}: tokens is their mean length. TPOT: per token after the first; ITL p95: of the gaps "
+        "between tokens, ms.",
     ]
     notes += [f"FAILED {row.method}, {row.cell}: {row.error}" for row in rows if row.failed]
     return [Table(f"served · {run.facts['model']['name']}", columns, drawn, notes, keys=2), *_goodput(run, left_out)]
+
+
+def _ends(run: Run, rows: Sequence[ServedRow]) -> str:
+    if run.facts["settings"].get("end") != "forced":
+        return "Answers end where the model ends them, or at their cap"
+    answers, capped = sum(row.n - row.failed for row in rows), sum(row.capped for row in rows)
+    said = "Answers were forced to go on to their cap, past where the model would end them"
+    return said if capped == answers else f"{said}, but {answers - capped} of {answers} ended sooner"
 
 
 def _goodput(run: Run, left_out: set[str]) -> list[Table]:

@@ -1,5 +1,7 @@
 """What the checks share: one thread, a tiny random model and its layers."""
 
+import os
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -8,6 +10,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def alone():
+    """pytest in a child process is to know nothing of the workers that these checks may be spread over."""
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
+        del os.environ[name]
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 The last word of a prompt says what happens: a number is how many tokens come before the end; "crash", "raise" and
 "ignored" are ways in which an engine fails, in the second step; "late" is one in the hundredth. A block has 4 tokens;
-a step reads 50 of a prompt. 13 threads crash it at once."""
+a step reads 50 of a prompt. 13 threads crash it at once, 14 make it hang."""
 
 import math
 import os
@@ -113,6 +113,8 @@ class ContinuousBatchingPipeline:
             raise RuntimeError("Exception from core.cpp:117:\nexpect kvcache type bf16, current: f32")
         if properties.get("INFERENCE_NUM_THREADS") == "13":
             os._exit(4)
+        if properties.get("INFERENCE_NUM_THREADS") == "14":
+            time.sleep(3600)
         stored = properties.get("KV_CACHE_PRECISION", "u8")
         types = properties.get("KEY_CACHE_PRECISION", stored), properties.get("VALUE_CACHE_PRECISION", stored)
         if os.environ.get("OPENVINO_LOG_LEVEL"):

@@ -104,6 +104,12 @@ class Call:
         yield from self.said(self.words)
         yield from self.end("length" if "max_tokens" in self.body else "stop")
 
+    def do_short(self):
+        """Ends after 5 tokens, unless it may not."""
+        forced = self.body.get("ignore_eos", False)
+        yield from self.said(self.words if forced else self.words[:5])
+        yield from self.end("length" if forced else "stop", tokens=self.cap if forced else 5)
+
     def do_slow_first(self):
         yield float(self.argument)
         yield from self.do_normal()

@@ -44,8 +44,8 @@ def fake(tmp_path, monkeypatch):
     (model / "config.json").write_text(str(config).replace("'", '"'))
     started = []
 
-    def start(text="kv=f16"):
-        engine = OpenVino(model, parse(text))
+    def start(text="kv=f16", **limits):
+        engine = OpenVino(model, parse(text), **limits)
         started.append(engine)
         engine.start()
         return engine
@@ -261,6 +261,8 @@ def test_what_cannot_be_started_is_a_usage_error(fake, tmp_path, monkeypatch):
         fake("kv=f32")
     with pytest.raises(UsageError, match="it ended with code 4"):
         fake("threads=13")
+    with pytest.raises(UsageError, match=r"cannot run model: it took over 0\.5 s"):
+        fake("threads=14", startup=0.5)
     with pytest.raises(UsageError, match="does not exist"):
         OpenVino(tmp_path / "no", {}).start()
     assert "was not started" in answers(OpenVino(tmp_path, {}), ask(0, "go"))[0].error

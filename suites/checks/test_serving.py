@@ -167,6 +167,29 @@ def test_warm_prompts_find_themselves_in_the_prefix_cache(command, tmp_path):
     assert all(r.cached_tokens == r.prompt_tokens for r in timed)
 
 
+def test_answers_are_as_long_as_the_model_makes_them_unless_asked(command, tmp_path):
+    for end, lengths, said in (
+        ("natural", {5}, "Answers end where the model ends them, or at their cap: tokens is"),
+        ("forced", {24}, "Answers were forced to go on to their cap, past where the model would end them: tokens is"),
+    ):
+        run = tmp_path / end
+        with Server(behaviour="short") as base:
+            urls = ["--kv-baseline", base.url, "--kv-run", str(run)]
+            result = go(command("throughput or samples", *urls, "--kv-end", end))
+        assert result.returncode == 0, result.stdout[-3000:]
+        served = [r for r in read(run).records if isinstance(r, Served)]
+        assert {r.count for r in served if r.cell} == lengths
+        assert {r.count for r in served if not r.cell} == {5}, "what is scored ends where the model ends it"
+        assert said in (run / "report.md").read_text()
+
+
+def test_a_server_that_will_not_be_forced_is_told_of(command, tmp_path):
+    with Server(behaviour="several") as base:
+        result = go(command("throughput", "--kv-baseline", base.url, "--kv-end", "forced"))
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert "model would end them, but 32 of 32 ended sooner: tokens is" in (tmp_path / "left" / "report.md").read_text()
+
+
 def test_servers_are_compared_without_torch(command, tmp_path):
     for name in ("torch", "transformers"):
         (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('blocked', name={name!r})")
