@@ -13,23 +13,38 @@ from kvsuite.analysis.length import is_empty, loops
 from kvsuite.analysis.resample import Floats, Mask, Places
 from kvsuite.analysis.samples import same_answers
 from kvsuite.analysis.stats import holm
-from kvsuite.analysis.texts import LONG, Script, Speech, Topics, length, squeezed
+from kvsuite.analysis.texts import LONG, WORDS, Script, Speech, Topics, length, squeezed
 from kvsuite.columns import Arm, Key
 from kvsuite.errors import UsageError
 
-Name = Literal["empty", "repetition", "language", "cap hits", "agreement"]
+Name = Literal["empty", "repetition", "language", "cap hits", "order", "agreement"]
 LEVEL = 0.01
 """How often a variant that differs by noise alone is called broken at most, over all signs."""
 FEW = 8
 """Prompts below which nothing is tested."""
-LEAST: dict[Name, float] = {"empty": 0.1, "repetition": 0.1, "language": 0.1, "cap hits": 0.2, "agreement": 0.2}
+LEAST: dict[Name, float] = {
+    "empty": 0.1,
+    "repetition": 0.1,
+    "language": 0.1,
+    "cap hits": 0.2,
+    "order": 0.2,
+    "agreement": 0.2,
+}
 """The share of answers beyond the floor from which a sign can fail. A sane but lossy variant does end late, or leave
 the topic, now and then."""
-ASTRAY = 0.1
-"""The share of sane answers in other words that seem to have left the topic, at least. Measured it is .0 to .1, of 200
-characters a quarter: no more than half as often as halves of the baseline's answers leave each other's."""
-BLIND: dict[Name, float] = {"empty": 0.1, "repetition": 0.1, "language": 0.1, "cap hits": 1 / 3, "agreement": 1 / 3}
-"""The floor that is taken for granted where none was measured."""
+BLIND: dict[Name, float] = {
+    "empty": 0.1,
+    "repetition": 0.1,
+    "language": 0.1,
+    "cap hits": 1 / 3,
+    "order": 1 / 4,
+    "agreement": 1 / 3,
+}
+"""The floor that is taken for granted where none was measured; for order and agreement always. A control in nearly the
+same letters does not show how far sane answers in other words are from each other: of 16 chats of a 135M model, sampled
+twice, a third are no closer to each other than to others', of 64 a fifth."""
+GUESSED: tuple[Name, ...] = ("order", "agreement")
+"""Signs of which sane answers in other words show some."""
 HOPELESS: tuple[Name, ...] = ("empty", "repetition", "language")
 """Signs that one answer can show by itself, without others to compare with."""
 
@@ -42,12 +57,13 @@ class Sign:
     * *repetition*: ends in a loop, or its end is far more repetitive than the baseline's answers.
     * *language*: symbols, or a script or language that the baseline does not use.
     * *cap hits*: ended by the cap, 3/2 as long as the baseline's answer or longer, which ended by itself.
+    * *order*: its words are no likelier in their order than in another.
     * *agreement*: no closer to the baseline's answer than to its answers to other prompts.
     """
 
     name: Name
     n: int
-    """Answers it could be seen on: the baseline's does not show it; for agreement it is long enough to have a topic."""
+    """Answers it could be seen on: the baseline's does not show it; for order and agreement it is long enough."""
     count: int
     """Of these, the variant's answers that show it."""
     floor: int | None
@@ -56,9 +72,9 @@ class Sign:
     """Answers of the baseline that show it where the variant's does not: a small model that loops here may as well loop
     there."""
     p: float
-    """Exact and one-sided, prompts as wholes: the largest p of three, that the control shows it as often (without one,
-    that no more than the share ``BLIND`` does), that ``back`` is as likely as ``count`` and, for agreement, that no
-    more do than of sane answers in other words."""
+    """Exact and one-sided, prompts as wholes: the largest p of all that would explain it: that the control shows it as
+    often; without one, and for order and agreement, that no more than the share ``BLIND`` does; that ``back`` is as
+    likely as ``count``."""
     adjusted: float
     """After Holm's correction over the signs whose discordant prompts are enough to fail at all."""
     failed: bool
@@ -127,8 +143,6 @@ class _Marks:
     """For the variant, and for the control if there is one."""
     back: Mask
     """The baseline's answer shows it, the variant's does not."""
-    halves: Mask | None = None
-    """Where half of the baseline's answer shows it beside the other half, though both are sane."""
 
     def shown(self, k: int) -> Mask:
         """On which answers of an arm it counts."""
@@ -140,18 +154,12 @@ class _Marks:
         floor = float(self.shown(1).sum() / n) if len(self.arms) > 1 else BLIND[name]
         return max(floor, float(self.back.sum() / n)) + LEAST[name]
 
-    @property
-    def sane(self) -> float:
-        """The share that sane answers in other words may reach; 0 for the signs that these do not show."""
-        if self.halves is None:
-            return 0.0
-        return max(ASTRAY, float((self.halves & self.possible).sum() / max(self.possible.sum(), 1)) / 2)
-
 
 def _signs(found: dict[Name, _Marks], prompts: Places, few: bool) -> tuple[Sign, ...]:
     """All signs tested and corrected. One that could not reach ``LEVEL`` whatever its discordant prompts said is not in
     the family (Tarone 1990)."""
-    tests = {name: _tested(marks, prompts, BLIND[name]) for name, marks in found.items()}
+    blind = {name: BLIND[name] if len(m.arms) == 1 or name in GUESSED else 0.0 for name, m in found.items()}
+    tests = {name: _tested(marks, prompts, blind[name]) for name, marks in found.items()}
     counted = [name for name, (_, least) in tests.items() if least <= LEVEL]
     adjusted = dict(zip(counted, holm([tests[name][0] for name in counted]), strict=True))
     signs = []
@@ -173,13 +181,14 @@ def _tested(marks: _Marks, prompts: Places, blind: float) -> tuple[float, float]
         for x in (marks.shown(0), marks.back, marks.possible, *(marks.shown(k) for k in range(1, len(marks.arms))))
     )
     p, _ = _more(mine, back)
-    k, n, rate = int((2 * mine > among).sum()), int((among > 0).sum()), marks.sane if noise else max(blind, marks.sane)
-    if rate:
-        p = max(p, float(binom.sf(k - 1, n, rate)))
-    if not noise:
-        return p, rate**n
-    against, least = _more(mine, noise[0])
-    return max(p, against), least
+    least = 0.0
+    if blind:
+        k, n = int((2 * mine > among).sum()), int((among > 0).sum())
+        p, least = max(p, float(binom.sf(k - 1, n, blind))), blind**n
+    if noise:
+        against, fewest = _more(mine, noise[0])
+        p, least = max(p, against), max(least, fewest)
+    return p, least
 
 
 def _more(mine: Floats, theirs: Floats) -> tuple[float, float]:
@@ -203,17 +212,13 @@ def _by_dataset(mark: Callable[[Arm, list[Arm]], _Marks], base: Arm, arms: list[
     sizes = Counter(base.dataset)
     names = np.array([name if sizes[name] >= FEW else "" for name in base.dataset])
     possible, back, *marked = (np.zeros(len(base), np.bool_) for _ in range(2 + len(arms)))
-    halves: Mask | None = None
     for name in np.unique(names):
         at = np.flatnonzero(names == name)
         part = mark(base.take(at.tolist()), [arm.take(at.tolist()) for arm in arms])
         possible[at], back[at] = part.possible, part.back
-        if part.halves is not None:
-            halves = np.zeros(len(base), np.bool_) if halves is None else halves
-            halves[at] = part.halves
         for whole, mine in zip(marked, part.arms, strict=True):
             whole[at] = mine
-    return _Marks(possible, marked, back, halves)
+    return _Marks(possible, marked, back)
 
 
 def _codes(names: Sequence[str]) -> Places:
@@ -262,6 +267,13 @@ def _language(base: Arm, arms: list[Arm]) -> _Marks:
     return _Marks(~own, others, own & ~others[0])
 
 
+def _order(base: Arm, arms: list[Arm]) -> _Marks:
+    speech = Speech(_texts(base), most=4)
+    long = np.array([length(text) >= LONG and len(text.split()) >= WORDS for text in _texts(base)], np.bool_)
+    own, *others = (speech.jumbled(_texts(arm)) for arm in (base, *arms))
+    return _Marks(long & ~own, others, long & own & ~others[0])
+
+
 VAGUE = 2 / 3
 """The share of the baseline's answers whose halves do not find each other from which no topic can be told: they are too
 short, or all the same but for a name or a number."""
@@ -276,7 +288,7 @@ def _agreement(base: Arm, arms: list[Arm]) -> _Marks:
     possible, halves = long & ~own, Topics(firsts, prompts).astray(seconds)
     if (halves & possible).sum() > VAGUE * possible.sum():
         possible[:] = False
-    return _Marks(possible, others, np.zeros(len(base), np.bool_), halves)
+    return _Marks(possible, others, np.zeros(len(base), np.bool_))
 
 
 MARKS: dict[Name, Callable[[Arm, list[Arm]], _Marks]] = {
@@ -284,5 +296,6 @@ MARKS: dict[Name, Callable[[Arm, list[Arm]], _Marks]] = {
     "repetition": _repetition,
     "language": _language,
     "cap hits": _cap_hits,
+    "order": _order,
     "agreement": _agreement,
 }
