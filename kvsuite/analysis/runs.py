@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 from kvsuite.analysis.effects import Part
-from kvsuite.analysis.serving import checks, served_rows
+from kvsuite.analysis.serving import checks, served_rows, token_speeds
 from kvsuite.analysis.speed import speed_rows
 from kvsuite.analysis.stats import log_change
 from kvsuite.analysis.verdict import Effect, effect
@@ -162,22 +162,27 @@ def speeds(run: Run, margins: Margins) -> list[tuple[str, Effect]]:
 
 
 def speed_changes(one: Run, other: Run, margins: Margins) -> list[tuple[str, Effect]]:
-    """Every timed cell of two runs and how its speed changed: a method's as a multiple of ``full``'s, ``full`` itself
-    in seconds where the machine is the same. Welch's t on the logarithms of rounds: two runs are two sessions."""
-    before, after = _timings(one), _timings(other)
+    """Every timed cell of two runs and how its speed changed: a method's as a multiple of its baseline's, the baseline
+    itself where the machine is the same. Welch's t on the logarithms of rounds, of servers those of blocks: two runs
+    are two sessions."""
+    before, after = _rounds(one), _rounds(other)
     machine = ("cpu", "gpu", "cores", "threads", "dtype")
     same = all(one.facts["environment"].get(key) == other.facts["environment"].get(key) for key in machine)
+    left_out = broken(one) | broken(other) | (set() if same else {one.baseline})
     found = []
-    for cell, timing in before.items():
-        if cell not in after or (timing.method == FULL and not same):
-            continue
-        logs = [_logs(x) for x in (timing, after[cell])]
-        if min(map(len, logs)) < 2:
+    for (method, cell), rounds in before.items():
+        logs = [rounds, after.get((method, cell), [])]
+        if method in left_out or min(map(len, logs)) < 2:
             continue
         change, _ = log_change(*logs)
-        name = f"{timing.method}, {timing.phase} {timing.width} · {timing.length}"
-        found.append((name, effect("speed", change, margins.speed, -1, len(logs[1]), None, ratio=True)))
+        found.append((f"{method}, {cell}", effect("speed", change, margins.speed, -1, len(logs[1]), None, ratio=True)))
     return found
+
+
+def _rounds(run: Run) -> dict[tuple[str, str], list[float]]:
+    """By method and cell, the logarithms of its speeds."""
+    found = {(t.method, f"{t.phase} {t.width} · {t.length}"): _logs(t) for t in _timings(run).values()}
+    return found | {(method, cell): logs for (cell, method), logs in token_speeds(run).items()}
 
 
 def _timings(run: Run) -> dict[tuple[str, str, int, int], Timing]:

@@ -83,39 +83,61 @@ def goodputs(run: Run) -> dict[str, Goodput]:
 def served_rows(run: Run) -> list[ServedRow]:
     """One row per cell and arm, both in order of appearance. A leg in which a request failed has no figures: what is
     missing would look fast."""
-    grouped: dict[tuple[str, str], list[Served]] = {}
-    for r in timed(run):
-        grouped.setdefault((r.cell, r.method), []).append(r)
+    grouped = _by_cell(run)
     legs = {key: _legs(found) for key, found in grouped.items()}
     cells = list(dict.fromkeys(cell for cell, _ in grouped))
     ordered = sorted(grouped, key=lambda key: cells.index(key[0]))
     return [_row(*key, grouped[key], legs, run.baseline) for key in ordered]
 
 
-def _row(
-    cell: str,
-    method: str,
-    found: Sequence[Served],
-    legs: Mapping[tuple[str, str], Mapping[int, list[dict[str, float]]]],
-    base: str,
-) -> ServedRow:
+def token_speeds(run: Run) -> dict[tuple[str, str], list[float]]:
+    """By cell and arm, a logarithm per block: how many times as fast as the baseline it was per token, the baseline
+    itself in tokens a second."""
+    legs = {key: _legs(found) for key, found in _by_cell(run).items()}
+    found = {}
+    for (cell, method), mine in legs.items():
+        ratios = _log_ratios(mine, legs.get((cell, run.baseline), {}), "tpot")
+        itself = [-_mean_log(block, "tpot") for block in mine.values() if len(block) == 2]
+        logs = itself if method == run.baseline else [-x for x in ratios.values()]
+        found[cell, method] = [x for x in logs if math.isfinite(x)]
+    return found
+
+
+def _by_cell(run: Run) -> dict[tuple[str, str], list[Served]]:
+    grouped: dict[tuple[str, str], list[Served]] = {}
+    for r in timed(run):
+        grouped.setdefault((r.cell, r.method), []).append(r)
+    return grouped
+
+
+Legs = Mapping[int, list[dict[str, float]]]
+"""By block, the figures of every whole leg."""
+
+
+def _log_ratios(mine: Legs, theirs: Legs, name: str) -> dict[int, float]:
+    """By block in which both have both legs."""
+    both = [block for block in mine if len(mine[block]) == 2 == len(theirs.get(block, ()))]
+    return {block: _mean_log(mine[block], name) - _mean_log(theirs[block], name) for block in both}
+
+
+def _row(cell: str, method: str, found: Sequence[Served], legs: Mapping[tuple[str, str], Legs], base: str) -> ServedRow:
     errors = [r.error for r in found if r.status != "ok"]
     counts = (method, cell, len(found), len(errors), errors[0] if errors else "")
     mine, theirs = legs[cell, method], legs.get((cell, base), {})
     each = [leg for block in mine.values() for leg in block]
     if not each:
         return ServedRow(*counts)
-    both = [block for block in mine if len(mine[block]) == 2 == len(theirs.get(block, ()))]
-    ratios = {}
+    ratios, blocks = {}, 0
     for name in FIGURES:
-        logs = [_mean_log(mine[b], name) - _mean_log(theirs[b], name) for b in both]
-        logs = [x if name == "rate" else -x for x in logs if math.isfinite(x)]
+        found_logs = _log_ratios(mine, theirs, name)
+        blocks = len(found_logs)
+        logs = [x if name == "rate" else -x for x in found_logs.values() if math.isfinite(x)]
         if logs:
             ratios[name] = log_ratio_interval(logs)
     figures = {name: float(np.nanmedian(column)) for name in (*FIGURES, "itl95") if (column := _known(each, name))}
     good = [r for r in found if r.status == "ok"]
     capped = sum(r.finish == "length" for r in good)
-    return ServedRow(*counts, len(both), figures, ratios, statistics.fmean(r.count for r in good), capped)
+    return ServedRow(*counts, blocks, figures, ratios, statistics.fmean(r.count for r in good), capped)
 
 
 def _known(legs: Sequence[Mapping[str, float]], name: str) -> list[float]:
@@ -123,7 +145,6 @@ def _known(legs: Sequence[Mapping[str, float]], name: str) -> list[float]:
 
 
 def _legs(found: Iterable[Served]) -> dict[int, list[dict[str, float]]]:
-    """By block, the figures of every whole leg."""
     grouped: dict[tuple[int, int], list[Served]] = {}
     for r in found:
         grouped.setdefault((r.block, r.leg), []).append(r)

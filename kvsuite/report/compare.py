@@ -7,7 +7,7 @@ import math
 from kvsuite import records
 from kvsuite.analysis.effects import Part, compare
 from kvsuite.analysis.length import same_caps
-from kvsuite.analysis.runs import changes, lost, speed_changes
+from kvsuite.analysis.runs import broken, changes, lost, speed_changes
 from kvsuite.analysis.samples import same_answers
 from kvsuite.analysis.speed import compare_loads
 from kvsuite.analysis.stats import LEVEL, Interval
@@ -43,13 +43,17 @@ def runs(one: Run, other: Run, margins: Margins) -> list[Table]:
     effects = [(row.method, e) for row in answers for e in row.effects]
     said = [f"The same answers in both: {', '.join(dict.fromkeys(alike.values()))}."] if alike else []
     said += [*lost(one, other), *lost(other, one)]
+    said += [
+        f"BROKEN {arm}: in {run.folder} its answers are no answers." for run in (one, other) for arm in broken(run)
+    ]
     speeds = speed_changes(one, other, margins)
     if not shared and not speeds:
         raise UsageError(f"{one.folder} and {other.folder} have no method in common that answered or was timed")
     if speeds:
         said.append(
-            "Speed is each run's own ratio to full (full itself: its seconds). One session a side does not show how "
-            "much sessions differ, so it gets an interval of its rounds and no verdict: repeat both runs in turn."
+            "Speed is each run's own ratio to its baseline (the baseline itself: its seconds; of servers per token). "
+            "One session a side does not show how much sessions differ, so it gets an interval of its rounds and no "
+            "verdict: repeat both runs in turn."
         )
     return [_table(f"{other.folder} against {one.folder}", effects + speeds, margins, said)]
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from kvsuite.analysis.runs import speeds
+from kvsuite.analysis.runs import speed_changes, speeds
 from kvsuite.analysis.serving import as_load, checks, differing, goodputs, proven, served_rows, told
 from kvsuite.margins import Margins
 from kvsuite.records import Probe, Run, Served
@@ -51,6 +51,23 @@ def test_figures_of_a_cell(tmp_path):
     )
     [(name, effect)] = speeds(found, Margins())
     assert (name, effect.verdict) == ("m", "harmful")
+
+
+def test_two_runs_are_compared_by_their_own_ratios(tmp_path):
+    """The machine is half as fast in the second, and m has lost a third beside that."""
+
+    def uneven(r):
+        return replace(r, e2e=r.ttft + (r.e2e - r.ttft) * (1 + 0.02 * r.block)) if r.method == "m" else r
+
+    facts = {"environment": {}}
+    one = run([uneven(r) for r in both({"baseline": 1.0, "m": 2.0})], tmp_path, **facts)
+    other = run([uneven(r) for r in both({"baseline": 2.0, "m": 6.0})], tmp_path, **facts)
+    seen = {name: effect.estimate.mean for name, effect in speed_changes(one, other, Margins())}
+    assert seen == {"baseline, c": pytest.approx(1 / 2), "m, c": pytest.approx(2 / 3)}
+    garbage = run([replace(r, text="") if r.method == "m" else r for r in other.records], tmp_path, **facts)
+    assert [name for name, _ in speed_changes(one, garbage, Margins())] == ["baseline, c"]
+    elsewhere = run(other.records, tmp_path, environment={"cpu": "another"})
+    assert [name for name, _ in speed_changes(one, elsewhere, Margins())] == ["m, c"]
 
 
 def test_talking_longer_is_not_faster(tmp_path):
