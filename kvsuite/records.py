@@ -302,10 +302,16 @@ def read(folder: Path) -> Run:
     return Run(folder, facts, records, torn)
 
 
+LATER = {"end": "natural"}
+"""Settings that earlier runs do not have, and what they did."""
+
+
 def refusal(one: Run, other: Run) -> str:
     """Why two runs cannot be compared, in a sentence; empty if they can: same model, same texts, same settings."""
     for key, what in (("model", "models"), ("texts", "texts"), ("settings", "settings")):
         a, b = one.facts.get(key), other.facts.get(key)
+        if key == "settings":
+            a, b = ({**LATER, **x} if isinstance(x, dict) else x for x in (a, b))
         if a != b:
             parts = _differing(a, b)
             return f"{one.folder} and {other.folder} are of different {what} ({parts}) and cannot be compared"

@@ -220,6 +220,7 @@ def _turn(number: int, row: Any) -> Turn:
         tools=tuple(found.get("tools", ())),
         at=float(found["at"]) if "at" in found else None,
         conversation=str(found.get("conversation", "")),
+        cluster=str(found.get("conversation", "")),
     )
 
 

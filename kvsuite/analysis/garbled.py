@@ -37,7 +37,7 @@ BLIND: dict[Name, float] = {
     "repetition": 0.1,
     "language": 0.1,
     "cap hits": 1 / 3,
-    "order": 1 / 4,
+    "order": 1 / 3,
     "agreement": 1 / 3,
 }
 """The floor that is taken for granted where none was measured; for order and agreement always. A control in nearly the
@@ -126,6 +126,12 @@ def check(base: Arm, variant: Arm, control: Arm | None) -> Check:
         notes.append(f"too few answers: {prompts.max() + 1} of at least {FEW} prompts")
     found = {name: _by_dataset(mark, base, others) for name, mark in MARKS.items()}
     signs = _signs(found, prompts, few)
+    if not few:
+        notes += [
+            f"too few answers to tell their {s.name}"
+            for s in signs
+            if s.name in GUESSED and BLIND[s.name] ** s.n > LEVEL
+        ]
     hard = [np.any([found[name].shown(k) for name in HOPELESS], axis=0) for k in range(len(others))]
     hopeless = bool(hard[0].all()) and not any(x.any() for x in hard[1:])
     failed = [s.name for s in signs if s.failed] or (list(HOPELESS) if hopeless else [])
@@ -151,8 +157,12 @@ class _Marks:
     def bar(self, name: Name) -> float:
         """The share of the variant's answers from which it can fail."""
         n = max(int(self.possible.sum()), 1)
-        floor = float(self.shown(1).sum() / n) if len(self.arms) > 1 else BLIND[name]
-        return max(floor, float(self.back.sum() / n)) + LEAST[name]
+        floors = [float(self.back.sum() / n)]
+        if len(self.arms) > 1:
+            floors.append(float(self.shown(1).sum() / n))
+        if len(self.arms) == 1 or name in GUESSED:
+            floors.append(BLIND[name])
+        return max(floors) + LEAST[name]
 
 
 def _signs(found: dict[Name, _Marks], prompts: Places, few: bool) -> tuple[Sign, ...]:

@@ -93,12 +93,12 @@ def _shared(base: list[Arm], method: list[Arm], control: list[Arm]) -> tuple[Arm
 def changes(one: Run, other: Run) -> list[Part]:
     """Every method of two runs: the one's answers as the baseline of the other's. The floor of ``full`` is the one's
     own control; a method has none."""
-    found = []
+    found, left_out = [], broken(one) | broken(other)
     for before, after in zip(_arms(one), _arms(other), strict=True):
         base = before.get(one.baseline, [])
         sampled = len(base) > 1
         noise = next((before[method] for method in before if one.is_control(method)), [])
-        for method in (m for m in before if m in after):
+        for method in (m for m in before if m in after and m not in left_out):
             control = [] if method != one.baseline else base[1:] + base[:1] if sampled else noise
             count = min(len(before[method]), len(after[method]), len(control) or 1)
             if trio := _shared(before[method][:count], after[method][:count], control[:count]):

@@ -48,12 +48,12 @@ def timed(run: Run) -> list[Served]:
 
 
 def as_load(found: Sequence[Served], source: str) -> Load:
-    """Answers of one load as a load test."""
+    """Answers of one load as a load test; its ITL are the gaps of all answers."""
     good = [r for r in found if r.status == "ok" and r.tpot is not None]
     return Load(
         source,
         ttft=np.array([r.ttft or math.nan for r in good] or [math.inf]),  # where none came, it takes forever
-        itl=np.array([r.tpot or math.nan for r in good] or [math.inf]),
+        itl=np.array([gap for r in good for gap in r.gaps] or [math.inf]),
         e2e=np.array([r.e2e for r in good]),
         prompt_tokens=np.array([float(r.prompt_tokens) for r in good]),
         tokens=np.array([float(r.count) for r in good]),
@@ -69,12 +69,12 @@ def goodputs(run: Run) -> dict[str, Goodput]:
     targets = run.facts["settings"].get("goodput")
     if not targets:
         return {}
-    tests: dict[tuple[str, str], list[Served]] = {}
+    tests: dict[tuple[str, str, int], list[Served]] = {}
     for r in run.records:
         if isinstance(r, Served) and r.evaluation == "goodput":
-            tests.setdefault((r.method, r.cell), []).append(r)
+            tests.setdefault((r.method, r.cell, r.block), []).append(r)
     arms: dict[str, list[tuple[float, Load]]] = {}
-    for (method, cell), found in tests.items():
+    for (method, cell, _), found in tests.items():
         rate = float(cell.removeprefix("poisson:").split()[0])
         arms.setdefault(method, []).append((rate, as_load(found, cell)))
     return {method: goodput(found, *targets) for method, found in arms.items()}
@@ -193,14 +193,15 @@ def checks(run: Run) -> dict[str, Check]:
 
 
 def _said(run: Run) -> dict[str, Arm]:
-    found = [r for r in run.records if isinstance(r, Served) and r.evaluation != "goodput"]
+    found = [r for r in run.records if isinstance(r, Served)]
     legs: dict[tuple[str, int], set[int]] = {}
     for r in found:
         legs.setdefault((r.method, r.block), set()).add(r.leg)
     gathered: dict[str, Gather] = {}
     for r in (r for r in found if r.status == "ok"):
         half = sorted(legs[r.method, r.block]).index(r.leg)
-        dataset, sample = (r.cell, f"{r.sample} in half {half} of block {r.block}") if r.cell else (r.task, r.sample)
+        load = "goodput" if r.evaluation == "goodput" else r.cell  # its rates are each arm's own, its prompts are not
+        dataset, sample = (load, f"{r.sample} in half {half} of block {r.block}") if load else (r.task, r.sample)
         said = "\n".join(filter(None, (r.reasoning, r.text, r.calls)))
         gather = gathered.setdefault(r.method, Gather(f"{run.folder}#{r.method}"))
         known: dict[str, Any] = {"tokens": r.count, "cap": r.cap, "capped": r.finish == "length"}
@@ -227,6 +228,8 @@ class Told:
     """Features that the baseline's server has otherwise, and whose tokens are counted otherwise."""
     warm: float = 0.0
     """Of the tokens of prompts that were to be cold, the share that the server had in its prefix cache."""
+    perhaps_warm: bool = False
+    """Whether nothing kept them from it, and nothing says how many it had."""
 
 
 def told(run: Run) -> list[Told]:
@@ -250,10 +253,14 @@ def told(run: Run) -> list[Told]:
         proof, lost = ("", ()) if plain or not facts else (proven(facts, base), differing(facts, base))
         if counted.get(method) != counted.get(run.baseline) and method in counted:
             lost += (f"tokens counted by {counted[method]} (baseline: {counted.get(run.baseline)})",)
-        found.append(
-            Told(method, last.profile, last.command, facts, sums, failures, proof, lost, warm.get(method, 0.0))
-        )
+        off = str(facts.get("features", {}).get("prefix caching", "")).lower() in OFF
+        perhaps = bool(sums.get("perhaps_warm")) and method not in warm and not off
+        share = warm.get(method, 0.0)
+        found.append(Told(method, last.profile, last.command, facts, sums, failures, proof, lost, share, perhaps))
     return found
+
+
+OFF = ("false", "off", "disabled", "no", "0")
 
 
 def _counted(run: Run) -> dict[str, str]:
@@ -266,15 +273,21 @@ def _counted(run: Run) -> dict[str, str]:
 
 
 def _warm(run: Run) -> dict[str, float]:
-    """By arm, of the prompts' tokens in loads that were to be cold, the share found in the prefix cache; where the
-    server says it request by request."""
+    """By arm, of the prompts' tokens in loads that were to be cold, the share found in the prefix cache: as the server
+    says it request by request, else as it counted in legs that had nothing but such loads."""
     if run.facts["settings"].get("prefix") == "warm":
         return {}
-    sums: dict[str, list[int]] = {}
+    sums: dict[str, list[float]] = {}
     for r in timed(run):
         if r.cached_tokens is not None:
-            both = sums.setdefault(r.method, [0, 0])
+            both = sums.setdefault(r.method, [0.0, 0.0])
             both[0], both[1] = both[0] + r.cached_tokens, both[1] + r.prompt_tokens
+    said = set(sums)
+    loads = {r.leg for r in timed(run)} - {r.leg for r in run.records if isinstance(r, Served) and r.task}
+    for p in (p for p in run.records if isinstance(p, Probe) and p.leg in loads and p.method not in said):
+        if "prefix_hits" in p.counters and p.counters.get("prefix_queries"):
+            both = sums.setdefault(p.method, [0.0, 0.0])
+            both[0], both[1] = both[0] + p.counters["prefix_hits"], both[1] + p.counters["prefix_queries"]
     return {method: cached / asked for method, (cached, asked) in sums.items() if asked}
 
 

@@ -101,8 +101,7 @@ class Speech:
 
     def jumbled(self, texts: Sequence[str]) -> Mask:
         """(n,), one text a prompt: which are no less surprising than their words in another order. With four characters
-        in a row, of sane answers of a 135M model it is a tenth at 16 prompts and a twentieth at 64; of words in random
-        order five in six."""
+        in a row, of sane answers of a 135M model it is a twentieth to a third; of words in random order five in six."""
         found = np.zeros(len(texts), np.bool_)
         for at, text in enumerate(texts):
             words = text.split()

@@ -61,11 +61,11 @@ class Model:
             "max_len": context,
             "threads": int(said.get("INFERENCE_NUM_THREADS", 0)),
             "scheduler": " ".join(scheduler.to_string().split()),
+            "eviction": scheduler.use_cache_eviction,
+            "sparse": scheduler.use_sparse_attention,
             "features": {
                 "prefix caching": str(scheduler.enable_prefix_caching).lower(),
                 "chunked prefill": str(scheduler.dynamic_split_fuse).lower(),
-                "cache eviction": str(scheduler.use_cache_eviction).lower(),
-                "sparse attention": str(scheduler.use_sparse_attention).lower(),
                 "inference precision": said.get("INFERENCE_PRECISION_HINT", "not said"),
                 "device": said.get("EXECUTION_DEVICES", "CPU"),
             },

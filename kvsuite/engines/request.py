@@ -68,6 +68,8 @@ class Ask:
     tools: tuple[Mapping[str, Any], ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of the body, such as vLLM's ``cache_salt``."""
+    cluster: str = ""
+    """What it is about, a document or a conversation; empty where it stands by itself."""
 
 
 @dataclass

@@ -124,7 +124,9 @@ class Server:
             url = self._run()
         from kvsuite.engines.openai import Client
 
-        client = self._client = Client(url, key=os.environ.get("OPENAI_API_KEY"), total=self.timeout, count=self.count)
+        client = self._client = Client(
+            url, key=os.environ.get("OPENAI_API_KEY"), first=self.timeout, total=self.timeout, count=self.count
+        )
         self.command = self.command if self._process else self.spec.text
         self.profile = choose(self.profile_name, self.spec.text if self._process else "")
         await self._ready(client)

@@ -93,6 +93,9 @@ class Options:
         return own if self.servers is None else own | self.servers.settings()
 
 
+METHODS_ONLY = ("methods", "compress", "dtype", "device")
+
+
 def add(parser: pytest.Parser) -> None:
     """Declare ``--kv-…``. Defaults are filled in by `read`, so that the configuration file can come between."""
     group = parser.getgroup("kvsuite", "KV-cache compression")
@@ -110,8 +113,10 @@ def add(parser: pytest.Parser) -> None:
 def read(config: pytest.Config) -> Options:
     """The run's options; nothing is loaded. Raises UsageError, one sentence, naming the option."""
     given = _configured(config.rootpath / "pyproject.toml")
-    given |= {key: value for key in HELP if (value := config.getoption(f"kv_{key}")) is not None}
-    return check(given)
+    here = {key: value for key in HELP if (value := config.getoption(f"kv_{key}")) is not None}
+    if {"baseline", "variant"} & {*given, *here} and (own := [key for key in METHODS_ONLY if key in here]):
+        raise UsageError(f"--kv-{own[0]} is about methods in this process; servers are configured by their own options")
+    return check(given | here)
 
 
 def check(given: Mapping[str, Any]) -> Options:

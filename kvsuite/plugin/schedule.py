@@ -113,7 +113,8 @@ def _digests(cell: Cell, seed: str, count: int, options: Options, tokens: Callab
 def _ask(sample: Sample, temperature: float, options: Options, repeat: int = 0) -> Ask:
     message = {"role": "user", "content": sample.context + sample.question}
     seed = random.Random(f"{options.seed} {sample.id} {repeat}").randrange(1 << 31) if temperature else None
-    return Ask(sample.id, (message,), min(sample.max_new_tokens, options.cap), temperature, seed)
+    cap = min(sample.max_new_tokens, options.cap)
+    return Ask(sample.id, (message,), cap, temperature, seed, cluster=sample.cluster)
 
 
 def _reordered(asks: Sequence[T], key: str) -> list[T]:

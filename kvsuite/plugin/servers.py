@@ -107,6 +107,8 @@ def check(raw: Mapping[str, Any], number: Any) -> Servers | None:
         raise UsageError(f"--kv-workload {str(workload)!r} does not exist")
     if str(raw["arrivals"]).strip() == "trace" and (workload is None or workload.suffix != ".jsonl"):
         raise UsageError("--kv-arrivals trace needs a trace: --kv-workload FILE.jsonl")
+    if workload is not None and workload.suffix == ".jsonl" and int(number("requests", raw["requests"])):
+        raise UsageError("--kv-requests chooses from ShareGPT or our texts; a trace is asked as it stands")
     closed = str(raw["arrivals"]).strip() == "closed"
     return Servers(
         baseline=Spec.parse(str(raw["baseline"])),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import json
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +45,10 @@ class Visits:
         self.gone: dict[str, str] = {}
         self.why: dict[str, list[str]] = {}
         """What starts of an arm ended in."""
-        self.loads = 0
+        self.loads, self.own = 0, secrets.token_hex(4)
+        """``own`` keeps this run's salts from those of the one before, which a running server may have in its cache."""
+        self.perhaps_warm = 0
+        """Loads of this leg whose prompts nothing kept from the prefix cache."""
         self.servers: dict[str, Server] = {}
         for arm, spec in self.asked.specs.items():
             shared = arm == AGAIN and (self.asked.together or spec.kind == "url")
@@ -103,13 +108,13 @@ class Visits:
         server = self.servers[visit.arm]
         if not self.asked.together:
             for other in self.servers.values():
-                remembers = not other.profile.salt and not other.profile.reset
-                if other.spec.kind != "url" and (other is not server or (remembers and visit.timed)):
+                if other.spec.kind != "url" and (other is not server or visit.timed):  # every timed leg starts afresh
                     await other.stop()
         await self._up(visit.arm)
         self.session.ready()
         before = await server.counters() if server.up else {}
         notes: dict[str, float] = {}
+        self.perhaps_warm = 0
         for task in self.tasks if visit.answers else ():
             samples = {s.id: s for s in self._samples(task)}
             asks = schedule.task_asks(task, list(samples.values()), self.options, visit.arm)
@@ -123,6 +128,7 @@ class Visits:
             notes["late"] = max([notes.get("late", 0.0), *found.late])
         if visit.timed and visit.block == visit.half == 0 and self.asked.goodput:
             await self._goodput(leg, visit, server)
+        notes["perhaps_warm"] = self.perhaps_warm
         await self._probe(leg, visit, server, before, notes)
 
     async def _goodput(self, leg: int, visit: Visit, server: Server) -> None:
@@ -134,13 +140,14 @@ class Visits:
         took = max(a.start + a.e2e for a in last) - min(a.start for a in last)
         reached, cell = len(last) / took, self.cells[-1]
 
+        tests = itertools.count(GOODPUT)  # other prompts in every test, the same in the arms' first, second …
+
         async def holds(rate: float) -> bool:
-            at = replace(cell, name=f"poisson:{rate:.3g} goodput", arrivals=Arrivals("poisson", rate))
-            before = len(self.found)
-            own = tasks.task(schedule.DIGEST)
-            fresh = replace(visit, block=GOODPUT + self.loads)  # other prompts: these are in no prefix cache yet
-            await self._drive(leg, visit, server, self._load(at, fresh), at.arrivals, own, {}, at.name, "goodput")
-            return goodput([(rate, as_load(self.found[before:], at.name))], *targets).rate is not None
+            at = replace(cell, name="goodput", arrivals=Arrivals("poisson", rate))
+            before, own, test = len(self.found), tasks.task(schedule.DIGEST), replace(visit, block=next(tests))
+            asks, name = self._load(at, test), f"poisson:{rate:.3g} goodput"
+            await self._drive(leg, test, server, asks, at.arrivals, own, {}, name, "goodput")
+            return goodput([(rate, as_load(self.found[before:], name))], *targets).rate is not None
 
         await load.bisect(holds, reached / 8, 8 * reached)
 
@@ -159,6 +166,7 @@ class Visits:
             return
         facts = await server.facts()
         facts["compressed"] = server.profile.compressed(facts)
+        facts["features"] = {"model": server.served, **facts.get("features", {})}
         counted = probe.since(before, await server.counters())
         self.session.record(Probe(visit.arm, facts=facts, counters={**counted, **notes}, **common))
 
@@ -167,10 +175,11 @@ class Visits:
         share what they find."""
         self.loads += 1
         if not server.profile.salt:
-            if server.up and not warm:
-                await server.forget()
+            afresh = not self.asked.together and server.spec.kind != "url"
+            if server.up and not warm and not await server.forget() and not afresh:
+                self.perhaps_warm += 1
             return list(asks)
-        salt = f"kvsuite {0 if warm else self.loads}"
+        salt = f"kvsuite {self.own} {0 if warm else self.loads}"
         return [replace(a, extra={**a.extra, server.profile.salt: salt}) for a in asks]
 
     async def _drive(
@@ -180,7 +189,7 @@ class Visits:
     ) -> load.Driven:  # fmt: skip
         """Ask and write down."""
         caps = {a.id: a.max_tokens or 0 for a in asks}
-        prompts = {a.id: hashlib.sha256(json.dumps(list(a.messages)).encode()).hexdigest()[:12] for a in asks}
+        about = {a.id: a.cluster or _print(a) for a in asks}
         own = await self._fresh(asks, server, bool(cell and self.asked.warm))
 
         def done(reply: Reply) -> None:
@@ -188,7 +197,7 @@ class Visits:
                 reply.error = self.gone[visit.arm]
             answer = _served(reply, visit.arm, task, samples.get(reply.id), caps[reply.id])
             where: dict[str, Any] = {"cell": cell, "block": visit.block, "leg": leg, "width": arrivals.concurrency}
-            where["cluster"] = answer.cluster or prompts[reply.id]
+            where["cluster"] = answer.cluster or about[reply.id]
             where |= {"task": "" if cell else task.name, "evaluation": evaluation or task.evaluation}
             answer = replace(answer, **where)
             self.session.record(answer)
@@ -196,6 +205,10 @@ class Visits:
             self.done(answer.count)
 
         return await load.drive(server, own, arrivals, seed=visit.block, done=done)
+
+
+def _print(ask: Ask) -> str:
+    return hashlib.sha256(json.dumps(list(ask.messages)).encode()).hexdigest()[:12]
 
 
 def _served(r: Reply, arm: str, task: Task, sample: Sample | None, cap: int) -> Served:

@@ -34,6 +34,8 @@ def headlines(run: Run) -> list[Table]:
             said.append(f"NOT SHOWN {server.method}: nothing shows that compression ran.")
         if server.warm > WARM:
             said.append(f"WARM {server.method}: {server.warm:.0%} of its prompts' tokens were in its prefix cache.")
+        elif server.perhaps_warm:
+            said.append(f"WARM? {server.method}: nothing kept its prompts out of a prefix cache, if it has one.")
         said += [f"DIFFERS {server.method}: {feature}." for feature in server.lost]
     for method, check in checks(run).items():
         if check.broken:
@@ -117,8 +119,9 @@ def _goodput(run: Run, left_out: set[str]) -> list[Table]:
         row = ["BROKEN", "-", "-", ""] if method in left_out else [held, missed, str(len(good.cells)), good.note]
         rows.append([method, *row])
     note = (
-        f"Requests a second (Poisson) up to which the p95 of TTFT stays within {ttft:g} s and that of TPOT within "
-        f"{itl:g} s; a failed request misses both. One search a server: a difference inside one step is none."
+        f"Requests a second (Poisson) up to which the p95 of TTFT stays within {ttft:g} s and that of ITL, the gaps "
+        f"between tokens, within {itl:g} s; a failed request misses both. One search a server: a difference inside one "
+        "step is none."
     )
     return [Table("goodput", ["arm", "holds", "misses", "tests", ""], rows, [note])]
 

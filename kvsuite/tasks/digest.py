@@ -11,6 +11,8 @@ from kvsuite.errors import UsageError
 from kvsuite.tasks.base import Sample, Task
 from kvsuite.tasks.needle import first_sentences
 
+LONGEST = 1 << 16
+"""Tokens of an answer: the run's cap decides."""
 QUESTION = "\n\nSummarize this message."
 
 
@@ -42,7 +44,7 @@ class Digest(Task):
             taken = first_sentences(" ".join(words[start:]), length - tokens(QUESTION), tokens)
             if taken:
                 name = f"digest-l{length}-{len(found)}"
-                found.append(Sample(name, " ".join(taken), QUESTION, "", max_new_tokens=512, cluster=text.stem))
+                found.append(Sample(name, " ".join(taken), QUESTION, "", max_new_tokens=LONGEST, cluster=text.stem))
         raise UsageError(f"the presidential messages do not hold {count} different prompts of {max(lengths)} tokens")
 
     def score(self, sample: Sample, answer: str) -> None:

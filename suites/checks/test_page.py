@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from suites.checks.test_serving import left_behind, texts  # noqa: F401
+from suites.checks.test_serving import left_behind, texts, watched  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "vllm.md"
@@ -42,11 +42,10 @@ def test_what_the_page_installs_is_what_tox_installs():
     assert set(re.findall(r"\w+", extras[3].partition("[")[2])) == set(re.findall(r"\w+", own["extras"]))
 
 
-def test_every_other_command_of_the_page_runs(tmp_path, texts):  # noqa: F811
+def test_every_other_command_of_the_page_runs(tmp_path, texts, watched):  # noqa: F811
     package = tmp_path / "vllm" / "entrypoints" / "openai"
     package.mkdir(parents=True)
     (package / "api_server.py").write_text(FAKE)
-    (tmp_path / "tmp").mkdir()
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"max_position_embeddings": 8192}')
     (tmp_path / "model" / "model.safetensors").touch()
@@ -59,12 +58,15 @@ def test_every_other_command_of_the_page_runs(tmp_path, texts):  # noqa: F811
             f'#!/bin/sh\nexec {sys.executable} -m {module} {where * (name == "pytest")} "$@"\n'
         )
         (binaries / name).chmod(0o755)
-    environment = os.environ | {
-        "PATH": f"{binaries}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": f"{tmp_path}:{ROOT}",
-        "KVSUITE_CACHE": str(texts),
-        "TMPDIR": str(tmp_path / "tmp"),
-    }
+    environment = (
+        os.environ
+        | watched
+        | {
+            "PATH": f"{binaries}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": f"{tmp_path}:{ROOT}",
+            "KVSUITE_CACHE": str(texts),
+        }
+    )
     script = "\n".join(c for c in commands() if not c.startswith("pip "))
     done = subprocess.run(
         ["bash", "-e", "-c", script],

@@ -37,6 +37,7 @@ def project(pytester, monkeypatch):
     return pytester
 
 
+TRACE = str(ROOT / "reports" / "cpu" / "vllm" / "records.jsonl")  # only its name is read
 URL = ["--kv-baseline", "http://127.0.0.1:1"]
 MISTAKES = [
     (["--kv-methods", "kiwi:bits=4"], "unknown method 'kiwi': did you mean 'kivi'?"),
@@ -71,6 +72,8 @@ MISTAKES = [
         "write NAME=SPEC, such as fp8=http",
     ),
     ([*URL, "--kv-variant=baseline=http://x"], "baseline: this name is taken"),
+    ([*URL, "--kv-methods", "int8"], "--kv-methods is about methods in this process"),
+    ([*URL, "--kv-workload", TRACE, "--kv-requests", "9"], "--kv-requests chooses from ShareGPT or our texts"),
     (
         ["--kv-baseline", "http://127.0.0.1:1", "--kv-profile", "vlm"],
         "unknown server profile 'vlm': did you mean 'vllm'?",

@@ -152,3 +152,55 @@ def test_every_leg_is_checked_for_garbage(tmp_path):
     assert not checks(run(records, tmp_path))["m"].broken
     bad = [replace(r, text="�#%" * 40) if r.method == "m" and r.leg % 10 == 1 else r for r in records]
     assert checks(run(bad, tmp_path))["m"].broken, "only the second legs are garbage"
+
+
+def test_goodput_under_load_is_checked_for_garbage(tmp_path):
+    """The rates are each arm's own, the prompts of their first, second … tests are not."""
+    records = both({"baseline": 1.0, "m": 1.0})
+    records += [replace(r, text=f"{r.text}.") for b in range(3) for h in (0, 1) for r in leg("baseline again", b, h)]
+    for method, rate in (("baseline", 2), ("baseline again", 4), ("m", 8)):
+        for test in (10_000, 10_001):
+            records += leg(method, test, 0, cell=f"poisson:{rate} goodput", evaluation="goodput")
+    assert not checks(run(records, tmp_path))["m"].broken
+    bad = [replace(r, text="�#%" * 40) if (r.method, r.evaluation) == ("m", "goodput") else r for r in records]
+    assert checks(run(bad, tmp_path))["m"].broken
+
+
+def test_a_rate_that_missed_once_is_missed(tmp_path):
+    """Two tests of 8 at one rate, of which one held: together they would miss no p95."""
+    held, missed = (
+        leg("m", test, 0, cell="poisson:2 goodput", evaluation="goodput", leg=1, ttft=0.1) for test in (10_000, 10_001)
+    )
+    settings = {"temperature": 0, "goodput": [1.0, 0.5]}
+    assert goodputs(run(held + missed, tmp_path, settings=settings))["m"].rate == 2.0
+    missed[0] = replace(missed[0], gaps=[0.9] * 10)
+    found = goodputs(run(held * 2 + missed, tmp_path, settings=settings))["m"]
+    assert (found.rate, found.missed, len(found.cells)) == (None, 2.0, 2)
+
+
+COUNTS = {"prefix_hits": 30.0, "prefix_queries": 100.0}
+
+
+@pytest.mark.parametrize(
+    ("counters", "features", "warm", "perhaps"),
+    [
+        (COUNTS, {}, 0.3, False),
+        (COUNTS | {"perhaps_warm": 1.0}, {}, 0.3, False),
+        ({"perhaps_warm": 1.0}, {}, 0.0, True),
+        ({"perhaps_warm": 0.0}, {}, 0.0, False),
+        ({"perhaps_warm": 1.0}, {"prefix caching": "False"}, 0.0, False),
+    ],
+)
+def test_whether_prompts_were_cold(tmp_path, counters, features, warm, perhaps):
+    """By the server's own counters, in legs without tasks, where it does not say it of every request."""
+    records = [
+        *leg("baseline", 0, 0, leg=1),
+        *leg("baseline", 0, 1, leg=2),
+        replace(leg("baseline", 0, 0)[0], task="t"),
+    ]
+    probes = [
+        Probe("baseline", leg=0, facts={"features": features}, counters={"prefix_hits": 90.0, "prefix_queries": 100.0}),
+        Probe("baseline", leg=2, facts={"features": features}, counters=counters),
+    ]
+    [base] = told(run([*probes, *records], tmp_path))
+    assert (base.warm, base.perhaps_warm) == (warm, perhaps)

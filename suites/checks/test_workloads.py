@@ -330,7 +330,7 @@ class TestTrace:
         said = {"max_tokens": 7, "temperature": 0.5, "seed": 3}
         full = {"id": "q", "at": 1, "conversation": 12, "messages": messages, "tools": tools, **said}
         first, second = read(self.write(tmp_path, full, "", {"messages": list(HELLO), "at": None}))
-        assert first == Turn("q", tuple(messages), tools=tuple(tools), at=1.0, conversation="12", **said)
+        assert first == Turn("q", tuple(messages), tools=tuple(tools), at=1.0, conversation="12", cluster="12", **said)
         assert second == Turn("line-3", HELLO)
 
     @pytest.mark.parametrize(
