@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import multiprocessing
 import os
 import pickle
 import queue
@@ -15,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kvsuite.engines.keeper import LINUX, PR_SET_PDEATHSIG
 from kvsuite.engines.openvino_model import Model
 from kvsuite.engines.request import Ask, Reply
 
@@ -25,8 +28,8 @@ EXTRA = ("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "f
 def serve(model: str, options: Mapping[str, str], asks: Any, replies: Any) -> None:
     """Answer until the parent is gone. ``replies`` gets ("ready", facts) or ("failed", reason), then triples: a
     request's number, its reply, and facts that are new; None and a reason when a step failed."""
+    parent = _bind()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
-    parent = os.getppid()
     try:
         worker = Worker(Model(Path(model), options))
     except Exception as error:
@@ -40,6 +43,22 @@ def serve(model: str, options: Mapping[str, str], asks: Any, replies: Any) -> No
         with contextlib.suppress(OSError):  # the parent is gone
             replies.send((None, f"a step failed: {_said(error)}", {}))
     os._exit(0)  # OpenVINO's destructors print hundreds of lines after an error, and its memory goes anyway
+
+
+def _bind() -> int:
+    """Have Linux kill this process when its parent ends, and return the parent's id; ends at once where it is gone.
+
+    Nothing here could look for it while OpenVINO compiles or hangs: it may hold Python's lock all along. The signal
+    comes when the *thread* ends that started this process. In kvsuite that is the main one, or one of the event loop's
+    executor (`asyncio.to_thread`), which lives until the loop closes; a thread made just to start an engine takes the
+    engine along. Elsewhere only the rounds notice.
+    """
+    if LINUX:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    expected = multiprocessing.parent_process()
+    if expected is None or os.getppid() != expected.pid:  # it ended before: no signal will come
+        os._exit(1)
+    return expected.pid
 
 
 def _round(worker: Worker, asks: Any, replies: Any) -> None:
@@ -151,7 +170,7 @@ class Worker:
 
     def _watch(self) -> None:
         """Where eviction is on: how many tokens the cache held in this step, against those there were to hold."""
-        if self.model.facts["features"]["cache eviction"] == "false":
+        if not self.model.facts["eviction"]:
             return
         there = sum(job.prompt + len(job.ids) - 1 for job in self.jobs.values())
         share = self.model.pipeline.get_metrics().cache_usage / 100

@@ -2,10 +2,11 @@
 
 The last word of a prompt says what happens: a number is how many tokens come before the end; "crash", "raise" and
 "ignored" are ways in which an engine fails, in the second step; "late" is one in the hundredth. A block has 4 tokens;
-a step reads 50 of a prompt. 13 threads crash it at once, 14 make it hang."""
+a step reads 50 of a prompt. 13 threads crash it at once; 14 make it hang, with its id in the model's ``pid``."""
 
 import math
 import os
+import pathlib
 import time
 import types
 
@@ -114,6 +115,7 @@ class ContinuousBatchingPipeline:
         if properties.get("INFERENCE_NUM_THREADS") == "13":
             os._exit(4)
         if properties.get("INFERENCE_NUM_THREADS") == "14":
+            pathlib.Path(path, "pid").write_text(str(os.getpid()))
             time.sleep(3600)
         stored = properties.get("KV_CACHE_PRECISION", "u8")
         types = properties.get("KEY_CACHE_PRECISION", stored), properties.get("VALUE_CACHE_PRECISION", stored)

@@ -1,14 +1,18 @@
 """OpenVINO in its process: the grammar, and a stand-in for GenAI everywhere; the real one where it is installed."""
 
 import asyncio
+import contextlib
 import importlib.util
 import os
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from kvsuite import models
@@ -18,6 +22,19 @@ from kvsuite.engines.request import Ask
 from kvsuite.errors import UsageError
 
 FAKE = Path(__file__).with_name("fake_genai.py")
+CLIENT = """
+import os, pathlib, sys, time
+from kvsuite.engines.openvino import OpenVino
+
+model, parent = pathlib.Path(sys.argv[1]), os.getppid()
+if __name__ == "__main__":
+    OpenVino(model, {"threads": "14"}).start()
+elif sys.argv[2] == "starting":  # this is the worker, which reads its parent's file first
+    (model / "pid").write_text(str(os.getpid()))
+    os.kill(parent, 9)
+    while os.getppid() == parent:
+        time.sleep(0.01)
+"""
 
 
 def ask(number, text, tokens=20, **more):
@@ -254,6 +271,42 @@ def test_stopping_tells_who_waits_and_leaves_no_process(fake):
     engine.stop()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def until(said, seconds):
+    deadline = time.monotonic() + seconds
+    while not (answer := said()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return answer
+
+
+def lives(pid):
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux kills a process at its parent's end")
+@pytest.mark.parametrize("when", ["starting", "hanging"])
+def test_the_worker_dies_with_its_client(fake, tmp_path, when):
+    """Which is killed while OpenVINO hangs, or before the worker could ask for a signal."""
+    (tmp_path / "client.py").write_text(CLIENT)
+    (noted := tmp_path / "model" / "pid").touch()
+    command = [sys.executable, str(tmp_path / "client.py"), str(tmp_path / "model"), when]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with (tmp_path / "log").open("w+") as log, subprocess.Popen(command, env=environment, stderr=log) as client:
+        pid = 0
+        try:
+            pid = int(until(noted.read_text, 60) or 0)
+            assert pid, (tmp_path / "log").read_text()
+            if when == "hanging":
+                client.kill()
+            assert client.wait(60) == -signal.SIGKILL
+            assert until(lambda: not lives(pid), 10)
+        finally:
+            client.kill()
+            if lives(pid):
+                os.kill(pid, signal.SIGKILL)
 
 
 def test_what_cannot_be_started_is_a_usage_error(fake, tmp_path, monkeypatch):

@@ -281,7 +281,7 @@ def test_a_trace_is_asked_as_it_stands(command, tmp_path):
     trace.write_text("".join(json.dumps(turn) + "\n" for turn in turns))
     with Server() as base, Server(cache_dtype="fp8_e4m3", kv_tokens=93184) as other:
         urls = ["--kv-baseline", base.url, "--kv-variant", f"fp8={other.url}"]
-        result = go(command("throughput", *urls, "--kv-workload", str(trace)))
+        result = go(command("throughput", *urls, "--kv-workload", str(trace), "--kv-requests", "0"))
         bodies = [body for _, body in other.calls if body["max_tokens"] == 24]
     assert result.returncode == 0, result.stdout[-3000:]
     timed = [r for r in read(tmp_path / "left").records if isinstance(r, Served) and r.method == "fp8"]

@@ -3,6 +3,7 @@ turns with one server in another process, which writes into every token when it 
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from kvsuite.engines.request import Ask
 
 pytestmark = pytest.mark.throughput
 
-STREAMS, TOKENS, ITL, ROUNDS = 64, 80, 0.025, 4
+STREAMS, TOKENS, ITL, ROUNDS = 64, 80, 0.025, 8
 ASK = Ask("stream", ({"role": "user", "content": "stamps"},), TOKENS)
 
 
@@ -67,32 +68,55 @@ def client_round(url):
 
 
 def figures(rounds):
-    """Mean time between tokens as a multiple of the server's, and a sentence."""
-    sent, came = np.concatenate(rounds, axis=1)
-    delay = 1e3 * np.quantile(came - sent, [0.5, 0.95])
-    between = [1e3 * np.diff(times) for times in (came, sent)]
-    mean, tail = ([f(x) for x in between] for f in (np.mean, lambda x: np.quantile(x, 0.95)))
-    ratio = mean[0] / mean[1]
-    return ratio, (
-        f"ITL mean {mean[0]:.2f} ms (sent {mean[1]:.2f}, × {ratio:.4f}), p95 {tail[0]:.1f} (sent {tail[1]:.1f}), "
-        f"late by {delay[0]:.2f} ms (p95 {delay[1]:.2f})"
+    """In ms: how late a token is stamped (median of all), the p95 of the times between stamps (in the round where it is
+    least, since other work on the machine only adds to it), and a sentence."""
+    sent, came = 1e3 * np.array(rounds).swapaxes(0, 1)
+    late, tails = came - sent, [[np.quantile(np.diff(r), 0.95) for r in times] for times in (came, sent)]
+    return (
+        np.median(late),
+        min(tails[0]),
+        (
+            f"late by {np.median(late):.2f} ms (p95 {np.quantile(late, 0.95):.2f}), ITL p95 {min(tails[0]):.2f} to "
+            f"{max(tails[0]):.2f} (sent {min(tails[1]):.2f} to {max(tails[1]):.2f})"
+        ),
     )
 
 
+def taken():
+    """Seconds of the CPUs that others than this process and its server have used."""
+    psutil = pytest.importorskip("psutil")
+    here, every = psutil.Process(), psutil.cpu_times()
+    own = [process.cpu_times() for process in (here, *here.children())]
+    return sum(every) - every.idle - every.iowait - sum(times.user + times.system for times in own)
+
+
 def test_client_overhead(benchmark, url):
-    """In the quietest of at most 3 sessions: other work on the machine delays whoever reads."""
-    ratios = []
+    """At most 2 % of the ITL at 64 streams, in two figures that a bad client changes. The mean of its ITL is none: of a
+    delay that stays the same no difference of stamps knows, and their mean only sees the first stamp and the last.
+
+    Who waits for a core is late by all of its work: with both cores of a machine taken by others 2.8 to 3.0 % were
+    seen, with one of them 0.3 to 1.3 %. So where others leave less than a core it is done again, twice at most; the
+    quietest session counts, whatever its figures, unless it says something of that machine only.
+    """
 
     def session():
-        ours, theirs = [], []
+        ours, theirs, before, began = [], [], taken(), time.perf_counter()
         for _ in range(ROUNDS + 1):  # the first warms both up
             theirs.append(round_of(lambda: bare(url)))
             ours.append(client_round(url))
-        (mine, said), (_, other) = figures(ours[1:]), figures(theirs[1:])
-        print(f"{STREAMS} streams of a token each {1e3 * ITL:g} ms · client: {said} · bare socket: {other}")
-        ratios.append(mine)
+        others = (taken() - before) / (time.perf_counter() - began)
+        (late, tail, said), (bare_late, bare_tail, other) = figures(ours[1:]), figures(theirs[1:])
+        added, ratio = (late - bare_late) / (1e3 * ITL), tail / bare_tail
+        figure = f"a token's stamp {100 * added:.2f} % of the ITL later, p95 of the ITL × {ratio:.4f}"
+        figure += f" while others used {others:.1f} of {os.cpu_count()} cores"
+        print(f"{STREAMS} streams of a token each {1e3 * ITL:g} ms · client: {said} · bare socket: {other} · {figure}")
+        return others, added, ratio, figure
 
-    benchmark.pedantic(session, rounds=1)
-    while ratios[-1] > 1.02 and len(ratios) < 3:
-        session()
-    assert ratios[-1] <= 1.02, ratios
+    sessions = [benchmark.pedantic(session, rounds=1)]
+    while sessions[-1][0] > os.cpu_count() - 1 and len(sessions) < 3:
+        sessions.append(session())
+    others, added, ratio, figure = min(sessions)
+    if others > os.cpu_count() - 1:
+        pytest.skip(f"no core was free for the client: {figure}")
+    assert added <= 0.02, figure
+    assert ratio <= 1.02, figure
