@@ -11,7 +11,7 @@ from kvsuite.analysis.stats import Estimate
 from kvsuite.records import Run
 from kvsuite.report.table import Table
 
-WARM = 0.05
+WARM = 0.1
 """A share of tokens: templates and system prompts are found in any prefix cache."""
 SHOWN = 160
 """Characters of an example."""

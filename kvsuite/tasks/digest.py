@@ -37,7 +37,7 @@ class Digest(Task):
                 return found
             text, length = order.choice(files), lengths[len(found) % len(lengths)]
             words = text.read_text().split()
-            start = order.randrange(max(1, len(words) - length))
+            start = order.randrange(max(1, len(words) - length // 2))  # a token is a part of a word
             if (text.stem, start) in begun:
                 continue
             begun.add((text.stem, start))
