@@ -257,9 +257,9 @@ def _finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
-    """A run as it was left."""
+    """A run as it was left; itself alone is equal to it, so that what is found out about it can be kept."""
 
     folder: Path
     facts: dict[str, Any]

@@ -157,19 +157,18 @@ class _Marks:
     def bar(self, name: Name) -> float:
         """The share of the variant's answers from which it can fail."""
         n = max(int(self.possible.sum()), 1)
-        floors = [float(self.back.sum() / n)]
-        if len(self.arms) > 1:
-            floors.append(float(self.shown(1).sum() / n))
-        if len(self.arms) == 1 or name in GUESSED:
-            floors.append(BLIND[name])
-        return max(floors) + LEAST[name]
+        shown = [self.back, *(self.shown(k) for k in range(1, len(self.arms)))]
+        return max(self.granted(name), *(float(x.sum() / n) for x in shown)) + LEAST[name]
+
+    def granted(self, name: Name) -> float:
+        """The share that may show it without anything being wrong; 0 where the control says it."""
+        return BLIND[name] if len(self.arms) == 1 or name in GUESSED else 0.0
 
 
 def _signs(found: dict[Name, _Marks], prompts: Places, few: bool) -> tuple[Sign, ...]:
     """All signs tested and corrected. One that could not reach ``LEVEL`` whatever its discordant prompts said is not in
     the family (Tarone 1990)."""
-    blind = {name: BLIND[name] if len(m.arms) == 1 or name in GUESSED else 0.0 for name, m in found.items()}
-    tests = {name: _tested(marks, prompts, blind[name]) for name, marks in found.items()}
+    tests = {name: _tested(marks, prompts, marks.granted(name)) for name, marks in found.items()}
     counted = [name for name, (_, least) in tests.items() if least <= LEVEL]
     adjusted = dict(zip(counted, holm([tests[name][0] for name in counted]), strict=True))
     signs = []

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -172,7 +173,8 @@ def _mean_log(legs: Sequence[Mapping[str, float]], name: str) -> float:
     return statistics.fmean(math.log(leg[name]) if leg[name] > 0 else math.nan for leg in legs)
 
 
-def checks(run: Run) -> dict[str, Check]:
+@lru_cache(maxsize=2)
+def checks(run: Run) -> Mapping[str, Check]:
     """Whether an arm's answers are still answers: everything it said against what the baseline said to the same,
     beyond the A/A arm. An A/A arm that answered less than half of it is no control."""
     arms = {name: arm for name, arm in _said(run).items() if len(arm)}

@@ -94,6 +94,7 @@ class Options:
 
 
 METHODS_ONLY = ("methods", "compress", "dtype", "device")
+"""Options that would do nothing to a server: refused on a command line, overlooked in a file that serves both."""
 
 
 def add(parser: pytest.Parser) -> None:

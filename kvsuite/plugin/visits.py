@@ -195,9 +195,8 @@ class Visits:
         def done(reply: Reply) -> None:
             if reply.error and visit.arm in self.gone:
                 reply.error = self.gone[visit.arm]
-            answer = _served(reply, visit.arm, task, samples.get(reply.id), caps[reply.id])
+            answer = _served(reply, visit.arm, task, samples.get(reply.id), caps[reply.id], about[reply.id])
             where: dict[str, Any] = {"cell": cell, "block": visit.block, "leg": leg, "width": arrivals.concurrency}
-            where["cluster"] = answer.cluster or about[reply.id]
             where |= {"task": "" if cell else task.name, "evaluation": evaluation or task.evaluation}
             answer = replace(answer, **where)
             self.session.record(answer)
@@ -211,7 +210,7 @@ def _print(ask: Ask) -> str:
     return hashlib.sha256(json.dumps(list(ask.messages)).encode()).hexdigest()[:12]
 
 
-def _served(r: Reply, arm: str, task: Task, sample: Sample | None, cap: int) -> Served:
+def _served(r: Reply, arm: str, task: Task, sample: Sample | None, cap: int, about: str) -> Served:
     """A reply as a record: what both have in common, and where it belongs."""
     broken = bool(r.error)
     return Served(
@@ -221,7 +220,7 @@ def _served(r: Reply, arm: str, task: Task, sample: Sample | None, cap: int) -> 
         evaluation=task.evaluation,
         type=task.type,
         sample=r.id,
-        cluster=sample.cluster if sample else "",
+        cluster=about,
         score=task.score(sample, r.text) if sample and not broken else None,
         text=r.text,
         finish=r.finish,

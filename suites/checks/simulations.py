@@ -402,8 +402,8 @@ GARBAGE: dict[str, Callable[[list[str], int, random.Random], str]] = {
 
 def garbage() -> list[Row]:
     """Our own noise, sane answers of a small model at temperature 1 asked up to four times, is not called broken, in
-    whatever roles; garbage planted into it is. What is garbage only beside other answers is told by
-    all of them, not by a third."""
+    whatever roles; garbage planted into it is. What is garbage only beside other answers is told by all of them, not
+    by a third."""
     asked, _ = align(list(arms(read(NOISE), "length").values()))
 
     def called(seed: int, n: int, kind: str = "", share: float = 0.0, greedy: bool = False) -> bool:
