@@ -303,10 +303,7 @@ class Walk:
         if self.graph is not None:
             return self.graph(tokens, where)
         ids, at = (torch.tensor(x, device=self.model.device) for x in (tokens, where))
-        out = self.model(
-            input_ids=ids, position_ids=at, past_key_values=self.cache, use_cache=True, logits_to_keep=1
-        )  # fmt: skip
-        return out.logits[:, -1]
+        return adapter.forward(self.model, self.cache, ids, position_ids=at)
 
     def us(self, device: Any) -> float:
         device.sync()

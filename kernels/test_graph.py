@@ -118,7 +118,7 @@ def run(engine, text, device, replayed, steps=12):
             logits = graph(fed, at)
         else:
             ids, where = torch.tensor(fed, device=device), torch.tensor(at, device=device)
-            logits = engine.model(input_ids=ids, position_ids=where, past_key_values=cache).logits[:, -1]
+            logits = adapter.forward(engine.model, cache, ids, position_ids=where)
         found.append(logits[[row for row in range(4) if cache.rows[row] is not None]].clone())
         for row in cache.rows:
             if row is not None:

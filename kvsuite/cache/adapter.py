@@ -6,6 +6,8 @@ A layer's `update` returns *itself*, transformers hands it to the attention func
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -117,7 +119,7 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """The attention function registered with transformers. Whatever asks for more than it understands is refused."""
     if not isinstance(key, AttendingLayer):
-        raise ValueError(f"attn_implementation={NAME!r} needs a cache of kvsuite in past_key_values")
+        raise ValueError(f"attn_implementation={NAME!r} needs a cache of kvsuite")
     if attention_mask is not None or dropout or kwargs.get("position_bias") is not None:
         raise ValueError("kvsuite understands neither ready-made masks nor position biases nor dropout")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -132,6 +134,24 @@ def mask_forward(*args: Any, attention_mask: Tensor | None = None, use_vmap: boo
         raise ValueError("kvsuite does not take padding: give each sequence a row of its own instead of a padded batch")
     if use_vmap:
         raise ValueError("kvsuite does not understand this model's own attention mask")
+
+
+def forward(model: Any, cache: Any, input_ids: Tensor, **inputs: Any) -> Tensor:
+    """One pass of a model over a cache, under whichever name its version of transformers takes it.
+
+    Args: input_ids (batch, n); inputs: further arguments of the model, such as position_ids (batch, n).
+    Returns: the logits after the last token, (batch, vocabulary).
+    """
+    name = cache_argument(type(model))
+    out = model(input_ids=input_ids, use_cache=True, logits_to_keep=1, **{name: cache}, **inputs)
+    logits: Tensor = out.logits[:, -1]
+    return logits
+
+
+@functools.cache
+def cache_argument(model: type) -> str:
+    """The name of a model class's cache argument: ``cache`` since transformers 5.23, ``past_key_values`` before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def install(model: Any) -> None:

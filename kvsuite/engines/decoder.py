@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvsuite.cache import adapter
 from kvsuite.cache.adapter import KVCache
 from kvsuite.cache.context import LayerContext
 from kvsuite.cache.fused import FusedCache
@@ -148,15 +149,8 @@ class Decoder:
 
     def _forward(self, tokens: list[list[int]], positions: list[list[int]]) -> Tensor:
         device = self.model.device
-        out = self.model(
-            input_ids=torch.tensor(tokens, device=device),
-            position_ids=torch.tensor(positions, device=device),
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits: Tensor = out.logits[:, -1]
-        return logits
+        ids, at = (torch.tensor(x, device=device) for x in (tokens, positions))
+        return adapter.forward(self.model, self.cache, ids, position_ids=at)
 
     def _take(self, row: int, logits: Tensor, best: list[float], greedy: int) -> Iterator[Response]:
         """Choose a row's next token; yield its answer and free the row if it ends here."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvsuite.cache import adapter
 from kvsuite.cache.adapter import KVCache
 from kvsuite.cache.fused import FusedCache, row_tensor
 
@@ -71,15 +72,7 @@ class StepGraph:
                 cache.replaying = False
 
     def _model(self) -> Tensor:
-        out = self.model(
-            input_ids=self.ids,
-            position_ids=self.positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits: Tensor = out.logits[:, -1]
-        return logits
+        return adapter.forward(self.model, self.cache, self.ids, position_ids=self.positions)
 
 
 def cuda_capture(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:

@@ -67,8 +67,7 @@ class TransformersEngine:
         start = time.perf_counter()
         cache = PrefillCache(len(self.layers), needs)
         ids = torch.tensor([context], device=self.model.device)
-        out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logits: Tensor = out.logits[0, -1]
+        logits = adapter.forward(self.model, cache, ids)[0]
         if logits.is_cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start

@@ -45,13 +45,18 @@ def build(name, **more):
     return model
 
 
+def given(model, cache):
+    """The cache as the keyword argument that this version of transformers wants."""
+    return {adapter.cache_argument(type(model)): cache}
+
+
 def ours(model, ids, split, chunk=1):
     """Logits of ``ids`` from `split` - 1 on: a prefilled context, then the rest through a layer cache."""
     model = copy.deepcopy(model)
     adapter.install(model)
     layers = adapter.contexts(model)
     prefilled = PrefillCache(len(layers))
-    logits = [model(input_ids=ids[:, :split], past_key_values=prefilled, use_cache=True).logits[:, -1:]]
+    logits = [model(input_ids=ids[:, :split], use_cache=True, **given(model, prefilled)).logits[:, -1:]]
     method = parse("full")
     caches = [method.cache(layer, 1, ids.shape[1]) for layer in layers]
     method.compress(0, prefilled.observations, caches)
@@ -59,7 +64,7 @@ def ours(model, ids, split, chunk=1):
     for first in range(split, ids.shape[1], chunk):
         last = min(first + chunk, ids.shape[1])
         where = torch.arange(first, last)[None]
-        out = model(input_ids=ids[:, first:last], position_ids=where, past_key_values=cache, use_cache=True)
+        out = model(input_ids=ids[:, first:last], position_ids=where, use_cache=True, **given(model, cache))
         logits.append(out.logits)
     return torch.cat(logits, dim=1), prefilled.observations, caches
 
@@ -88,7 +93,7 @@ def test_full_stores_what_dynamic_cache_stores(name, dtype):
     ids = torch.randint(1, 96, (1, 77))
     model.set_attn_implementation("sdpa")
     theirs = DynamicCache()
-    model(input_ids=ids, past_key_values=theirs, use_cache=True)
+    model(input_ids=ids, use_cache=True, **given(model, theirs))
     _, seen, caches = ours(model, ids, 77)
     for layer, observed, cache in zip(theirs.layers, seen, caches, strict=True):
         held = cache.materialise(0)
@@ -107,7 +112,7 @@ def test_works_through_generate():
     expected = model.generate(ids, attention_mask=mask, **asked)
     adapter.install(model)
     caches = [parse("full").cache(layer, 1, 64) for layer in adapter.contexts(model)]
-    assert torch.equal(model.generate(ids, attention_mask=mask, past_key_values=KVCache(caches), **asked), expected)
+    assert torch.equal(model.generate(ids, attention_mask=mask, **given(model, KVCache(caches)), **asked), expected)
     assert [cache.seen(0) for cache in caches] == [31, 31, 31]
 
 
@@ -116,7 +121,7 @@ def test_mass_is_observed_under_a_sliding_window():
     model = build("Mistral")
     adapter.install(model)
     cache = PrefillCache(3, {Need.MASS})
-    model(input_ids=torch.randint(1, 96, (1, 50)), past_key_values=cache, use_cache=True)
+    model(input_ids=torch.randint(1, 96, (1, 50)), use_cache=True, **given(model, cache))
     for seen in cache.observations:
         torch.testing.assert_close(seen.mass.sum(-1), torch.full((2,), 50.0))
         assert (seen.mass[:, 0] < 24.001).all(), "a key is read by 24 queries at most"
@@ -131,7 +136,7 @@ def test_padding_is_refused():
     mask = torch.ones_like(ids)
     mask[1, :3] = 0
     with pytest.raises(ValueError, match="padding"):
-        model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+        model(input_ids=ids, attention_mask=mask, use_cache=True, **given(model, cache))
 
 
 @torch.inference_mode()

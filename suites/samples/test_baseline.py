@@ -8,6 +8,7 @@ from kvsuite.records import Agreement
 
 torch = pytest.importorskip("torch")  # servers are compared without it
 transformers = pytest.importorskip("transformers")
+adapter = pytest.importorskip("kvsuite.cache.adapter")
 pytestmark = pytest.mark.samples
 
 CLOSE = 1e-3
@@ -63,9 +64,7 @@ def test_full_stores_what_transformers_stores(kv_local, kv_task, shortest):
     theirs = transformers.DynamicCache()
     engine.model.set_attn_implementation("sdpa")
     try:
-        engine.model(
-            input_ids=torch.tensor([ids], device=engine.model.device), past_key_values=theirs, logits_to_keep=1
-        )
+        adapter.forward(engine.model, theirs, torch.tensor([ids], device=engine.model.device))
     finally:
         engine.model.set_attn_implementation("kvsuite")
     for cache, layer in zip(caches, theirs.layers, strict=True):
