@@ -85,7 +85,7 @@ class Source:
     def __init__(self, device: Any, tiny: bool) -> None:
         self.device, self.tiny, self.sizes = device, tiny, TINY if tiny else Sizes()
         z = self.sizes
-        self.layer = LayerContext(0, z.heads, z.kv_heads, z.dim, torch.bfloat16, device.at)
+        self.layer = LayerContext(0, z.heads, z.kv_heads, z.dim, torch.bfloat16, torch.bfloat16, device.at)
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.bfloat16, device=self.device.at)

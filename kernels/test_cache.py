@@ -21,7 +21,7 @@ UNFUSED = {text for text in METHODS if text.startswith("streaming-llm") and "fp8
 
 def layer(device):
     rope = Rope(1e4 ** (-torch.arange(0, DIM, 2, device=device) / DIM))
-    return LayerContext(0, HEADS, KV_HEADS, DIM, torch.bfloat16, device, rope)
+    return LayerContext(0, HEADS, KV_HEADS, DIM, torch.bfloat16, torch.bfloat16, device, rope)
 
 
 def build(kind, text, lengths, new, device):

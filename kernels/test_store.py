@@ -316,7 +316,7 @@ def test_the_reference_writes_what_the_cache_writes(device, text, data):
     dtype = data.draw(st.sampled_from(DTYPES))
     noise = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))
     evictor = method.selector.evictor(16) if method.selector else None
-    layer = LayerContext(0, heads, heads, head_dim, dtype, device)
+    layer = LayerContext(0, heads, heads, head_dim, dtype, dtype, device)
     caches = [LayerCache(layer, method.codec.sides(layer), rows, 3 * PAGE, evictor, selects=True) for _ in range(2)]
     for cache in caches:
         for x in (*cache.k.pools, *cache.v.pools, cache.k.residual, cache.v.residual):

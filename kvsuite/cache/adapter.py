@@ -180,8 +180,9 @@ def refuse_unknown(config: Any) -> None:
         raise UsageError(f"model type {kind!r} uses {moving!r} RoPE, whose keys change with the length of the batch")
 
 
-def contexts(model: Any) -> list[LayerContext]:
-    """A `LayerContext` for every attention layer of a model, in order."""
+def contexts(model: Any, kv_dtype: torch.dtype | None = None) -> list[LayerContext]:
+    """A `LayerContext` for every attention layer of a model, in order. ``kv_dtype``: what uncompressed K and V are
+    stored in; the model's own dtype unless given."""
     found = [
         module
         for module in model.modules()
@@ -200,6 +201,7 @@ def contexts(model: Any) -> list[LayerContext]:
             kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
             head_dim=module.head_dim,
             dtype=model.dtype,
+            kv_dtype=kv_dtype or model.dtype,
             device=model.device,
             rope=ropes[kind] if getattr(module, "use_rope", True) else None,  # SmolLM3 leaves some layers unrotated
             window=_window(module, config, kind),

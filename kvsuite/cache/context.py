@@ -25,6 +25,9 @@ class LayerContext:
     kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    """The compute dtype: of queries, and of K and V as they leave the model and as attention reads them."""
+    kv_dtype: torch.dtype
+    """The dtype in which uncompressed K and V are stored: the checkpoint's."""
     device: torch.device
     rope: Rope | None = None
     window: int | None = None
@@ -33,13 +36,13 @@ class LayerContext:
     @property
     def token_bytes(self) -> int:
         """Bytes of one token's uncompressed K and V."""
-        return 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
+        return 2 * self.kv_heads * self.head_dim * self.kv_dtype.itemsize
 
 
 class SideCodec(Protocol):
     """How one side (K or V) of a layer is stored. Encodes ``block`` tokens at a time into units of a page.
 
-    The newest ``residual`` tokens stay in the model's dtype: all of them until the residual is full, when it is encoded
+    The newest ``residual`` tokens stay in the K/V dtype: all of them until the residual is full, when it is encoded
     as a whole (``rolling`` false; KIVI's K), or always, the oldest leaving one by one (``rolling``; KIVI's V).
     """
 
@@ -49,7 +52,7 @@ class SideCodec(Protocol):
 
     @property
     def residual(self) -> int:
-        """Tokens that stay in the model's dtype at most; 0 for none."""
+        """Tokens that stay in the K/V dtype at most; 0 for none."""
 
     @property
     def rolling(self) -> bool:
@@ -60,13 +63,20 @@ class SideCodec(Protocol):
         """How a page is written, for the kernels that read and write it."""
 
     def fields(self, head_dim: int, dtype: torch.dtype) -> Sequence[tuple[Shape, torch.dtype]]:
-        """Shape and dtype of what one unit stores, field by field."""
+        """Shape and dtype of what one unit stores, field by field; ``dtype`` is the K/V dtype."""
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         """(heads, units, block, head_dim) -> the fields, each (heads, units, *shape)."""
 
     def decode(self, fields: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-        """The fields -> (heads, units, block, head_dim); a view where nothing was encoded."""
+        """The fields -> (heads, units, block, head_dim) in ``dtype``; a view where nothing was encoded."""
+
+
+def stored_dtype(codec: SideCodec, layer: LayerContext) -> torch.dtype:
+    """The dtype of the numbers a codec is given: its own where it stores them as they are, else the K/V dtype."""
+    if codec.format.kind == "plain":
+        return codec.fields(layer.head_dim, layer.kv_dtype)[0][1]
+    return layer.kv_dtype
 
 
 class Evictor(Protocol):

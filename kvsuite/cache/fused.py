@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvsuite.cache.context import Evictor, LayerContext, SideCodec
+from kvsuite.cache.context import Evictor, LayerContext, SideCodec, stored_dtype
 from kvsuite.cache.layer import Held, Kept, LayerCache
 from kvsuite.cache.pages import PagedStore
 from kvsuite.kernels.paged import PAGE, Paged, Side
@@ -22,6 +22,8 @@ def refusal(layer: LayerContext, codecs: Sequence[SideCodec], evictor: Evictor |
         return "triton is not installed"
     from kvsuite.kernels.fused.attend import readable
 
+    if any(stored_dtype(codec, layer) != layer.dtype for codec in codecs):
+        return f"what is stored is not {layer.dtype}, in which the model computes"
     if not all(readable(codec.format, layer.dtype, layer.head_dim) for codec in codecs):
         return f"no kernel for {layer.dtype} with head dimension {layer.head_dim}"
     if evictor is not None and evictor.shift:

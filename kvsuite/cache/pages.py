@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvsuite.cache.context import PAGE, LayerContext, SideCodec
+from kvsuite.cache.context import PAGE, LayerContext, SideCodec, stored_dtype
 from kvsuite.kernels.paged import Count, settled
 
 
@@ -34,15 +34,15 @@ class PagedStore:
 
     def __init__(self, codec: SideCodec, layer: LayerContext, rows: int, pages: int) -> None:
         self.codec = codec
-        self.dtype = layer.dtype
+        self.dtype, self.stored = layer.dtype, stored_dtype(codec, layer)
         heads, per_page = layer.kv_heads, PAGE // codec.block
         self.pools = tuple(
             torch.empty((rows * heads * pages, per_page, *shape), dtype=dtype, device=layer.device)
-            for shape, dtype in codec.fields(layer.head_dim, layer.dtype)
+            for shape, dtype in codec.fields(layer.head_dim, layer.kv_dtype)
         )
         self._views = tuple(p.view(rows, heads, pages * per_page, *p.shape[2:]) for p in self.pools)
         self.residual = torch.empty(
-            (rows, heads, codec.residual, layer.head_dim), dtype=layer.dtype, device=layer.device
+            (rows, heads, codec.residual, layer.head_dim), dtype=self.stored, device=layer.device
         )
         one = tuple(view[0, :, :1] for view in self._views)
         storage = codec.decode(one, layer.dtype).untyped_storage().data_ptr()
@@ -53,6 +53,7 @@ class PagedStore:
 
     def append(self, row: int, heads: slice, start: int, x: Tensor) -> None:
         """Store x (heads, n, head_dim) in slots start … start + n - 1, which must be the next ones."""
+        x = x.to(self.stored)
         end = start + x.shape[1]
         done, target = int(self.encoded[row, heads.start]), int(self.settled(end))
         if target > done:
@@ -67,7 +68,7 @@ class PagedStore:
     def step(self, at: Places, x: Tensor) -> None:
         """Store one token x (N, head_dim) in each of N (row, head, slot) places: the next slot, or a freed one where
         `reusable`. All rows at once; what a token becomes does not depend on the others."""
-        rows, heads, slots = at.rows, at.heads, at.slots
+        rows, heads, slots, x = at.rows, at.heads, at.slots, x.to(self.stored)
         r = self.codec.residual
         if r == 0:
             self._put(rows, heads, slots, x)
@@ -94,14 +95,15 @@ class PagedStore:
         return full
 
     def read(self, row: int, heads: slice, length: int) -> Tensor:
-        """(heads, length, head_dim) as attention sees it: a view of the pool where nothing is encoded."""
+        """(heads, length, head_dim) in the compute dtype, as attention sees it: a view of the pool where that is what
+        is stored."""
         done = int(self.encoded[row, heads.start])
         units = done // self.codec.block
         fields = tuple([view[row, heads, :units] for view in self._views])
         pages = self.codec.decode(fields, self.dtype).flatten(1, 2)
         if done == length:
             return pages
-        return torch.cat([pages, self._recent(row, heads, done, length)], dim=1)
+        return torch.cat([pages, self._recent(row, heads, done, length).to(self.dtype)], dim=1)
 
     def reset(self, row: int) -> None:
         """Forget a row; its pages go back to the pool."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from kvsuite.cache import adapter
 from kvsuite.cache.prefill import Need, PrefillCache
 from kvsuite.engines.decoder import Decoder, Prompt
+from kvsuite.engines.precision import compute_dtype
 from kvsuite.engines.request import Request, Response
 from kvsuite.engines.sampling import Sampling
 from kvsuite.errors import UsageError
@@ -26,21 +27,27 @@ Compress = Literal["prompt", "context"]
 class TransformersEngine:
     """One model, any number of methods: a prompt is prefilled once and each method answers it from its own cache."""
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        """A loaded causal language model and its tokenizer (None where only token ids are decoded)."""
+    def __init__(
+        self, model: Any, tokenizer: Any, kv_dtype: torch.dtype | None = None, reason: str = "the model's"
+    ) -> None:
+        """A loaded causal language model and its tokenizer (None where only token ids are decoded). ``kv_dtype``: what
+        uncompressed K and V are stored in, the model's dtype unless given; ``reason``: why it computes in its dtype."""
         adapter.install(model)
         self.model, self.tokenizer = model.eval(), tokenizer
-        self.layers = adapter.contexts(model)
+        self.layers = adapter.contexts(model, kv_dtype)
+        self.reason = reason
         ends = model.generation_config.eos_token_id
         self.stop = frozenset([ends] if isinstance(ends, int) else ends or ())
 
     @classmethod
     def load(cls, folder: Path, dtype: str = "auto", device: str = "cpu") -> TransformersEngine:
-        """From a folder in Hugging Face's layout. ``dtype``: auto (the folder's own), bfloat16 or float32."""
+        """From a folder in Hugging Face's layout. ``dtype``: what it computes in: auto (what this machine is fastest
+        in), bfloat16 or float32. Uncompressed K and V are stored in the checkpoint's own dtype."""
         transformers.utils.logging.disable_progress_bar()
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        return cls(model.to(device), tokenizer)
+        kv_dtype, (compute, reason) = model.dtype, compute_dtype(model.to(device), dtype)
+        return cls(model.to(compute), tokenizer, kv_dtype, reason)
 
     def encode(self, request: Request, compress: Compress) -> tuple[list[int], list[int]]:
         """Context and suffix as token ids. The prompt is tokenized as a whole, so both ways of compressing answer the

@@ -46,9 +46,11 @@ HEADS, KV_HEADS, DIM = 4, 2, 32
 SCALE = DIM**-0.5
 
 
-def layer(dtype: torch.dtype = torch.bfloat16, index: int = 0) -> LayerContext:
+def layer(
+    dtype: torch.dtype = torch.bfloat16, index: int = 0, kv_dtype: torch.dtype | None = None
+) -> LayerContext:
     rope = Rope(1e4 ** (-torch.arange(0, DIM, 2) / DIM))
-    return LayerContext(index, HEADS, KV_HEADS, DIM, dtype, torch.device("cpu"), rope)
+    return LayerContext(index, HEADS, KV_HEADS, DIM, dtype, kv_dtype or dtype, torch.device("cpu"), rope)
 
 
 def tokens(n: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -66,11 +68,16 @@ def context(length: int, seed: int, dtype: torch.dtype = torch.bfloat16, index: 
 
 
 def loaded(
-    method: Method, contexts: list[Observation], new: int, dtype: torch.dtype = torch.bfloat16, index: int = 0
+    method: Method,
+    contexts: list[Observation],
+    new: int,
+    dtype: torch.dtype = torch.bfloat16,
+    index: int = 0,
+    kv_dtype: torch.dtype | None = None,
 ) -> LayerCache:
     """A cache with one row per context, compressed, and room for ``new`` tokens more."""
     capacity = max(method.capacity(seen.k.shape[1], new) for seen in contexts)
-    cache = method.cache(layer(dtype, index), len(contexts), capacity)
+    cache = method.cache(layer(dtype, index, kv_dtype), len(contexts), capacity)
     for row, seen in enumerate(contexts):
         method.compress(row, [seen], [cache])
     return cache

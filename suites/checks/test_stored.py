@@ -41,6 +41,50 @@ def test_keeping_everything_stores_what_full_stores(dtype, text, length):
         assert own.positions.tolist() == list(range(length + 20))
 
 
+@pytest.mark.parametrize("text", [text for text in METHODS if not text.startswith("random")])  # it hashes K's own bits
+@settings(max_examples=4)
+@given(length=st.integers(1, 150), steps=st.integers(0, 30), seed=st.integers(0, 99))
+def test_what_is_stored_does_not_depend_on_the_compute_dtype(text, length, steps, seed):
+    """float32 computes, bfloat16 is stored: the same bits in every pool as where bfloat16 computes, too."""
+    q, k, v = tokens(length, seed, torch.float32)
+    mass = torch.rand(KV_HEADS, length, generator=torch.Generator().manual_seed(seed))
+    mixed = loaded(parse(text), [Observation(0, k, v, mass)], steps, torch.float32, kv_dtype=torch.bfloat16)
+    plain = loaded(parse(text), [Observation(0, k.bfloat16(), v.bfloat16(), mass)], steps)
+    for i in range(steps):
+        q, k, v = (x[None] for x in tokens(1, 1000 + i, torch.float32))
+        for cache, dtype in ((mixed, torch.float32), (plain, torch.bfloat16)):
+            cache.append(k.to(dtype), v.to(dtype))
+            if parse(text).selector is None:  # which tokens an evictor gives up may hang on a rounding of the mass
+                cache.attend(q.to(dtype), SCALE)
+    for mine, other in ((mixed.k, plain.k), (mixed.v, plain.v)):
+        for a, b in zip((*mine.pools, mine.residual), (*other.pools, other.residual), strict=True):
+            assert a.dtype == b.dtype
+        assert (mine.encoded == other.encoded).all()
+        slots = int(mixed._slots.max())
+        a, b = (store.codec.decode(fields(store, slots), torch.float32) for store in (mine, other))
+        assert torch.equal(a, b)
+    beside = 0 if plain._anchors is None else plain._anchors[0].nbytes  # sinks are put aside only where read in place
+    assert mixed.row_nbytes(0) == plain.row_nbytes(0) - beside
+    assert mixed.layer.token_bytes == plain.layer.token_bytes
+    assert all(held.k.dtype == torch.float32 for held in mixed.materialise())
+
+
+def fields(store, slots):
+    """The encoded units of a store's first row."""
+    units = min(slots, int(store.encoded.max())) // store.codec.block
+    return tuple(view[0, :, :units] for view in store._views)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_full_can_be_told_its_dtype(dtype):
+    q, k, v = tokens(60, 1, torch.float32)
+    cache = loaded(parse(f"full:dtype={dtype}"), [Observation(0, k, v)], 4, torch.float32, kv_dtype=torch.bfloat16)
+    size = getattr(torch, dtype).itemsize
+    assert cache.row_nbytes(0) == 2 * KV_HEADS * (64 * DIM * size + 2 * 4 / 2)  # two pages, whole, and their table
+    stored = [held.k for held in cache.materialise()]
+    assert all(torch.equal(a, b.to(getattr(torch, dtype)).float()) for a, b in zip(stored, k, strict=True))
+
+
 @pytest.mark.parametrize("text", METHODS)
 @settings(max_examples=6)
 @given(lengths=st.lists(st.integers(1, 150), min_size=3, max_size=3), steps=st.integers(1, 12))

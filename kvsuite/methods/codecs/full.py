@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from kvsuite.methods.base import Codec
 
@@ -17,14 +17,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Full(Codec):
-    """K and V in the model's dtype, bit for bit what transformers' DynamicCache stores."""
+    """K and V in the checkpoint's dtype, whatever the model computes in. Where that is the compute dtype, too, or with
+    ``dtype`` naming it, they are bit for bit what transformers' DynamicCache stores."""
 
     name = "full"
-    stores = "K and V in the model's dtype"
+    stores = "K and V uncompressed, in the checkpoint's dtype"
     source = "the baseline; transformers cache_utils.py DynamicCache"
 
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+
     def sides(self, layer: LayerContext) -> tuple[SideCodec, SideCodec]:
-        return Plain(), Plain()
+        return Plain(dtype=self.dtype), Plain(dtype=self.dtype)
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Plain:
     block: int = 1
     residual: int = 0
     rolling: bool = False
+    dtype: str = "auto"
+    """auto: the K/V dtype; else the name of torch's."""
 
     @property
     def format(self) -> Format:
@@ -42,10 +47,13 @@ class Plain:
         return Format("plain")
 
     def fields(self, head_dim: int, dtype: torch.dtype) -> list[tuple[Shape, torch.dtype]]:
-        return [((head_dim,), dtype)]
+        import torch
+
+        own: torch.dtype = dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+        return [((head_dim,), own)]
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         return (x[:, :, 0],)
 
     def decode(self, fields: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-        return fields[0].unsqueeze(2)
+        return fields[0].unsqueeze(2).to(dtype)
