@@ -24,6 +24,22 @@ settings.register_profile("ci", settings.get_profile("dev"), derandomize=True, m
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
+STRICT = pytest.mark.filterwarnings(
+    "error",
+    # transformers and torch warn of their own insides; nothing here can change it
+    "ignore::DeprecationWarning:torch.*",
+    "ignore::FutureWarning:transformers.*",
+)
+"""What a check is run with. An evaluation is not: a deprecation in a library is no finding about a method."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A warning fails a check."""
+    for item in items:
+        if not any(item.get_closest_marker(name) for name in EVALUATIONS):
+            item.add_marker(STRICT, append=False)
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Leave out the folders that a ``-m`` made of evaluations' names rules out: their imports take seconds. A folder of
     ``suites/`` is named like the marker of all its tests; ``checks`` and ``kernels/`` have none of these."""

@@ -291,7 +291,7 @@ class Walk:
 
     def __init__(self, model: Any, caches: list[FusedCache], lengths: list[int]) -> None:
         self.model, self.caches, self.positions = model, caches, list(lengths)
-        self.cache = adapter.KVCache(caches, range(len(lengths)))
+        self.cache = adapter.KVCache(adapter.Member(caches, tuple(range(len(lengths)))))
         self.graph: StepGraph | None = None
 
     def record(self, capture: Any) -> None:

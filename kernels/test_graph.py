@@ -7,7 +7,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvsuite.cache import adapter
-from kvsuite.cache.adapter import KVCache
+from kvsuite.cache.adapter import KVCache, Member
 from kvsuite.cache.fused import FusedCache
 from kvsuite.engines.graph import StepGraph
 from kvsuite.engines.request import Request
@@ -101,7 +101,7 @@ def run(engine, text, device, replayed, steps=12):
     """Logits of every step in which rows come, idle, and go, and the caches after it; by graphs or one by one."""
     method = parse(text)
     layers = caches(engine, method, PROMPTS)
-    cache = KVCache(layers)
+    cache = KVCache(Member(layers))
     graph = StepGraph(engine.model, cache, layers, 4, Tape.capture if device.type == "cpu" else None)
     position, found = {row: len(ids) for row, ids in enumerate(PROMPTS)}, []
     for n in range(steps):
@@ -111,16 +111,16 @@ def run(engine, text, device, replayed, steps=12):
             ):
                 method.compress(2, [seen], [layer])
             position[2] = len(PROMPTS[0])
-        cache.rows = (0, None if n in (3, 4) else 1, 2, None)
+        cache.members[0].rows = (0, None if n in (3, 4) else 1, 2, None)
         fed = [[(7 * n + 3 * row) % 97] for row in range(4)]
-        at = [[0 if row is None else position[row]] for row in cache.rows]
+        at = [[0 if row is None else position[row]] for row in cache.members[0].rows]
         if replayed:
             logits = graph(fed, at)
         else:
             ids, where = torch.tensor(fed, device=device), torch.tensor(at, device=device)
             logits = adapter.forward(engine.model, cache, ids, position_ids=where)
-        found.append(logits[[row for row in range(4) if cache.rows[row] is not None]].clone())
-        for row in cache.rows:
+        found.append(logits[[row for row in range(4) if cache.members[0].rows[row] is not None]].clone())
+        for row in cache.members[0].rows:
             if row is not None:
                 position[row] += 1
     return found, layers, graph

@@ -224,6 +224,12 @@ class RunFolder:
         unfinished.write_text(text + "\n")
         unfinished.rename(self.folder / "run.json")
 
+    def amend(self, facts: dict[str, Any]) -> None:
+        """Add facts to ``run.json``, where there is one."""
+        file = self.folder / "run.json"
+        if file.is_file():
+            self.describe({**json.loads(file.read_text()), **facts})
+
     def append(self, record: Record) -> None:
         """Write one record and flush it. A figure that is not finite makes it a failed record, which is kept."""
         try:

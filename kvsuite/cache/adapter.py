@@ -9,7 +9,9 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,10 +53,26 @@ class AttendingLayer(CacheLayerMixin):
         return -1
 
 
+@dataclass
+class Member:
+    """One method's part in a batch that several methods share: its layer caches, and which of their rows the batch's
+    items are that are its own (None: an idle item). The members' items follow one another; what is left is idle."""
+
+    caches: Sequence[LayerCache]
+    rows: tuple[int | None, ...] = (0,)
+    witness: Witness | None = None
+    """Watches every layer, where there is one."""
+    isolated: bool = False
+    """Whether an error of its own is kept in ``error`` rather than raised, since others go on."""
+    error: Exception | None = None
+    seconds: float = 0.0
+    """Wall time spent in appending and attending, added up."""
+
+
 class _Layer(AttendingLayer):
-    def __init__(self, cache: LayerCache, owner: KVCache) -> None:
+    def __init__(self, index: int, members: Sequence[Member]) -> None:
         super().__init__()
-        self.cache, self.owner = cache, owner
+        self.index, self.members = index, members
         self._staged: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -64,15 +82,33 @@ class _Layer(AttendingLayer):
     def attend(self, q: Tensor, scale: float, window: int | None, softcap: float | None, aux: Tensor | None) -> Tensor:
         assert self._staged is not None
         (k, v), self._staged = self._staged, None
-        width = 1 if self.cache.stepwise else max(1, q.shape[2])
-        parts = []
-        for i in range(0, q.shape[2], width):  # a cache that evicts sees token by token what it would see decoding
-            at = slice(i, i + width)
-            parts.append(self._one(k[:, :, at], v[:, :, at], q[:, :, at], scale, window, softcap, aux))
+        if len(self.members) == 1 and len(self.members[0].rows) == len(q):
+            return self._member(self.members[0], k, v, q, scale, window, softcap, aux)
+        out, start = torch.zeros_like(q), 0
+        for member in self.members:
+            at = slice(start, start + len(member.rows))
+            if member.rows and member.error is None:
+                out[at] = self._member(member, k[at], v[at], q[at], scale, window, softcap, aux)
+            start = at.stop
+        return out
+
+    def _member(self, member: Member, k: Tensor, v: Tensor, q: Tensor, *how: Any) -> Tensor:
+        """One member's items: k, v (items, kv_heads, Q, head_dim), q (items, heads, Q, head_dim) -> q's shape."""
+        start = time.perf_counter()
+        width = 1 if member.caches[self.index].stepwise else max(1, q.shape[2])
+        try:  # a cache that evicts sees token by token what it would see decoding
+            spans = [slice(i, i + width) for i in range(0, q.shape[2], width)]
+            parts = [self._one(member, k[:, :, at], v[:, :, at], q[:, :, at], *how) for at in spans]
+        except Exception as error:
+            if not member.isolated:
+                raise
+            member.error, parts = error, [torch.zeros_like(q)]
+        member.seconds += time.perf_counter() - start
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def _one(
         self,
+        member: Member,
         k: Tensor,
         v: Tensor,
         q: Tensor,
@@ -81,27 +117,27 @@ class _Layer(AttendingLayer):
         softcap: float | None,
         aux: Tensor | None,
     ) -> Tensor:
-        rows, witness = self.owner.rows, self.owner.witness
-        self.cache.append(k, v, rows)
+        cache, rows, witness = member.caches[self.index], member.rows, member.witness
+        cache.append(k, v, rows)
         if witness is not None:
-            witness.before(self.cache)
-        out = self.cache.attend(q, scale, rows, window=window, softcap=softcap, sink_logits=aux)
+            witness.before(cache)
+        out = cache.attend(q, scale, rows, window=window, softcap=softcap, sink_logits=aux)
         if witness is not None:
             witness.after(rows, q, out, scale, window, softcap, aux)
         return out
 
     def get_seq_length(self) -> int:
-        return max((self.cache.seen(row) for row in self.owner.rows if row is not None), default=0)
+        held = [(member.caches[self.index], row) for member in self.members for row in member.rows if row is not None]
+        return max((cache.seen(row) for cache, row in held), default=0)
 
 
 class KVCache(Cache):
-    """A model's layer caches as a transformers cache; ``rows`` says which of their rows the batch's items are (None:
-    an idle item). Give the model explicit ``position_ids``: rows differ in length. A ``witness`` watches."""
+    """The layer caches of one method or several as one transformers cache. Give the model explicit ``position_ids``:
+    rows differ in length."""
 
-    def __init__(self, layers: Sequence[LayerCache], rows: Sequence[int | None] = (0,)) -> None:
-        self.rows = tuple(rows)
-        self.witness: Witness | None = None
-        super().__init__(layers=[_Layer(layer, self) for layer in layers])
+    def __init__(self, *members: Member) -> None:
+        self.members = members
+        super().__init__(layers=[_Layer(index, members) for index in range(len(members[0].caches))])
 
 
 def attention_forward(

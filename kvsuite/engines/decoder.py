@@ -1,11 +1,10 @@
-"""Ragged batched decoding of one method at a fixed width."""
+"""Ragged batched decoding at a fixed width, of one method or several together."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,137 +12,121 @@ from torch import Tensor
 
 from kvsuite.cache import adapter
 from kvsuite.cache.adapter import KVCache
-from kvsuite.cache.context import LayerContext
 from kvsuite.cache.fused import FusedCache
-from kvsuite.cache.prefill import Observation
 from kvsuite.engines.graph import StepGraph
-from kvsuite.engines.request import Request, Response
+from kvsuite.engines.request import Response
 from kvsuite.engines.sampling import Sampling
-from kvsuite.methods import Method
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prefilled prompt, ready to be compressed by any number of methods."""
-
-    request: Request
-    context: list[Observation]
-    suffix: list[int]
-    logits: Tensor
-    """(vocabulary,) after the context; the first token's if there is no suffix."""
-    seconds: float
-    observing_seconds: float
-
-
-@dataclass
-class _Sequence:
-    request: Request
-    response: Response
-    position: int = 0
-    """Of the token to be fed next."""
+from kvsuite.engines.worker import MethodWorker, Prompt
 
 
 class Decoder:
-    """``width`` rows, each with a sequence or idle; a step feeds one token to every row. Idle rows take part in the
-    matrix products (whose rounding depends on the width) and hold nothing."""
+    """A step feeds one token to every sequence of all workers. The matrix products always have ``width`` rows, since
+    their rounding depends on it; attention is computed row by row, by each worker's own caches. So an answer depends
+    on its prompt, its method and the width, never on its mates."""
 
     def __init__(
-        self,
-        model: Any,
-        method: Method,
-        layers: list[LayerContext],
-        width: int,
-        capacity: int,
-        sampling: Sampling,
-        stop: frozenset[int],
+        self, model: Any, workers: Sequence[MethodWorker], width: int, sampling: Sampling, stop: frozenset[int]
     ) -> None:
-        self.model, self.method, self.sampling, self.stop = model, method, sampling, stop
-        self.rows: list[_Sequence | None] = [None] * padded_width(width)
-        self.width = width
-        self.caches = [method.cache(layer, len(self.rows), capacity) for layer in layers]
-        self.cache = KVCache(self.caches)
-        fused = [cache for cache in self.caches if isinstance(cache, FusedCache)]
+        """``width``: most sequences at a time, padded to a power of two. ``stop``: token ids that end an answer."""
+        self.model, self.workers, self.sampling, self.stop = model, workers, sampling, stop
+        self.width = padded_width(width)
+        self.cache = KVCache(*(worker.member for worker in workers))
         self.graph: StepGraph | None = None
-        if len(fused) == len(self.caches) and fused[0].layer.device.type == "cuda":
-            self.graph = StepGraph(model, self.cache, fused, len(self.rows))
-
-    @property
-    def full(self) -> bool:
-        """Whether all ``width`` rows are taken."""
-        return self.active >= self.width
+        fused = [cache for worker in workers for cache in worker.caches if isinstance(cache, FusedCache)]
+        if len(workers) == 1 and len(fused) == len(workers[0].caches) and fused[0].layer.device.type == "cuda":
+            self.graph = StepGraph(model, self.cache, fused, self.width)
 
     @property
     def active(self) -> int:
-        """Rows with a sequence."""
-        return sum(s is not None for s in self.rows)
+        """Sequences that are being decoded."""
+        return sum(len(worker.active) for worker in self.workers)
 
-    @property
-    def provenance(self) -> str:
-        """The class that stores and attends, with its module."""
-        kind = type(self.caches[0])
-        return f"{kind.__module__}.{kind.__qualname__}"
+    def room(self, worker: MethodWorker) -> bool:
+        """Whether a worker can take one sequence more."""
+        return not worker.full and self.active < self.width
 
-    @property
-    def path(self) -> str:
-        """The codec, and what stores and attends."""
-        return f"{self.method.codec.name}/{self.caches[0].path}"
+    def admit(self, worker: MethodWorker, prompt: Prompt) -> Iterator[Response]:
+        """Compress a prompt into a worker's free row. Yields its answer if its first token was the last.
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes all sequences hold, all layers."""
-        return sum(cache.nbytes for cache in self.caches)
-
-    def admit(self, prompt: Prompt) -> Iterator[Response]:
-        """Compress a prompt into a free row and choose its first token. Yields its answer if that was the last."""
-        row = self.rows.index(None)
-        start = time.perf_counter()
-        self.method.compress(row, prompt.context, self.caches)
-        logits = self._feed_suffix(row, prompt) if prompt.suffix else prompt.logits
-        _wait(logits)
-        length = prompt.context[0].k.shape[1]
-        response = Response(
-            id=prompt.request.id,
-            method=self.method.name,
-            prompt_tokens=length + len(prompt.suffix),
-            context_tokens=length,
-            nbytes=sum(cache.row_nbytes(row) for cache in self.caches),
-            kept=sum(cache.kept(row) for cache in self.caches),
-            repeat=self.sampling.repeat,
-            cache=self.provenance,
-            path=self.path,
-        )
-        shared = prompt.seconds - (0.0 if self.method.needs else prompt.observing_seconds)
-        response.prefill_seconds = shared + time.perf_counter() - start
-        self.rows[row] = _Sequence(prompt.request, response, response.prompt_tokens)
-        yield from self._take(row, logits, logits.topk(2).values.tolist(), int(logits.argmax()))
+        A suffix is fed by itself, all at once. Caches that evict take it token by token: there it is fed with the
+        batch's next steps, one token each, before the answer begins.
+        """
+        row = worker.compress(prompt)
+        sequence = worker.sequences[row]
+        assert sequence is not None
+        sequence.response.width = self.width
+        if prompt.suffix and worker.stepwise:
+            sequence.forced = list(prompt.suffix)
+            return
+        logits = prompt.logits
+        if prompt.suffix:
+            start = time.perf_counter()
+            logits = self._feed_suffix(worker, row, prompt)
+            worker.spend(row, time.perf_counter() - start, prefilling=True)
+            sequence.position += len(prompt.suffix)
+        worker.measure(row)
+        yield from self._take(worker, row, logits, logits.topk(2).values.tolist(), int(logits.argmax()))
 
     def step(self) -> Iterator[Response]:
-        """One token for every row. Yields the answers that end with it."""
+        """One token for every sequence. Yields the answers that end with it, and those of a worker that failed."""
         start = time.perf_counter()
-        active = [(row, s) for row, s in enumerate(self.rows) if s is not None]
-        fed = [0 if s is None else s.response.tokens[-1] for s in self.rows]
-        at = [0 if s is None else s.position for s in self.rows]
-        self.cache.rows = tuple(None if s is None else row for row, s in enumerate(self.rows))
-        logits = self._logits([[token] for token in fed], [[position] for position in at])
+        before = [worker.member.seconds for worker in self.workers]
+        items = self._lay_out()
+        fed = [[0 if s is None else (s.forced or s.response.tokens[-1:])[0]] for _, _, s in items]
+        logits = self._logits(fed, [[0 if s is None else s.position] for _, _, s in items])
         _wait(logits)
-        seconds = time.perf_counter() - start
-        best = logits.topk(2).values.tolist()
-        greedy = logits.argmax(-1).tolist()
-        for row, sequence in active:
+        self._book(time.perf_counter() - start, before)
+        best, greedy = logits.topk(2).values.tolist(), logits.argmax(-1).tolist()
+        for at, (worker, row, sequence) in enumerate(items):
+            if sequence is None or worker is None or worker.member.error is not None:
+                continue
             sequence.position += 1
-            sequence.response.decode_seconds += seconds
-            sequence.response.decode_share += seconds / len(active)
-            yield from self._take(row, logits[row], best[row], greedy[row])
+            if sequence.forced:
+                sequence.forced.pop(0)
+                if sequence.forced:
+                    continue
+                worker.measure(row)
+            yield from self._take(worker, row, logits[at], best[at], greedy[at])
+        for worker in self.workers:
+            if worker.member.error is not None and not worker.failure:
+                yield from worker.fail(worker.member.error)
 
-    def _feed_suffix(self, row: int, prompt: Prompt) -> Tensor:
+    def _lay_out(self) -> list[tuple[MethodWorker | None, int, Any]]:
+        """The batch's items: worker, row and sequence (None where idle). A graph finds each row at its own place;
+        elsewhere sequences stand together, worker by worker."""
+        items: list[tuple[MethodWorker | None, int, Any]] = []
+        for worker in self.workers:
+            found = list(enumerate(worker.sequences)) if self.graph is not None else worker.active
+            worker.member.rows = tuple(row if sequence is not None else None for row, sequence in found)
+            items += [(worker, row, sequence) for row, sequence in found]
+        idle = self.width - len(items)
+        if len(self.workers) == 1:
+            self.workers[0].member.rows += (None,) * idle
+        return items + [(None, 0, None)] * idle
+
+    def _book(self, seconds: float, before: list[float]) -> None:
+        """Share a step's seconds out: a worker's attention to its own sequences, the rest to all alike."""
+        own = [worker.member.seconds - b for worker, b in zip(self.workers, before, strict=True)]
+        common = (seconds - sum(own)) / max(1, self.active)
+        for worker, attending in zip(self.workers, own, strict=True):
+            active = worker.active
+            for row, sequence in active:
+                worker.spend(row, common + attending / len(active), prefilling=bool(sequence.forced))
+                sequence.response.decode_seconds += 0.0 if sequence.forced else seconds
+
+    def _feed_suffix(self, worker: MethodWorker, row: int, prompt: Prompt) -> Tensor:
         """The suffix through the compressed cache, by itself: what it sees does not depend on mates."""
-        self.cache.rows = (row,)
+        for other in self.workers:
+            other.member.rows = (row,) if other is worker else ()
         first = prompt.context[0].k.shape[1]
-        return self._forward([prompt.suffix], [list(range(first, first + len(prompt.suffix)))])[0]
+        logits = self._forward([prompt.suffix], [list(range(first, first + len(prompt.suffix)))])[0]
+        if worker.member.error is not None:
+            raise worker.member.error
+        return logits
 
     def _logits(self, tokens: list[list[int]], positions: list[list[int]]) -> Tensor:
         """One step of all rows, as a graph where there is one; a witness looks at the cache between two kernels."""
-        if self.graph is None or self.cache.witness is not None:
+        if self.graph is None or self.workers[0].member.witness is not None:
             return self._forward(tokens, positions)
         return self.graph(tokens, positions)
 
@@ -152,9 +135,11 @@ class Decoder:
         ids, at = (torch.tensor(x, device=device) for x in (tokens, positions))
         return adapter.forward(self.model, self.cache, ids, position_ids=at)
 
-    def _take(self, row: int, logits: Tensor, best: list[float], greedy: int) -> Iterator[Response]:
+    def _take(
+        self, worker: MethodWorker, row: int, logits: Tensor, best: list[float], greedy: int
+    ) -> Iterator[Response]:
         """Choose a row's next token; yield its answer and free the row if it ends here."""
-        sequence = self.rows[row]
+        sequence = worker.sequences[row]
         assert sequence is not None
         response = sequence.response
         if not all(map(math.isfinite, best)):
@@ -169,12 +154,7 @@ class Decoder:
                 response.finish = "stop"
             elif len(response.tokens) < sequence.request.max_new_tokens:
                 return
-        response.nbytes_end = sum(cache.row_nbytes(row) for cache in self.caches)
-        response.dense_end = sum(cache.seen(row) * cache.layer.token_bytes for cache in self.caches)
-        self.rows[row] = None
-        for cache in self.caches:
-            cache.reset(row)
-        yield response
+        yield worker.release(row)
 
 
 def padded_width(width: int) -> int:

@@ -48,6 +48,8 @@ class Response:
     """The gap between the two highest logits at every token."""
     repeat: int = 0
     """Which draw of the sampling noise."""
+    width: int = 1
+    """Rows of the matrix products it was decoded in."""
     cache: str = ""
     """The class that stored and attended, with its module."""
     path: str = ""

@@ -10,10 +10,11 @@ from transformers import DynamicCache
 
 from kvsuite.cache import adapter
 from kvsuite.cache.witness import Witness
-from kvsuite.engines.decoder import Decoder, Prompt
+from kvsuite.engines.decoder import Decoder
 from kvsuite.engines.request import Request
 from kvsuite.engines.sampling import Sampling
 from kvsuite.engines.transformers import TransformersEngine
+from kvsuite.engines.worker import MethodWorker, Prompt
 from kvsuite.methods import Method
 
 ENDLESS = 1 << 30
@@ -33,19 +34,20 @@ class DecodeCell:
         self.tokens = width
         with torch.inference_mode():
             capacity = method.capacity(length, steps + 3)  # and the two of `check`
-            self.decoder = Decoder(engine.model, method, engine.layers, width, capacity, Sampling(), frozenset())
+            self.worker = MethodWorker(method, engine.layers, width, capacity)
+            self.decoder = Decoder(engine.model, [self.worker], width, Sampling(), frozenset())
             for _ in range(width):
-                for response in self.decoder.admit(prompt):
+                for response in self.decoder.admit(self.worker, prompt):
                     raise Unchecked(response.error or "the answer ended before it began")
 
     def check(self) -> None:
         """One step, watched: every layer's output against float64 attention over what the cache holds."""
-        witness = self.decoder.cache.witness = Witness()
+        witness = self.worker.member.witness = Witness()
         try:
             self._step()
         finally:
-            self.decoder.cache.witness = None
-        if witness.layers != len(self.decoder.caches) or not witness.worst <= 1:
+            self.worker.member.witness = None
+        if witness.layers != len(self.worker.caches) or not witness.worst <= 1:
             raise Unchecked(f"attention is {witness.worst:.3g} times further from its cache than rounding explains")
         self._step()  # the first without a witness records the graphs, where there are any
         self.checked = witness.worst
@@ -61,7 +63,7 @@ class DecodeCell:
     @torch.inference_mode()
     def compress(self, prompt: Prompt) -> None:
         """Put another prompt into the first sequence's place."""
-        self.decoder.method.compress(0, prompt.context, self.decoder.caches)
+        self.worker.method.compress(0, prompt.context, self.worker.caches)
 
     def _step(self) -> None:
         with torch.inference_mode():

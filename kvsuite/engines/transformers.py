@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,10 +14,11 @@ from torch import Tensor
 
 from kvsuite.cache import adapter
 from kvsuite.cache.prefill import Need, PrefillCache
-from kvsuite.engines.decoder import Decoder, Prompt
+from kvsuite.engines.pool import DecoderPool
 from kvsuite.engines.precision import compute_dtype
 from kvsuite.engines.request import Request, Response
 from kvsuite.engines.sampling import Sampling
+from kvsuite.engines.worker import Prompt, failed, say
 from kvsuite.errors import UsageError
 from kvsuite.methods import Method
 
@@ -90,32 +91,32 @@ class TransformersEngine:
         compress: Compress = "prompt",
         sampling: Sampling | None = None,
         timeout: float = math.inf,
+        memory: float = math.inf,
     ) -> Iterator[Response]:
-        """Every method's answer to every request, as they end. A method that fails, or takes more than ``timeout``
-        seconds of its own, costs its own answers only.
+        """Every method's answer to every request, as they end. A method that fails costs its own answers only; so does
+        one that takes ``timeout`` seconds more than 10 times what the first method, the baseline, has taken.
 
-        Each prompt is prefilled once; then every method takes it into its own batch of ``width`` rows, decoding until
-        a row is free. So no more than methods × width sequences are held, however many requests there are.
+        Each prompt is prefilled once; then every method takes it into one of its ``width`` rows. On a CPU all methods
+        are decoded together, in steps of 8 × ``width`` rows whatever the methods are; on a GPU each by itself. No more
+        sequences are held than have rows, nor more than ``memory`` bytes are reserved for.
         """
         asked = [(request, *self.encode(request, compress)) for request in requests]
         if not asked:
             return
         self._refuse_long(asked)
         needs = frozenset(need for method in methods for need in method.needs)
-        arms = [_Arm(self, method, asked, width, sampling or Sampling(), timeout) for method in methods]
+        pool = DecoderPool(self, methods, asked, width, sampling or Sampling(), timeout, memory)
         for request, context, suffix in asked:
             try:
                 prompt = self.prefill(request, context, suffix, needs)
             except Exception as error:  # a prompt too large for this machine costs its own answers
-                for arm in arms:
-                    yield arm.failed(request, _say(error))
+                for method in methods:
+                    yield failed(method, request, say(error), pool.repeat)
                 continue
-            for arm in arms:
-                for response in arm.take(prompt):
-                    yield self._finished(response)
-        for arm in arms:
-            for response in arm.drain():
+            for response in pool.take(prompt):
                 yield self._finished(response)
+        for response in pool.drain():
+            yield self._finished(response)
 
     def _finished(self, response: Response) -> Response:
         if self.tokenizer is not None:
@@ -128,69 +129,3 @@ class TransformersEngine:
             total = len(context) + len(suffix) + request.max_new_tokens
             if limit and total > limit:
                 raise UsageError(f"sample {request.id} needs {total} tokens, the model's context has {limit}")
-
-
-class _Arm:
-    """One method's decoder; whatever it raises becomes failed answers of its own."""
-
-    def __init__(
-        self,
-        engine: TransformersEngine,
-        method: Method,
-        asked: Sequence[tuple[Request, list[int], list[int]]],
-        width: int,
-        sampling: Sampling,
-        timeout: float,
-    ) -> None:
-        self.method, self.failure, self.repeat = method, "", sampling.repeat
-        self.timeout, self.seconds = timeout, 0.0
-        capacity = max(method.capacity(len(c), len(s) + r.max_new_tokens) for r, c, s in asked)
-        try:
-            self.decoder = Decoder(engine.model, method, engine.layers, width, capacity, sampling, engine.stop)
-        except Exception as error:
-            self.failure = _say(error)
-
-    def take(self, prompt: Prompt) -> Iterator[Response]:
-        if not self.failure:
-            try:
-                self._refuse_late()
-                while self.decoder.full:
-                    yield from self._timed(self.decoder.step)
-                yield from self._timed(lambda: self.decoder.admit(prompt))
-                return
-            except Exception as error:
-                yield from self._fail(error)
-        yield self.failed(prompt.request, self.failure)
-
-    def failed(self, request: Request, error: str) -> Response:
-        return Response(request.id, self.method.name, finish="error", error=error, repeat=self.repeat)
-
-    def drain(self) -> Iterator[Response]:
-        try:
-            while not self.failure and self.decoder.active:
-                self._refuse_late()
-                yield from self._timed(self.decoder.step)
-        except Exception as error:
-            yield from self._fail(error)
-
-    def _timed(self, act: Callable[[], Iterable[Response]]) -> list[Response]:
-        start = time.perf_counter()
-        found = list(act())
-        self.seconds += time.perf_counter() - start
-        return found
-
-    def _refuse_late(self) -> None:
-        if self.seconds > self.timeout:
-            raise TimeoutError(f"took more than {self.timeout:g} s")
-
-    def _fail(self, error: Exception) -> Iterator[Response]:
-        self.failure = _say(error)
-        for row, sequence in enumerate(self.decoder.rows):
-            if sequence is not None:
-                sequence.response.finish, sequence.response.error = "error", self.failure
-                self.decoder.rows[row] = None
-                yield sequence.response
-
-
-def _say(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"{name}: evaluation: see kvsuite's README")
     worker: dict[str, Any] = getattr(config, "workerinput", {})
     try:
+        _refuse_unknown_marker(config)
         asked = options.read(config)
     except UsageError as error:
         raise pytest.UsageError(str(error)) from error
@@ -46,6 +53,22 @@ def pytest_configure(config: pytest.Config) -> None:
     if kind is Serving and getattr(config.option, "dist", "no") != "no":
         raise pytest.UsageError("servers are asked from one process: run without -n")
     config.stash[SESSION] = kind(asked, worker.get("workerid", ""), folder)
+
+
+def _refuse_unknown_marker(config: pytest.Config) -> None:
+    """UsageError for a ``-m`` with a misspelled evaluation, which would choose nothing, or every check."""
+    known = {re.split(r"[:(]", line)[0].strip() for line in config.getini("markers")}
+    for word in set(re.findall(r"[^\W\d]\w+", config.option.markexpr)) - known - {"and", "or", "not"}:
+        if near := difflib.get_close_matches(word, EVALUATIONS, 1, 0.7):
+            raise UsageError(f"unknown marker {word!r} in -m: did you mean {near[0]!r}?")
+
+
+@contextmanager
+def _lenient() -> Iterator[None]:
+    """A library's warning is shown, whatever the project's filters say: it is no finding about a method."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        yield
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -103,8 +126,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
-    for item in items if session.worker else ():
-        if item.get_closest_marker("throughput"):
+    for item in items:
+        if _evaluates(item):
+            item.add_marker(pytest.mark.filterwarnings("default"))
+        if session.worker and item.get_closest_marker("throughput"):
             item.add_marker(pytest.mark.skip(reason=ALONE))
 
 
@@ -112,16 +137,36 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Fetch what the chosen evaluations need before the first one starts."""
     config = session.config
-    chosen = [i for i in session.items if any(i.get_closest_marker(m) for m in EVALUATIONS)]
+    chosen = [item for item in session.items if _evaluates(item)]
     if config.option.collectonly or not chosen:
         return
     params = [getattr(item, "callspec", None) for item in chosen]
     tasks = {str(p.params["kv_task"]) for p in params if p is not None and "kv_task" in p.params}
+    evaluations = [m for m in EVALUATIONS if any(i.get_closest_marker(m) for i in chosen)]
     try:
-        evaluations = [m for m in EVALUATIONS if any(i.get_closest_marker(m) for i in chosen)]
-        config.stash[SESSION].fetch(sorted(tasks), evaluations)
+        _refuse_untimed(config, evaluations)
+        with _lenient():
+            config.stash[SESSION].fetch(sorted(tasks), evaluations)
     except UsageError as error:
         raise pytest.UsageError(str(error)) from error
+
+
+def _evaluates(item: pytest.Item) -> bool:
+    return any(item.get_closest_marker(name) for name in EVALUATIONS)
+
+
+def _refuse_untimed(config: pytest.Config, evaluations: Sequence[str]) -> None:
+    """UsageError where pytest-benchmark, which times the cells, was told not to."""
+    if "throughput" in evaluations and getattr(config.option, "benchmark_disable", False):
+        raise UsageError("--benchmark-disable leaves no speed to measure: leave it out, or choose -m 'samples or length'")
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Note in ``run.json`` that the run came to its end: without that its tables are partial."""
+    run = session.config.stash[SESSION]
+    ended = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+    if ended and not (run.worker or session.shouldstop or session.shouldfail):
+        run.run.amend({"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -133,7 +178,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         return
     session.run.join()
     try:
-        config.hook.pytest_kv_report(run=read(session.folder), terminalreporter=terminalreporter)
+        with _lenient():
+            config.hook.pytest_kv_report(run=read(session.folder), terminalreporter=terminalreporter)
     except UsageError as error:
         terminalreporter.write_line(f"no report of {session.folder}: {error}", red=True, bold=True)
 

@@ -18,8 +18,8 @@ from kvsuite.records import Answer
 from kvsuite.tasks import Sample, Task
 
 if TYPE_CHECKING:
-    from kvsuite.engines.decoder import Prompt
     from kvsuite.engines.transformers import TransformersEngine
+    from kvsuite.engines.worker import Prompt
 
 
 class Local(Session):
@@ -148,6 +148,5 @@ class Local(Session):
                 "sample": sample.id,
                 "cluster": sample.cluster,
                 "cap": cap,
-                "width": self.options.width,
             }
         )

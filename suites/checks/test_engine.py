@@ -10,6 +10,7 @@ from kvsuite.engines.decoder import Decoder, padded_width
 from kvsuite.engines.request import Request
 from kvsuite.engines.sampling import Sampling, gumbel
 from kvsuite.engines.transformers import TransformersEngine
+from kvsuite.engines.worker import MethodWorker
 from kvsuite.errors import UsageError
 from kvsuite.methods import parse, parse_all
 
@@ -166,15 +167,16 @@ def test_many_methods_prefill_once(tiny_llama, monkeypatch):
 def test_rows_are_freed_and_reused(tiny_llama):
     engine = engine_of(tiny_llama)
     with torch.inference_mode():
-        decoder = Decoder(engine.model, parse("full"), engine.layers, 2, 200, Sampling(), frozenset())
+        worker = MethodWorker(parse("full"), engine.layers, 2, 200)
+        decoder = Decoder(engine.model, [worker], 2, Sampling(), frozenset())
         for request in requests(2):
-            list(decoder.admit(engine.prefill(request, *engine.encode(request, "prompt"), frozenset())))
-        assert decoder.full
+            list(decoder.admit(worker, engine.prefill(request, *engine.encode(request, "prompt"), frozenset())))
+        assert worker.full
         ended = []
         while decoder.active:
             ended += decoder.step()
     assert sorted(r.id for r in ended) == ["r0", "r1"]
-    assert all(cache.nbytes == 0 for cache in decoder.caches)
+    assert all(cache.nbytes == 0 for cache in worker.caches)
 
 
 @pytest.mark.parametrize(("asked", "runs"), [(1, 1), (2, 2), (3, 4), (5, 8), (8, 8), (9, 16)])

@@ -8,7 +8,7 @@ import transformers
 from transformers import DynamicCache
 
 from kvsuite.cache import adapter
-from kvsuite.cache.adapter import KVCache
+from kvsuite.cache.adapter import KVCache, Member
 from kvsuite.cache.prefill import Need, PrefillCache
 from kvsuite.errors import UsageError
 from kvsuite.methods import parse
@@ -60,7 +60,7 @@ def ours(model, ids, split, chunk=1):
     method = parse("full")
     caches = [method.cache(layer, 1, ids.shape[1]) for layer in layers]
     method.compress(0, prefilled.observations, caches)
-    cache = KVCache(caches)
+    cache = KVCache(Member(caches))
     for first in range(split, ids.shape[1], chunk):
         last = min(first + chunk, ids.shape[1])
         where = torch.arange(first, last)[None]
@@ -112,7 +112,7 @@ def test_works_through_generate():
     expected = model.generate(ids, attention_mask=mask, **asked)
     adapter.install(model)
     caches = [parse("full").cache(layer, 1, 64) for layer in adapter.contexts(model)]
-    assert torch.equal(model.generate(ids, attention_mask=mask, **given(model, KVCache(caches)), **asked), expected)
+    assert torch.equal(model.generate(ids, attention_mask=mask, **given(model, KVCache(Member(caches))), **asked), expected)
     assert [cache.seen(0) for cache in caches] == [31, 31, 31]
 
 
@@ -131,7 +131,7 @@ def test_mass_is_observed_under_a_sliding_window():
 def test_padding_is_refused():
     model = build("Llama")
     adapter.install(model)
-    cache = KVCache([parse("full").cache(layer, 2, 64) for layer in adapter.contexts(model)], rows=(0, 1))
+    cache = KVCache(Member([parse("full").cache(layer, 2, 64) for layer in adapter.contexts(model)], rows=(0, 1)))
     ids = torch.randint(1, 96, (2, 8))
     mask = torch.ones_like(ids)
     mask[1, :3] = 0

@@ -24,8 +24,8 @@ def timed(run):
 
 
 def record(kv_local, cells, method, **rest):
-    decoder, worst = cells[-1].decoder, max(cell.checked for cell in cells)
-    where = {"cache": decoder.provenance, "path": decoder.path, "checked": worst, "length": LENGTH}
+    worker, worst = cells[-1].worker, max(cell.checked for cell in cells)
+    where = {"cache": worker.provenance, "path": worker.path, "checked": worst, "length": LENGTH}
     kv_local.record(Timing(method, **where, **rest))
 
 

@@ -34,9 +34,9 @@ def run_cell(kv_local, benchmark, cell, make):
     benchmark.extra_info["record"] = {"method": record.method, "path": record.path, "nbytes": record.nbytes}
 
 
-def ours(decoder):
+def ours(worker):
     """Where a timing comes from: the very attributes an answer's record has."""
-    return {"cache": decoder.provenance, "path": decoder.path}
+    return {"cache": worker.provenance, "path": worker.path}
 
 
 def test_decode(kv_local, timing, benchmark, kv_method, kv_batch, kv_length):
@@ -46,8 +46,8 @@ def test_decode(kv_local, timing, benchmark, kv_method, kv_batch, kv_length):
         cells = [timing.DecodeCell(kv_local.engine, m, prompt, kv_batch, steps) for m in (parse("full"), kv_method)]
         for cell in cells:
             cell.check()
-        decoder = cells[1].decoder
-        return *cells, ours(decoder) | {"nbytes": decoder.nbytes, "checked": cells[1].checked, "tokens": kv_batch}
+        worker = cells[1].worker
+        return *cells, ours(worker) | {"nbytes": worker.nbytes, "checked": cells[1].checked, "tokens": kv_batch}
 
     cell = {"method": kv_method.name, "phase": "decode", "width": kv_batch, "length": kv_length}
     run_cell(kv_local, benchmark, cell, make)
@@ -59,8 +59,8 @@ def test_prefill(kv_local, timing, benchmark, kv_method, kv_prefill):
         cells = [timing.PrefillCell(kv_local.engine, m, ids) for m in (parse("full"), kv_method)]
         for cell in cells:
             cell.check()
-        decoder = cells[1].inner.decoder
-        return *cells, ours(decoder) | {"nbytes": decoder.nbytes, "checked": cells[1].checked, "tokens": kv_prefill}
+        worker = cells[1].inner.worker
+        return *cells, ours(worker) | {"nbytes": worker.nbytes, "checked": cells[1].checked, "tokens": kv_prefill}
 
     cell = {"method": kv_method.name, "phase": "prefill", "width": 1, "length": kv_prefill}
     run_cell(kv_local, benchmark, cell, make)

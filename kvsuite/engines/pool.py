@@ -1,0 +1,101 @@
+"""The decoders of all methods of a run: who takes a prompt when, and who is too late."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from kvsuite.engines.decoder import Decoder
+from kvsuite.engines.request import Request, Response
+from kvsuite.engines.sampling import Sampling
+from kvsuite.engines.worker import MethodWorker, Prompt, failed, say
+from kvsuite.methods import Method
+
+if TYPE_CHECKING:
+    from kvsuite.engines.transformers import TransformersEngine
+
+TOGETHER = 8
+"""Batches that share the matrix products of one step on a CPU. It does not follow the number of methods, so that an
+answer does not depend on which other methods are measured."""
+PATIENCE = 10
+"""How many times as long as the baseline a method may take before its timeout begins to count."""
+
+
+class DecoderPool:
+    """Hands each prefilled prompt to all methods, decoding until there is room. The first method is the baseline."""
+
+    def __init__(
+        self,
+        engine: TransformersEngine,
+        methods: Sequence[Method],
+        asked: Sequence[tuple[Request, list[int], list[int]]],
+        width: int,
+        sampling: Sampling,
+        timeout: float,
+        memory: float,
+    ) -> None:
+        """``asked``: requests with their context's and suffix's tokens; ``width``: rows of each method; ``timeout`` in
+        seconds, ``memory`` in bytes, as `TransformersEngine.generate` takes them."""
+        self.timeout, self.memory, self.repeat = timeout, memory, sampling.repeat
+        self.workers: dict[str, MethodWorker | str] = {}
+        """Each method's worker, or why there is none."""
+        self.methods = list(methods)
+        for method in methods:
+            capacity = max(method.capacity(len(c), len(s) + r.max_new_tokens) for r, c, s in asked)
+            try:
+                self.workers[method.name] = MethodWorker(method, engine.layers, width, capacity, self.repeat)
+            except Exception as error:
+                self.workers[method.name] = say(error)
+        able = [worker for worker in self.workers.values() if isinstance(worker, MethodWorker)]
+        together = [able] if engine.model.device.type == "cpu" and able else [[worker] for worker in able]
+        rows = TOGETHER * width if engine.model.device.type == "cpu" else width
+        self.decoders = [Decoder(engine.model, group, rows, sampling, engine.stop) for group in together]
+
+    def take(self, prompt: Prompt) -> Iterator[Response]:
+        """Give a prompt to every method. Yields the answers that end meanwhile, failed ones included."""
+        for method in self.methods:
+            worker = self.workers[method.name]
+            if isinstance(worker, str):
+                yield failed(method, prompt.request, worker, self.repeat)
+                continue
+            decoder = next(d for d in self.decoders if worker in d.workers)
+            yield from self._refuse_late(worker)
+            while not worker.failure and not (decoder.room(worker) and self._fits(worker)):
+                yield from self._step()
+            ended: list[Response] = []
+            if not worker.failure:
+                try:
+                    yield from decoder.admit(worker, prompt)
+                    continue
+                except Exception as error:
+                    ended = list(worker.fail(error))
+                    yield from ended
+            if prompt.request.id not in [response.id for response in ended]:
+                yield failed(method, prompt.request, worker.failure, self.repeat)
+
+    def drain(self) -> Iterator[Response]:
+        """Decode until all answers have ended."""
+        while any(decoder.active for decoder in self.decoders):
+            yield from self._step()
+
+    def _step(self) -> Iterator[Response]:
+        for decoder in self.decoders:
+            if decoder.active:
+                yield from decoder.step()
+        for decoder in self.decoders:
+            for worker in decoder.workers:
+                yield from self._refuse_late(worker)
+
+    def _fits(self, worker: MethodWorker) -> bool:
+        """Whether one sequence more stays within the memory; one alone always does."""
+        held = [(len(other.active), other.reserved) for decoder in self.decoders for other in decoder.workers]
+        total = sum(count * each for count, each in held)
+        return total == 0 or total + worker.reserved <= self.memory
+
+    def _refuse_late(self, worker: MethodWorker) -> Iterator[Response]:
+        baseline = self.workers[self.methods[0].name]
+        if worker is baseline or worker.failure:
+            return
+        limit = self.timeout + PATIENCE * (baseline.seconds if isinstance(baseline, MethodWorker) else 0.0)
+        if worker.seconds > limit:
+            yield from worker.fail(TimeoutError(f"took more than {limit:.3g} s"))

@@ -1,0 +1,159 @@
+"""One method's share of a decoder: its caches, the sequences in them, and what they have cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from kvsuite.cache.adapter import Member
+from kvsuite.cache.context import LayerContext
+from kvsuite.cache.prefill import Observation
+from kvsuite.engines.request import Request, Response
+from kvsuite.methods import Method
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prefilled prompt, ready to be compressed by any number of methods."""
+
+    request: Request
+    context: list[Observation]
+    suffix: list[int]
+    logits: Tensor
+    """(vocabulary,) after the context; the first token's if there is no suffix."""
+    seconds: float
+    observing_seconds: float
+
+
+@dataclass
+class Sequence:
+    """One prompt and its answer so far, in one row of a method's caches."""
+
+    request: Request
+    response: Response
+    position: int
+    """Of the token to be fed next."""
+    forced: list[int] = field(default_factory=list)
+    """Tokens of the prompt that are still to be fed, one at each step, before the answer begins."""
+
+
+class MethodWorker:
+    """``rows`` rows of one method's caches. Whatever it raises becomes failed answers of its own."""
+
+    def __init__(self, method: Method, layers: list[LayerContext], rows: int, capacity: int, repeat: int = 0) -> None:
+        """``capacity``: slots per row and head; ``repeat``: which draw of the sampling noise it answers with."""
+        self.method, self.repeat = method, repeat
+        self.sequences: list[Sequence | None] = [None] * rows
+        self.seconds = 0.0
+        """Spent for this method alone, and its share of the steps it took part in."""
+        self.failure = ""
+        """Why it answers no more; empty while it does."""
+        self.caches = [method.cache(layer, rows, capacity) for layer in layers]
+        self.member = Member(self.caches, isolated=True)
+
+    @property
+    def active(self) -> list[tuple[int, Sequence]]:
+        """Rows with a sequence."""
+        return [(row, s) for row, s in enumerate(self.sequences) if s is not None]
+
+    @property
+    def full(self) -> bool:
+        """Whether all rows are taken."""
+        return None not in self.sequences
+
+    @property
+    def provenance(self) -> str:
+        """The class that stores and attends, with its module."""
+        kind = type(self.caches[0])
+        return f"{kind.__module__}.{kind.__qualname__}"
+
+    @property
+    def path(self) -> str:
+        """The codec, and what stores and attends."""
+        return f"{self.method.codec.name}/{self.caches[0].path}"
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether tokens must come one by one."""
+        return any(cache.stepwise for cache in self.caches)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes all sequences hold, all layers."""
+        return sum(cache.nbytes for cache in self.caches)
+
+    @property
+    def reserved(self) -> int:
+        """Bytes that one row has room for, all layers."""
+        return sum(cache.nbytes + cache.slack for cache in self.caches) // len(self.sequences)
+
+    def compress(self, prompt: Prompt) -> int:
+        """Put a prefilled context into a free row, which is returned. The answer begins with what `begin` is given."""
+        row = self.sequences.index(None)
+        start = time.perf_counter()
+        self.method.compress(row, prompt.context, self.caches)
+        length = prompt.context[0].k.shape[1]
+        response = Response(
+            id=prompt.request.id,
+            method=self.method.name,
+            prompt_tokens=length + len(prompt.suffix),
+            context_tokens=length,
+            repeat=self.repeat,
+            cache=self.provenance,
+            path=self.path,
+        )
+        shared = prompt.seconds - (0.0 if self.method.needs else prompt.observing_seconds)
+        response.prefill_seconds = shared
+        self.sequences[row] = Sequence(prompt.request, response, length)
+        self.spend(row, time.perf_counter() - start, prefilling=True)
+        return row
+
+    def spend(self, row: int, seconds: float, prefilling: bool) -> None:
+        """Book what a sequence cost beyond the shared prefill."""
+        sequence = self.sequences[row]
+        assert sequence is not None
+        self.seconds += seconds
+        if prefilling:
+            sequence.response.prefill_seconds += seconds
+        else:
+            sequence.response.decode_share += seconds
+
+    def measure(self, row: int) -> None:
+        """Note what a row holds now that its whole prompt is in."""
+        sequence = self.sequences[row]
+        assert sequence is not None
+        sequence.response.nbytes = sum(cache.row_nbytes(row) for cache in self.caches)
+        sequence.response.kept = sum(cache.kept(row) for cache in self.caches)
+
+    def release(self, row: int) -> Response:
+        """The answer of a row, which is free again."""
+        sequence = self.sequences[row]
+        assert sequence is not None
+        response = sequence.response
+        response.nbytes_end = sum(cache.row_nbytes(row) for cache in self.caches)
+        response.dense_end = sum(cache.seen(row) * cache.layer.token_bytes for cache in self.caches)
+        self.sequences[row] = None
+        for cache in self.caches:
+            cache.reset(row)
+        return response
+
+    def fail(self, error: Exception | str) -> Iterator[Response]:
+        """Answer no more; what was being answered has failed."""
+        self.failure = error if isinstance(error, str) else say(error)
+        for row, sequence in self.active:
+            sequence.response.finish, sequence.response.error = "error", self.failure
+            self.sequences[row] = None
+            yield sequence.response
+
+
+def failed(method: Method, request: Request, error: str, repeat: int) -> Response:
+    """A method's answer to a request that it did not answer."""
+    return Response(request.id, method.name, finish="error", error=error, repeat=repeat)
+
+
+def say(error: Exception) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {error}"
