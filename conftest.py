@@ -1,6 +1,5 @@
 """This checkout's pytest set-up: the plugin, hypothesis profiles, one thread and no hub for the checks."""
 
-import ctypes
 import os
 import re
 from pathlib import Path
@@ -8,10 +7,10 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from kvsuite import environment
+
 os.environ["HF_HUB_OFFLINE"] = "1"
-try:
-    ctypes.CDLL("libcuda.so.1")
-except OSError:  # no GPU: kernels run in Triton's interpreter, which must be known before triton is imported
+if not environment.cuda_driver():  # kernels run in Triton's interpreter, which must be known before triton is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
 pytest_plugins = ("kvsuite.plugin", "pytester")

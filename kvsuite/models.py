@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -93,7 +94,13 @@ def model_limit(folder: Path) -> int | None:
     """The context length of a model folder, read from its config without loading anything. Raises UsageError, one
     sentence, where the folder is not a model."""
     if not folder.is_dir():
-        raise UsageError(f"model folder {str(folder)!r} does not exist")
+        name = folder.as_posix()
+        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):  # owner/name
+            raise UsageError(
+                f"{name!r} is no folder here; if it is a model on Hugging Face's hub, run "
+                f"`hf download {name} --local-dir {folder.name}` and give --kv-model={folder.name}"
+            )
+        raise UsageError(f"model folder {name!r} does not exist")
     config = folder / "config.json"
     weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
     if not config.is_file() or not weights:

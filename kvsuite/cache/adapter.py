@@ -6,7 +6,6 @@ A layer's `update` returns *itself*, transformers hands it to the attention func
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 import time
@@ -178,15 +177,14 @@ def forward(model: Any, cache: Any, input_ids: Tensor, **inputs: Any) -> Tensor:
     Args: input_ids (batch, n); inputs: further arguments of the model, such as position_ids (batch, n).
     Returns: the logits after the last token, (batch, vocabulary).
     """
-    name = cache_argument(type(model))
+    name = cache_argument(model)
     out = model(input_ids=input_ids, use_cache=True, logits_to_keep=1, **{name: cache}, **inputs)
     logits: Tensor = out.logits[:, -1]
     return logits
 
 
-@functools.cache
-def cache_argument(model: type) -> str:
-    """The name of a model class's cache argument: ``cache`` since transformers 5.23, ``past_key_values`` before."""
+def cache_argument(model: Any) -> str:
+    """The name of a model's cache argument: ``cache`` since transformers 5.23, ``past_key_values`` before."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 

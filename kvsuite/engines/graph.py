@@ -38,7 +38,8 @@ class StepGraph:
         self.graphs: dict[bool, tuple[Callable[[], None], Tensor]] = {}
 
     def __call__(self, tokens: list[list[int]], positions: list[list[int]]) -> Tensor:
-        """The logits (width, vocabulary) after one token more in the cache's only member's rows; overwritten by the next step."""
+        """The logits (width, vocabulary) after one token more in the rows of the cache's only member; overwritten by
+        the next step."""
         rows = self.cache.members[0].rows
         due = [cache.advance(rows) for cache in self.caches]
         encodes = any(due)

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from torch import Tensor
 
 from kvsuite.cache import adapter
 from kvsuite.cache.prefill import Need, PrefillCache

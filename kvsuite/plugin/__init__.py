@@ -158,7 +158,9 @@ def _evaluates(item: pytest.Item) -> bool:
 def _refuse_untimed(config: pytest.Config, evaluations: Sequence[str]) -> None:
     """UsageError where pytest-benchmark, which times the cells, was told not to."""
     if "throughput" in evaluations and getattr(config.option, "benchmark_disable", False):
-        raise UsageError("--benchmark-disable leaves no speed to measure: leave it out, or choose -m 'samples or length'")
+        raise UsageError(
+            "--benchmark-disable leaves no speed to measure: leave it out, or choose -m 'samples or length'"
+        )
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

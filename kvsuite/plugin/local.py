@@ -8,10 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from kvsuite import environment, models, tasks
 from kvsuite.engines.request import Request, Response
 from kvsuite.errors import UsageError
-from kvsuite.methods import Method
+from kvsuite.methods import Method, parse
 from kvsuite.plugin.options import BASELINE, Options
 from kvsuite.plugin.session import Session
 from kvsuite.records import Answer
@@ -20,6 +22,9 @@ from kvsuite.tasks import Sample, Task
 if TYPE_CHECKING:
     from kvsuite.engines.transformers import TransformersEngine
     from kvsuite.engines.worker import Prompt
+
+FIRST = 2
+"""Failures of the baseline that end a run in which it was never right."""
 
 
 class Local(Session):
@@ -31,6 +36,8 @@ class Local(Session):
         self._answers: dict[str, list[Answer]] = {}
         self._texts: dict[int, list[int]] = {}
         self._prompts: dict[int, Prompt] = {}
+        self._proven, self._failures = False, 0
+        """Whether the baseline was ever right, and how often it failed."""
 
     def fetch(self, names: Sequence[str], evaluations: Sequence[str]) -> None:
         """Make sure that the model and these tasks' texts are here. Raises UsageError that says what to run."""
@@ -49,10 +56,28 @@ class Local(Session):
 
     @cached_property
     def engine(self) -> TransformersEngine:
-        """The model, loaded on first use."""
+        """The model, loaded on first use. One that cannot be loaded ends the run, in a sentence."""
         from kvsuite.engines.transformers import TransformersEngine
 
-        return TransformersEngine.load(self.model_folder, self.options.dtype, self.options.device)
+        try:
+            return TransformersEngine.load(self.model_folder, self.options.dtype, self.options.device)
+        except Exception as error:
+            said = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
+            pytest.exit(f"the model cannot be loaded: {said}", returncode=pytest.ExitCode.USAGE_ERROR)
+
+    @property
+    def exact(self) -> Method:
+        """The uncompressed cache that stores what transformers' own stores: `full`, in the compute dtype."""
+        layer = self.engine.layers[0]
+        own = f"full:dtype={str(layer.dtype).removeprefix('torch.')}"
+        return BASELINE if layer.kv_dtype == layer.dtype else parse(own)
+
+    def baseline(self, error: str) -> None:
+        """Note how the baseline fared. Where it fails twice before it was ever right, the run ends with that reason."""
+        self._proven |= not error
+        self._failures += bool(error)
+        if not self._proven and self._failures == FIRST:
+            pytest.exit(f"the baseline fails, so nothing can be compared: {error}", pytest.ExitCode.TESTS_FAILED)
 
     def facts(self) -> dict[str, Any]:
         """The model, and how torch runs it."""
@@ -62,10 +87,16 @@ class Local(Session):
         weights = [f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin", ".json")]
         name = o.model.name if o.model else "SmolLM2-135M-Instruct"
         gpu = torch.cuda.get_device_name() if o.device == "cuda" else None
-        dtype = str(self.engine.model.dtype).removeprefix("torch.")
+        layer = self.engine.layers[0]
         return {
             "model": {"name": name, "fingerprint": environment.fingerprint(weights)},
-            "environment": {"threads": torch.get_num_threads(), "dtype": dtype, "gpu": gpu},
+            "environment": {
+                "threads": torch.get_num_threads(),
+                "gpu": gpu,
+                "compute_dtype": str(layer.dtype).removeprefix("torch."),
+                "kv_dtype": str(layer.kv_dtype).removeprefix("torch."),
+                "dtype_reason": self.engine.reason,
+            },
         }
 
     def answers(self, name: str) -> list[Answer]:
@@ -79,14 +110,9 @@ class Local(Session):
                 self._answers[name] += self._pass(task, (BASELINE,), 1)
         return self._answers[name]
 
-    def samples(self, task: Task) -> list[Sample]:
-        """The run's samples of a task."""
-        tokenizer, o = self.engine.tokenizer, self.options
-
-        def tokens(text: str) -> int:
-            return len(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-        return task.samples(o.samples, o.length, o.seed, tokens)
+    def count_tokens(self, text: str) -> int:
+        """By the model's own tokenizer."""
+        return len(self.engine.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def request(self, task: Task, sample: Sample) -> Request:
         """What the engine is asked for a sample."""
@@ -124,12 +150,20 @@ class Local(Session):
         caps = {request.id: request.max_new_tokens for request in requests}
         with self.progress.over(task.name, len(requests) * len(methods)) as done:
             for response in self.engine.generate(
-                requests, methods, width=o.width, compress=o.compress, sampling=how, timeout=o.timeout
+                requests,
+                methods,
+                width=o.width,
+                compress=o.compress,
+                sampling=how,
+                timeout=o.timeout,
+                memory=o.memory * 2**30,
             ):
                 answer = self._answer(task, samples[response.id], response, caps[response.id])
                 self.record(answer)
                 found.append(answer)
                 done(len(response.tokens))
+                if response.method == BASELINE.name:
+                    self.baseline(response.error)
         return found
 
     def _answer(self, task: Task, sample: Sample, r: Response, cap: int) -> Answer:

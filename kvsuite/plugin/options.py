@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import pytest
 
-from kvsuite import models, tasks
+from kvsuite import environment, models, tasks
 from kvsuite.errors import UsageError, unknown
 from kvsuite.margins import Margins
 from kvsuite.methods import Method, parse, parse_all
@@ -32,9 +32,13 @@ HELP = {
     "cap": "most tokens of a chat answer",
     "temperature": "of chat answers; 0 is greedy",
     "rounds": "pairs of rounds per timed cell",
-    "timeout": "seconds a method may take for a task, or a cell for its rounds, before it counts as failed",
+    "timeout": "seconds a method may take for a task or a cell beyond 10 times what the baseline takes; seconds a "
+    "server has for an answer",
+    "memory": "GiB that the caches of all methods may reserve; fewer sequences are decoded together where it is scarce "
+    "(default: a quarter of this machine's)",
     "seed": "seed of samples and noise",
-    "dtype": "auto (the model's own), bfloat16 or float32",
+    "dtype": "what the model computes in: auto (what is measured to be fast here), bfloat16 or float32; K and V are "
+    "stored in the checkpoint's own",
     "device": "cpu or cuda",
     "margins": "how much worse a method may be before it counts as harmful",
     "run": "the folder this run leaves (default: runs/ and the time)",
@@ -68,6 +72,8 @@ class Options:
     temperature: float
     rounds: int
     timeout: float
+    memory: float
+    """GiB."""
     seed: int
     dtype: str
     device: str
@@ -93,7 +99,7 @@ class Options:
         return own if self.servers is None else own | self.servers.settings()
 
 
-METHODS_ONLY = ("methods", "compress", "dtype", "device")
+METHODS_ONLY = ("methods", "compress", "dtype", "device", "memory")
 """Options that would do nothing to a server: refused on a command line, overlooked in a file that serves both."""
 
 
@@ -103,7 +109,9 @@ def add(parser: pytest.Parser) -> None:
     for key, text in HELP.items():
         default = (SMOKE | servers.DEFAULTS).get(key, "smoke")
         shown = (
-            "" if key in ("model", "methods", "run") or not default or "default" in text else f" (default: {default})"
+            ""
+            if key in ("model", "methods", "run", "memory") or not default or "default" in text
+            else f" (default: {default})"
         )
         how = "append" if key == "variant" else "store"
         group.addoption(
@@ -143,6 +151,7 @@ def check(given: Mapping[str, Any]) -> Options:
         device=raw["device"],
         temperature=_number("temperature", raw["temperature"]),
         timeout=_number("timeout", raw["timeout"]),
+        memory=_number("memory", raw["memory"]) if raw["memory"] else environment.memory() / 4,
         run=Path(str(raw["run"])) if raw["run"] else None,
         margins=Margins.parse(str(raw["margins"])),
         servers=servers.check(raw, _number),
@@ -153,6 +162,8 @@ def check(given: Mapping[str, Any]) -> Options:
 
 
 def _check_sizes(options: Options) -> None:
+    if options.device == "cuda" and not environment.cuda_driver():
+        raise UsageError("--kv-device cuda: this machine has no CUDA driver (libcuda)")
     longest = max(options.length)
     if options.servers is None:
         for method in options.methods:

@@ -16,6 +16,7 @@ SMOKE: dict[str, Any] = {
     "temperature": 1.0,
     "rounds": 6,
     "timeout": 120,
+    "memory": "",
     "seed": 0,
     "dtype": "auto",
     "device": "cpu",

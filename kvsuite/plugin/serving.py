@@ -52,7 +52,7 @@ class Serving(Session):
         timed = [schedule.DIGEST] if self._timed and self.asked.workload is None else []
         super().fetch([*names, *timed], evaluations)
         if self._timed:  # a trace that cannot be read is told before a server is started
-            schedule.load_asks(self.cells[0], self.options, self.asked, 0, BASELINE, self.tokens)
+            schedule.load_asks(self.cells[0], self.options, self.asked, 0, BASELINE, self.count_tokens)
 
     def model(self) -> Path:
         """What ``{model}`` stands for: the model asked for, else the default one."""
@@ -61,10 +61,9 @@ class Serving(Session):
         kinds = {s.kind for s in self.asked.specs.values() if s.needs_model}
         return models.default_gguf() if kinds == {"openvino"} else models.default_model()
 
-    @cached_property
-    def tokens(self) -> Callable[[str], int]:
-        """Counts a text's tokens by the model's own tokenizer where its folder is known, else at 4 characters each."""
-        return self.tokenizer or (lambda text: -(-len(text) // 4))
+    def count_tokens(self, text: str) -> int:
+        """By the model's own tokenizer where its folder is known, else at 4 characters each."""
+        return -(-len(text) // 4) if self.tokenizer is None else self.tokenizer(text)
 
     @cached_property
     def tokenizer(self) -> Callable[[str], int] | None:

@@ -12,7 +12,7 @@ from kvsuite import environment, tasks
 from kvsuite.plugin.options import Options
 from kvsuite.plugin.progress import Progress
 from kvsuite.records import Answer, Record, RunFolder
-from kvsuite.tasks import Task
+from kvsuite.tasks import Sample, Task
 
 
 class Session:
@@ -24,7 +24,10 @@ class Session:
         self.folder = folder or options.run or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
         self.run = RunFolder(self.folder, worker)
         self.progress = Progress(quiet=bool(worker))
+        self.chosen: Sequence[str] = ()
+        """The tasks that the chosen tests ask for."""
         self._described = False
+        self._samples: dict[str, list[Sample]] = {}
 
     @property
     def tasks(self) -> list[Task]:
@@ -33,8 +36,20 @@ class Session:
 
     def fetch(self, names: Sequence[str], evaluations: Sequence[str]) -> None:
         """Make sure that what these tasks and evaluations need is here. Raises UsageError that says what to run."""
+        self.chosen = names
         for name in names:
             tasks.task(name).fetch()
+
+    def samples(self, task: Task) -> list[Sample]:
+        """The run's samples of a task."""
+        if task.name not in self._samples:
+            o = self.options
+            self._samples[task.name] = task.samples(o.samples, o.length, o.seed, self.count_tokens)
+        return self._samples[task.name]
+
+    def count_tokens(self, text: str) -> int:
+        """How many tokens a text has."""
+        raise NotImplementedError
 
     def answers(self, name: str) -> Sequence[Answer]:
         """Every arm's answers to a task."""
@@ -63,6 +78,7 @@ class Session:
                 "texts": {task.name: environment.fingerprint(task.fetch()) for task in self.tasks},
                 "settings": o.settings(),
                 "margins": vars(o.margins),
+                "expected": {"samples": {name: len(self.samples(tasks.task(name))) for name in self.chosen}},
                 **own,
                 "environment": environment.describe() | own.get("environment", {}),
             }

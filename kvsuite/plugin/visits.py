@@ -76,14 +76,10 @@ class Visits:
 
     def _requests(self, visit: Visit) -> int:
         own = sum(len(self._load(cell, visit)) for cell in self.cells) if visit.timed else 0
-        return own + (sum(len(self._samples(t)) for t in self.tasks) if visit.answers else 0)
-
-    def _samples(self, task: Task) -> list[Sample]:
-        o = self.options
-        return task.samples(o.samples, o.length, o.seed, self.session.tokens)
+        return own + (sum(len(self.session.samples(t)) for t in self.tasks) if visit.answers else 0)
 
     def _load(self, cell: Cell, visit: Visit) -> list[Ask]:
-        return schedule.load_asks(cell, self.options, self.asked, visit.block, visit.arm, self.session.tokens)
+        return schedule.load_asks(cell, self.options, self.asked, visit.block, visit.arm, self.session.count_tokens)
 
     async def _up(self, arm: str) -> None:
         """Start an arm that is down, and warm it up. One that did not start at first, or twice later, is given up."""
@@ -100,7 +96,7 @@ class Visits:
                 raise UsageError(str(error)) from error
             return
         for cell in self.cells[-1:]:
-            asks = schedule.warm_up(cell, self.options, self.session.tokens)
+            asks = schedule.warm_up(cell, self.options, self.session.count_tokens)
             width = Arrivals("closed", concurrency=cell.arrivals.concurrency)
             await load.drive(server, asks, width, done=lambda reply: None)
 
@@ -116,7 +112,7 @@ class Visits:
         notes: dict[str, float] = {}
         self.perhaps_warm = 0
         for task in self.tasks if visit.answers else ():
-            samples = {s.id: s for s in self._samples(task)}
+            samples = {s.id: s for s in self.session.samples(task)}
             asks = schedule.task_asks(task, list(samples.values()), self.options, visit.arm)
             arrivals = Arrivals("closed", concurrency=schedule.width(self.options, visit.arm))
             await self._drive(leg, visit, server, asks, arrivals, task, samples, "")

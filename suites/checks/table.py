@@ -46,9 +46,7 @@ HEADS, KV_HEADS, DIM = 4, 2, 32
 SCALE = DIM**-0.5
 
 
-def layer(
-    dtype: torch.dtype = torch.bfloat16, index: int = 0, kv_dtype: torch.dtype | None = None
-) -> LayerContext:
+def layer(dtype: torch.dtype = torch.bfloat16, index: int = 0, kv_dtype: torch.dtype | None = None) -> LayerContext:
     rope = Rope(1e4 ** (-torch.arange(0, DIM, 2) / DIM))
     return LayerContext(index, HEADS, KV_HEADS, DIM, dtype, kv_dtype or dtype, torch.device("cpu"), rope)
 

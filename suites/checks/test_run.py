@@ -67,7 +67,7 @@ def run(pytester, monkeypatch, world):
             "-m",
             marker,
             "-k",
-            "not core and not adds_little",
+            "not core and not adds and not overhead",
         ]
         return pytester.runpytest_subprocess(*here, *where, *chosen, *arguments)
 

@@ -77,7 +77,7 @@ def fields(store, slots):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_full_can_be_told_its_dtype(dtype):
-    q, k, v = tokens(60, 1, torch.float32)
+    _, k, v = tokens(60, 1, torch.float32)
     cache = loaded(parse(f"full:dtype={dtype}"), [Observation(0, k, v)], 4, torch.float32, kv_dtype=torch.bfloat16)
     size = getattr(torch, dtype).itemsize
     assert cache.row_nbytes(0) == 2 * KV_HEADS * (64 * DIM * size + 2 * 4 / 2)  # two pages, whole, and their table

@@ -1,9 +1,11 @@
-"""pytest -m samples: what `full` answers is transformers' answer, and belongs to its prompt alone."""
+"""pytest -m samples: an uncompressed cache answers as transformers' own does, and an answer belongs to its prompt.
+
+`full` stores K and V in the checkpoint's dtype. Where the model computes in another, the arm that is exact against
+transformers' cache is ``full:dtype=…``, and that one is compared."""
 
 import pytest
 
 from kvsuite import tasks
-from kvsuite.methods import parse
 from kvsuite.records import Agreement
 
 torch = pytest.importorskip("torch")  # servers are compared without it
@@ -17,12 +19,17 @@ CLOSE = 1e-3
 
 @pytest.fixture
 def shortest(kv_local, kv_task):
-    """The 8 shortest of `full`'s answers, by request; all of them in float32, where their equality is promised."""
+    """The exact arm's answers to the 8 shortest prompts, by request; to all of them in float32 where `full` itself is
+    exact, since those are there."""
+    o, method, task = kv_local.options, kv_local.exact, tasks.task(kv_task)
     answers = {a.sample: a for a in kv_local.answers(kv_task) if a.method == "full"}
-    task = tasks.task(kv_task)
     chosen = sorted(kv_local.samples(task), key=lambda s: answers[s.id].prompt_tokens)
-    exact = kv_local.engine.model.dtype == torch.float32
-    return [(kv_local.request(task, s), answers[s.id]) for s in (chosen if exact else chosen[:8])]
+    if method.name == "full":
+        few = chosen if kv_local.engine.model.dtype == torch.float32 else chosen[:8]
+        return [(kv_local.request(task, s), answers[s.id]) for s in few]
+    requests = [kv_local.request(task, s) for s in chosen[:8]]
+    made = {r.id: r for r in kv_local.engine.generate(requests, [method], width=o.width, compress=o.compress)}
+    return [(request, made[request.id]) for request in requests]
 
 
 def first_difference(mine, tokens):
@@ -35,10 +42,12 @@ def first_difference(mine, tokens):
 
 def compare(kv_local, task, other, answers, tokens):
     """Record on how many samples the tokens agree; in float32 they may part at close calls only, 1 in 1,000 at most."""
-    found = [first_difference(answer, tokens[answer.sample]) for _, answer in answers]
+    found = [first_difference(answer, tokens[request.id]) for request, answer in answers]
     apart = [d for d in found if d is not None]
     where = {"cache": answers[0][1].cache, "path": answers[0][1].path, "width": answers[0][1].width}
-    kv_local.record(Agreement("full", **where, other=other, task=task, n=len(found), same=len(found) - len(apart)))
+    kv_local.record(
+        Agreement(kv_local.exact.name, **where, other=other, task=task, n=len(found), same=len(found) - len(apart))
+    )
     if kv_local.engine.model.dtype == torch.float32:  # bfloat16 decides many calls by rounding: counted, not promised
         assert [d for d in apart if d[1] >= CLOSE] == []
         assert len(apart) <= max(1, len(found) // 1000)
@@ -59,8 +68,8 @@ def test_full_stores_what_transformers_stores(kv_local, kv_task, shortest):
     engine, request = kv_local.engine, shortest[0][0]
     ids, _ = engine.encode(request, "prompt")
     observed = engine.prefill(request, ids, [], frozenset()).context
-    caches = [parse("full").cache(layer, 1, len(ids)) for layer in engine.layers]
-    parse("full").compress(0, observed, caches)
+    caches = [kv_local.exact.cache(layer, 1, len(ids)) for layer in engine.layers]
+    kv_local.exact.compress(0, observed, caches)
     theirs = transformers.DynamicCache()
     engine.model.set_attn_implementation("sdpa")
     try:
@@ -76,7 +85,7 @@ def test_full_stores_what_transformers_stores(kv_local, kv_task, shortest):
 def test_an_answer_is_bitwise_independent_of_mates_row_and_order(kv_local, kv_task, shortest):
     o, few = kv_local.options, shortest[:8]
     requests = [request for request, _ in few][::-1]
-    found = kv_local.engine.generate(requests, [parse("full")], width=o.width, compress=o.compress)
+    found = kv_local.engine.generate(requests, [kv_local.exact], width=o.width, compress=o.compress)
     again = {r.id: (r.tokens, r.margins) for r in found}
     for request, answer in few:
         assert again[request.id] == (answer.tokens, answer.margins)
@@ -85,7 +94,7 @@ def test_an_answer_is_bitwise_independent_of_mates_row_and_order(kv_local, kv_ta
 def test_widths_agree(kv_local, kv_task, shortest):
     o, other = kv_local.options, 8 if kv_local.options.width == 1 else 1
     requests = [request for request, _ in shortest]
-    found = kv_local.engine.generate(requests, [parse("full")], width=other, compress=o.compress)
+    found = kv_local.engine.generate(requests, [kv_local.exact], width=other, compress=o.compress)
     compare(kv_local, kv_task, f"itself at width {other}", shortest, {r.id: r.tokens for r in found})
 
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Jitter(Codec):
-    """K and V in the checkpoint's dtype, each element moved by half a unit in its last place on average as it is stored.
-    Seeds are replicates. What a method changes beyond this is its own; what it changes less is noise."""
+    """K and V in the checkpoint's dtype, each element moved by half a unit in its last place on average as it is
+    stored. Seeds are replicates. What a method changes beyond this is its own; what it changes less is noise."""
 
     name = "jitter"
     stores = "K and V in the checkpoint's dtype, moved by ±½ ulp (the control)"
