@@ -13,7 +13,7 @@ from kvsuite.analysis.length import is_empty, loops
 from kvsuite.analysis.resample import Floats, Mask, Places
 from kvsuite.analysis.samples import same_answers
 from kvsuite.analysis.stats import holm
-from kvsuite.analysis.texts import LONG, WORDS, Script, Speech, Topics, length, squeezed
+from kvsuite.analysis.texts import LONG, WORDS, Script, Speech, Topics, length, squeezed, stuttered
 from kvsuite.columns import Arm, Key
 from kvsuite.errors import UsageError
 
@@ -54,7 +54,8 @@ class Sign:
     """One way of being garbage.
 
     * *empty*: nothing but white space.
-    * *repetition*: ends in a loop, or its end is far more repetitive than the baseline's answers.
+    * *repetition*: ends in a loop, or its end is far more repetitive than the baseline's answers, or most of it is
+      there twice in a row.
     * *language*: symbols, or a script or language that the baseline does not use.
     * *cap hits*: ended by the cap, 3/2 as long as the baseline's answer or longer, which ended by itself.
     * *order*: its words are no likelier in their order than in another.
@@ -262,9 +263,13 @@ TIGHT = 0.25
 comes to .5 to .7, tables to .3."""
 
 
+TWICE_OVER = 2 / 3
+"""The share of an answer that is there twice in a row from which every token seems to have been written twice."""
+
+
 def _repetition(base: Arm, arms: list[Arm]) -> _Marks:
     edge = min(TIGHT, float(np.median([squeezed(text) for text in _texts(base)])) / 2)
-    return _each(base, arms, lambda text: loops(text) or squeezed(text) < edge)
+    return _each(base, arms, lambda text: loops(text) or squeezed(text) < edge or stuttered(text) > TWICE_OVER)
 
 
 def _language(base: Arm, arms: list[Arm]) -> _Marks:
