@@ -134,8 +134,8 @@ RULES: dict[str, Callable[[str, Row], float]] = {
     "longbench": _longbench,
     "longbench-e": _longbench_e,
     "longbench-v2": lambda task, row: scorers.choice(row["predicted_answer"], row["answer"]),
-    "aime25": lambda task, row: scorers.boxed(row["predicted_answer"], row["answer"]),
-    "math500": lambda task, row: scorers.boxed(row["predicted_answer"], row["answer"]),
+    "aime25": lambda task, row: scorers.last_boxed(row["predicted_answer"], row["answer"]),
+    "math500": lambda task, row: scorers.first_boxed(row["predicted_answer"], row["answer"]),
 }
 """By kvpress's names of benchmarks (evaluate_registry.py)."""
 
@@ -170,5 +170,5 @@ def _hash(row: Row) -> str:
 
 def _type(benchmark: str, task: str) -> str:
     if benchmark == "ruler":
-        return "qa" if task.startswith("qa_") else "synthetic"
+        return "qa" if task.split("_")[0] == "qa" else "synthetic"
     return LONGBENCH.get(task.removesuffix("-e"), "") if benchmark.startswith("longbench") else ""

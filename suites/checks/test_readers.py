@@ -256,6 +256,38 @@ def test_other_benchmarks_of_kvpress(tmp_path):
     assert list(arm.score) == [1, 1]
 
 
+# NVIDIA/kvpress, evaluation/benchmarks/aime25/calculate_metrics.py and math500/calculate_metrics.py: what extract_boxed
+# and score_aime of both files gave when they were run on these answers
+BOXED = [
+    (r"\boxed{1} \boxed{2}", "2", 1, 0),
+    (r"\boxed{1} \boxed{2}", "1", 0, 1),
+    ("2", "2", 1, 0),
+    ("no box", "2", 0, 0),
+    ("2} and more", "2", 1, 0),
+    (r"\boxed{2", "2", 1, 1),
+    (r"\boxed{\boxed{2}}", "2", 1, 0),
+    (r"\boxed{ 2 }", "2", 0, 0),
+    (r"\boxed{2}, or 3", "2", 1, 1),
+    (r"\boxed{1 \boxed{2}", "1 \\", 0, 1),
+    (r"\boxed{\frac{1}{2}}", r"\frac{1", 1, 1),
+    ("\\boxed{2\n}", "2\n", 1, 1),
+    (r"\boxed{}", "2", 0, 0),
+]
+
+
+@pytest.mark.parametrize(("config", "at"), [("aime25", 2), ("math500", 3)])
+def test_boxed_answers_are_scored_as_kvpress_scores_them(config, at, tmp_path):
+    rows = [{"answer": case[1], "question": "?", "predicted_answer": case[0]} for case in BOXED]
+    arm = read(f"kvpress:{predictions(tmp_path, *rows, config=config)}")
+    assert list(arm.score) == [case[at] for case in BOXED]
+
+
+def test_any_reference_counts_for_a_task_called_qa(tmp_path):
+    # NVIDIA/kvpress, ruler/calculate_metrics.py: the category is what stands before the first "_"
+    arm = read(f"kvpress:{predictions(tmp_path, needle('Paris', 'Lyon', 'Paris', task='qa'), config='ruler')}")
+    assert (list(arm.score), arm.types) == ([1], {"qa": "qa"})
+
+
 def test_a_column_score_is_taken_as_it_is(tmp_path):
     rows = [
         {"predicted_answer": str(at), "question": str(at), "score": score} for at, score in enumerate((0.25, "True"))
@@ -355,8 +387,6 @@ def test_a_pattern_reads_several_files_and_refuses_duplicates(tmp_path):
         (scorers.code_similarity, "", "", 1),
         (scorers.code_similarity, "", "x", 0),
         (scorers.code_similarity, "// a\n`b`\nabcd\nx", "abxx", 0.5),
-        (scorers.boxed, r"\boxed{1} \boxed{2}", "2", 0),
-        (scorers.boxed, "no box", "2", 0),
         (scorers.choice, "The correct answer is A", "A", 1),
         (scorers.choice, "A", "A", 0),
     ],
