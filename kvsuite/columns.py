@@ -109,8 +109,10 @@ class Gather:
         cluster: str = "",
         type: str = "",
     ) -> None:
-        """One answer. Raises UsageError for an id that was there before and a score that is not a number from 0 to
-        1."""
+        """One answer. Raises UsageError for no id, an id that was there before and a score that is not a number from 0
+        to 1."""
+        if sample is None or sample == "":
+            raise UsageError(f"{file}: a sample of {dataset} has the id {sample!r}, which is none")
         key = (dataset, str(sample))
         if key in self._rows:
             raise UsageError(f"{file}: sample {sample} of {dataset} is there twice (first in {self._files[dataset]})")
