@@ -112,6 +112,7 @@ def _negatives(asked: argparse.Namespace) -> None:
 
 def _compare(asked: argparse.Namespace) -> None:
     from kvsuite import readers
+    from kvsuite.columns import align, kinds
     from kvsuite.report import compare, terminal
 
     margins = Margins.parse(asked.margins)
@@ -124,8 +125,9 @@ def _compare(asked: argparse.Namespace) -> None:
         if isinstance(before, readers.Load) and isinstance(after, readers.Load):
             tables = compare.loads(before, after)
         else:
-            arms = readers.arm(asked.before), readers.arm(asked.after)
-            tables = compare.arms(*arms, margins, asked.allow_missing)
+            arms, left_out = align([readers.arm(asked.before), readers.arm(asked.after)], asked.allow_missing)
+            tables = [table for one, other in kinds(arms) for table in compare.arms(one, other, margins, False)]
+            tables[0].notes.extend(left_out)
     terminal.write(tables, sys.stdout, shutil.get_terminal_size().columns)
 
 
