@@ -176,10 +176,10 @@ def kinds(arms: Sequence[Arm]) -> list[list[Arm]]:
     places: dict[str, list[int]] = {}
     for at, dataset in enumerate(arms[0].dataset):
         places.setdefault(dataset, []).append(at)
-    found: dict[tuple[bool, bool], list[str]] = {}
-    for dataset, at in places.items():
-        scored, long = (all(not np.isnan(getattr(a, name)[at]).any() for a in arms) for name in ("score", "tokens"))
-        found.setdefault((scored, long), []).append(dataset)
+    found: dict[tuple[bool, ...], list[str]] = {}
+    for dataset, mine in places.items():
+        known = [all(not np.isnan(getattr(arm, name)[mine]).any() for arm in arms) for name in ("score", "tokens")]
+        found.setdefault(tuple(known), []).append(dataset)
     if len(found) == 1:
         return [list(arms)]
     parts = [(", ".join(names), [at for name in names for at in places[name]]) for names in found.values()]

@@ -112,8 +112,8 @@ def string_match_part(answer: str, references: Sequence[str]) -> float:
 
 
 def ruler(task: str, answer: str, references: Sequence[str]) -> float:
-    """An answer's score on a task of RULER: any reference for ``qa`` and ``qa_…``, all for the others. Control characters
-    do not count; what they separate is joined, as in kvpress."""
+    """An answer's score on a task of RULER: any reference for ``qa`` and ``qa_…``, all for the others. Control
+    characters do not count; what they separate is joined, as in kvpress."""
     rule = string_match_part if task.split("_")[0] == "qa" else string_match_all
     return rule(CONTROL.sub("", answer.strip()).strip(), references)
 
@@ -132,8 +132,8 @@ def first_boxed(answer: str, reference: str) -> float:
 
 
 def last_boxed(answer: str, reference: str) -> float:
-    r"""1 if the last ``\boxed{…}`` of an answer holds the reference (kvpress: aime25/calculate_metrics.py). As there, an
-    answer without a box is read like the inside of one."""
+    r"""1 if the last ``\boxed{…}`` of an answer holds the reference (kvpress: aime25/calculate_metrics.py). As there,
+    an answer without a box is read like the inside of one."""
     return float(_to_brace(answer.rpartition("boxed{")[2]) == reference)
 
 

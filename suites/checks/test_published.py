@@ -46,7 +46,7 @@ def alice(tmp_path, monkeypatch):
         ("http://127.0.0.1:8000 http://localhost/ http://[::1]:1", "http://127.0.0.1:8000 http://localhost/ http://[::1]:1"),
         ("tcp://10.0.0.5:29500 10.0.0.5:80 --host 10.0.0.5", "tcp://{host}:29500 {host}:80 --host {host}"),
         ("--host 0.0.0.0 nvidia-curand 10.3.5.147", "--host 0.0.0.0 nvidia-curand 10.3.5.147"),
-        ("HF_TOKEN=hf_1 vllm serve --api-key sk-2 --max-tokens 3", "HF_TOKEN={secret} vllm serve --api-key {secret} --max-tokens 3"),
+        ("HF_TOKEN=hf_1 v --api-key sk-2 --max-tokens 3", "HF_TOKEN={secret} v --api-key {secret} --max-tokens 3"),
         ("vllm serve {model} --port {port} --tokenizer t", "vllm serve {model} --port {port} --tokenizer t"),
         ("--kv-arrivals=bursts:4@2.5 meta-llama/L@main", "--kv-arrivals=bursts:4@2.5 meta-llama/L@main"),
         ("/usr/lib/python3/site.py", "/usr/lib/python3/site.py"),
@@ -73,11 +73,12 @@ def test_a_container_without_a_home_keeps_its_paths(monkeypatch):
 
 
 ENVIRONMENT = {
-    "packages": {}, "git": None, "threads": 1, "gpu": None, "dtype": "x", "cpu": "c", "cores": 1, "python": "3", "kvsuite": "0"
+    "packages": {}, "git": None, "threads": 1, "gpu": None, "dtype": "x", "cpu": "c", "cores": 1, "python": "3",
+    "kvsuite": "0",
 }  # fmt: skip
 FACTS = {
-    "model": {"name": "m"}, "started": "now", "preset": "smoke", "settings": {"length": [1], "compress": "prompt", "temperature": 0},
-    "environment": ENVIRONMENT,
+    "model": {"name": "m"}, "started": "now", "preset": "smoke", "environment": ENVIRONMENT,
+    "settings": {"length": [1], "compress": "prompt", "temperature": 0},
 }  # fmt: skip
 
 
