@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("methods", help="list the parts of methods: selectors, budgets, codecs")
     listing.add_argument("--json", action="store_true", help="a list of {name, kind, stores, source}")
     listing.set_defaults(run=_methods)
-    fetching = commands.add_parser("fetch", help="download and convert the default model and its text")
+    fetching = commands.add_parser("fetch", help="download all that default runs need, and convert the model")
     fetching.set_defaults(run=_fetch)
     _report_options(commands.add_parser("report", help="the tables of a run that was left"))
     _compare_options(commands.add_parser("compare", help="what changed from one run or result to another beyond noise"))
@@ -112,6 +112,7 @@ def _negatives(asked: argparse.Namespace) -> None:
 
 def _compare(asked: argparse.Namespace) -> None:
     from kvsuite import readers
+    from kvsuite.columns import align, kinds
     from kvsuite.report import compare, terminal
 
     margins = Margins.parse(asked.margins)
@@ -124,8 +125,9 @@ def _compare(asked: argparse.Namespace) -> None:
         if isinstance(before, readers.Load) and isinstance(after, readers.Load):
             tables = compare.loads(before, after)
         else:
-            arms = readers.arm(asked.before), readers.arm(asked.after)
-            tables = compare.arms(*arms, margins, asked.allow_missing)
+            arms, left_out = align([readers.arm(asked.before), readers.arm(asked.after)], asked.allow_missing)
+            tables = [table for one, other in kinds(arms) for table in compare.arms(one, other, margins, False)]
+            tables[0].notes.extend(left_out)
     terminal.write(tables, sys.stdout, shutil.get_terminal_size().columns)
 
 
@@ -179,10 +181,16 @@ def _methods(asked: argparse.Namespace) -> None:
 
 
 def _fetch(asked: argparse.Namespace) -> None:
-    from kvsuite import models
+    """Every task's texts, and both forms of the default model; last the one that needs more than a download."""
+    from kvsuite import models, tasks
 
-    for what, folder in (("model", models.default_model()), ("text", models.messages())):
-        print(f"{what}: {folder}")
+    for name in tasks.names():
+        print(f"{name}: {next(iter(tasks.task(name).fetch())).parent}", flush=True)
+    print(f"model as GGUF: {models.default_gguf()}", flush=True)
+    try:
+        print(f"model: {models.default_model()}")
+    except ImportError as error:
+        raise UsageError(f"converting the model needs {error.name}: pip install 'kvsuite[local]'") from error
 
 
 if __name__ == "__main__":

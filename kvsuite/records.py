@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from kvsuite.environment import scrub
 from kvsuite.errors import UsageError
 
 SCHEMA = 1
@@ -219,6 +220,7 @@ class RunFolder:
     def describe(self, facts: dict[str, Any]) -> None:
         """Write ``run.json``: what, where, versions, seeds, hardware. A later call replaces it."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        facts = facts | {key: scrub(facts[key]) for key in ("command", "servers") if key in facts}
         text = json.dumps({"schema": SCHEMA, **facts}, indent=2, ensure_ascii=False, allow_nan=False)
         unfinished = self._file.with_suffix(".json.tmp")
         unfinished.write_text(text + "\n")
@@ -232,6 +234,7 @@ class RunFolder:
 
     def append(self, record: Record) -> None:
         """Write one record and flush it. A figure that is not finite makes it a failed record, which is kept."""
+        record = _published(record)
         try:
             line = encode(record)
         except ValueError:
@@ -246,6 +249,12 @@ class RunFolder:
             with self._file.open("a") as file:
                 file.write(part.read_text())
             part.unlink()
+
+
+def _published(record: Record) -> Record:
+    """Without the folders and names of whoever ran it. What a model said stays as it is."""
+    known = ("error", "command", "facts") if isinstance(record, Probe) else ("error",)
+    return dataclasses.replace(record, **{name: scrub(getattr(record, name)) for name in known})
 
 
 def failed(record: Record, error: str) -> Record:

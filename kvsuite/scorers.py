@@ -112,9 +112,9 @@ def string_match_part(answer: str, references: Sequence[str]) -> float:
 
 
 def ruler(task: str, answer: str, references: Sequence[str]) -> float:
-    """An answer's score on a task of RULER: any reference for ``qa_…``, all for the others. Control characters do not
-    count; what they separate is joined, as in kvpress."""
-    rule = string_match_part if task.startswith("qa_") else string_match_all
+    """An answer's score on a task of RULER: any reference for ``qa`` and ``qa_…``, all for the others. Control
+    characters do not count; what they separate is joined, as in kvpress."""
+    rule = string_match_part if task.split("_")[0] == "qa" else string_match_all
     return rule(CONTROL.sub("", answer.strip()).strip(), references)
 
 
@@ -125,10 +125,16 @@ def choice(answer: str, reference: str) -> float:
     return float(any(f"The correct answer is {said}" in answer for said in (f"({reference})", reference)))
 
 
-def boxed(answer: str, reference: str) -> float:
-    r"""1 if the first ``\boxed{…}`` of an answer holds the reference, as kvpress reads AIME and MATH-500."""
-    found = re.search(r"boxed\{([^}]*)", answer)
-    return float(found is not None and found[1] == reference)
+def first_boxed(answer: str, reference: str) -> float:
+    r"""1 if the first ``\boxed{…}`` of an answer holds the reference (kvpress: math500/calculate_metrics.py)."""
+    _, box, rest = answer.partition("boxed{")
+    return float(bool(box) and _to_brace(rest) == reference)
+
+
+def last_boxed(answer: str, reference: str) -> float:
+    r"""1 if the last ``\boxed{…}`` of an answer holds the reference (kvpress: aime25/calculate_metrics.py). As there,
+    an answer without a box is read like the inside of one."""
+    return float(_to_brace(answer.rpartition("boxed{")[2]) == reference)
 
 
 LONGBENCH_RULES: dict[str, Any] = {
@@ -144,6 +150,11 @@ LONGBENCH_RULES: dict[str, Any] = {
     for name in names.split()
 }
 """Dataset of LongBench → its rule. Left out are multifieldqa_zh, dureader and vcsum."""
+
+
+def _to_brace(text: str) -> str:
+    """What stands before the next ``boxed{`` and before the next ``}``."""
+    return text.partition("boxed{")[0].partition("}")[0]
 
 
 def _words(text: str) -> list[str]:

@@ -18,9 +18,7 @@ ENDING = "_eval.json"
 
 def read(spec: str, path: str, which: str) -> Arm:
     """All datasets of one configuration."""
-    if which:
-        raise UsageError(f"{spec}: an artifact's configuration is chosen by its prefix, there is nothing after '#'")
-    folder, _, prefix = path.rpartition("/")
+    folder, _, prefix = (f"{path}#{which}" if which else path).rpartition("/")  # nothing is chosen: a name's own "#"
     if not prefix:
         raise UsageError(f"{spec}: say how the file names begin, artifact:FOLDER/PREFIX")
     gathered = Gather(spec)

@@ -57,14 +57,26 @@ def formats() -> list[str]:
 def read(spec: str) -> Arm | Load:
     """What ``FORMAT:PATH#WHICH`` names. Raises UsageError, naming the file, for what is not there or not whole."""
     name, colon, rest = spec.partition(":")
-    if not colon or (name not in formats() and Path(spec.partition("#")[0]).exists()):
+    if not colon or (name not in formats() and _is_there(_split(spec)[0])):
         name, rest = "run", spec
     if name not in formats():
         raise unknown("format of results", name, formats())
-    path, _, which = rest.partition("#")
+    path, which = _split(rest)
     module = importlib.import_module(f"kvsuite.readers.{name.replace('-', '_')}")
     found: Arm | Load = module.read(spec, path, which)
     return found
+
+
+def _split(named: str) -> tuple[str, str]:
+    """PATH and WHICH of ``PATH#WHICH``. A name may hold a ``#`` but WHICH holds no ``/``: PATH is the longest that is
+    there, else what comes before the first ``#`` that can be meant."""
+    ends = [at for at, sign in enumerate(named) if sign == "#" and "/" not in named[at:]] + [len(named)]
+    end = next((end for end in reversed(ends) if _is_there(named[:end])), ends[0])
+    return named[:end], named[end + 1 :]
+
+
+def _is_there(path: str) -> bool:
+    return Path(path).exists() or bool(glob.glob(path, recursive=True))
 
 
 def arm(spec: str) -> Arm:
@@ -88,7 +100,7 @@ def files(pattern: str) -> list[Path]:
 def load_json(file: Path) -> Any:
     """The JSON in a file. Raises UsageError where it is cut off or something else."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{file} cannot be read as JSON; is it cut off? {error}") from error
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import ast
 import csv
 import hashlib
+import io
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +29,8 @@ from kvsuite.readers.base import LONGBENCH, files
 FILE = "predictions.csv"
 LONGEST = 2**31 - 1
 """Characters a field may have; csv allows 131,072 by itself."""
+RETURN = "\udc0d"
+"""Stands for a carriage return within a field; a lone surrogate is in no text that was decoded from UTF-8."""
 STRING = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 RULER = re.compile("(niah|vt|[cf]we|qa)(_|$)")
 """What RULER's tasks begin with."""
@@ -71,19 +74,27 @@ def _rows(file: Path) -> Iterator[tuple[int, Row]]:
     try:
         if not file.read_bytes().endswith(b"\n"):
             raise UsageError(f"{file} does not end with the end of a line; is it cut off?")
-        with file.open(encoding="utf-8-sig", newline="") as text:
-            reader = csv.reader(text, strict=True)
-            names = next(reader, [])
+        reader = csv.reader(_text(file), strict=True)
+        names = next(reader, [])
+        line = reader.line_num + 1
+        for fields in reader:
+            if fields and len(fields) != len(names):
+                what = f"not the {len(names)} fields of its head but {len(fields)}"
+                raise UsageError(f"{file}: line {line} has {what}; is it cut off?")
+            if fields:
+                yield line, dict(zip(names, (field.replace(RETURN, "\r") for field in fields), strict=True))
             line = reader.line_num + 1
-            for fields in reader:
-                if fields and len(fields) != len(names):
-                    what = f"not the {len(names)} fields of its head but {len(fields)}"
-                    raise UsageError(f"{file}: line {line} has {what}; is it cut off?")
-                if fields:
-                    yield line, dict(zip(names, fields, strict=True))
-                line = reader.line_num + 1
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"{file} cannot be read as CSV from line {line} on; is it cut off? {error}") from error
+
+
+def _text(file: Path) -> io.StringIO:
+    """The lines of the file. pandas quotes no carriage return where lines end with ``\\n``, and csv would end the row
+    there; so it is replaced."""
+    text = file.read_bytes().decode("utf-8-sig")
+    if not text.partition("\n")[0].endswith("\r"):
+        text = text.replace("\r", RETURN)
+    return io.StringIO(text, newline="")
 
 
 def _config(file: Path) -> str:
@@ -91,7 +102,7 @@ def _config(file: Path) -> str:
     config = file.with_name("config.yaml")
     if not config.exists():
         return ""
-    found = re.search(r"^dataset: *['\"]?([\w-]+)", config.read_text(encoding="utf-8"), re.MULTILINE)
+    found = re.search(r"^dataset: *['\"]?([\w-]+)", config.read_text(encoding="utf-8-sig"), re.MULTILINE)
     return found[1] if found else ""
 
 
@@ -134,8 +145,8 @@ RULES: dict[str, Callable[[str, Row], float]] = {
     "longbench": _longbench,
     "longbench-e": _longbench_e,
     "longbench-v2": lambda task, row: scorers.choice(row["predicted_answer"], row["answer"]),
-    "aime25": lambda task, row: scorers.boxed(row["predicted_answer"], row["answer"]),
-    "math500": lambda task, row: scorers.boxed(row["predicted_answer"], row["answer"]),
+    "aime25": lambda task, row: scorers.last_boxed(row["predicted_answer"], row["answer"]),
+    "math500": lambda task, row: scorers.first_boxed(row["predicted_answer"], row["answer"]),
 }
 """By kvpress's names of benchmarks (evaluate_registry.py)."""
 
@@ -153,7 +164,7 @@ def _strings(cell: str) -> list[str]:
     if not (cell.startswith("[") and cell.endswith("]")):
         return [cell] if cell else []
     inside = cell[1:-1]
-    if STRING.sub("", inside).strip(", \n"):
+    if STRING.sub("", inside).strip(", \r\n"):
         raise UsageError(f"{cell[:60]!r} is not a list of strings")
     found = [str(ast.literal_eval(said)) for said in STRING.findall(inside)]
     if not found:
@@ -170,5 +181,5 @@ def _hash(row: Row) -> str:
 
 def _type(benchmark: str, task: str) -> str:
     if benchmark == "ruler":
-        return "qa" if task.startswith("qa_") else "synthetic"
+        return "qa" if task.split("_")[0] == "qa" else "synthetic"
     return LONGBENCH.get(task.removesuffix("-e"), "") if benchmark.startswith("longbench") else ""

@@ -3,7 +3,8 @@
 ``lm-eval:PATH#METRIC,FILTER`` is a file ``samples_TASK_TIMESTAMP.jsonl`` (with or without the timestamp), a folder in
 which such files are at any depth, or a pattern of either. The dataset is TASK, the id ``doc_id``.
 
-METRIC may be left out: it is then the first of a task's metrics that is a number for every sample. FILTER may be left
+METRIC may be left out: it is then the first of a task's metrics that is a number. A sample for which it is none, or
+NaN, is refused by its id: with the next metric instead, two files could be read by different ones. FILTER may be left
 out where a task has one; ``#,FILTER`` chooses a filter alone. Nothing is logged that says whether more of a metric is
 better: name one of which that is so. Lists of metrics and filters are there since lm-eval 0.4.7; in older files name
 the metric. github.com/EleutherAI/lm-evaluation-harness, lm_eval/evaluator.py and loggers/evaluation_tracker.py, 0.4.13.
@@ -57,7 +58,7 @@ def _tasks(spec: str, path: str) -> dict[str, Path]:
 def _lines(file: Path) -> list[Line]:
     """The samples, each with its line in the file. Raises UsageError where one is cut off or something else."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{file} cannot be read as JSON lines; {error}") from error
     lines = [(at, _parse(file, at, line)) for at, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -88,7 +89,7 @@ def _filtered(file: Path, lines: list[Line], chosen: str) -> list[Line]:
 
 
 def _metric(file: Path, lines: list[Line], wanted: str) -> str:
-    """The metric asked for, or the first that is a number for every sample."""
+    """The metric asked for, or the first that is a number for any sample."""
     known = lines[0][1].get("metrics")
     if wanted:
         if any(wanted not in row for _, row in lines):
@@ -97,9 +98,9 @@ def _metric(file: Path, lines: list[Line], wanted: str) -> str:
     if not isinstance(known, list):
         raise UsageError(f"{file} does not list its metrics; name one, lm-eval:PATH#METRIC")
     for name in known:
-        if all(isinstance(row.get(name), (bool, int, float)) for _, row in lines):
+        if any(isinstance(row.get(name), (bool, int, float)) for _, row in lines):
             return str(name)
-    raise UsageError(f"{file} has no metric that is a number for every sample{_others(known)}")
+    raise UsageError(f"{file} has no metric that is a number{_others(known)}")
 
 
 def _others(known: Any) -> str:
@@ -109,9 +110,9 @@ def _others(known: Any) -> str:
 def _read(gathered: Gather, file: Path, task: str, lines: Iterable[Line], metric: str) -> None:
     kind = LONGBENCH.get(task.removeprefix("longbench_").removesuffix("_e"), "")
     for at, row in lines:
-        score = row[metric]
+        score = row.get(metric)
         if not isinstance(score, (bool, int, float)) or not 0 <= score <= 1:
-            what = f"{metric} of document {row['doc_id']} is {str(score)[:40]}, not a number from 0 to 1"
+            what = f"{metric} of document {row['doc_id']} is {repr(score)[:40]}, not a number from 0 to 1"
             raise UsageError(f"{file}: line {at}: {what}; choose another metric{_others(row.get('metrics'))}")
         said = row.get("filtered_resps")
         text = said[0] if isinstance(said, list) and said and isinstance(said[0], str) else None

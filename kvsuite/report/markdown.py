@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from kvsuite.analysis.speed import speed_rows
@@ -24,7 +25,7 @@ def render(run: Run) -> str:
     how = f"{where['threads']} threads, {where['dtype']} · " if where["threads"] else ""
     parts = [
         f"# kvsuite report · {facts['model']['name']}",
-        f"{facts['started']} · `pytest {' '.join(facts['command'])}` · preset {facts['preset']}",
+        f"{facts['started']} · `pytest {shlex.join(facts['command'])}` · preset {facts['preset']}",
         f"{where['gpu'] or where['cpu']}, {where['cores']} cores, {how}"
         f"Python {where['python']}, {packages} · kvsuite {where['kvsuite']} ({commit})",
         "It speaks of this model, these texts and this machine.",

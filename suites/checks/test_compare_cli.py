@@ -157,6 +157,24 @@ def test_two_results_are_compared_like_runs(told):
     assert "left out of chat: 2 of 60" in told("compare", "a#full", "b#full", "--allow-missing")[1]
 
 
+def test_arms_of_a_run_with_tasks_and_chats_are_compared_task_by_task(told):
+    worse = [*chats("m", np.round(LENGTHS * 1.25)), *needles("m", RIGHT * (np.arange(60) > 20))]
+    left("a", *chats("full"), *needles("full"), *worse)
+    code, out, err = told("compare", "a#full", "a#m")
+    assert (code, err) == (0, "")
+    chat, needle = out.split("a#m (needle) against a#full (needle)")
+    assert "a#m (chat) against a#full (chat)" in chat
+    assert "Changed (p < 5 % after Holm): answers: length." in chat
+    assert "Changed (p < 5 % after Holm): answers: quality." in needle
+    left("b", *chats("full"), *needles("full")[:-2])
+    assert "no sample n58 of needle" in one_line(told("compare", "a#m", "b#full"))
+    assert "left out of needle: 2 of 60 samples" in told("compare", "a#m", "b#full", "--allow-missing")[1]
+    left("c", *(replace(a, score=None) for a in needles("full")), *chats("full"))
+    said = one_line(told("compare", "a#m", "c#full"))
+    assert "c#full (needle)" in said
+    assert "neither scores nor lengths" in said
+
+
 def test_a_torn_line_is_told(told):
     left("a", *chats("full"))
     left("b", *chats("full"))

@@ -2,6 +2,8 @@
 
 import csv
 import functools
+import gzip
+import io
 import json
 import math
 import sys
@@ -13,6 +15,7 @@ from kvsuite import scorers
 from kvsuite.columns import align
 from kvsuite.errors import UsageError
 from kvsuite.readers import Load, formats, read
+from kvsuite.records import Answer, RunFolder
 
 
 def refused(spec, *words):
@@ -51,6 +54,56 @@ def test_an_unknown_format_lists_the_known(tmp_path):
 @pytest.mark.parametrize("name", ["artifact", "guidellm", "kvpress", "lm-eval", "vllm-bench"])
 def test_what_is_not_there_is_said(name, tmp_path):
     refused(f"{name}:{tmp_path}/nothing/here.json", f"there is no file or folder '{tmp_path}/nothing")
+
+
+@pytest.mark.parametrize("there", ["", "a", "a#1"], ids=["alone", "beside a", "beside a#1"])
+def test_a_path_may_hold_the_sign_that_chooses(there, tmp_path):
+    folder = tmp_path / "a#1#b"
+    if there:
+        samples(tmp_path / there, "t", sample(9, acc=0.25))
+    samples(folder, "t", sample(0, acc=1, em=0))
+    assert scores(read(f"lm-eval:{folder}")) == {"t 0": 1}
+    assert scores(read(f"lm-eval:{folder}#em")) == {"t 0": 0}
+    assert scores(read(f"lm-eval:{folder}/samples_t*#em")) == {"t 0": 0}
+    artifact(folder, "full#2_trec", rows(0.5))
+    assert scores(read(f"artifact:{folder}/full#2")) == {"trec 0": 0.5}
+    refused(f"lm-eval:{folder}/gone#em", f"no file or folder '{folder}/gone'")
+    RunFolder(folder).describe({})
+    RunFolder(folder).append(Answer("m", task="t", sample="s", score=0.5))
+    assert scores(read(f"{folder}#m")) == scores(read(f"run:{folder}#m")) == {"t s": 0.5}
+
+
+# what programs do to a file on its way here
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path):
+    files = {
+        "lm-eval": samples(tmp_path / "l", "t", sample(0, acc=1)),
+        "kvpress": predictions(tmp_path / "k", {"answer": "2", "predicted_answer": "2"}, config="aime25"),
+        "artifact": artifact(tmp_path, "full_trec", rows(1)),
+        "vllm-bench": put(tmp_path / "v.json", serving()),
+        "guidellm": report(tmp_path, benchmark(request(0))),
+    }
+    for file in (*files.values(), tmp_path / "k" / "config.yaml"):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    for name, file in files.items():
+        assert len(read(f"{name}:{tmp_path / 'full' if name == 'artifact' else file}"))
+
+
+@pytest.mark.parametrize("sample_id", [None, ""])
+def test_a_sample_without_an_id_is_refused(sample_id, tmp_path):
+    for spec, file in (
+        (f"artifact:{tmp_path}/x", artifact(tmp_path, "x_trec", [{"id": sample_id, "score": 1}])),
+        (f"lm-eval:{tmp_path}/l", samples(tmp_path / "l", "t", sample(sample_id, acc=1))),
+    ):
+        refused(spec, file, f"has the id {sample_id!r}")
+
+
+@pytest.mark.parametrize("name", ["artifact:{0}", "kvpress:{0}", "lm-eval:{0}", "vllm-bench:{0}", "guidellm:{0}"])
+def test_a_compressed_file_is_refused_by_name(name, tmp_path):
+    file = tmp_path / ("samples_t.jsonl" if "lm" in name else "x_eval.json")
+    file.write_bytes(gzip.compress(b'{"doc_id": 0}'))
+    refused(name.format(tmp_path / "x" if "artifact" in name else file), file)
 
 
 # artifact: github.com/LLMkvsys/rethink-kv-compression
@@ -96,7 +149,7 @@ def test_an_artifact_of_two_configurations_is_refused(tmp_path):
     refused(f"artifact:{tmp_path}/kivi_trec", one, "no room for a dataset")
     refused(f"artifact:{tmp_path}/h2o", "no file", "'h2o'")
     refused(f"artifact:{tmp_path}/", "say how the file names begin")
-    refused(f"artifact:{tmp_path}/kivi_#trec", "nothing after '#'")
+    refused(f"artifact:{tmp_path}/kivi_#trec", "no file", "starts with 'kivi_#trec'")
 
 
 @pytest.mark.parametrize(
@@ -256,6 +309,38 @@ def test_other_benchmarks_of_kvpress(tmp_path):
     assert list(arm.score) == [1, 1]
 
 
+# NVIDIA/kvpress, evaluation/benchmarks/aime25/calculate_metrics.py and math500/calculate_metrics.py: what extract_boxed
+# and score_aime of both files gave when they were run on these answers
+BOXED = [
+    (r"\boxed{1} \boxed{2}", "2", 1, 0),
+    (r"\boxed{1} \boxed{2}", "1", 0, 1),
+    ("2", "2", 1, 0),
+    ("no box", "2", 0, 0),
+    ("2} and more", "2", 1, 0),
+    (r"\boxed{2", "2", 1, 1),
+    (r"\boxed{\boxed{2}}", "2", 1, 0),
+    (r"\boxed{ 2 }", "2", 0, 0),
+    (r"\boxed{2}, or 3", "2", 1, 1),
+    (r"\boxed{1 \boxed{2}", "1 \\", 0, 1),
+    (r"\boxed{\frac{1}{2}}", r"\frac{1", 1, 1),
+    ("\\boxed{2\n}", "2\n", 1, 1),
+    (r"\boxed{}", "2", 0, 0),
+]
+
+
+@pytest.mark.parametrize(("config", "at"), [("aime25", 2), ("math500", 3)])
+def test_boxed_answers_are_scored_as_kvpress_scores_them(config, at, tmp_path):
+    rows = [{"answer": case[1], "question": "?", "predicted_answer": case[0]} for case in BOXED]
+    arm = read(f"kvpress:{predictions(tmp_path, *rows, config=config)}")
+    assert list(arm.score) == [case[at] for case in BOXED]
+
+
+def test_any_reference_counts_for_a_task_called_qa(tmp_path):
+    # NVIDIA/kvpress, ruler/calculate_metrics.py: the category is what stands before the first "_"
+    arm = read(f"kvpress:{predictions(tmp_path, needle('Paris', 'Lyon', 'Paris', task='qa'), config='ruler')}")
+    assert (list(arm.score), arm.types) == ([1], {"qa": "qa"})
+
+
 def test_a_column_score_is_taken_as_it_is(tmp_path):
     rows = [
         {"predicted_answer": str(at), "question": str(at), "score": score} for at, score in enumerate((0.25, "True"))
@@ -320,6 +405,25 @@ def test_a_cut_off_csv_is_refused(tmp_path):
     refused(f"kvpress:{file}", "cannot be read as CSV")
 
 
+@pytest.mark.parametrize("ending", ["\n", "\r\n"], ids=["LF", "CRLF"])
+def test_line_ends_within_an_answer_end_no_row(ending, tmp_path):
+    # pandas leaves what quotes to csv.writer: of "\r" and "\n", those that end the file's lines are quoted
+    texts = ["a\rb", "\r42", "a\r\nb", "a\nb\r", "a\u2028b\x85c\x0bd\x0ce", "\r"]
+    table = io.StringIO(newline="")
+    writer = csv.writer(table, lineterminator=ending)
+    writer.writerows([["answer", "predicted_answer"], *(["42", text] for text in texts)])
+    file = put(tmp_path / "config.yaml", "dataset: aime25\n").with_name("predictions.csv")
+    file.write_bytes(table.getvalue().encode())
+    assert read(f"kvpress:{file}").text == texts
+    file.write_bytes(table.getvalue().encode() + f"42{ending}".encode())
+    refused(f"kvpress:{file}", "has not the 2 fields of its head but 1")
+
+
+def test_lists_that_were_wrapped_by_another_system_are_read(tmp_path):
+    row = needle("b", "x") | {"answer": "['a'\r\n 'b']"}
+    assert list(read(f"kvpress:{predictions(tmp_path, row)}").score) == [0.5]
+
+
 def test_what_is_no_prediction_is_refused(tmp_path):
     file = predictions(tmp_path, {"task": "a", "answer": "b"})
     refused(f"kvpress:{file}", file, "no column predicted_answer; it has answer, task")
@@ -355,8 +459,6 @@ def test_a_pattern_reads_several_files_and_refuses_duplicates(tmp_path):
         (scorers.code_similarity, "", "", 1),
         (scorers.code_similarity, "", "x", 0),
         (scorers.code_similarity, "// a\n`b`\nabcd\nx", "abxx", 0.5),
-        (scorers.boxed, r"\boxed{1} \boxed{2}", "2", 0),
-        (scorers.boxed, "no box", "2", 0),
         (scorers.choice, "The correct answer is A", "A", 1),
         (scorers.choice, "A", "A", 0),
     ],
@@ -433,9 +535,22 @@ def test_the_first_metric_that_is_a_number_is_taken(tmp_path):
     assert list(read(f"lm-eval:{file}").score) == [1, 0]
     refused(f"lm-eval:{file}#f1", file, "line 1", "f1 of document 0 is [1, 2], not a number", "it has f1, acc, em")
     refused(f"lm-eval:{file}#rouge", "not every sample has the metric 'rouge'; it has f1, acc, em")
-    refused(
-        f"lm-eval:{samples(tmp_path, 'u', sample(0, f1=[1]))}", "no metric that is a number for every sample; it has f1"
-    )
+    refused(f"lm-eval:{samples(tmp_path, 'u', sample(0, f1=[1]))}", "has no metric that is a number; it has f1")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None, "", "1", [1]])
+@pytest.mark.parametrize("which", ["", "#f1"])
+def test_a_metric_that_is_none_for_a_sample_is_refused_by_its_id(value, which, tmp_path):
+    # and the next metric is not taken: the other arm's file, whole, would be read by f1
+    file = samples(tmp_path, "t", sample(4, f1=0.5, em=1), sample(7, f1=value, em=1))
+    refused(f"lm-eval:{file}{which}", file, f"line 2: f1 of document 7 is {value!r}, not a number from 0 to 1")
+
+
+def test_a_line_of_samples_is_what_ends_with_a_newline(tmp_path):
+    file = samples(tmp_path, "t", sample(0, acc=1, responses=("a\rb\u2028c\x85d",)), sample(1, acc=0))
+    file.write_bytes(file.read_bytes().replace(b"\\u2028", "\u2028".encode()).replace(b"\n", b"\r\n"))
+    arm = read(f"lm-eval:{file}")
+    assert (list(arm.score), arm.text[0]) == ([1, 0], "a\rb\u2028c\x85d")
 
 
 def test_several_filters_demand_a_choice(tmp_path):
@@ -452,7 +567,7 @@ def test_several_filters_demand_a_choice(tmp_path):
 @pytest.mark.parametrize("value", [37.5, -1, math.nan, "1.0", None])
 def test_a_metric_beyond_0_and_1_is_refused_by_line(value, tmp_path):
     file = samples(tmp_path, "t", sample(0, acc=1, bleu=0.5), sample(1, acc=1, bleu=value))
-    refused(f"lm-eval:{file}#bleu", file, f"line 2: bleu of document 1 is {value}", "it has acc, bleu")
+    refused(f"lm-eval:{file}#bleu", file, f"line 2: bleu of document 1 is {value!r}", "it has acc, bleu")
 
 
 def test_two_runs_of_a_task_are_refused(tmp_path):
