@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+RATIO = "×"
+"""A column of this name is the ratio of the value in the column before it."""
+
 
 @dataclass(frozen=True)
 class Table:
