@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from kvsuite.analysis.length import LengthRow, length_rows
 from kvsuite.analysis.runs import dtypes
@@ -13,7 +13,7 @@ from kvsuite.analysis.stats import Interval
 from kvsuite.readers.run import answers as task_answers
 from kvsuite.records import Agreement, Answer, Record, Run, Timing
 from kvsuite.report import servers
-from kvsuite.report.table import Table
+from kvsuite.report.table import Table, span
 from kvsuite.report.verdicts import verdicts
 
 
@@ -163,11 +163,7 @@ def _counted(what: str, shares: Mapping[Who, Share]) -> str:
     asked, ok = max(s.asked for s in shares.values()), [s.ok for s in shares.values()]
     if min(ok) == asked:
         return f"{asked} {what}"
-    return f"partial: {_range(ok)} of {asked} {what}"
-
-
-def _range(numbers: Iterable[int]) -> str:
-    return "–".join(str(n) for n in sorted({min(known), max(known)})) if (known := list(numbers)) else "?"
+    return f"partial: {span(ok)} of {asked} {what}"
 
 
 def _named(arm: str, share: Share) -> str:
@@ -187,7 +183,7 @@ def _samples(task: str, answers: Sequence[Answer], shares: Mapping[Who, Share], 
     rows = sample_rows(answers, run.baseline)
     lengths = [a.prompt_tokens for a in answers if a.prompt_tokens] or run.facts["settings"]["length"]
     title = (
-        f"{task} · {_counted('samples', shares)} of {_range(lengths)} tokens · {setting(run)}, batch {answers[0].width}"
+        f"{task} · {_counted('samples', shares)} of {span(lengths)} tokens · {setting(run)}, batch {answers[0].width}"
     )
     there = {row.method for row in rows}
     rows += [SampleRow(method, 0, 0, "") for method, _ in shares if method not in there]
