@@ -120,10 +120,11 @@ DIGITS = 4
 """More than two ratios or points that differ at all."""
 
 
-def shown(e: Effect) -> tuple[str, str, str]:
+def shown(e: Effect, few: int | None = None) -> tuple[str, str, str]:
     """The interval's lower end, the estimate and the upper end in the endpoint's unit, with so many digits that the
-    printed ends lie on the same sides of the margin as the ends themselves."""
-    scale, sign, few = (1, "", 2) if e.ratio else (100, "+", 1)
+    printed ends lie on the same sides of the margin as the ends themselves, ``few`` at least."""
+    scale, sign, usual = (1, "", 2) if e.ratio else (100, "+", 1)
+    few = usual if few is None else few
     ends, limit = (e.estimate.low, e.estimate.high), round(scale * e.limit, 9)
     for digits in range(few, few + DIGITS):
         low, middle, high = (f"{scale * x:{sign}.{digits}f}" for x in (ends[0], e.estimate.mean, ends[1]))
