@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from kvsuite.columns import Arm
 from kvsuite.margins import Margins
 
 DEFAULT = Margins()
+FLOORED = ("broken", "churn", "longer", "shorter")
+"""Figures that need the control's answers."""
 RULE = Broken()
 
 
@@ -82,6 +85,11 @@ class Part:
     methods: Mapping[str, Arm]
     control: Arm | None = None
     coupled: bool = False
+    asked: int = 0
+    """Samples that were to be compared; 0 where that is not known. With fewer there is no verdict."""
+    floored: bool = False
+    """Whether only the figures that need the control are asked: where it answered fewer samples than the others, these
+    are compared without it in another part."""
 
     @property
     def pair(self) -> tuple[Arm, Arm | None]:
@@ -112,6 +120,8 @@ def _compare(part: Part, margins: Margins, rule: Broken, draws: int, seed: int) 
         name: samples.ask(design, arm, base, reference, floor, rule) | length.ask(design, arm, base, reference, floor)
         for name, arm in part.methods.items()
     }
+    if part.floored:
+        asked = {name: a.only(FLOORED) for name, a in asked.items()}
     ratios = [r for a in asked.values() for r in (*a.endpoints.values(), *a.findings.values())]
     estimates = iter(estimate(design, ratios, reference.score if scored else None, rule.benign, draws, seed))
     if not design.independent:  # whole documents: an exact test of single samples would count them several times
@@ -121,13 +131,14 @@ def _compare(part: Part, margins: Margins, rule: Broken, draws: int, seed: int) 
     for name, a in asked.items():
         p = {key: discordant_p(*counts(pair)) for key, pair in a.pairs.items() if key not in a.flips}
         p |= {key: float(next(flipped)) for key in a.flips}
-        effects = [_effect(key, next(estimates), p.get(key), margins, allowed) for key in a.endpoints]
+        effects = [_effect(key, next(estimates), p.get(key), margins, allowed, part.asked) for key in a.endpoints]
         tallies = {key: counts(pair) for key, pair in a.pairs.items()}
         findings = [Finding(key, next(estimates), p.get(key), counts=tallies.get(key)) for key in a.findings]
         others = [key for key in a.pairs if key not in a.endpoints and key not in a.findings]
         findings += [Finding(key, None, p[key], counts=tallies[key]) for key in others]
         mine, noise = (_count(x, reference, allowed, rule) for x in (part.methods[name], floor))
-        yield Comparison(name, len(base), effects, findings, mine, noise, int(allowed.sum()))
+        n = 0 if part.floored else len(base)
+        yield Comparison(name, n, effects, findings, mine, noise, int(allowed.sum()))
 
 
 def _count(arm: Arm | None, reference: Arm, allowed: Mask, rule: Broken) -> int | None:
@@ -137,9 +148,10 @@ def _count(arm: Arm | None, reference: Arm, allowed: Mask, rule: Broken) -> int 
     return int((allowed & rule.fell(reference.score, arm.score)).sum())
 
 
-def _effect(key: str, found: Estimate, p: float | None, margins: Margins, allowed: Mask) -> Effect:
+def _effect(key: str, found: Estimate, p: float | None, margins: Margins, allowed: Mask, asked: int) -> Effect:
     n = int(allowed.sum()) if key == "broken" else len(allowed)
-    return effect(key, found, getattr(margins, key), -1 if key == "quality" else 1, n, p, ratio=key == "length")
+    worse: Literal[-1, 1] = -1 if key == "quality" else 1
+    return effect(key, found, getattr(margins, key), worse, n, p, key == "length", len(allowed), asked)
 
 
 def _corrected(rows: list[Comparison]) -> list[Comparison]:

@@ -39,7 +39,7 @@ class LengthRow:
     """Answers at least 3/2 as long as the baseline's, and at most 2/3: with no effect there are as many of both."""
     shorter: int = 0
     ratio: float | None = None
-    """Bytes held at the end against the uncompressed K and V of the same tokens: 1 where the method never acted."""
+    """Bytes held at the end for each token read and written, as a part of the baseline's: answers differ in length."""
 
 
 def length_rows(answers: Sequence[Answer], base: str = "full") -> list[LengthRow]:
@@ -64,7 +64,7 @@ def _row(counts: tuple[str, int, int, int, str], pairs: list[tuple[Answer, Answe
     if not pairs:
         return LengthRow(*counts)
     mine, theirs = [a.length for a, _ in pairs], [b.length for _, b in pairs]
-    dense = sum(a.dense_end for a, _ in pairs)
+    held, whole = (_held(answers) for answers in zip(*pairs, strict=True))
     return LengthRow(
         *counts,
         pairs=len(pairs),
@@ -75,8 +75,14 @@ def _row(counts: tuple[str, int, int, int, str], pairs: list[tuple[Answer, Answe
         same=sum(a.said == b.said for a, b in pairs),
         longer=sum(2 * m >= 3 * t for m, t in zip(mine, theirs, strict=True)),
         shorter=sum(3 * m <= 2 * t for m, t in zip(mine, theirs, strict=True)),
-        ratio=sum(a.nbytes_end for a, _ in pairs) / dense if dense else None,
+        ratio=held / whole if held is not None and whole else None,
     )
+
+
+def _held(answers: Sequence[Answer]) -> float | None:
+    """Bytes held at the end for each byte of uncompressed K and V of the same tokens."""
+    dense = sum(a.dense_end for a in answers)
+    return sum(a.nbytes_end for a in answers) / dense if dense else None
 
 
 def cost_interval(mine: Sequence[float], theirs: Sequence[float], caps: Sequence[float]) -> Interval:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from kvsuite.analysis.effects import Part
-from kvsuite.analysis.serving import checks, served_rows, token_speeds
-from kvsuite.analysis.speed import speed_rows
-from kvsuite.analysis.stats import log_change
+from kvsuite.analysis.serving import blocks, checks, served_rows, token_speeds
+from kvsuite.analysis.shortfall import expected, interrupted, timed
+from kvsuite.analysis.speed import log_speeds, speed_rows
+from kvsuite.analysis.stats import Estimate, log_change
 from kvsuite.analysis.verdict import Effect, effect
 from kvsuite.columns import Arm, Key, align, stack
 from kvsuite.margins import Margins
@@ -20,9 +21,28 @@ FULL = "full"
 OTHER_SEED = "other seed"
 
 
+@dataclass(frozen=True)
+class Answered:
+    """One arm's answers to the tasks of one evaluation."""
+
+    arm: Arm
+    asked: frozenset[Key]
+    """Those that failed, too."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a run holds of one evaluation."""
+
+    repeats: dict[str, list[Answered]]
+    """By method."""
+    expected: int
+    """Samples that every arm was to answer; 0 where that is not known."""
+
+
 def parts(run: Run) -> list[Part]:
     """The run's methods against ``full``: scored tasks, and chats. What is broken is left out."""
-    found = [part for known in _arms(run) for part in _parts(run, known, controls=False)]
+    found = [part for known in _known(run) for part in _parts(run, known, controls=False)]
     left_out = broken(run)
     kept = [replace(p, methods={m: a for m, a in p.methods.items() if m not in left_out}) for p in found]
     return [part for part in kept if part.methods]
@@ -36,74 +56,92 @@ def broken(run: Run) -> set[str]:
 def noise(run: Run) -> list[Part]:
     """The run's controls against ``full`` as if they were methods: what no effect looks like here."""
     found = []
-    for known in _arms(run):
+    for known in _known(run):
         found += _parts(run, known, controls=True)
-        base = known.get(run.baseline, [])
-        if len(base) > 1 and (pair := _shared(base[:1], base[1:2], [])):
-            found.append(Part(pair[0], {f"{run.baseline}, {OTHER_SEED}": pair[1]}))
+        base = known.repeats.get(run.baseline, [])
+        if len(base) > 1:
+            name = f"{run.baseline}, {OTHER_SEED}"
+            found += _shared(name, base[:1], base[1:2], [], known.expected, coupled=False)
     return found
 
 
-def _arms(run: Run) -> list[dict[str, list[Arm]]]:
-    """For scored tasks and for chats, the repeats of every method."""
+def _known(run: Run) -> list[Known]:
+    """Scored tasks, and chats."""
     found = []
     for evaluation in ("samples", "length"):
-        repeats: dict[str, list[Arm]] = {}
-        for (method, _), arm in sorted(arms(run, evaluation).items(), key=lambda item: item[0][1]):
-            repeats.setdefault(method, []).append(arm)
+        repeats: dict[str, list[Answered]] = {}
+        asked: dict[tuple[str, int], set[Key]] = {}
+        for a in answers(run, evaluation):
+            asked.setdefault((a.method, a.repeat), set()).add((a.task, a.sample))
+        for who, arm in sorted(arms(run, evaluation).items(), key=lambda item: item[0][1]):
+            repeats.setdefault(who[0], []).append(Answered(arm, frozenset(asked[who])))
         if evaluation == "length" and run.sampled:  # a server's A/A arm has other seeds, too
             again = [repeats.pop(method) for method in list(repeats) if run.is_control(method)]
             repeats.get(run.baseline, []).extend(arm for arms in again for arm in arms)
-        found.append(repeats)
+        found.append(Known(repeats, sum(expected(run, evaluation).values())))
     return found
 
 
-def _parts(run: Run, known: dict[str, list[Arm]], controls: bool) -> list[Part]:
-    """Methods that answered the same samples share a part. With several seeds of the baseline, sampling is the noise
-    and the next seed the control; with one, rounding is, and one control is the floor of another."""
-    base = known.get(run.baseline, [])
+def _parts(run: Run, known: Known, controls: bool) -> list[Part]:
+    """Methods that answered the same samples share a part: what one of them lacks, the others keep. With several seeds
+    of the baseline, sampling is the noise and the next seed the control; with one, rounding is, and one control is the
+    floor of another – of several the one that answered most."""
+    base = known.repeats.get(run.baseline, [])
     sampled = len(base) > 1
-    noises = [method for method in known if run.is_control(method)]
-    shared: dict[tuple[str, tuple[Key, ...]], tuple[Arm, dict[str, Arm], Arm | None]] = {}
-    for method, repeats in known.items():
+    noises = [method for method in known.repeats if run.is_control(method)]
+    shared: dict[object, Part] = {}
+    for method, repeats in known.repeats.items():
         if method == run.baseline or run.is_control(method) != controls or not base:
             continue
-        floor = run.baseline if sampled else next((other for other in noises if other != method), "")
-        control = base[1:] + base[:1] if sampled else known.get(floor, [])
-        count = min(len(repeats), len(base), len(control) or 1)
-        if trio := _shared(base[:count], repeats[:count], control[:count]):
-            mine, arm, noise = trio
-            shared.setdefault((floor, tuple(mine.keys)), (mine, {}, noise))[1][method] = arm
-    return [Part(mine, methods, floor, coupled=sampled) for mine, methods, floor in shared.values()]
+        others = [other for other in noises if other != method]
+        floor = max(others, key=lambda other: sum(len(x.arm) for x in known.repeats[other]), default="")
+        control = base[1:] + base[:1] if sampled else known.repeats.get(floor, [])
+        for part in _shared(method, base, repeats, control, known.expected, sampled):
+            key = ("" if sampled else floor, tuple(part.base.keys), part.asked, part.floored)
+            first = shared.setdefault(key, part)
+            shared[key] = replace(first, methods={**first.methods, **part.methods})
+    return list(shared.values())
 
 
-def _shared(base: list[Arm], method: list[Arm], control: list[Arm]) -> tuple[Arm, Arm, Arm | None] | None:
-    """Repeats of three arms, on the samples that all of them answered; without the control where it answered none of
-    them, and None where the others share none."""
-    mine, arm, *floor = (stack(x) for x in (base, method, control) if x)
-    shared = set(mine.keys) & set(arm.keys)
-    if not shared:
-        return None
-    if floor and shared.isdisjoint(floor[0].keys):
-        floor = []
-    (mine, arm, *floor), _ = align([mine, arm, *floor], allow_missing=True)
-    return mine, arm, floor[0] if floor else None
+def _shared(
+    name: str,
+    base: list[Answered],
+    method: list[Answered],
+    control: list[Answered],
+    expected: int,
+    coupled: bool,
+) -> list[Part]:
+    """A method's repeats with the baseline's, on the samples that both answered, and what noise makes of them. A
+    control that answered fewer has a part of its own: it takes no sample from the comparison of the others."""
+    count = min(len(base), len(method), len(control) or 1)
+    (mine, theirs, *noise) = (x[:count] for x in (base, method, control) if x)
+    stacks = [stack([x.arm for x in arms]) for arms in (mine, theirs, *noise)]
+    both = set(stacks[0].keys) & set(stacks[1].keys)
+    asked = sum(max(len(one.asked & other.asked), expected) for one, other in zip(mine, theirs, strict=True))
+    chosen: list[tuple[list[Arm], bool]] = []
+    if noise and not both.isdisjoint(stacks[2].keys):
+        whole = both <= set(stacks[2].keys)
+        chosen = [(stacks, False)] if whole else [(stacks[:2], False), (stacks, True)]
+    elif both:
+        chosen = [(stacks[:2], False)]
+    found = []
+    for some, floored in chosen:
+        (first, second, *floor), _ = align(some, allow_missing=True)
+        found.append(Part(first, {name: second}, floor[0] if floor else None, coupled, asked, floored))
+    return found
 
 
 def changes(one: Run, other: Run) -> list[Part]:
     """Every method of two runs: the one's answers as the baseline of the other's. The floor of ``full`` is the one's
     own control; a method has none."""
     found, left_out = [], broken(one) | broken(other)
-    for before, after in zip(_arms(one), _arms(other), strict=True):
-        base = before.get(one.baseline, [])
-        sampled = len(base) > 1
-        noise = next((before[method] for method in before if one.is_control(method)), [])
-        for method in (m for m in before if m in after and m not in left_out):
+    for before, after in zip(_known(one), _known(other), strict=True):
+        base = before.repeats.get(one.baseline, [])
+        sampled, expected = len(base) > 1, max(before.expected, after.expected)
+        noise = next((before.repeats[method] for method in before.repeats if one.is_control(method)), [])
+        for method in (m for m in before.repeats if m in after.repeats and m not in left_out):
             control = [] if method != one.baseline else base[1:] + base[:1] if sampled else noise
-            count = min(len(before[method]), len(after[method]), len(control) or 1)
-            if trio := _shared(before[method][:count], after[method][:count], control[:count]):
-                mine, arm, floor = trio
-                found.append(Part(mine, {method: arm}, floor, coupled=sampled))
+            found += _shared(method, before.repeats[method], after.repeats[method], control, expected, sampled)
     return found
 
 
@@ -138,27 +176,62 @@ def _answered(run: Run) -> dict[str, set[tuple[str, str, int]]]:
     return found
 
 
-def speeds(run: Run, margins: Margins) -> list[tuple[str, Effect]]:
-    """Decode speed of every method at the widest, longest cell, as a multiple of ``full``'s; of servers, time
-    per token in the last load (tokens per second would reward long answers). What ran without a kernel, and what is
-    broken, is not judged by its speed."""
+@dataclass(frozen=True)
+class Fast:
+    """What verdicts on speed rest on."""
+
+    effects: list[tuple[str, Effect]]
+    failed: list[str]
+    """Methods that were to be judged and have no figure."""
+    where: str = ""
+    """The cell, in words."""
+
+
+def speeds(run: Run, margins: Margins) -> Fast:
+    """Decode speed of every method at the widest, longest cell that was measured, as a multiple of ``full``'s; of
+    servers, time per token in the last load (tokens per second would reward long answers). What ran without a kernel,
+    and what is broken, is not judged by its speed."""
     served = served_rows(run)
     if served:
-        left_out = {run.baseline} | broken(run)
-        return [
-            (row.method, effect("speed", row.ratios["tpot"], margins.speed, -1, row.blocks, None, ratio=True))
-            for row in served
-            if row.cell == served[-1].cell and "tpot" in row.ratios
-            if row.method not in left_out and not run.is_control(row.method)
+        left_out, last = {run.baseline} | broken(run), served[-1].cell
+        asked = max(len(blocks(run)[last]), run.facts.get("expected", {}).get("blocks", 0))
+        judged = [row for row in served if row.cell == last and row.method not in left_out]
+        judged = [row for row in judged if not run.is_control(row.method)]
+        found = [
+            (row.method, _speed(row.ratios["tpot"], margins, row.blocks, asked, interrupted(run)))
+            for row in judged
+            if "tpot" in row.ratios
         ]
-    rows = speed_rows(list(_timings(run).values()))
-    cells = [(row.width, row.length) for row in rows if row.phase == "decode"]
-    return [
-        (row.method, effect("speed", row.speedup, margins.speed, -1, row.rounds, None, ratio=True))
-        for row in rows
-        if row.phase == "decode" and (row.width, row.length) == max(cells) and row.speedup is not None
-        if row.method not in (FULL, "transformers") and row.path and not row.path.endswith("/unfused")
+        return Fast(found, [row.method for row in judged if "tpot" not in row.ratios], last)
+    rows = [row for row in speed_rows([r for r in run.records if isinstance(r, Timing)]) if row.phase == "decode"]
+    rows = [row for row in rows if row.method != "transformers"]
+    whole = [row for row in rows if row.speedup is not None]
+    if not any(_is_kernel(row.path) for row in whole):
+        return Fast([], [])
+    width, length = at = max((row.width, row.length) for row in whole)
+    here = {row.method: row for row in rows if (row.width, row.length) == at and row.method != FULL}
+    done, asked = timed(run)
+    unfinished = done < asked or interrupted(run)
+    largest = (max(run.facts["settings"]["batch"]), max(run.facts["settings"]["length"])) if unfinished else at
+    if at == largest:
+        done = asked  # nothing that is missing could change these
+    found = [
+        (m, _speed(row.speedup, margins, done, asked, at != largest))
+        for m, row in here.items()
+        if row.speedup is not None and _is_kernel(row.path)
     ]
+    known = dict.fromkeys([*here, *(run.facts["methods"] if unfinished else [])])
+    lost = [m for m in known if m != FULL and (m not in here or here[m].speedup is None)]
+    return Fast(found, lost, f"batch {width}, {length} tokens")
+
+
+def _is_kernel(path: str) -> bool:
+    return bool(path) and not path.endswith("/unfused")
+
+
+def _speed(ratio: Estimate, margins: Margins, n: int, asked: int, partial: bool) -> Effect:
+    found = effect("speed", ratio, margins.speed, -1, n, None, ratio=True, compared=n, asked=asked)
+    return replace(found, verdict="partial") if partial else found
 
 
 def speed_changes(one: Run, other: Run, margins: Margins) -> list[tuple[str, Effect]]:
@@ -166,8 +239,7 @@ def speed_changes(one: Run, other: Run, margins: Margins) -> list[tuple[str, Eff
     itself where the machine is the same. Welch's t on the logarithms of rounds, of servers those of blocks: two runs
     are two sessions."""
     before, after = _rounds(one), _rounds(other)
-    machine = ("cpu", "gpu", "cores", "threads", "dtype")
-    same = all(one.facts["environment"].get(key) == other.facts["environment"].get(key) for key in machine)
+    same = _machine(one) == _machine(other)
     left_out = broken(one) | broken(other) | (set() if same else {one.baseline})
     found = []
     for (method, cell), rounds in before.items():
@@ -177,6 +249,18 @@ def speed_changes(one: Run, other: Run, margins: Margins) -> list[tuple[str, Eff
         change, _ = log_change(*logs)
         found.append((f"{method}, {cell}", effect("speed", change, margins.speed, -1, len(logs[1]), None, ratio=True)))
     return found
+
+
+def _machine(run: Run) -> tuple[object, ...]:
+    where = run.facts["environment"]
+    return (*(where.get(key) for key in ("cpu", "gpu", "cores", "threads")), *dtypes(run))
+
+
+def dtypes(run: Run) -> tuple[str | None, str | None]:
+    """The number formats of computing and of K and V; earlier runs had one for both, servers do not say."""
+    where = run.facts["environment"]
+    one = where.get("dtype")
+    return where.get("compute_dtype", one), where.get("kv_dtype", one)
 
 
 def _rounds(run: Run) -> dict[tuple[str, str], list[float]]:
@@ -193,4 +277,4 @@ def _timings(run: Run) -> dict[tuple[str, str, int, int], Timing]:
 def _logs(timing: Timing) -> list[float]:
     if timing.method == FULL:
         return [-math.log(s) for s in timing.seconds]
-    return [math.log(b / s) for s, b in zip(timing.seconds, timing.baseline_seconds, strict=True)]
+    return log_speeds(timing)

@@ -104,6 +104,14 @@ def token_speeds(run: Run) -> dict[tuple[str, str], list[float]]:
     return found
 
 
+def blocks(run: Run) -> dict[str, set[int]]:
+    """By cell, the blocks that any arm began."""
+    found: dict[str, set[int]] = {}
+    for r in timed(run):
+        found.setdefault(r.cell, set()).add(r.block)
+    return found
+
+
 def _by_cell(run: Run) -> dict[tuple[str, str], list[Served]]:
     grouped: dict[tuple[str, str], list[Served]] = {}
     for r in timed(run):

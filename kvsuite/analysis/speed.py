@@ -22,7 +22,8 @@ OURS = "kvsuite.cache."
 
 @dataclass(frozen=True)
 class SpeedRow:
-    """One cell. ``speedup`` > 1 is faster than the baseline, which ran in turn with it."""
+    """One cell. ``speedup`` > 1 is faster than the baseline, which ran in turn with it. Where it did not fail and has
+    no speed, fewer than two rounds ran: it was not measured."""
 
     method: str
     phase: str
@@ -46,13 +47,16 @@ def speed_rows(timings: Sequence[Timing]) -> list[SpeedRow]:
     rows = []
     for t in timings:
         cell = (t.method, t.phase, t.width, t.length, t.status == "failed", t.error)
-        if t.status == "failed" or not t.seconds:
-            rows.append(SpeedRow(*cell))
+        if t.status == "failed":
+            rows.append(SpeedRow(*cell, path=t.path))
             continue
         if t.cache.startswith(OURS) and not (t.checked is not None and t.checked <= 1):
             raise UsageError(f"{t.method} was timed at width {t.width} without its output being checked")
+        logs = log_speeds(t)
+        if len(logs) < 2:
+            rows.append(SpeedRow(*cell, nbytes=t.nbytes, checked=t.checked, path=t.path))
+            continue
         median = statistics.median(t.seconds)
-        logs = [math.log(b / a) for a, b in zip(t.seconds, t.baseline_seconds, strict=True)]
         rows.append(
             SpeedRow(
                 *cell,
@@ -66,6 +70,14 @@ def speed_rows(timings: Sequence[Timing]) -> list[SpeedRow]:
             )
         )
     return rows
+
+
+def log_speeds(timing: Timing) -> list[float]:
+    """By round, the logarithm of its speed as a multiple of the baseline's. None where rounds have no partner, as with
+    ``--benchmark-disable``: which belongs to which is then not known."""
+    if len(timing.seconds) != len(timing.baseline_seconds):
+        return []
+    return [math.log(b / a) for a, b in zip(timing.seconds, timing.baseline_seconds, strict=True)]
 
 
 MOST = 1_000_000

@@ -84,6 +84,10 @@ class Asked:
             *({**mine, **theirs} for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True))
         )
 
+    def only(self, names: Sequence[str]) -> Asked:
+        """The figures of these names."""
+        return Asked(*({name: x for name, x in found.items() if name in names} for found in vars(self).values()))
+
 
 def estimate(
     design: Design,

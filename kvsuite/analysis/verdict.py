@@ -10,7 +10,8 @@ import numpy as np
 
 from kvsuite.analysis.stats import FEW, LEVEL, Estimate, Interval, holm
 
-Verdict = Literal["harmful", "within margin", "undecided"]
+Verdict = Literal["harmful", "within margin", "undecided", "partial"]
+"""*partial*: answers are missing. Those that are there may be the short ones, so they decide nothing."""
 POWER = 0.8
 
 
@@ -33,6 +34,8 @@ class Effect:
     verdict: Verdict = "undecided"
     ratio: bool = False
     """1 is no effect, else 0 is."""
+    lacking: tuple[int, int] | None = None
+    """Of so many samples (or rounds) that were to be compared, those that could be; None where all could."""
 
     @property
     def visible(self) -> float:
@@ -63,11 +66,16 @@ def effect(
     n: int,
     p: float | None,
     ratio: bool = False,
+    compared: int = 0,
+    asked: int = 0,
 ) -> Effect:
-    """An endpoint with its verdict."""
+    """An endpoint with its verdict, which is *partial* where fewer than were ``asked`` could be ``compared``."""
     limit = (1 if ratio else 0) + worse * margin
     verdict: Verdict = "undecided" if math.isnan(estimate.mean) else judge(estimate, limit, worse)
-    return Effect(endpoint, estimate, limit, worse, n, p, verdict=verdict, ratio=ratio)
+    lacking = (compared, asked) if compared < asked else None
+    if lacking:
+        verdict = "partial"
+    return Effect(endpoint, estimate, limit, worse, n, p, verdict=verdict, ratio=ratio, lacking=lacking)
 
 
 def overall(effects: list[Effect]) -> Verdict:

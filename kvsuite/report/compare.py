@@ -9,6 +9,7 @@ from kvsuite.analysis.effects import Part, compare
 from kvsuite.analysis.length import same_caps
 from kvsuite.analysis.runs import broken, changes, lost, speed_changes
 from kvsuite.analysis.samples import same_answers
+from kvsuite.analysis.shortfall import interrupted
 from kvsuite.analysis.speed import compare_loads
 from kvsuite.analysis.stats import LEVEL, Interval
 from kvsuite.analysis.verdict import Effect, corrected
@@ -18,9 +19,9 @@ from kvsuite.margins import Margins
 from kvsuite.readers import Load
 from kvsuite.records import Run
 from kvsuite.report.table import Table
-from kvsuite.report.verdicts import cells, margins_text
+from kvsuite.report.verdicts import PARTIAL, cells, distinct, margins_text
 
-WORDS = {"harmful": "worse", "within margin": "not worse", "undecided": "undecided"}
+WORDS = {"harmful": "worse", "within margin": "not worse"}
 """A verdict on the later result."""
 Named = list[tuple[str, Effect]]
 
@@ -40,8 +41,9 @@ def runs(one: Run, other: Run, margins: Margins) -> list[Table]:
             same_caps(arm, part.base)
     alike = {id(part): next(iter(part.methods)) for part in shared if _same(part)}
     answers = compare([part for part in shared if id(part) not in alike], margins)
-    effects = [(row.method, e) for row in answers for e in row.effects]
+    effects = [(row.method, e) for row in answers for e in distinct(row)]
     said = [f"The same answers in both: {', '.join(dict.fromkeys(alike.values()))}."] if alike else []
+    said += [f"partial: {run.folder} was interrupted." for run in (one, other) if interrupted(run)]
     said += [*lost(one, other), *lost(other, one)]
     said += [
         f"BROKEN {arm}: in {run.folder} its answers are no answers." for run in (one, other) for arm in broken(run)
@@ -61,7 +63,7 @@ def runs(one: Run, other: Run, margins: Margins) -> list[Table]:
 def arms(one: Arm, other: Arm, margins: Margins, allow_missing: bool) -> list[Table]:
     """Two results of the same samples. Raises UsageError where they have neither scores nor lengths in common."""
     (base, later), left_out = align([one, other], allow_missing)
-    found = [("answers", e) for row in compare([Part(base, {"": later})], margins) for e in row.effects]
+    found = [("answers", e) for row in compare([Part(base, {"": later})], margins) for e in distinct(row)]
     if not found:
         raise UsageError(f"{one.source} and {other.source} have neither scores nor lengths for all their samples")
     return [_table(f"{other.source} against {one.source}", found, margins, left_out)]
@@ -94,6 +96,7 @@ def _table(title: str, found: Named, margins: Margins, said: list[str]) -> Table
     )
     columns = ["what", "endpoint", "change", "95 %", "p", "the later is", "needs"]
     rows = [_cells(name, e) for name, e in named]
+    said = [*([PARTIAL] if any(e.verdict == "partial" for e in effects) else []), *said]
     return Table(
         title, columns, rows, [headline, *said, *([HOW + f" {margins_text(margins)}."] if rows else [])], keys=2
     )
@@ -111,4 +114,8 @@ HOW = (
 
 def _cells(name: str, e: Effect) -> list[str]:
     *shown, verdict, needed = cells(name, e)
-    return [*shown, WORDS[verdict] if e.endpoint != "speed" else "-", needed if e.endpoint != "speed" else "-"]
+    return [
+        *shown,
+        WORDS.get(verdict, verdict) if e.endpoint != "speed" else "-",
+        needed if e.endpoint != "speed" else "-",
+    ]

@@ -8,7 +8,7 @@ from typing import Any
 from kvsuite.analysis.speed import speed_rows
 from kvsuite.records import Run, Timing
 from kvsuite.report.table import Table
-from kvsuite.report.tables import provenance, tables
+from kvsuite.report.tables import NOT_MEASURED, formats, provenance, shortfall, tables
 
 
 def pytest_kv_report(run: Run, terminalreporter: Any) -> None:
@@ -22,10 +22,12 @@ def render(run: Run) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in where["packages"].items())
     git = where["git"]
     commit = "no checkout" if git is None else git["commit"][:12] + (", with changes" if git["dirty"] else "")
-    how = f"{where['threads']} threads, {where['dtype']} · " if where["threads"] else ""
+    reason = f" ({where['dtype_reason']})" if where.get("dtype_reason") else ""
+    how = f"{where['threads']} threads, {formats(run)}{reason} · " if where["threads"] else ""
+    short = f" · {found[0].title}" if (found := shortfall(run)) else ""
     parts = [
-        f"# kvsuite report · {facts['model']['name']}",
-        f"{facts['started']} · `pytest {shlex.join(facts['command'])}` · preset {facts['preset']}",
+        f"# kvsuite report · {facts['model']['name']}{short}",
+        f"{facts['started']} · `{shlex.join(['pytest', *facts['command']])}` · preset {facts['preset']}",
         f"{where['gpu'] or where['cpu']}, {where['cores']} cores, {how}"
         f"Python {where['python']}, {packages} · kvsuite {where['kvsuite']} ({commit})",
         "It speaks of this model, these texts and this machine.",
@@ -46,7 +48,7 @@ def _cells(timings: list[Timing]) -> Table:
     for row in speed_rows(timings):
         cell = [row.method, row.phase, str(row.width), str(row.length)]
         if row.speedup is None or row.rate is None:
-            rows.append([*cell, "FAILED", row.error, "", "", ""])
+            rows.append([*cell, "FAILED" if row.failed else NOT_MEASURED, row.error, "", "", ""])
             continue
         checked = "-" if row.checked is None else f"{row.checked:.2f}"
         interval = f"{row.speedup.low:.3f}–{row.speedup.high:.3f}"

@@ -17,6 +17,7 @@ from kvsuite.columns import Arm
 from kvsuite.errors import UsageError
 from kvsuite.margins import Margins
 from kvsuite.report.table import Table
+from kvsuite.report.verdicts import shown
 
 
 @dataclass(frozen=True)
@@ -174,8 +175,8 @@ def _cells(row: Comparison) -> list[str]:
     broken = row.effect("broken")
     return [
         row.method,
-        _span(_quality(row).estimate),
-        _span(broken.estimate) if broken else "-",
+        _span(_quality(row)),
+        _span(broken) if broken else "-",
         _quality(row).verdict,
         row.verdict,
     ]
@@ -184,8 +185,9 @@ def _cells(row: Comparison) -> list[str]:
 OTHER_RULE = "Verdicts use the endpoint's own rule: below 90 % of the baseline's score, eligible from the mean on."
 
 
-def _span(x: Interval) -> str:
-    return f"{100 * x.mean:+.2f} ({100 * x.low:+.2f} to {100 * x.high:+.2f})"
+def _span(e: Effect) -> str:
+    low, middle, high = shown(e, 2)
+    return f"{middle} ({low} to {high})"
 
 
 def _notes(found: Negatives) -> list[str]:

@@ -29,6 +29,10 @@ def plan(run: Run, margins: Margins) -> Table:
     for part in noise(run):
         for row in compare([part], margins):
             for e in row.effects:
+                if e.lacking:
+                    silent.append(
+                        f"partial: {row.method}, {e.endpoint}: only {e.lacking[0]} of {e.lacking[1]} samples are there."
+                    )
                 if 0 < e.estimate.se < math.inf:
                     rows.append(_cells(row.method, e, part))
                     few = round(e.estimate.share * e.n)

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from kvsuite.analysis.garbled import Check
 from kvsuite.analysis.runs import broken
-from kvsuite.analysis.serving import FIGURES, ServedRow, Told, checks, goodputs, served_rows, told
+from kvsuite.analysis.serving import FIGURES, ServedRow, Told, blocks, checks, goodputs, served_rows, told
+from kvsuite.analysis.shortfall import interrupted
 from kvsuite.analysis.stats import Estimate
 from kvsuite.records import Run
-from kvsuite.report.table import Table
+from kvsuite.report.table import Table, span
 
 WARM = 0.1
 """A share of tokens: templates and system prompts are found in any prefix cache."""
@@ -69,7 +70,13 @@ def speed(run: Run) -> list[Table]:
     rows = served_rows(run)
     if not rows:
         return []
-    left_out = broken(run)
+    left_out, wanted = broken(run), run.facts.get("expected", {}).get("blocks", 0)
+    if interrupted(run):
+        there = {(row.cell, row.method) for row in rows}
+        every = [(cell, arm) for cell in run.facts["cells"] for arm in run.facts["methods"]]
+        rows += [ServedRow(arm, cell, 0, 0, "") for cell, arm in every if (cell, arm) not in there]
+    whole, asked = [row.blocks for row in rows], max(wanted, *map(len, blocks(run).values()))
+    partial = f"partial: {span(whole)} of {asked} blocks · " if min(whole) < asked else ""
     drawn = [_cells(row, row.method in left_out, row.method == run.baseline) for row in rows]
     columns = [
         "load",
@@ -87,16 +94,18 @@ def speed(run: Run) -> list[Table]:
         "at cap",
         "failed",
     ]
-    blocks = max(row.blocks for row in rows)
     notes = [
-        f"× over 1 is faster than the baseline, which took the same requests in turn ({blocks} blocks A B B A), with "
-        "the 95 % t-interval over blocks. The A/A arm shows what no difference looks like here. Figures are medians of "
-        "legs; tok/s counts all answers of a leg, from the first request to the last token.",
+        f"× over 1 is faster than the baseline, which took the same requests in turn ({max(whole)} blocks A B B A), "
+        "with the 95 % t-interval over blocks. The A/A arm shows what no difference looks like here. Figures are "
+        "medians of legs; tok/s counts all answers of a leg, from the first request to the last token.",
         f"{_ends(run, rows)}: tokens is their mean length. TPOT: per token after the first; ITL p95: of the gaps "
         "between tokens, ms.",
     ]
     notes += [f"FAILED {row.method}, {row.cell}: {row.error}" for row in rows if row.failed]
-    return [Table(f"served · {run.facts['model']['name']}", columns, drawn, notes, keys=2), *_goodput(run, left_out)]
+    return [
+        Table(f"served · {partial}{run.facts['model']['name']}", columns, drawn, notes, keys=2),
+        *_goodput(run, left_out),
+    ]
 
 
 def _ends(run: Run, rows: Sequence[ServedRow]) -> str:
@@ -123,7 +132,8 @@ def _goodput(run: Run, left_out: set[str]) -> list[Table]:
         f"between tokens, within {itl:g} s; a failed request misses both. One search a server: a difference inside one "
         "step is none."
     )
-    return [Table("goodput", ["arm", "holds", "misses", "tests", ""], rows, [note])]
+    cut = ["partial: this run was interrupted; a search may not be at its end."] if interrupted(run) else []
+    return [Table("goodput", ["arm", "holds", "misses", "tests", ""], rows, [*cut, note])]
 
 
 def _cells(row: ServedRow, broken: bool, itself: bool) -> list[str]:

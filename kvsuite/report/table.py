@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+RATIO = "×"
+"""A column of this name is the ratio of the value in the column before it."""
 
 
 @dataclass(frozen=True)
@@ -15,3 +19,8 @@ class Table:
     notes: list[str] = field(default_factory=list)
     keys: int = 1
     """So many leading columns say what a row is; they come again where a table is too wide for its window."""
+
+
+def span(numbers: Sequence[int]) -> str:
+    """The smallest and the largest of some numbers, or the one that they all are."""
+    return "–".join(str(n) for n in sorted({min(numbers), max(numbers)}))

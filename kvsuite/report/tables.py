@@ -2,48 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from kvsuite.analysis.length import LengthRow, length_rows
+from kvsuite.analysis.runs import dtypes
 from kvsuite.analysis.samples import SampleRow, sample_rows
+from kvsuite.analysis.shortfall import Share, Who, interrupted, shares, timed
 from kvsuite.analysis.speed import OURS, SpeedRow, speed_rows
 from kvsuite.analysis.stats import Interval
 from kvsuite.readers.run import answers as task_answers
 from kvsuite.records import Agreement, Answer, Record, Run, Timing
 from kvsuite.report import servers
-from kvsuite.report.table import Table
+from kvsuite.report.table import Table, span
 from kvsuite.report.verdicts import verdicts
 
 
 def tables(run: Run) -> list[Table]:
-    """All tables of a run, the verdicts first."""
-    found = [*servers.headlines(run), *verdicts(run), *servers.speed(run), *servers.served(run)]
+    """All tables of a run: what is missing first, then the verdicts."""
+    found = [*shortfall(run), *servers.headlines(run), *verdicts(run), *servers.speed(run), *servers.served(run)]
     timings = [r for r in run.records if isinstance(r, Timing)]
     for phase in ("decode", "prefill"):
         cells = speed_rows([t for t in timings if t.phase == phase])
         if cells:
             found.append(_speed(phase, cells, run))
     promises = speed_rows([t for t in timings if t.phase not in ("decode", "prefill")])
-    answers = list(task_answers(run))
+    answers, arms = list(task_answers(run)), shares(run)
     for task in dict.fromkeys(a.task for a in answers):
         mine = [a for a in answers if a.task == task]
-        if mine[0].evaluation == "length":
-            found.append(_length(task, length_rows(mine, run.baseline), mine, run))
-        else:
-            found.append(_samples(task, sample_rows(mine, run.baseline), mine, run))
+        draw = _length if mine[0].evaluation == "length" else _samples
+        found.append(draw(task, mine, arms[task], run))
     agreements = [r for r in run.records if isinstance(r, Agreement)]
     if promises or agreements:
         found.append(_promises(promises, agreements))
     return found
 
 
+def shortfall(run: Run) -> list[Table]:
+    """What was to be measured and is not there; nothing for a run that has all, or does not say what it was to have."""
+    counts = []
+    for task, arms in shares(run).items():
+        there, asked = sum(s.ok + s.failed for s in arms.values()), sum(s.asked for s in arms.values())
+        counts += [f"{task}: {there:,} of {asked:,} answers"] if there < asked else []
+    done, asked = timed(run)
+    counts += [f"speed: {done} of {asked} timed cells"] if done < asked else []
+    if interrupted(run):
+        title = "partial: this run was interrupted"
+    elif counts:
+        title = "partial: this run ended before all was measured"
+    else:
+        return []
+    return [Table(title, [], [], [f"partial · {' · '.join(counts)}."] if counts else [])]
+
+
+def formats(run: Run) -> str:
+    """The number formats of computing and of K and V, where they are not the same."""
+    compute, kv = dtypes(run)
+    return str(compute) if compute == kv else f"{compute} compute, {kv} K/V"
+
+
 def setting(run: Run) -> str:
-    """Model, number format, threads: what every figure depends on."""
+    """Model, number formats, threads: what every figure depends on."""
     where = run.facts["environment"]
     if _served(run):
         return f"{run.facts['model']['name']}, served"
     device = where["gpu"] or f"{where['threads']} threads"
-    return f"{run.facts['model']['name']}, {where['dtype']}, {device}"
+    return f"{run.facts['model']['name']}, {formats(run)}, {device}"
 
 
 def provenance(records: Sequence[Record]) -> str:
@@ -65,18 +88,29 @@ def _speed(phase: str, rows: Sequence[SpeedRow], run: Run) -> Table:
     by = {(r.method, r.width, r.length): r for r in rows}
     drawn = []
     full = [by.get(("full", *cell)) for cell in cells]
-    drawn.append(["full, tok/s", *["-" if r is None or r.rate is None else f"{r.rate:,.0f}" for r in full]])
-    for method in dict.fromkeys(r.method for r in rows):
-        drawn.append([f"{method}, ×", *[_speedup(by.get((method, *cell))) for cell in cells]])
-    notes = [
-        f"Speed as a multiple of full's, which ran in turn with it ({max(r.rounds for r in rows)} pairs of rounds); ± "
-        "is the 95 % t-interval. The row of full against itself is the noise of this machine.",
-        _by_what(rows),
-    ]
+    done, asked = timed(run)
+    absent = "missing" if done < asked else "-"
+    drawn.append(
+        ["full, tok/s", *[absent if r is None else _speed_cell(r, f"{r.rate:,.0f}" if r.rate else "") for r in full]]
+    )
+    for method in dict.fromkeys([*(r.method for r in rows), *(run.facts["methods"] if done < asked else [])]):
+        mine = [by.get((method, *cell)) for cell in cells]
+        drawn.append([f"{method}, ×", *[absent if r is None else _speed_cell(r, _speedup(r)) for r in mine]])
+    notes = [f"MISSING: {asked - done} of the {asked} cells that this run was to time."] if done < asked else []
+    if rounds := max(r.rounds for r in rows):
+        notes.append(
+            f"Speed as a multiple of full's, which ran in turn with it ({rounds} pairs of rounds); ± is the 95 % "
+            "t-interval. The row of full against itself is the noise of this machine."
+        )
+    if any(r.speedup is None and not r.failed for r in rows):
+        notes.append("not measured: fewer than two pairs of rounds ran (--benchmark-disable, --kv-rounds).")
     if phase == "prefill":
-        notes[1] = (
+        notes.append(
             "A prefill with what the method observes, and its compression. One prefill serves all methods of a run."
         )
+    else:
+        notes += _by_what(rows, run.facts["environment"]["gpu"])
+    notes += _dtypes(run)
     if any(r.method == "transformers" for r in rows):
         notes.append(
             "transformers is its own DynamicCache under SDPA, the same sequences: a row beside, not the baseline."
@@ -85,31 +119,75 @@ def _speed(phase: str, rows: Sequence[SpeedRow], run: Run) -> Table:
     return Table(f"{phase} · {setting(run)}", ["batch · length", *[f"{w} · {n}" for w, n in cells]], drawn, notes)
 
 
-def _by_what(rows: Sequence[SpeedRow]) -> str:
-    """What stored and attended; a method without a kernel is not to be ranked by its speed."""
-    slow = {r.method for r in rows if r.path.endswith("/unfused")}
-    if not slow:
-        return "Steps and attention are Triton kernels."
-    if slow == {r.method for r in rows if r.path and r.method != "transformers"}:
-        return "Attention is the PyTorch reference, no kernel: quantized caches are unpacked at every step."
-    named = ", ".join(sorted(slow))
-    return f"Steps and attention are Triton kernels, but PyTorch (not to be ranked by speed) for {named}."
+def _by_what(rows: Sequence[SpeedRow], gpu: str | None) -> list[str]:
+    """What stored and attended, where the records say it; a method without a kernel is not to be ranked by its
+    speed."""
+    paths = {r.method: r.path for r in rows if r.path and r.method != "transformers"}
+    slow = sorted(method for method, path in paths.items() if path.endswith("/unfused"))
+    if not paths:
+        return []
+    if len(slow) == len(paths):
+        return ["Attention is the PyTorch reference, no kernel: quantized caches are unpacked at every step."]
+    if gpu is None:
+        return ["There is no GPU: an interpreter ran the kernels that the records name, so these are no speeds."]
+    but = f", but PyTorch (not to be ranked by speed) for {', '.join(slow)}" if slow else ""
+    return [f"Steps and attention are Triton kernels{but}."]
 
 
-def _speedup(row: SpeedRow | None) -> str:
-    if row is None:
-        return "-"
-    if row.speedup is None:
+def _dtypes(run: Run) -> list[str]:
+    compute, kv = dtypes(run)
+    if compute == kv:
+        return []
+    reason = run.facts["environment"].get("dtype_reason")
+    return [f"Computed in {compute}; K and V are stored in {kv}{f': {reason}' if reason else ''}."]
+
+
+NOT_MEASURED = "not measured"
+
+
+def _speed_cell(row: SpeedRow, figure: str) -> str:
+    if row.failed:
         return "FAILED"
+    return NOT_MEASURED if row.speedup is None else figure
+
+
+def _speedup(row: SpeedRow) -> str:
+    if row.speedup is None:
+        return ""
     half = (row.speedup.high - row.speedup.low) / 2
     return f"{row.speedup.mean:.2f} ± {half:.2f}"
 
 
-def _samples(task: str, rows: Sequence[SampleRow], answers: Sequence[Answer], run: Run) -> Table:
-    lengths = run.facts["settings"]["length"]
-    span = "–".join(str(n) for n in sorted({min(lengths), max(lengths)}))
-    title = f"{task} · {rows[0].n} samples of {span} tokens · {setting(run)}, batch {answers[0].width}"
-    drawn = [_sample_cells(row) for row in rows]
+def _counted(what: str, shares: Mapping[Who, Share]) -> str:
+    """How many samples a task has, and with how many its arms were left."""
+    asked, ok = max(s.asked for s in shares.values()), [s.ok for s in shares.values()]
+    if min(ok) == asked:
+        return f"{asked} {what}"
+    return f"partial: {span(ok)} of {asked} {what}"
+
+
+def _named(arm: str, share: Share) -> str:
+    """An arm, and how many of its answers are there if not all are."""
+    counts = [f"{share.ok} of {share.asked}"] if share.ok + share.failed < share.asked else []
+    counts += [f"{share.failed} FAILED"] if share.failed else []
+    return f"{arm} ({', '.join(counts)})" if counts else arm
+
+
+def _lost(shares: Mapping[Who, Share]) -> list[str]:
+    if all(s.ok == s.asked for s in shares.values()):
+        return []
+    return ["partial: arms with fewer answers have figures of these alone, which may be the short or the easy ones."]
+
+
+def _samples(task: str, answers: Sequence[Answer], shares: Mapping[Who, Share], run: Run) -> Table:
+    rows = sample_rows(answers, run.baseline)
+    lengths = [a.prompt_tokens for a in answers if a.prompt_tokens] or run.facts["settings"]["length"]
+    title = (
+        f"{task} · {_counted('samples', shares)} of {span(lengths)} tokens · {setting(run)}, batch {answers[0].width}"
+    )
+    there = {row.method for row in rows}
+    rows += [SampleRow(method, 0, 0, "") for method, _ in shares if method not in there]
+    drawn = [_sample_cells(row, shares[row.method, 0]) for row in rows]
     columns = ["method", "score", "95 %", f"as {run.baseline}", "MiB", "of full", "prefill tok/s", "decode tok/s"]
     note = (
         f"MiB is what the cache of one sample holds after its prompt ({run.facts['settings']['compress']} compressed), "
@@ -120,11 +198,12 @@ def _samples(task: str, rows: Sequence[SampleRow], answers: Sequence[Answer], ru
         note = "95 %: interval of the mean score; as baseline: answers that are the baseline's to the letter."
     controls = [(row.method, row.pairs, row.same) for row in rows if run.is_control(row.method)]
     failures = [(row.method, row.error) for row in rows if row.failed]
-    return Table(title, columns, drawn, [note, *_floor(run, controls), *_errors(failures)])
+    notes = [*_lost(shares), note, *_floor(run, controls), *_dtypes(run)]
+    return Table(title, columns, drawn, notes + _errors(failures))
 
 
-def _sample_cells(row: SampleRow) -> list[str]:
-    name = row.method + (f" ({row.failed} FAILED)" if row.failed else "")
+def _sample_cells(row: SampleRow, share: Share) -> list[str]:
+    name = _named(row.method, share)
     if row.score is None or row.nbytes is None:
         return [name, *["-"] * 7]
     speeds = ["-" if x is None else f"{x:,.0f}" for x in (row.prefill, row.decode)]
@@ -133,19 +212,27 @@ def _sample_cells(row: SampleRow) -> list[str]:
     return [name, f"{row.score.mean:.2f}", _span(row.score), same, f"{row.nbytes / 2**20:.1f}", ratio, *speeds]
 
 
-def _length(task: str, rows: Sequence[LengthRow], answers: Sequence[Answer], run: Run) -> Table:
-    where = run.facts["settings"]
+def _length(task: str, answers: Sequence[Answer], shares: Mapping[Who, Share], run: Run) -> Table:
+    rows, where = length_rows(answers, run.baseline), run.facts["settings"]
     how = f"temperature {where['temperature']:g}" if where["temperature"] else "greedy"
-    title = f"{task} · {rows[0].n} prompts, at most {max(a.cap for a in answers)} tokens, {how} · {setting(run)}"
-    drawn = [_length_cells(row) for row in rows]
+    cap = max(a.cap for a in answers)
+    title = f"{task} · {_counted('prompts', shares)}, at most {cap} tokens, {how} · {setting(run)}"
+    there = {(row.method, row.repeat) for row in rows}
+    rows += [LengthRow(*who, 0, 0, "") for who in shares if who not in there]
+    drawn = [_length_cells(row, shares[row.method, row.repeat]) for row in rows]
     notes = [
+        *_lost(shares),
         f"Cost is the tokens of all answers against {run.baseline}'s to the same prompts, one cap for both; its "
         "interval resamples prompts. An answer at its cap counts as that long: more cap may show more effect.",
         "1.5× and 2/3 count answers at least that much longer, at most that short: with no effect, as many of both.",
         *_floor(run, [(_arm(row), row.pairs, row.same) for row in rows if run.is_control(row.method)]),
     ]
     if not _served(run):
-        notes.append("Of full is bytes held at the end against uncompressed K and V: 1.00: the method hardly acted.")
+        notes.append(
+            f"Of {run.baseline} is bytes held at the end for each token, against {run.baseline}'s: near 1.00 the "
+            "method hardly acted."
+        )
+        notes += _dtypes(run)
     other = [row for row in rows if row.repeat]
     if other:
         notes.append("full, other seed is the noise of sampling itself: what stays inside it is not an effect.")
@@ -159,8 +246,8 @@ def _arm(row: LengthRow) -> str:
     return f"{row.method}, other seed" if row.repeat else row.method
 
 
-def _length_cells(row: LengthRow) -> list[str]:
-    name = _arm(row) + (f" ({row.failed} FAILED)" if row.failed else "")
+def _length_cells(row: LengthRow, share: Share) -> list[str]:
+    name = _named(_arm(row), share)
     if row.cost is None or row.tokens is None:
         return [name, *["-"] * 8]
     counts = [f"{row.capped}/{row.pairs}", str(row.longer), str(row.shorter), f"{row.same}/{row.pairs}"]
@@ -172,7 +259,7 @@ def _promises(rows: Sequence[SpeedRow], agreements: Sequence[Agreement]) -> Tabl
     drawn = []
     for row in rows:
         if row.speedup is None or row.seconds is None:
-            drawn.append([f"{row.phase}: {row.method}", "FAILED"])
+            drawn.append([f"{row.phase}: {row.method}", "FAILED" if row.failed else NOT_MEASURED])
         elif row.phase == "width":
             gain = f"{row.speedup.mean * row.width:.1f} × the tok/s of width 1"
             drawn.append([f"decoding at width {row.width}, {row.length} tokens", gain])
@@ -181,7 +268,8 @@ def _promises(rows: Sequence[SpeedRow], agreements: Sequence[Agreement]) -> Tabl
                 [f"prefill of {row.length} tokens for {row.method}", f"{1 / row.speedup.mean:.2f} × the prefill alone"]
             )
     for a in agreements:
-        drawn.append([f"{a.task}: {a.method} and {a.other}", f"same tokens on {a.same} of {a.n} samples"])
+        same = f"same tokens on {a.same} of {a.n} samples"
+        drawn.append([f"{a.task}: {a.method} and {a.other}", "FAILED" if a.status == "failed" or not a.n else same])
     return Table("the core's promises", ["what", "measured"], drawn)
 
 
@@ -207,4 +295,4 @@ def _span(interval: Interval) -> str:
     return f"{interval.low:.2f}–{interval.high:.2f}"
 
 
-__all__ = ["provenance", "setting", "tables"]
+__all__ = ["formats", "provenance", "setting", "shortfall", "tables"]

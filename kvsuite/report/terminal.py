@@ -12,13 +12,15 @@ import rich.table
 from rich.console import Console
 
 from kvsuite.records import Run
-from kvsuite.report.table import Table
+from kvsuite.report.table import RATIO, Table
 from kvsuite.report.tables import provenance, tables
 
-LOUD = ("FAILED", "BROKEN", "COMPRESSED")
-"""How notes begin that must not be overlooked."""
+LOUD = ("FAILED", "BROKEN", "COMPRESSED", "MISSING", "partial")
+"""How notes and titles begin that must not be overlooked."""
 WIDE = 100
 """Columns from which headers stay on one line."""
+NARROW = 15
+"""Characters that a row's name keeps on a line."""
 
 
 def pytest_kv_report(run: Run, terminalreporter: Any) -> None:
@@ -33,7 +35,7 @@ def write(found: Sequence[Table], file: TextIO, width: int, last: str = "") -> N
     console = Console(file=file, width=width, highlight=False, markup=False, emoji=False)
     for table in found:
         console.print()
-        console.print(table.title, style="italic")
+        console.print(table.title, style="red" if table.title.startswith(LOUD) else "italic")
         for part in _fitting(table, console) if table.rows else ():
             console.print(_drawn(part, width))
         for note in table.notes:
@@ -52,14 +54,28 @@ def _fitting(table: Table, console: Console) -> list[Table]:
 
     if width(table) <= console.width:
         return [table]
-    fold = max(15, console.width // 4)
-    rows = [["\n".join(textwrap.wrap(row[0], fold)), *row[1:]] for row in table.rows]
-    folded, groups = replace(table, rows=rows), [[table.keys]]
-    for column in range(table.keys + 1, len(table.columns)):
-        if width(_some(folded, [*groups[-1], column])) > console.width:
+    for fold in (max(NARROW, console.width // 4), NARROW):
+        rows = [["\n".join(textwrap.wrap(row[0], fold)), *row[1:]] for row in table.rows]
+        folded = replace(table, rows=rows)
+        if width(folded) <= console.width:
+            return [folded]
+    groups: list[list[int]] = [[]]
+    for unit in _units(table):
+        if groups[-1] and width(_some(folded, [*groups[-1], *unit])) > console.width:
             groups.append([])
-        groups[-1].append(column)
+        groups[-1] += unit
     return [_some(folded, group) for group in groups]
+
+
+def _units(table: Table) -> list[list[int]]:
+    """The columns after the keys; a ratio stays with the value before it."""
+    units: list[list[int]] = []
+    for column in range(table.keys, len(table.columns)):
+        if units and table.columns[column] == RATIO:
+            units[-1].append(column)
+        else:
+            units.append([column])
+    return units
 
 
 def _some(table: Table, columns: Sequence[int]) -> Table:

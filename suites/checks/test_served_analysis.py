@@ -9,6 +9,7 @@ from kvsuite.analysis.runs import speed_changes, speeds
 from kvsuite.analysis.serving import as_load, checks, differing, goodputs, proven, served_rows, told
 from kvsuite.margins import Margins
 from kvsuite.records import Probe, Run, Served
+from kvsuite.report.servers import speed
 
 TOKENS, PROMPTS = 11, 8
 
@@ -49,7 +50,7 @@ def test_figures_of_a_cell(tmp_path):
     assert all(mine.ratios[name].mean == pytest.approx(0.5) for name in ("rate", "ttft", "tpot", "e2e")), (
         "over 1: faster"
     )
-    [(name, effect)] = speeds(found, Margins())
+    [(name, effect)] = speeds(found, Margins()).effects
     assert (name, effect.verdict) == ("m", "harmful")
 
 
@@ -76,8 +77,38 @@ def test_talking_longer_is_not_faster(tmp_path):
 
     found = run([longer(r) for r in both({"baseline": 1.0, "m": 1.0})], tmp_path)
     assert served_rows(found)[1].ratios["rate"].mean > 1.01
-    [(_, effect)] = speeds(found, Margins())
+    [(_, effect)] = speeds(found, Margins()).effects
     assert effect.estimate.mean == pytest.approx(1)
+
+
+ENDED = {"expected": {"blocks": 3}, "finished": "now"}
+
+
+def test_a_verdict_on_speed_needs_every_block(tmp_path):
+    cells = {"cells": ["c"], "methods": ["baseline", "m", "never"], "model": {"name": "tiny"}}
+
+    def seen(records, **facts):
+        found = run(records, tmp_path, **cells, **facts)
+        [(_, effect)] = speeds(found, Margins()).effects
+        [table] = speed(found)
+        return effect.verdict, effect.lacking, table.title, [row[1] for row in table.rows]
+
+    slow = {"baseline": 1.0, "m": 2.0}
+    whole, two, cut = both(slow), both(slow, blocks=2), both(slow)[: -PROMPTS - 1]
+    assert seen(whole, **ENDED) == seen(whole) == ("harmful", None, "served · tiny", ["baseline", "m"])
+    partial = "served · partial: 2 of 3 blocks · tiny"
+    assert seen(two, **ENDED) == ("partial", (2, 3), partial, ["baseline", "m"])
+    assert seen(two) == ("harmful", None, "served · tiny", ["baseline", "m"]), "an earlier run"
+    assert seen(two, expected={})[:2] == ("partial", None), "how many blocks there were to be is not said"
+    names = ["baseline", "m", "never"]
+    assert seen(cut, expected={}) == ("partial", (2, 3), "served · partial: 0–2 of 3 blocks · tiny", names)
+    failed = [replace(r, status="failed", error="cut") if (r.method, r.block) == ("m", 1) else r for r in whole]
+    assert seen(failed, **ENDED) == ("partial", (2, 3), "served · partial: 2–3 of 3 blocks · tiny", ["baseline", "m"])
+
+
+def test_an_arm_of_which_no_block_is_whole_has_failed(tmp_path):
+    failed = [replace(r, status="failed", error="cut") if r.method == "m" else r for r in both({"baseline": 1, "m": 2})]
+    assert speeds(run(failed, tmp_path), Margins()).failed == ["m"]
 
 
 def test_a_block_with_a_failed_leg_is_left_out_of_ratios(tmp_path):

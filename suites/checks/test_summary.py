@@ -1,18 +1,26 @@
 """From records to figures: what the reports show of a run."""
 
+import io
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from kvsuite.analysis.effects import compare
 from kvsuite.analysis.length import cost_interval, length_rows
+from kvsuite.analysis.runs import parts
 from kvsuite.analysis.samples import sample_rows
 from kvsuite.analysis.speed import speed_rows
-from kvsuite.analysis.stats import log_ratio_interval, mean_interval
+from kvsuite.analysis.stats import Estimate, log_ratio_interval, mean_interval
+from kvsuite.analysis.verdict import effect
 from kvsuite.errors import UsageError
-from kvsuite.records import Answer, Timing
-from kvsuite.report.tables import _by_what, provenance
+from kvsuite.records import Answer, Run, Timing
+from kvsuite.report import markdown, terminal
+from kvsuite.report.table import Table
+from kvsuite.report.tables import _by_what, provenance, tables
+from kvsuite.report.verdicts import cells, distinct
 
 SCORED = "kvsuite.cache.layer.LayerCache"
 
@@ -51,7 +59,13 @@ def test_cost_of_an_arm_and_its_control():
     assert (control.longer, control.shorter) == (1, 1)
     assert method.cost.mean == pytest.approx(20 / 12)
     assert (method.capped, method.baseline_capped, method.longer, method.shorter) == (3, 0, 3, 0)
-    assert method.ratio == 0.5
+    assert (first.ratio, method.ratio) == (1, 1)
+
+
+def test_of_full_is_bytes_a_token_against_fulls_whatever_the_answers_length():
+    full = [answer(i, nbytes_end=120, dense_end=100) for i in range(3)]
+    mine = [answer(i, "m", nbytes_end=30 * n, dense_end=100 * n) for i, n in enumerate((1, 2, 3))]
+    assert [row.ratio for row in length_rows(full + mine)] == [1, pytest.approx(0.25)]
 
 
 def test_a_failure_is_no_short_answer():
@@ -100,13 +114,116 @@ def test_the_cache_that_is_scored_is_the_cache_that_is_timed_method_by_method():
 
 
 def test_a_method_without_a_kernel_is_named():
-    def said(*paths):
-        timings = [replace(timing(path=p), method=f"m{i}") for i, p in enumerate(paths)]
-        return _by_what(speed_rows(timings))
+    def said(*paths, gpu="a GPU", **more):
+        timings = [replace(timing(path=p, **more), method=f"m{i}") for i, p in enumerate(paths)]
+        return " ".join(_by_what(speed_rows(timings), gpu))
 
     assert "PyTorch reference, no kernel" in said("full/unfused", "int8/unfused")
     assert said("full/triton", "int8/triton") == "Steps and attention are Triton kernels."
     assert "not to be ranked by speed) for m1." in said("full/triton", "int8/unfused")
+    assert said("", status="failed", error="x") == "", "nothing is claimed of what no record says"
+    assert "PyTorch reference" in said("full/unfused", gpu=None, status="failed", error="x")
+    assert "are Triton kernels" not in said("full/triton", gpu=None)
+
+
+@pytest.mark.parametrize("rounds", [(0, 0), (1, 1), (1, 0), (3, 2)], ids=str)
+def test_without_two_pairs_of_rounds_nothing_was_measured(rounds):
+    """--benchmark-disable runs a round once; it printed 1.17 ± inf."""
+    seconds, before = ([0.1] * n for n in rounds)
+    cut = [timing(seconds=seconds, baseline_seconds=before, phase=p) for p in ("decode", "prefill", "width")]
+    *_, decode, prefill, promises = tables(run(cut))
+    assert decode.rows[-1] == ["m, ×", "not measured"]
+    assert prefill.rows[-1] == ["m, ×", "not measured"]
+    assert promises.rows == [["width: m", "not measured"]]
+    report = markdown.render(run(cut))
+    assert "pairs of rounds); ±" not in report
+    assert "inf" not in report
+    assert speed_rows([timing(seconds=[0.1] * 2, baseline_seconds=[0.2] * 2)])[0].speedup.mean == pytest.approx(2)
+
+
+ENVIRONMENT = {
+    "cpu": "one", "cores": 2, "gpu": None, "threads": 2, "dtype": "bfloat16", "python": "3.11", "packages": {},
+    "git": None, "kvsuite": "0",
+}  # fmt: skip
+
+
+def run(records, environment=None, **facts):
+    known = {"started": "today", "command": [], "preset": "smoke", "model": {"name": "tiny"}, "methods": []}
+    settings = {"length": [64], "batch": [1], "compress": "prompt", "temperature": 0}
+    return Run(
+        Path("left"), {**known, "settings": settings, "environment": environment or ENVIRONMENT, **facts}, records
+    )
+
+
+def test_a_title_names_the_prompts_that_were_read():
+    found = run([answer(i, prompt_tokens=n) for i, n in enumerate((700, 90, 412))])
+    assert tables(found)[-1].title.startswith("needle · 3 samples of 90–700 tokens · ")
+
+
+def test_both_number_formats_are_named_where_they_differ():
+    records = [answer(0), timing(), timing(phase="prefill")]
+    new = ENVIRONMENT | {"compute_dtype": "float32", "kv_dtype": "bfloat16", "dtype_reason": "this CPU has no bfloat16"}
+    for table in tables(run(records, new)):
+        if not table.title.startswith(("verdicts", "beside")):
+            assert "tiny, float32 compute, bfloat16 K/V, 2 threads" in table.title
+            assert "Computed in float32; K and V are stored in bfloat16: this CPU has no bfloat16." in table.notes
+    assert "float32 compute, bfloat16 K/V (this CPU has no bfloat16) · " in markdown.render(run(records, new))
+    for same in (ENVIRONMENT, new | {"compute_dtype": "bfloat16"}):
+        assert all("compute" not in word for t in tables(run(records, same)) for word in (t.title, *t.notes))
+
+
+def test_the_command_can_be_pasted():
+    command = ["-m", "throughput or length", "--kv-methods", "h2o:budget=64 + int8"]
+    said = markdown.render(run([answer(0)], command=command))
+    assert "`pytest -m 'throughput or length' --kv-methods 'h2o:budget=64 + int8'`" in said
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_a_ratio_is_drawn_beside_its_value(width):
+    columns, file = ["load", "arm", *["tok/s", "×", "TTFT s", "×", "TPOT ms", "×", "at cap"]], io.StringIO()
+    row = ["closed:4 1024 tokens", "again", *["40", "1.00 (0.92–1.07)", "5.33", "1.16 (0.52–2.58)"], "62", "1", "4/8"]
+    terminal.write([Table("served", columns, [row], keys=2)], file, width)
+    lines = [line for line in file.getvalue().splitlines() if "40" in line or "5.33" in line or "62" in line]
+    for value, ratio in (("40", "1.00 (0.92–1.07)"), ("5.33", "1.16 (0.52–2.58)")):
+        assert any(value in line and ratio in line for line in lines)
+    assert all(len(line.rstrip()) <= width for line in file.getvalue().splitlines())
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "low", "high", "printed", "verdict"),
+    [
+        ("length", 0.68, 1.0299, "0.68, 1.03", "within margin"),
+        ("length", 0.68, 1.0301, "0.6800, 1.0301", "undecided"),
+        ("length", 1.0304, 1.2, "1.0304, 1.2000", "harmful"), ("length", 0.68, 1.1, "0.68, 1.10", "undecided"),
+        ("quality", -0.0104, 0.0, "-1.04, +0.00", "undecided"),
+        ("quality", -0.0096, 0.0, "-1.0, +0.0", "within margin"),
+        ("quality", -0.2, -0.010001, "-20.0000, -1.0001", "harmful"),
+    ],
+)  # fmt: skip
+def test_a_printed_interval_lies_where_its_verdict_says(endpoint, low, high, printed, verdict):
+    """0.68, 1.03 stood beside 'within margin' and beside 'undecided'."""
+    ratio, margin, worse = endpoint == "length", *((0.03, 1) if endpoint == "length" else (0.01, -1))
+    seen = effect(endpoint, Estimate((low + high) / 2, low, high, 0.1, 9), margin, worse, 9, None, ratio)
+    found = cells("m", seen)
+    assert (found[3], found[5]) == (printed, verdict)
+
+
+@pytest.mark.parametrize(("low", "needs"), [(-0.5, True), (-0.005, False), (-0.9, False)])
+def test_samples_are_needed_where_there_is_no_verdict(low, needs):
+    """'needs 10' stood beside 100 points lost."""
+    high = {-0.5: 0.1, -0.005: 0.1, -0.9: -0.5}[low]
+    found = cells("m", effect("quality", Estimate(low, low, high, 0.1, 9), 0.01, -1, 9, None))
+    assert (found[6] != "-") == needs
+
+
+@pytest.mark.parametrize(("healed", "noise", "rows"), [(0, 0, 1), (1, 0, 2), (0, 1, 2)])
+def test_broken_has_a_row_where_it_is_not_quality_once_more(healed, noise, rows):
+    full = [answer(i, score=float(i >= healed), text="a") for i in range(20)]
+    mine = [answer(i, "m", score=float(i >= 5 or i < healed), text="b") for i in range(20)]
+    control = [answer(i, "jitter", score=float(healed <= i < 20 - noise), text="c") for i in range(20)]
+    [row] = compare(parts(run(full + mine + control)))
+    assert [e.endpoint for e in row.effects] == ["quality", "broken"]
+    assert len(distinct(row)) == rows
 
 
 def test_a_failed_cell_has_no_speed():
