@@ -51,22 +51,39 @@ class TransformersEngine:
 
     def encode(self, request: Request, compress: Compress) -> tuple[list[int], list[int]]:
         """Context and suffix as token ids. The prompt is tokenized as a whole, so both ways of compressing answer the
-        same tokens; with ``compress="context"`` it is split before the first token of the question."""
+        same tokens; with ``compress="context"`` it is split before the first token of the question. Raises UsageError
+        where the tokenizer or the template does not tell where that is."""
         message = [{"role": "user", "content": request.context + request.question}]
-        if getattr(self.tokenizer, "chat_template", None):
-            text = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        if "MistralCommon" in type(self.tokenizer).__name__:  # its text holds control tokens that it does not read back
+            text, plain = "", False
+            encoded = self.tokenizer.apply_chat_template(message, tokenize=True, return_dict=True)
         else:
+            plain = not getattr(self.tokenizer, "chat_template", None)
             text = message[0]["content"]
-            encoded = self.tokenizer(text, return_offsets_mapping=True)
-        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+            if not plain:
+                text = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+            encoded = self.tokenizer(text, add_special_tokens=plain)
+        ids = list(encoded["input_ids"])
+        if not ids:
+            raise UsageError(f"sample {request.id} has an empty prompt")
         if compress == "prompt" or not request.question:
             return ids, []
-        start = text.rindex(request.question)
+        offsets, start = self._offsets(text, plain), _place(request, text)
         cut = next((i for i, (first, last) in enumerate(offsets) if last > start and last > first), len(ids))
         if cut == 0:
             raise UsageError(f"sample {request.id} has no context before its question; use --kv-compress prompt")
         return ids[:cut], ids[cut:]
+
+    def _offsets(self, text: str, plain: bool) -> list[tuple[int, int]]:
+        """Where each token of a text begins and ends."""
+        try:
+            return list(self.tokenizer(text, add_special_tokens=plain, return_offsets_mapping=True)["offset_mapping"])
+        except (KeyError, NotImplementedError, TypeError, ValueError) as error:
+            kind = type(self.tokenizer).__name__
+            raise UsageError(
+                f"{kind} does not tell where its tokens stand in the text, which --kv-compress context needs; "
+                "use --kv-compress prompt"
+            ) from error
 
     @torch.inference_mode()
     def prefill(self, request: Request, context: list[int], suffix: list[int], needs: frozenset[Need]) -> Prompt:
@@ -128,3 +145,14 @@ class TransformersEngine:
             total = len(context) + len(suffix) + request.max_new_tokens
             if limit and total > limit:
                 raise UsageError(f"sample {request.id} needs {total} tokens, the model's context has {limit}")
+
+
+def _place(request: Request, text: str) -> int:
+    """Where the question begins in the templated text, also where the template has trimmed it."""
+    for question in (request.question, request.question.rstrip(), request.question.strip()):
+        if question and (at := text.rfind(question)) >= 0:
+            return at
+    raise UsageError(
+        f"the chat template changes the question of sample {request.id}, so that its place in the prompt is not known; "
+        "use --kv-compress prompt"
+    )

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from kvsuite import environment
+
 ROOT = Path(__file__).parents[2]
 
 CONFTEST = """
@@ -85,6 +87,10 @@ MISTAKES = [
         ["--kv-baseline", "http://127.0.0.1:1", "--kv-goodput", "ttft=2"],
         "write both targets in seconds, ttft=2,itl=0.2",
     ),
+    (["--kv-model=meta-llama/Llama-3.1-8B"], "run `hf download meta-llama/Llama-3.1-8B --local-dir Llama-3.1-8B` and"),
+    (["-m", "thoughput"], "unknown marker 'thoughput' in -m: did you mean 'throughput'?"),
+    (["-m", "samples or lenght"], "unknown marker 'lenght' in -m: did you mean 'length'?"),
+    (["--kv-memory", "much"], "--kv-memory must be a number of at least 0, not 'much'"),
     (["--kv-compress", "contexts"], "unknown value of --kv-compress 'contexts': did you mean 'context'?"),
 ]
 
@@ -96,6 +102,27 @@ def test_a_mistake_gets_one_sentence_and_exit_code_4(project, arguments, sentenc
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert len(said) == 1, said
     assert sentence in said[0]
+
+
+def test_a_gpu_that_is_not_there_is_told_first(project, monkeypatch):
+    if environment.cuda_driver():
+        pytest.skip("there is one")
+    result = project.runpytest_subprocess("-m", "samples", "--kv-device", "cuda")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: --kv-device cuda: this machine has no CUDA driver (libcuda)"])
+
+
+def test_speed_cannot_be_measured_where_benchmarks_are_disabled(project):
+    project.makepyfile(test_evaluation=EVALUATION.replace("samples", "throughput"))
+    result = project.runpytest_subprocess("-m", "throughput", "--benchmark-disable")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: --benchmark-disable leaves no speed to measure*"])
+
+
+@pytest.mark.parametrize("mistake", [["-m", "thoughput"], ["-m", "samples", "--kv-model=nowhere"]], ids=" ".join)
+def test_a_mistake_is_told_within_2_seconds(mistake):
+    command = [sys.executable, "-m", "pytest", *mistake]
+    assert best_of_5(*command, cwd=ROOT, fails=True) <= 2
 
 
 def test_a_mistake_in_the_configuration_file(project):
@@ -144,10 +171,11 @@ def test_plain_pytest_runs_no_evaluation(project):
     result.stdout.fnmatch_lines(["*8 deselected*"])
 
 
-def best_of_5(*command, **where):
+def best_of_5(*command, fails=False, **where):
     def once():
         start = time.perf_counter()
-        subprocess.run(command, check=True, capture_output=True, **where)
+        done = subprocess.run(command, check=False, capture_output=True, **where)
+        assert bool(done.returncode) == fails, done.stderr
         return time.perf_counter() - start
 
     return min(once() for _ in range(5))

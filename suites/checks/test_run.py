@@ -62,8 +62,7 @@ def run(pytester, monkeypatch, world):
             *SMALL,
             "--kv-model",
             str(world / "model"),
-            "--kv-run",
-            "left",
+            *(() if "--kv-run" in arguments else ("--kv-run", "left")),
             "-m",
             marker,
             "-k",
@@ -157,12 +156,104 @@ def test_a_broken_cell_costs_itself(run, pytester, how):
     result.stdout.fnmatch_lines(["*FAILED int8*"])
 
 
-def test_a_cell_beyond_its_time_costs_itself(run):
-    result = run("throughput or samples", "--kv-timeout", "0")
+SLOW = """
+import time
+from kvsuite.methods.codecs import int8
+encode = int8.PerToken.encode
+def slow(self, x):
+    time.sleep(1)
+    return encode(self, x)
+int8.PerToken.encode = slow
+"""
+
+
+def test_a_method_far_slower_than_the_baseline_costs_itself(run, pytester):
+    pytester.makepyfile(slow=SLOW)
+    result = run("throughput or samples", "-p", "slow", "--kv-timeout", "0")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
-    late = [r for r in left(Answer) + left(Timing) if r.status == "failed"]
-    assert late
-    assert all("TimeoutError: took more than 0 s" in r.error for r in late)
+    late = [r for r in left(Answer) + left(Timing) if "TimeoutError: took more than " in r.error]
+    assert {r.method for r in late} == {"int8"}
+    assert {type(r) for r in late} == {Answer, Timing}
+    assert not [r for r in left(Answer) + left(Timing) if r.method == "full" and r.status == "failed"]
+
+
+FAILING = """
+from kvsuite.engines.transformers import TransformersEngine
+def prefill(self, *args):
+    raise RuntimeError("this machine cannot")
+TransformersEngine.prefill = prefill
+"""
+
+
+@pytest.mark.parametrize("marker", ["samples", "throughput"])
+def test_a_baseline_that_fails_at_first_ends_the_run(run, pytester, marker):
+    pytester.makepyfile(failing=FAILING)
+    result = run(marker, "-p", "failing", "--kv-samples", "7")
+    said = "the baseline fails, so nothing can be compared: *this machine cannot"
+    result.stdout.fnmatch_lines([f"*{said}*"])
+    records = left(Answer) + left(Timing)
+    assert len([r for r in records if r.method == "full"]) == 2, "two failures, no more"
+    assert "finished" not in read(Path("left")).facts
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_run(run, pytester):
+    pytester.makepyfile(failing="import transformers\ntransformers.AutoModelForCausalLM = None")
+    result = run("samples", "-p", "failing")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stdout.fnmatch_lines(["*the model cannot be loaded: AttributeError*"])
+    assert not [line for line in result.outlines if line.startswith(("FAILED", "ERROR"))]
+
+
+WARNING = """
+import warnings
+from kvsuite.cache import adapter
+forward = adapter.forward
+def warned(*args, **more):
+    warnings.warn("this name goes in the next version", FutureWarning)
+    return forward(*args, **more)
+adapter.forward = warned
+"""
+
+
+def test_a_librarys_warning_fails_no_evaluation(run, pytester):
+    pytester.makepyfile(warned=WARNING)
+    result = run("samples", "-p", "warned", "-W", "error")
+    assert result.ret == 0
+    assert {r.status for r in left(Answer)} == {"ok"}
+    result.stdout.fnmatch_lines(["*FutureWarning: this name goes in the next version*"])
+
+
+INTERRUPTED = """
+from kvsuite.plugin.session import Session
+record, made = Session.record, []
+def until(self, answer):
+    record(self, answer)
+    made.append(answer)
+    if len(made) == 6:
+        raise KeyboardInterrupt
+Session.record = until
+"""
+
+
+def test_an_interrupted_run_is_partial(run, pytester):
+    pytester.makepyfile(interrupted=INTERRUPTED)
+    result = run("samples", "-p", "interrupted")
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    facts = read(Path("left")).facts
+    assert "finished" not in facts
+    assert facts["expected"] == {"samples": {"needle": 3}}
+    report = Path("left/report.md").read_text()
+    assert report.splitlines()[0].endswith("partial: this run was interrupted")
+    assert run("samples", "--kv-run", "whole").ret == 0
+    assert "finished" in read(Path("whole")).facts
+    assert "partial" not in Path("whole/report.md").read_text()
+
+
+def test_a_run_says_what_computes_and_what_is_stored(run):
+    assert run("samples", "--kv-dtype", "float32").ret == 0
+    where = read(Path("left")).facts["environment"]
+    assert (where["compute_dtype"], where["kv_dtype"]) == ("float32", "float32")
+    assert where["dtype_reason"] == "--kv-dtype float32"
 
 
 def test_a_run_is_never_overwritten(run):
