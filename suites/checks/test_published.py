@@ -118,6 +118,7 @@ def published():
 def test_published_reports_tell_neither_who_nor_where():
     files = dict(published())
     assert len(files) > 8
+    assert {file.suffix for file in files} <= {".md", ".json", ".jsonl"}, "a server's log is not cleaned"
     for file, text in files.items():
         assert not re.search(r"(?<![\w.-])/(root|home|Users|tmp|work|mnt|data|scratch)\b", text), file
         assert not re.search(rf"(?<![\w.-])({'|'.join(MACHINES)})(?![\w-])", text), file

@@ -162,6 +162,7 @@ def test_an_artifact_of_two_configurations_is_refused(tmp_path):
         ([{"id": 0, "score": None}], "sample 0 of trec has no score"),
         (rows(1, math.nan), "sample 1 of trec has the score nan, not a number from 0 to 1"),
         (rows(37.5), "sample 0 of trec has the score 37.5"),
+        (rows(math.inf), "sample 0 of trec has the score inf"),
         (rows(-0.1), "sample 0 of trec has the score -0.1"),
         ([{"id": 0, "score": True}], "sample 0 of trec has the score True"),
         ([{"id": 0, "score": "1"}], "sample 0 of trec has the score '1'"),
@@ -350,7 +351,7 @@ def test_a_column_score_is_taken_as_it_is(tmp_path):
     assert set(arm.dataset) == {"loogle"}
 
 
-@pytest.mark.parametrize("score", ["nan", "37.5", "-1", "", "good"])
+@pytest.mark.parametrize("score", ["nan", "inf", "37.5", "-1", "", "good"])
 def test_a_score_that_is_none_is_refused(score, tmp_path):
     file = predictions(tmp_path, {"predicted_answer": "a", "task": "t", "question": "q", "score": score})
     refused(f"kvpress:{file}", file, "score", score)
