@@ -16,6 +16,7 @@ from kvsuite.analysis.speed import speed_rows
 from kvsuite.analysis.stats import Estimate, log_ratio_interval, mean_interval
 from kvsuite.analysis.verdict import effect
 from kvsuite.errors import UsageError
+from kvsuite.margins import Margins
 from kvsuite.records import Answer, Run, Timing
 from kvsuite.report import markdown, terminal
 from kvsuite.report.table import Table
@@ -224,6 +225,8 @@ def test_broken_has_a_row_where_it_is_not_quality_once_more(healed, noise, rows)
     [row] = compare(parts(run(full + mine + control)))
     assert [e.endpoint for e in row.effects] == ["quality", "broken"]
     assert len(distinct(row)) == rows
+    [row] = compare(parts(run(full + mine + control)), Margins(quality=0.9, broken=0.01))
+    assert len(distinct(row)) == 2, "another margin, another verdict"
 
 
 def test_a_failed_cell_has_no_speed():
