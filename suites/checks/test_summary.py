@@ -18,7 +18,7 @@ from kvsuite.analysis.verdict import effect
 from kvsuite.errors import UsageError
 from kvsuite.margins import Margins
 from kvsuite.records import Answer, Run, Timing
-from kvsuite.report import markdown, terminal
+from kvsuite.report import markdown, negatives, terminal
 from kvsuite.report.table import Table
 from kvsuite.report.tables import _by_what, provenance, tables
 from kvsuite.report.verdicts import cells, distinct
@@ -207,6 +207,12 @@ def test_a_printed_interval_lies_where_its_verdict_says(endpoint, low, high, pri
     seen = effect(endpoint, Estimate((low + high) / 2, low, high, 0.1, 9), margin, worse, 9, None, ratio)
     found = cells("m", seen)
     assert (found[3], found[5]) == (printed, verdict)
+
+
+def test_kvsuite_negatives_prints_by_the_same_rule():
+    seen = effect("quality", Estimate(0, -0.01004, 0, 0.1, 9), 0.01, -1, 9, None)
+    assert (seen.verdict, negatives._span(seen)) == ("undecided", "+0.000 (-1.004 to +0.000)")
+    assert negatives._span(replace(seen, estimate=Estimate(0, -0.2, 0))) == "+0.00 (-20.00 to +0.00)"
 
 
 @pytest.mark.parametrize(("low", "needs"), [(-0.5, True), (-0.005, False), (-0.9, False)])
