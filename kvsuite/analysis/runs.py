@@ -181,8 +181,8 @@ class Fast:
     """What verdicts on speed rest on."""
 
     effects: list[tuple[str, Effect]]
-    failed: list[str]
-    """Methods that were to be judged and have no figure."""
+    lost: list[tuple[str, str]]
+    """Methods that were to be judged and have no figure: FAILED, not measured, missing."""
     where: str = ""
     """The cell, in words."""
 
@@ -202,7 +202,7 @@ def speeds(run: Run, margins: Margins) -> Fast:
             for row in judged
             if "tpot" in row.ratios
         ]
-        return Fast(found, [row.method for row in judged if "tpot" not in row.ratios], last)
+        return Fast(found, [(row.method, "FAILED") for row in judged if "tpot" not in row.ratios], last)
     rows = [row for row in speed_rows([r for r in run.records if isinstance(r, Timing)]) if row.phase == "decode"]
     rows = [row for row in rows if row.method != "transformers"]
     whole = [row for row in rows if row.speedup is not None]
@@ -221,7 +221,8 @@ def speeds(run: Run, margins: Margins) -> Fast:
         if row.speedup is not None and _is_kernel(row.path)
     ]
     known = dict.fromkeys([*here, *(run.facts["methods"] if unfinished else [])])
-    lost = [m for m in known if m != FULL and (m not in here or here[m].speedup is None)]
+    lost = [(m, "missing") for m in known if m not in here and m != FULL]
+    lost += [(m, "FAILED" if r.failed else "not measured") for m, r in here.items() if r.speedup is None]
     return Fast(found, lost, f"batch {width}, {length} tokens")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from kvsuite.analysis.speed import speed_rows
 from kvsuite.records import Run, Timing
 from kvsuite.report.table import Table
-from kvsuite.report.tables import NOT_MEASURED, formats, provenance, shortfall, tables
+from kvsuite.report.tables import NOT_MEASURED, formats, missing, provenance, shortfall, tables
 
 
 def pytest_kv_report(run: Run, terminalreporter: Any) -> None:
@@ -35,7 +35,7 @@ def render(run: Run) -> str:
     ]
     cells = [t for t in run.records if isinstance(t, Timing)]
     if cells:
-        parts.append(_table(_cells(cells)))
+        parts.append(_table(_cells(cells, run)))
     if said := provenance(run.records):
         parts.append(f"**{said}**")
     if run.torn:
@@ -43,7 +43,7 @@ def render(run: Run) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _cells(timings: list[Timing]) -> Table:
+def _cells(timings: list[Timing], run: Run) -> Table:
     rows = []
     for row in speed_rows(timings):
         cell = [row.method, row.phase, str(row.width), str(row.length)]
@@ -58,7 +58,7 @@ def _cells(timings: list[Timing]) -> Table:
     note = (
         "checked: largest error of the attention output over what the cache holds, in units of what rounding explains."
     )
-    return Table("every timed cell", columns, rows, [note])
+    return Table("every timed cell", columns, rows, [*missing(run), note])
 
 
 def _table(table: Table) -> str:

@@ -96,7 +96,7 @@ def _speed(phase: str, rows: Sequence[SpeedRow], run: Run) -> Table:
     for method in dict.fromkeys([*(r.method for r in rows), *(run.facts["methods"] if done < asked else [])]):
         mine = [by.get((method, *cell)) for cell in cells]
         drawn.append([f"{method}, ×", *[absent if r is None else _speed_cell(r, _speedup(r)) for r in mine]])
-    notes = [f"MISSING: {asked - done} of the {asked} cells that this run was to time."] if done < asked else []
+    notes = missing(run)
     if rounds := max(r.rounds for r in rows):
         notes.append(
             f"Speed as a multiple of full's, which ran in turn with it ({rounds} pairs of rounds); ± is the 95 % "
@@ -117,6 +117,12 @@ def _speed(phase: str, rows: Sequence[SpeedRow], run: Run) -> Table:
         )
     notes += _errors([(f"{r.method} b{r.width} l{r.length}", r.error) for r in rows if r.failed])
     return Table(f"{phase} · {setting(run)}", ["batch · length", *[f"{w} · {n}" for w, n in cells]], drawn, notes)
+
+
+def missing(run: Run) -> list[str]:
+    """How many timed cells are not there."""
+    done, asked = timed(run)
+    return [f"MISSING: {asked - done} of the {asked} cells that this run was to time."] if done < asked else []
 
 
 def _by_what(rows: Sequence[SpeedRow], gpu: str | None) -> list[str]:
@@ -295,4 +301,4 @@ def _span(interval: Interval) -> str:
     return f"{interval.low:.2f}–{interval.high:.2f}"
 
 
-__all__ = ["formats", "provenance", "setting", "shortfall", "tables"]
+__all__ = ["formats", "missing", "provenance", "setting", "shortfall", "tables"]

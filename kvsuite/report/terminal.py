@@ -54,17 +54,21 @@ def _fitting(table: Table, console: Console) -> list[Table]:
 
     if width(table) <= console.width:
         return [table]
-    for fold in (max(NARROW, console.width // 4), NARROW):
-        rows = [["\n".join(textwrap.wrap(row[0], fold)), *row[1:]] for row in table.rows]
-        folded = replace(table, rows=rows)
-        if width(folded) <= console.width:
-            return [folded]
+    folded, narrow = (_folded(table, fold) for fold in (max(NARROW, console.width // 4), NARROW))
+    for whole in (folded, narrow):
+        if width(whole) <= console.width:
+            return [whole]
     groups: list[list[int]] = [[]]
     for unit in _units(table):
         if groups[-1] and width(_some(folded, [*groups[-1], *unit])) > console.width:
             groups.append([])
         groups[-1] += unit
     return [_some(folded, group) for group in groups]
+
+
+def _folded(table: Table, fold: int) -> Table:
+    """The table with its rows' names in lines of so many characters."""
+    return replace(table, rows=[["\n".join(textwrap.wrap(row[0], fold)), *row[1:]] for row in table.rows])
 
 
 def _units(table: Table) -> list[list[int]]:

@@ -25,7 +25,7 @@ def verdicts(run: Run) -> list[Table]:
     drawn = [cells(row.method, e) for row in methods for e in distinct(row)]
     drawn += _unanswered(run, methods)
     drawn += [cells(name, e) for name, e in fast.effects]
-    drawn += [[name, "speed", "-", "-", "-", "FAILED", "-"] for name in fast.failed]
+    drawn += [[name, "speed", "-", "-", "-", why, "-"] for name, why in fast.lost]
     if not drawn:
         return []
     drawn += [[name, "all", "-", "-", "", "BROKEN", "-"] for name in sorted(broken(run))]
@@ -56,13 +56,15 @@ def distinct(row: Comparison) -> list[Effect]:
 def _unanswered(run: Run, compared: list[Comparison]) -> list[list[str]]:
     """A row for every method that was to be compared and has no answer in common with the baseline."""
     there = {(row.method, e.endpoint) for row in compared for e in row.effects}
-    found = []
+    answered, found = shares(run), []
     for endpoint, evaluation in (("quality", "samples"), ("length", "length")):
         ok: dict[str, int] = {}
         asked: dict[str, int] = {}
-        for task, arms in shares(run).items():
+        for task, arms in answered.items():
+            if evaluation_of(run, task) != evaluation:
+                continue
             for (method, repeat), share in arms.items():
-                if not repeat and evaluation_of(run, task) == evaluation:
+                if not repeat:
                     ok[method] = ok.get(method, 0) + share.ok
                     asked[method] = asked.get(method, 0) + share.asked
         for method in ok:
@@ -104,8 +106,8 @@ def margins_text(margins: Margins) -> str:
 
 
 def cells(method: str, e: Effect) -> list[str]:
-    """Method, endpoint, effect, interval, p, verdict, samples needed where there is no verdict yet."""
-    most = e.needed if e.verdict in ("undecided", "partial") else math.inf
+    """Method, endpoint, effect, interval, p, verdict, samples needed where these decide nothing."""
+    most = e.needed if e.verdict == "undecided" else math.inf
     p = "-" if e.adjusted is None else f"{e.adjusted:.2g}"
     low, middle, high = shown(e)
     needed = "-" if math.isinf(most) else f"{most:,.0f}"

@@ -14,7 +14,7 @@ from kvsuite.records import Answer, RunFolder, Timing, encode, read
 from kvsuite.report import terminal
 
 FACTS = {
-    "model": {"name": "tiny", "fingerprint": "1"}, "texts": {"chat": "2"}, "settings": {"cap": 200},
+    "model": {"name": "tiny", "fingerprint": "1"}, "texts": {"chat": "2"}, "settings": {"cap": 200, "temperature": 0},
     "environment": {"cpu": "one"},
 }  # fmt: skip
 LENGTHS = np.random.default_rng(0).integers(20, 150, 60)
@@ -123,7 +123,7 @@ def test_seconds_of_full_are_compared_on_one_machine_only(told):
     [
         ({"model": {"name": "big", "fingerprint": "1"}}, "different models (name: 'tiny' and 'big')"),
         ({"texts": {"chat": "9"}}, "different texts (chat: '2' and '9')"),
-        ({"settings": {"cap": 100}}, "different settings (cap: 200 and 100)"),
+        ({"settings": {"cap": 100, "temperature": 0}}, "different settings (cap: 200 and 100)"),
     ],
 )
 def test_runs_of_different_things_are_refused(told, change, said):
@@ -209,7 +209,27 @@ def test_answers_that_are_gone_are_told(told, lost):
     assert code == 2 or any(word in out + err for word in ("51", "60", "failed", "left out")), out
 
 
+def test_what_was_interrupted_is_neither_worse_nor_not_worse(told):
+    known = FACTS | {"methods": ["full", "m"], "expected": {"samples": {"chat": 60}}}
+    short = np.round(LENGTHS * 2)[:40]
+    left("a", *chats("full"), *chats("m"), facts=known | {"finished": "now"})
+    left("b", *chats("full"), *chats("m", short), facts=known)
+    _, out, _ = told("compare", "a", "b")
+    assert "partial: b was interrupted." in out
+    assert "partial: a was" not in out
+    row = out.split("m length ")[1].split("p: of no change")[0]
+    assert ("partial 40/60" in row, "worse" in row) == (True, False)
+
+
 # plan
+
+
+def test_a_plan_from_answers_that_are_not_all_there_says_so(told):
+    known = FACTS | {"methods": ["full", "jitter"], "expected": {"samples": {"chat": 60}}}
+    left("a", *chats("full"), *chats("jitter", NOISY[:40]), facts=known)
+    left("b", *chats("full"), *chats("jitter", NOISY), facts=known)
+    assert "partial: jitter, length: only 40 of 60 samples are there." in told("plan", "a")[1]
+    assert "partial" not in told("plan", "b")[1]
 
 
 def test_a_plan_from_two_seeds_is_the_formulas(told):

@@ -81,7 +81,7 @@ def test_a_verdict_from_missing_answers_is_none(who):
     assert verdict(found) == "partial 6/8"
     assert any(note.startswith("partial") for note in drawn(found)["verdicts"].notes)
     [row] = [row for row in drawn(found)["verdicts"].rows if row[0] == "m"]
-    assert row[2] == "-100.0 pt", "the figures are kept"
+    assert (row[2], row[6]) == ("-100.0 pt", "-"), "the figures are kept"
     assert verdict(run(*cut)) == HARMFUL, "an earlier run does not say how many there were to be"
 
 
@@ -225,7 +225,8 @@ def test_a_cell_that_failed_or_is_missing_is_no_absent_one():
     rows = {row[0]: row[1] for row in drawn(found)["decode"].rows}
     assert (rows["jitter, ×"], rows["other, ×"]) == ("missing", "missing")
     assert "MISSING: 2 of the 4 cells that this run was to time." in drawn(found)["decode"].notes
-    assert verdict(found, "other", "speed") == "FAILED"
+    assert verdict(found, "other", "speed") == "missing"
+    assert markdown.render(found).count("MISSING: 2 of the 4 cells") == 2, "above every timed cell, too"
 
 
 def test_a_verdict_on_speed_is_of_the_largest_cell_or_none():
@@ -235,6 +236,7 @@ def test_a_verdict_on_speed_is_of_the_largest_cell_or_none():
     )
     found = run(small, **GPU, expected={"timings": 4})
     assert verdict(found, "m", "speed") == "partial 2/4"
+    assert verdict(run(small, **GPU, expected={}), "m", "speed") == "partial", "how many there were to be is not said"
     assert "speed: batch 8, 512 tokens." in drawn(found)["verdicts"].notes
     failed = [replace(t, length=1024, status="failed", error="out of memory", seconds=[]) for t in small]
     assert verdict(run(small, failed, **GPU), "m", "speed") == HARMFUL

@@ -108,7 +108,7 @@ def test_a_verdict_on_speed_needs_every_block(tmp_path):
 
 def test_an_arm_of_which_no_block_is_whole_has_failed(tmp_path):
     failed = [replace(r, status="failed", error="cut") if r.method == "m" else r for r in both({"baseline": 1, "m": 2})]
-    assert speeds(run(failed, tmp_path), Margins()).failed == ["m"]
+    assert speeds(run(failed, tmp_path), Margins()).lost == [("m", "FAILED")]
 
 
 def test_a_block_with_a_failed_leg_is_left_out_of_ratios(tmp_path):

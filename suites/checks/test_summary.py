@@ -16,8 +16,9 @@ from kvsuite.analysis.speed import speed_rows
 from kvsuite.analysis.stats import Estimate, log_ratio_interval, mean_interval
 from kvsuite.analysis.verdict import effect
 from kvsuite.errors import UsageError
+from kvsuite.margins import Margins
 from kvsuite.records import Answer, Run, Timing
-from kvsuite.report import markdown, terminal
+from kvsuite.report import markdown, negatives, terminal
 from kvsuite.report.table import Table
 from kvsuite.report.tables import _by_what, provenance, tables
 from kvsuite.report.verdicts import cells, distinct
@@ -208,6 +209,12 @@ def test_a_printed_interval_lies_where_its_verdict_says(endpoint, low, high, pri
     assert (found[3], found[5]) == (printed, verdict)
 
 
+def test_kvsuite_negatives_prints_by_the_same_rule():
+    seen = effect("quality", Estimate(0, -0.01004, 0, 0.1, 9), 0.01, -1, 9, None)
+    assert (seen.verdict, negatives._span(seen)) == ("undecided", "+0.000 (-1.004 to +0.000)")
+    assert negatives._span(replace(seen, estimate=Estimate(0, -0.2, 0))) == "+0.00 (-20.00 to +0.00)"
+
+
 @pytest.mark.parametrize(("low", "needs"), [(-0.5, True), (-0.005, False), (-0.9, False)])
 def test_samples_are_needed_where_there_is_no_verdict(low, needs):
     """'needs 10' stood beside 100 points lost."""
@@ -224,6 +231,8 @@ def test_broken_has_a_row_where_it_is_not_quality_once_more(healed, noise, rows)
     [row] = compare(parts(run(full + mine + control)))
     assert [e.endpoint for e in row.effects] == ["quality", "broken"]
     assert len(distinct(row)) == rows
+    [row] = compare(parts(run(full + mine + control)), Margins(quality=0.9, broken=0.01))
+    assert len(distinct(row)) == 2, "another margin, another verdict"
 
 
 def test_a_failed_cell_has_no_speed():
