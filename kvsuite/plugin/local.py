@@ -77,7 +77,7 @@ class Local(Session):
         self._proven |= not error
         self._failures += bool(error)
         if not self._proven and self._failures == FIRST:
-            pytest.exit(f"the baseline fails, so nothing can be compared: {error}", pytest.ExitCode.TESTS_FAILED)
+            pytest.exit(f"the baseline fails, so nothing can be compared: {error}", pytest.ExitCode.INTERRUPTED)
 
     def facts(self) -> dict[str, Any]:
         """The model, and how torch runs it."""

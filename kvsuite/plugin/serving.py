@@ -109,6 +109,10 @@ class Serving(Session):
         if not self._described:
             self.describe()
 
+    def expected(self) -> dict[str, Any]:
+        """The samples of each task, and how many blocks are timed."""
+        return super().expected() | ({"blocks": self.options.rounds} if self._timed else {})
+
     def facts(self) -> dict[str, Any]:
         """Which model is served by what, and which arm is the baseline."""
         known = self._visits.servers if self._visits else {}

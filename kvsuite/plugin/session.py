@@ -55,6 +55,10 @@ class Session:
         """Every arm's answers to a task."""
         raise NotImplementedError
 
+    def expected(self) -> dict[str, Any]:
+        """What an arm's records must hold once the run has come to its end, as JSON."""
+        return {"samples": {name: len(self.samples(tasks.task(name))) for name in self.chosen}}
+
     def facts(self) -> dict[str, Any]:
         """What ``run.json`` says beside what all runs say: model, environment, who is the baseline."""
         raise NotImplementedError
@@ -78,7 +82,7 @@ class Session:
                 "texts": {task.name: environment.fingerprint(task.fetch()) for task in self.tasks},
                 "settings": o.settings(),
                 "margins": vars(o.margins),
-                "expected": {"samples": {name: len(self.samples(tasks.task(name))) for name in self.chosen}},
+                "expected": self.expected(),
                 **own,
                 "environment": environment.describe() | own.get("environment", {}),
             }
