@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -41,16 +42,21 @@ def probabilities(
     mask: Tensor | None = None,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    buffer: Tensor | None = None,
 ) -> Tensor:
     """The weights `attention` applies to V, float32 (kv_heads, group * queries, T). Arguments as there, but the mask
-    may cover the last keys only; those before it may all be read."""
-    scores = torch.matmul(q.float() * scale, k.float().transpose(-1, -2))
+    may cover the last keys only; those before it may all be read. ``buffer``: float32 memory for the result, at least
+    as large, which saves a large allocation and its page faults at every call."""
+    q, k = q.float() * scale, k.float().transpose(-1, -2)
+    shape = (*q.shape[:-1], k.shape[-1])
+    scores = q.new_empty(shape) if buffer is None else buffer[: math.prod(shape)].view(shape)
+    torch.bmm(q, k, out=scores)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
         scores[..., scores.shape[-1] - mask.shape[-1] :].masked_fill_(~mask, float("-inf"))
     if sink_logits is None:
-        return torch.softmax(scores, dim=-1)
+        return torch.softmax(scores, dim=-1, out=scores)
     with_sink = torch.cat([scores, sink_logits.float().unsqueeze(-1)], dim=-1)
     return torch.softmax(with_sink, dim=-1)[..., :-1]
 

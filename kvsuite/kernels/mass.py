@@ -32,12 +32,14 @@ def column_mass(
     start = 0 if last is None else max(0, length - last)
     mass = torch.zeros(kv_heads, length, device=q.device)
     k = k.float()
+    buffer = torch.empty(heads * block * length, device=q.device)
     for first, end, lowest, mask in causal_blocks(length, window, block, q.device):
         if end <= start:
             continue
         counted = max(first, start)
         rows = q[:, counted:end].reshape(kv_heads, group * (end - counted), dim)
         aux = None if sink_logits is None else pack_sinks(sink_logits, kv_heads, end - counted)
-        p = probabilities(rows, k[:, lowest:end], scale, mask[counted - first :].repeat(group, 1), softcap, aux)
+        mask = mask[counted - first :].repeat(group, 1)
+        p = probabilities(rows, k[:, lowest:end], scale, mask, softcap, aux, buffer)
         mass[:, lowest:end] += p.sum(dim=1)
     return mass / group
