@@ -6,7 +6,7 @@ import difflib
 import re
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -146,9 +146,27 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     try:
         _refuse_untimed(config, evaluations)
         with _lenient():
-            config.stash[SESSION].fetch(sorted(tasks), evaluations)
+            run = config.stash[SESSION]
+            run.fetch(sorted(tasks), evaluations)
+            alone = not run.worker and getattr(config.option, "dist", "no") == "no"
+            line = run.announce(chosen) if alone else ""
     except UsageError as error:
         raise pytest.UsageError(str(error)) from error
+    if line:
+        config.get_terminal_writer().line(line)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Follow the plan of the run, where there is one."""
+    plan = item.config.stash[SESSION].progress.plan
+    if plan is not None:
+        plan.begin(item.nodeid)
+    try:
+        return (yield)
+    finally:
+        if plan is not None:
+            plan.end()
 
 
 def _evaluates(item: pytest.Item) -> bool:

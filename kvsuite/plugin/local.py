@@ -15,6 +15,7 @@ from kvsuite.engines.request import Request, Response
 from kvsuite.errors import UsageError
 from kvsuite.methods import Method, parse
 from kvsuite.plugin.options import BASELINE, Options
+from kvsuite.plugin.plan import Speeds, duration, plan
 from kvsuite.plugin.session import Session
 from kvsuite.records import Answer
 from kvsuite.tasks import Sample, Task
@@ -49,6 +50,29 @@ class Local(Session):
                 raise UsageError("--kv-device cuda: torch finds no CUDA device here")
         super().fetch(names, evaluations)
 
+    def announce(self, items: Sequence[pytest.Item]) -> str:
+        """Arms, tasks and cells, what computes, and how long it will take here, by speeds measured now."""
+        o = self.options
+        cells = sum("benchmark" in getattr(item, "fixturenames", ()) for item in items)
+        parts = [f"{name} {len(self.samples(tasks.task(name)))}" for name in self.chosen]
+        parts += [f"{cells} timed cells"] if cells else []
+        what = f"{len(o.methods)} methods on {self.model_name}: {' · '.join(parts)}"
+        try:
+            self.progress.plan = plan(self, items)
+        except Exception as error:  # the tests will tell
+            return f"kvsuite: {what}; no estimate ({type(error).__name__}: {error})"
+        layer = self.engine.layers[0]
+        how = str(layer.dtype).removeprefix("torch.")
+        if layer.dtype != layer.kv_dtype:
+            how += f", K and V in {str(layer.kv_dtype).removeprefix('torch.')}"
+        seconds = sum(self.progress.plan.expected.values())
+        return f"kvsuite: {what}; about {duration(seconds)} here ({how}: {self.engine.reason})"
+
+    @property
+    def model_name(self) -> str:
+        """For people."""
+        return self.options.model.name if self.options.model else "SmolLM2-135M-Instruct"
+
     @property
     def model_folder(self) -> Path:
         """The model's folder, fetched if it is the default."""
@@ -79,17 +103,35 @@ class Local(Session):
         if not self._proven and self._failures == FIRST:
             pytest.exit(f"the baseline fails, so nothing can be compared: {error}", pytest.ExitCode.INTERRUPTED)
 
+    @property
+    def together(self) -> int:
+        """Sequences that are decoded together at most."""
+        from kvsuite.engines.pool import TOGETHER
+
+        return TOGETHER * self.options.width
+
+    def speeds(self) -> Speeds:
+        """How fast this machine prefills and decodes with the uncompressed cache."""
+        from kvsuite.engines.timing import DecodeCell
+
+        length, width = min(self.options.length), 8
+        prompt = self.prompt(length)
+        cells = [DecodeCell(self.engine, BASELINE, prompt, rows, 3) for rows in (1, width)]
+        for cell in cells:
+            cell.check()
+        one, many = (min(cell.round() for _ in range(2)) for cell in cells)
+        return Speeds(prompt.seconds / length, one, max(0.0, many - one) / (width - 1))
+
     def facts(self) -> dict[str, Any]:
         """The model, and how torch runs it."""
         import torch
 
         o, folder = self.options, self.model_folder
         weights = [f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin", ".json")]
-        name = o.model.name if o.model else "SmolLM2-135M-Instruct"
         gpu = torch.cuda.get_device_name() if o.device == "cuda" else None
         layer = self.engine.layers[0]
         return {
-            "model": {"name": name, "fingerprint": environment.fingerprint(weights)},
+            "model": {"name": self.model_name, "fingerprint": environment.fingerprint(weights)},
             "environment": {
                 "threads": torch.get_num_threads(),
                 "gpu": gpu,

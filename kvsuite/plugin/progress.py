@@ -8,13 +8,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from kvsuite.plugin.plan import Plan, duration
+
 
 class Progress:
-    """A line with what is done, tokens per second and the time left; it disappears when the pass ends."""
+    """A line with what is done, tokens per second and the time left of the run; it disappears when the pass ends."""
 
     def __init__(self, quiet: bool = False) -> None:
         # pytest captures file descriptor 1 while a test runs: keep our own copy of the terminal
         self._terminal = None if quiet or not sys.stdout.isatty() else os.fdopen(os.dup(1), "w")
+        self.plan: Plan | None = None
+        """What the whole run is expected to take, where that is known."""
 
     @contextmanager
     def over(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -27,15 +31,20 @@ class Progress:
         from rich.progress import Progress as Bars
 
         console = Console(file=self._terminal, force_terminal=True)
-        speed = TextColumn("{task.fields[speed]:,.0f} tok/s")
-        columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), speed, TimeRemainingColumn())
+        speed, left = TextColumn("{task.fields[speed]:,.0f} tok/s"), TextColumn("{task.fields[left]}")
+        last = TimeRemainingColumn() if self.plan is None else left
+        columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), speed, last)
         console.print()
         with Bars(*columns, console=console, transient=True) as bars:
-            bar, start, made = bars.add_task(what, total=total, speed=0.0), time.perf_counter(), 0
+            bar, start = bars.add_task(what, total=total, speed=0.0, left=self._left(0)), time.perf_counter()
+            ended = made = 0
 
             def done(tokens: int) -> None:
-                nonlocal made
-                made += tokens
-                bars.update(bar, advance=1, speed=made / (time.perf_counter() - start))
+                nonlocal ended, made
+                ended, made = ended + 1, made + tokens
+                bars.update(bar, advance=1, speed=made / (time.perf_counter() - start), left=self._left(ended / total))
 
             yield done
+
+    def _left(self, share: float) -> str:
+        return "" if self.plan is None else f"run: {duration(self.plan.left(share))} left"

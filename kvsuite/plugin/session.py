@@ -6,13 +6,16 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvsuite import environment, tasks
 from kvsuite.plugin.options import Options
 from kvsuite.plugin.progress import Progress
 from kvsuite.records import Answer, Record, RunFolder
 from kvsuite.tasks import Sample, Task
+
+if TYPE_CHECKING:
+    import pytest
 
 
 class Session:
@@ -39,6 +42,10 @@ class Session:
         self.chosen = names
         for name in names:
             tasks.task(name).fetch()
+
+    def announce(self, items: Sequence[pytest.Item]) -> str:
+        """What the chosen tests are going to do, in a line; empty where nothing is known."""
+        return ""
 
     def samples(self, task: Task) -> list[Sample]:
         """The run's samples of a task."""

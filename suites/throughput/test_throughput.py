@@ -29,7 +29,13 @@ def run_cell(kv_local, benchmark, cell, make):
 
         rounds = o.rounds if cell["phase"] == "decode" else max(3, o.rounds // 3)
         warm = 1 if cell["phase"] == "decode" else 0
-        benchmark.pedantic(lambda: after.append(mine.round()), setup=turn, rounds=rounds, warmup_rounds=warm)
+        with kv_local.progress.over(f"{cell['phase']} {cell['method']}", rounds + warm) as done:
+
+            def timed():
+                after.append(mine.round())
+                done(found["tokens"])
+
+            benchmark.pedantic(timed, setup=turn, rounds=rounds, warmup_rounds=warm)
         record = Timing(**cell, **found, seconds=after[warm:], baseline_seconds=before[warm:])
     except Exception as error:
         kv_local.record(Timing(**cell, **found, status="failed", error=f"{type(error).__name__}: {error}"))

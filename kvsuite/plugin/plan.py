@@ -1,0 +1,100 @@
+"""What a run in this process is going to do, and how long it will take on this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import pytest
+
+from kvsuite import tasks
+
+if TYPE_CHECKING:
+    from kvsuite.plugin.local import Local
+
+OTHER = 2.0
+"""Seconds of a test that neither answers nor times."""
+CHECKED = 8
+"""Samples that a test of the baseline answers once more."""
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Measured at the start of a run. Seconds."""
+
+    token: float
+    """Of prefilling one token."""
+    step: float
+    """Of a decoding step of one row."""
+    row: float
+    """That every further row adds to a step."""
+
+    def steps(self, tokens: float, rows: int) -> float:
+        """Decoding ``tokens`` tokens, ``rows`` at a time."""
+        return tokens / rows * (self.step + self.row * (rows - 1))
+
+
+@dataclass
+class Plan:
+    """The chosen tests in order, and the seconds each is expected to take."""
+
+    expected: dict[str, float]
+    start: float = field(default_factory=time.perf_counter)
+    done: float = 0.0
+    """Expected seconds of the tests that have ended."""
+    current: float = 0.0
+    """Of the test that runs."""
+
+    def begin(self, test: str) -> None:
+        """A test starts."""
+        self.current = self.expected.get(test, 0.0)
+
+    def end(self) -> None:
+        """It has ended."""
+        self.done, self.current = self.done + self.current, 0.0
+
+    def left(self, share: float) -> float:
+        """Seconds to the end of the run, when ``share`` of the running test is done: what is expected, corrected by
+        how long everything took so far."""
+        total, done = sum(self.expected.values()), self.done + share * self.current
+        spent = time.perf_counter() - self.start
+        return (total - done) * (spent / done if done > 0.05 * total else 1.0)
+
+
+def plan(session: Local, items: Sequence[pytest.Item]) -> Plan:
+    """Measure this machine's speeds and estimate every chosen test by what it asks for."""
+    speeds, seen = session.speeds(), set[str]()
+    expected = {}
+    for item in items:
+        asked = getattr(item, "callspec", None)
+        expected[item.nodeid] = _seconds(session, speeds, {} if asked is None else dict(asked.params), seen)
+    return Plan(expected)
+
+
+def _seconds(session: Local, speeds: Speeds, asked: dict[str, object], seen: set[str]) -> float:
+    o = session.options
+    if "kv_prefill" in asked:
+        return (2 * max(3, o.rounds // 3) + 2) * speeds.token * int(str(asked["kv_prefill"]))
+    if "kv_batch" in asked:
+        rows = int(str(asked["kv_batch"]))
+        return 2 * (o.rounds + 3) * speeds.steps(rows, rows)
+    if "kv_task" not in asked:
+        return OTHER
+    name = str(asked["kv_task"])
+    task, samples = tasks.task(name), session.samples(tasks.task(name))
+    tokens = sum(min(sample.max_new_tokens, o.cap) for sample in samples) / len(samples)
+    prompt = speeds.token * (sum(session.count_tokens(s.context + s.question) for s in samples) / len(samples))
+    if not {"kv_arm", "kv_method"} & asked.keys():  # the baseline's answers to a few samples once more
+        return min(CHECKED, len(samples)) * (prompt + speeds.steps(tokens, 1))
+    if name in seen:  # one pass serves all arms
+        return 0.0
+    seen.add(name)
+    answers = len(samples) * (len(o.methods) + (task.evaluation == "length"))
+    return len(samples) * prompt * 1.5 + speeds.steps(answers * tokens, min(answers, session.together))
+
+
+def duration(seconds: float) -> str:
+    """A duration as one reads it."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
