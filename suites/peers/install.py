@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import venv
@@ -12,13 +11,9 @@ WANTED = "kvpress==0.5.5"
 CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 
 
-def python_of(folder: Path) -> Path:
-    return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-
-
 def install(folder: Path) -> Path:
     """The interpreter of an environment with kvpress and the torch that kvsuite is tested with."""
-    python, done = python_of(folder), folder / "installed.txt"
+    python, done = folder / "bin" / "python", folder / "installed.txt"
     wish = f"{WANTED}\n{CONSTRAINTS.read_text()}"
     if not done.is_file() or done.read_text() != wish:
         venv.create(folder, with_pip=True, clear=True)
