@@ -83,18 +83,12 @@ def timed(job: dict[str, Any]) -> dict[str, Any]:
     short = encoded(pipe, job["warm"])[0].shape[1]
     for arm in {arm["press"]: arm for arm in every}.values():
         answer(pipe, job["warm"], arm, short, 4)
-    result: dict[str, Any] = {"dtype": dtype, "dtypes": dtypes, "cells": {}, "arms": {}}
-    for cell, arms in job["cells"].items():
-        each = {
-            arm["name"]: [
-                answer(pipe, prompt, arm, length, job["new"])[0]
-                for prompt, length in zip(job["prompts"], lengths, strict=True)
-            ]
-            for arm in arms
-        }
-        result["cells"][cell] = sum(map(sum, each.values()))
-        result["arms"][cell] = {name: sum(seconds) / len(seconds) for name, seconds in each.items()}
-    return result
+    each: dict[str, float] = {}
+    for arm in every:  # calls share nothing, so one call counts in every cell its arm is in
+        pairs = zip(job["prompts"], lengths, strict=True)
+        each[arm["name"]] = sum(answer(pipe, prompt, arm, length, job["new"])[0] for prompt, length in pairs)
+    cells = {cell: sum(each[arm["name"]] for arm in arms) for cell, arms in job["cells"].items()}
+    return {"dtype": dtype, "dtypes": dtypes, "cells": cells, "arms": each}
 
 
 @torch.inference_mode()
