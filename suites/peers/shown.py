@@ -122,3 +122,13 @@ def _speed(console: Console, told: dict[str, Any]) -> None:
             f"{one['cell']}: prefill p {one['prefill']:.2f} s, observation o {one['observing']:.2f} s, decoding alone "
             f"d {one['alone']:.2f} s, its share in a batch {one['batched']:.2f} s; ceiling N(p + d)/(p + o + N·share)."
         )
+    console.print(f"kvpress, mean seconds of a call: {_calls(told)}.")
+
+
+def _calls(told: dict[str, Any]) -> str:
+    """What a call of each press costs: a prefill of its own, and an answer."""
+    found: dict[str, list[float]] = {}
+    for arm in max(told["job"]["cells"].values(), key=len):
+        seconds = [one["theirs"]["calls"][arm["name"]] for one in told["rounds"]]
+        found.setdefault(arm["press"] or "no press", []).extend(seconds)
+    return ", ".join(f"{press} {mean(seconds):.1f}" for press, seconds in found.items())

@@ -88,7 +88,8 @@ def timed(job: dict[str, Any]) -> dict[str, Any]:
         pairs = zip(job["prompts"], lengths, strict=True)
         each[arm["name"]] = sum(answer(pipe, prompt, arm, length, job["new"])[0] for prompt, length in pairs)
     cells = {cell: sum(each[arm["name"]] for arm in arms) for cell, arms in job["cells"].items()}
-    return {"dtype": dtype, "dtypes": dtypes, "cells": cells, "arms": each}
+    calls = {arm["name"]: each[arm["name"]] / len(lengths) for arm in every}
+    return {"dtype": dtype, "dtypes": dtypes, "cells": cells, "calls": calls}
 
 
 @torch.inference_mode()
