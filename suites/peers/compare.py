@@ -78,7 +78,8 @@ class Sides:
         quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | paths | quiet
         command = [self.python[side], "-W", "ignore", str(HERE / f"{side}.py"), str(asked), str(told)]
-        subprocess.run(command, env=environment, check=True)
+        if code := subprocess.run(command, env=environment, check=False).returncode:
+            raise SystemExit(f"{side}.py ended with code {code}; what it said stands above")
         result: dict[str, Any] = json.loads(told.read_text())
         cells = ", ".join(f"{cell} {seconds:.1f} s" for cell, seconds in result.get("cells", {}).items())
         what = f"{wish['mode']} {cells}".strip()

@@ -104,7 +104,8 @@ def compared(job: dict[str, Any], folder: Path) -> dict[str, Any]:
             tokens = method.tokens(len(context))
             kept = method.budget.allot([method.selector.score(one, tokens) for one in seen], tokens)
             tensors[f"{name} kept"] = torch.stack([torch.as_tensor(layer) for layer in kept])
-        tensors["mass"] = torch.stack([one.mass for one in seen if one.mass is not None])
+        if mass := [one.mass for one in seen if one.mass is not None]:
+            tensors["mass"] = torch.stack(mass)
     save_file({key: value.clone().contiguous() for key, value in tensors.items()}, str(folder / "ours.safetensors"))
     text = answer(engine, [request], ["full"], 1)[1][0].text
     return {"context": context, "question": suffix, "full": text, "share": share(0.2, len(context))}
