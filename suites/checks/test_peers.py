@@ -1,0 +1,59 @@
+"""What `python suites/peers/compare.py` decides by itself; kvpress is not needed."""
+
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from kvsuite.methods import parse
+
+PEERS = Path(__file__).parents[1] / "peers"
+
+
+def script(name):
+    return SimpleNamespace(**runpy.run_path(str(PEERS / f"{name}.py")))
+
+
+@pytest.mark.parametrize("count", [8, 24])
+def test_as_many_different_arms_as_asked_and_full_first(count):
+    found = script("arms").arms(count, 2000)
+    assert [arm["name"] for arm in found[:1]] == ["full"]
+    assert len({arm["name"] for arm in found}) == count
+    assert all(parse(arm["name"]).tokens(2013) == arm["tokens"] < 2000 for arm in found[1:])
+
+
+def test_ratios_pair_the_processes_of_one_round_and_the_ceiling_is_that_of_the_formula():
+    sides = {"prefill": 3.0, "observing": 1.0, "alone": 1.0, "batched": {"8 arms": 0.5}}
+    rounds = [
+        {"ours": {"cells": {"8 arms": 10.0}, **sides}, "theirs": {"cells": {"8 arms": 40.0}}},
+        {"ours": {"cells": {"8 arms": 10.0}, **sides}, "theirs": {"cells": {"8 arms": 60.0}}},
+    ]
+    [found] = script("shown").speed(rounds, {"8 arms": [{}] * 8}, 2)
+    assert found["ratios"] == [4.0, 6.0]
+    assert (found["ratio"], found["target"], found["ceiling"]) == (5.0, 5.0, 4.0)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_one_other_token_of_one_layer_is_told(tmp_path, broken):
+    kept, name = torch.tensor([[[0, 1, 8, 9]], [[0, 1, 8, 9]]]), "streaming-llm:budget=4"
+    save_file({f"{name} kept": kept.clone()}, str(tmp_path / "ours.safetensors"))
+    kept[1, 0, 2] -= int(broken)
+    save_file({f"{name} kept": kept.clone()}, str(tmp_path / "theirs.safetensors"))
+    side = {"context": [1] * 10, "question": [2], "full": "yes", "share": 2}
+    arm = {"name": name, "press": "StreamingLLMPress", "tokens": 4}
+    lines = script("shown").parity({"ours": side, "theirs": side}, tmp_path, [arm])
+    assert [one["holds"] for one in lines] == [True, True, not broken, None]
+
+
+@pytest.mark.parametrize(("apart", "holds"), [(1e-7, True), (1e-3, False)])
+def test_sums_of_attention_are_compared_after_kvpress_mean_is_undone(tmp_path, apart, holds):
+    mass = torch.rand(2, 3, 10) + 0.5
+    counts = torch.arange(10, 0, -1)
+    save_file({"mass": mass}, str(tmp_path / "ours.safetensors"))
+    save_file({"observed": mass * (1 + apart) / counts}, str(tmp_path / "theirs.safetensors"))
+    side = {"context": [1] * 10, "question": [2], "full": "yes", "share": 2}
+    lines = script("shown").parity({"ours": side, "theirs": side}, tmp_path, [])
+    assert [one["holds"] for one in lines] == [True, True, holds, None]
