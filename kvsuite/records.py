@@ -299,7 +299,8 @@ class Run:
 
 
 def read(folder: Path) -> Run:
-    """A run folder, workers' files included. Raises UsageError where it is none or a line in the middle is broken."""
+    """A run folder, workers' files included: arm by arm in the order the run names them, each in the order of time.
+    Raises UsageError where it is none or a line in the middle is broken."""
     try:
         facts = json.loads((folder / "run.json").read_text())
     except (OSError, ValueError) as error:
@@ -314,6 +315,8 @@ def read(folder: Path) -> Run:
                 if at < len(lines):
                     raise UsageError(f"{file} line {at}: {error}") from error
                 torn += 1
+    order = {method: at for at, method in enumerate(facts.get("methods", ()))}
+    records.sort(key=lambda record: order.get(record.method, len(order)))
     return Run(folder, facts, records, torn)
 
 
