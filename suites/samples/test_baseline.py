@@ -17,8 +17,14 @@ CLOSE = 1e-3
 """Gap between the two highest logits in float32 below which rounding may decide."""
 
 
+@pytest.fixture(scope="module")
+def made():
+    """The exact arm's answers, by task: made once for all tests of this file."""
+    return {}
+
+
 @pytest.fixture
-def shortest(kv_local, kv_task):
+def shortest(kv_local, kv_task, made):
     """The exact arm's answers to the 8 shortest prompts, by request; to all of them in float32 where `full` itself is
     exact, since those are there."""
     o, method, task = kv_local.options, kv_local.exact, tasks.task(kv_task)
@@ -28,8 +34,10 @@ def shortest(kv_local, kv_task):
         few = chosen if kv_local.engine.model.dtype == torch.float32 else chosen[:8]
         return [(kv_local.request(task, s), answers[s.id]) for s in few]
     requests = [kv_local.request(task, s) for s in chosen[:8]]
-    made = {r.id: r for r in kv_local.engine.generate(requests, [method], width=o.width, compress=o.compress)}
-    return [(request, made[request.id]) for request in requests]
+    if kv_task not in made:
+        found = kv_local.engine.generate(requests, [method], width=o.width, compress=o.compress)
+        made[kv_task] = {r.id: r for r in found}
+    return [(request, made[kv_task][request.id]) for request in requests]
 
 
 def first_difference(mine, tokens):
