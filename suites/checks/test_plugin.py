@@ -89,8 +89,8 @@ MISTAKES = [
         "write both targets in seconds, ttft=2,itl=0.2",
     ),
     (["--kv-model=meta-llama/Llama-3.1-8B"], "run `hf download meta-llama/Llama-3.1-8B --local-dir Llama-3.1-8B` and"),
-    (["-m", "thoughput"], "unknown marker 'thoughput' in -m: did you mean 'throughput'?"),
-    (["-m", "samples or lenght"], "unknown marker 'lenght' in -m: did you mean 'length'?"),
+    (["-m", "throughputs"], "unknown marker 'throughputs' in -m: did you mean 'throughput'?"),
+    (["-m", "samples or lengths"], "unknown marker 'lengths' in -m: did you mean 'length'?"),
     (["--kv-memory", "much"], "--kv-memory must be a number of at least 0, not 'much'"),
     (["--kv-compress", "contexts"], "unknown value of --kv-compress 'contexts': did you mean 'context'?"),
 ]
@@ -120,7 +120,7 @@ def test_speed_cannot_be_measured_where_benchmarks_are_disabled(project):
     result.stderr.fnmatch_lines(["ERROR: --benchmark-disable leaves no speed to measure*"])
 
 
-@pytest.mark.parametrize("mistake", [["-m", "thoughput"], ["-m", "samples", "--kv-model=nowhere"]], ids=" ".join)
+@pytest.mark.parametrize("mistake", [["-m", "throughputs"], ["-m", "samples", "--kv-model=nowhere"]], ids=" ".join)
 def test_a_mistake_is_told_within_2_seconds(mistake):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-m", "pytest", *mistake], check=False, capture_output=True, cwd=ROOT)

@@ -215,7 +215,7 @@ adapter.forward = warned
 """
 
 
-def test_a_librarys_warning_fails_no_evaluation(run, pytester):
+def test_a_library_warning_fails_no_evaluation(run, pytester):
     pytester.makepyfile(warned=WARNING)
     result = run("samples", "-p", "warned", "-W", "error")
     assert result.ret == 0
