@@ -81,7 +81,12 @@ class DecoderPool:
     def _step(self) -> Iterator[Response]:
         for decoder in self.decoders:
             if decoder.active:
-                yield from decoder.step()
+                try:
+                    yield from decoder.step()
+                except Exception as error:  # of the model itself, not of one method: all who took part have failed
+                    for worker in decoder.workers:
+                        if not worker.failure:
+                            yield from worker.fail(error)
         for decoder in self.decoders:
             for worker in decoder.workers:
                 yield from self._refuse_late(worker)

@@ -53,6 +53,8 @@ class MethodWorker:
         """Why it answers no more; empty while it does."""
         self.caches = [method.cache(layer, rows, capacity) for layer in layers]
         self.member = Member(self.caches, isolated=True)
+        self.reserved = sum(cache.slack for cache in self.caches) // rows
+        """Bytes that one row has room for, all layers."""
 
     @property
     def active(self) -> list[tuple[int, Sequence]]:
@@ -84,11 +86,6 @@ class MethodWorker:
     def nbytes(self) -> int:
         """Bytes all sequences hold, all layers."""
         return sum(cache.nbytes for cache in self.caches)
-
-    @property
-    def reserved(self) -> int:
-        """Bytes that one row has room for, all layers."""
-        return sum(cache.nbytes + cache.slack for cache in self.caches) // len(self.sequences)
 
     def compress(self, prompt: Prompt) -> int:
         """Put a prefilled context into a free row, which is returned. The answer begins with what `begin` is given."""

@@ -1,11 +1,13 @@
 """The transformers engine: an answer belongs to its prompt alone, whatever is decoded beside it."""
 
 import collections
+import time
 
 import numpy as np
 import pytest
 import torch
 
+from kvsuite.cache.layer import LayerCache
 from kvsuite.engines.decoder import Decoder, padded_width
 from kvsuite.engines.request import Request
 from kvsuite.engines.sampling import Sampling, gumbel
@@ -208,3 +210,73 @@ def test_sampled_answers_do_not_depend_on_mates(tiny_llama):
     assert answers(engine, asked[::-1], **how) == whole
     assert answers(engine, asked, width=4, sampling=Sampling(1.0, seed=3)) != whole
     assert answers(engine, asked, width=4) != whole
+
+
+def breaking(monkeypatch, method, after):
+    """One method's attention raises after as many calls."""
+    calls = []
+    attend = LayerCache.attend
+
+    def broken(self, *args, **more):
+        if type(self.k.codec).__name__ == method:
+            calls.append(1)
+            if len(calls) > after:
+                raise RuntimeError("this cache is broken")
+        return attend(self, *args, **more)
+
+    monkeypatch.setattr(LayerCache, "attend", broken)
+
+
+@pytest.mark.parametrize("after", [0, 7])
+@pytest.mark.parametrize("compress", ["prompt", "context"])
+def test_a_method_that_fails_costs_itself_in_a_shared_step(tiny_llama, monkeypatch, after, compress):
+    engine, asked = engine_of(tiny_llama), requests(5)
+    methods = parse_all(["full,int8,h2o:budget=20"])
+    whole = {(r.method, r.id): r.tokens for r in engine.generate(asked, methods, width=2, compress=compress)}
+    breaking(monkeypatch, "PerToken", after)
+    found = {(r.method, r.id): r for r in engine.generate(asked, methods, width=2, compress=compress)}
+    assert found.keys() == whole.keys(), "every method answers every request once, failed or not"
+    failed = {key for key, r in found.items() if r.error}
+    assert failed
+    assert {method for method, _ in failed} == {"int8"}
+    assert {found[key].error for key in failed} == {"RuntimeError: this cache is broken"}
+    for key in found.keys() - failed:  # an answer of one token never attends
+        assert found[key].tokens == whole[key]
+
+
+def test_a_model_that_fails_is_told_by_all(tiny_llama, monkeypatch):
+    engine = engine_of(tiny_llama)
+    monkeypatch.setattr(Decoder, "_forward", lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
+    found = list(engine.generate(requests(3), parse_all(["full,int8"]), width=2))
+    assert sorted((r.method, r.id) for r in found) == sorted((m, f"r{i}") for m in ("full", "int8") for i in range(3))
+    assert {r.error for r in found} == {"MemoryError: no room"}
+
+
+@pytest.mark.parametrize("compress", ["prompt", "context"])
+def test_an_answer_does_not_depend_on_other_methods_nor_on_memory(tiny_llama, compress):
+    engine, asked = engine_of(tiny_llama), requests()
+    how = {"width": 2, "compress": compress}
+    whole = answers(engine, asked, **how)
+    assert answers(engine, asked, **how, memory=1) == whole, "one sequence at a time"
+    for method in ("full", "h2o:budget=20", "streaming-llm:budget=20"):
+        alone = {(r.method, r.id): (r.tokens, r.margins) for r in engine.generate(asked, parse_all([method]), **how)}
+        assert alone == {key: value[:2] for key, value in whole.items() if key[0] == method}
+
+
+def test_seconds_of_a_shared_step_are_shared_out(tiny_llama, monkeypatch):
+    attend = LayerCache.attend
+
+    def slow(self, *args, **more):
+        if type(self.k.codec).__name__ == "PerToken":
+            time.sleep(0.01)
+        return attend(self, *args, **more)
+
+    monkeypatch.setattr(LayerCache, "attend", slow)
+    start = time.perf_counter()
+    found = list(engine_of(tiny_llama).generate(requests(4), parse_all(["full,int8"]), width=4))
+    wall = time.perf_counter() - start
+    own = {name: sum(r.decode_share for r in found if r.method == name) for name in ("full", "int8")}
+    assert sum(own.values()) <= wall
+    steps = max(len(r.tokens) for r in found if r.method == "int8") - 1
+    assert own["int8"] >= steps * 2 * 0.01, "two layers"
+    assert own["int8"] > 2 * own["full"]
