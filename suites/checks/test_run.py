@@ -249,6 +249,21 @@ def test_an_interrupted_run_is_partial(run, pytester):
     assert "partial" not in Path("whole/report.md").read_text()
 
 
+def test_a_comparison_with_benchmarks_that_nobody_saved_is_told(run):
+    result = run("throughput", "--benchmark-compare")
+    assert result.ret == 0
+    assert "INTERNALERROR" not in result.stdout.str() + result.stderr.str()
+    result.stderr.fnmatch_lines(["*Can't compare. No benchmark files*"])
+
+
+def test_an_interrupted_run_keeps_its_benchmarks(run, pytester):
+    pytester.makepyfile(interrupted=INTERRUPTED.replace("== 6", "== 3"))
+    result = run("throughput", "-p", "interrupted", "--benchmark-json", "benchmarks.json")
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    assert "INTERNALERROR" not in result.stdout.str() + result.stderr.str()
+    assert len(json.loads(Path("benchmarks.json").read_text())["benchmarks"]) == 3
+
+
 def test_a_run_says_what_computes_and_what_is_stored(run):
     assert run("samples", "--kv-dtype", "float32").ret == 0
     where = read(Path("left")).facts["environment"]
