@@ -62,6 +62,7 @@ class Decoder:
         if prompt.suffix:
             start = time.perf_counter()
             logits = self._feed_suffix(worker, row, prompt)
+            _wait(logits)
             worker.spend(row, time.perf_counter() - start, prefilling=True)
             sequence.position += len(prompt.suffix)
         worker.measure(row)

@@ -36,7 +36,8 @@ class DecoderPool:
     ) -> None:
         """``asked``: requests with their context's and suffix's tokens; ``width``: rows of each method; ``timeout`` in
         seconds, ``memory`` in bytes, as `TransformersEngine.generate` takes them."""
-        self.timeout, self.memory, self.repeat = timeout, memory, sampling.repeat
+        self.timeout, self.repeat = timeout, sampling.repeat
+        self.memory = memory if engine.model.device.type == "cpu" else float("inf")  # a GPU's caches are all reserved
         self.workers: dict[str, MethodWorker | str] = {}
         """Each method's worker, or why there is none."""
         self.methods = list(methods)
@@ -85,7 +86,7 @@ class DecoderPool:
                     yield from decoder.step()
                 except Exception as error:  # of the model itself, not of one method: all who took part have failed
                     for worker in decoder.workers:
-                        if not worker.failure:
+                        if worker.active:
                             yield from worker.fail(error)
         for decoder in self.decoders:
             for worker in decoder.workers:
@@ -99,8 +100,8 @@ class DecoderPool:
 
     def _refuse_late(self, worker: MethodWorker) -> Iterator[Response]:
         baseline = self.workers[self.methods[0].name]
-        if worker is baseline or worker.failure:
+        if worker is baseline or worker.failure or not isinstance(baseline, MethodWorker) or baseline.failure:
             return
-        limit = self.timeout + PATIENCE * (baseline.seconds if isinstance(baseline, MethodWorker) else 0.0)
+        limit = self.timeout + PATIENCE * baseline.seconds
         if worker.seconds > limit:
             yield from worker.fail(TimeoutError(f"took more than {limit:.3g} s"))

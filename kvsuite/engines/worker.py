@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from kvsuite.cache.adapter import Member
@@ -88,10 +89,12 @@ class MethodWorker:
         return sum(cache.nbytes for cache in self.caches)
 
     def compress(self, prompt: Prompt) -> int:
-        """Put a prefilled context into a free row, which is returned. The answer begins with what `begin` is given."""
+        """Put a prefilled context into a free row, which is returned."""
         row = self.sequences.index(None)
         start = time.perf_counter()
         self.method.compress(row, prompt.context, self.caches)
+        if prompt.logits.is_cuda:
+            torch.cuda.synchronize()
         length = prompt.context[0].k.shape[1]
         response = Response(
             id=prompt.request.id,

@@ -59,6 +59,8 @@ class Local(Session):
         what = f"{len(o.methods)} methods on {self.model_name}: {' · '.join(parts)}"
         try:
             self.progress.plan = plan(self, items)
+        except pytest.exit.Exception:
+            raise
         except Exception as error:  # the tests will tell
             return f"kvsuite: {what}; no estimate ({type(error).__name__}: {error})"
         layer = self.engine.layers[0]

@@ -51,6 +51,7 @@ class Serving(Session):
             self.model()
         timed = [schedule.DIGEST] if self._timed and self.asked.workload is None else []
         super().fetch([*names, *timed], evaluations)
+        self.chosen = names  # what is timed is no task's answer
         if self._timed:  # a trace that cannot be read is told before a server is started
             schedule.load_asks(self.cells[0], self.options, self.asked, 0, BASELINE, self.count_tokens)
 

@@ -119,7 +119,7 @@ def test_absolute_positions_move_nothing():
 
 
 def test_a_model_whose_keys_cannot_be_moved_is_refused():
-    without = type(layer())(0, HEADS, KV_HEADS, DIM, torch.bfloat16, torch.device("cpu"))
+    without = type(layer())(0, HEADS, KV_HEADS, DIM, torch.bfloat16, torch.bfloat16, torch.device("cpu"))
     with pytest.raises(UsageError, match="positions=absolute"):
         parse("streaming-llm:budget=24").cache(without, 1, 40)
     for text in ("streaming-llm:budget=24,positions=absolute", "streaming-llm:budget=24,sinks=0", "h2o:budget=16"):

@@ -140,7 +140,9 @@ def test_what_a_run_tells_of_its_servers(command, tmp_path):
 def test_alone_they_run_a_b_b_a_one_at_a_time(command, tmp_path):
     result = go(command("throughput", f"--kv-baseline={SCRIPTED}", f"--kv-variant=fp8={SCRIPTED} --kv-cache-dtype fp8"))
     assert result.returncode == 0, result.stdout[-3000:]
-    probes = [r for r in read(tmp_path / "left").records if isinstance(r, Probe)]
+    found = [r for r in read(tmp_path / "left").records if isinstance(r, Probe)]
+    probes = sorted(found, key=lambda probe: probe.leg)
+    assert "partial" not in result.stdout, "nothing is missing"
     arms = ["baseline", "baseline again", "fp8"]
     assert [p.method for p in probes] == [*arms, *arms[::-1]] * 2
     starts = {p.method: len({q.command for q in probes if q.method == p.method}) for p in probes}
