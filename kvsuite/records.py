@@ -30,7 +30,7 @@ class Record:
     path: str = ""
     """Codec and attention: ``kivi/unfused`` ran on the PyTorch reference."""
     width: int = 1
-    """Rows decoded together."""
+    """Rows of the matrix products it was decoded in, idle ones included."""
 
 
 @dataclass(frozen=True)

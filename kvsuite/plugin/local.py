@@ -89,6 +89,8 @@ class Local(Session):
             return TransformersEngine.load(self.model_folder, self.options.dtype, self.options.device)
         except Exception as error:
             said = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
+            if self.worker:  # pytest-xdist takes a worker that exits for one that crashed
+                raise UsageError(f"the model cannot be loaded: {said}") from error
             pytest.exit(f"the model cannot be loaded: {said}", returncode=pytest.ExitCode.USAGE_ERROR)
 
     @property
@@ -99,10 +101,11 @@ class Local(Session):
         return BASELINE if layer.kv_dtype == layer.dtype else parse(own)
 
     def baseline(self, error: str) -> None:
-        """Note how the baseline fared. Where it fails twice before it was ever right, the run ends with that reason."""
+        """Note how the baseline fared. Where it fails twice before it was ever right, the run ends with that
+        reason; under pytest-xdist it goes on, since a worker that exits is taken for one that crashed."""
         self._proven |= not error
         self._failures += bool(error)
-        if not self._proven and self._failures == FIRST:
+        if not self._proven and self._failures == FIRST and not self.worker:
             pytest.exit(f"the baseline fails, so nothing can be compared: {error}", pytest.ExitCode.INTERRUPTED)
 
     @property

@@ -25,7 +25,8 @@ HELP = {
     "model": "a model folder in Hugging Face's layout (default: SmolLM2-135M-Instruct, fetched once)",
     "methods": "methods, comma-separated, e.g. kivi:bits=4,h2o:budget=256+int8; full and jitter always take part",
     "compress": "what is compressed: the whole prompt, or the context, the question being fed through the cache",
-    "batch": "widths of decoding batches, comma-separated; answers are made at the largest",
+    "batch": "widths of decoding batches, comma-separated; answers are decoded at the largest, on a CPU all methods "
+    "together in steps of 8 times as many rows",
     "length": "prompt lengths in tokens, comma-separated",
     "tasks": "tasks, comma-separated",
     "samples": "samples per task",
