@@ -68,7 +68,7 @@ def scrub(said: Any) -> Any:
         return {key: scrub(value) for key, value in said.items()}
     if isinstance(said, (list, tuple)):
         return [scrub(value) for value in said]
-    if not isinstance(said, str):
+    if not isinstance(said, str) or not said:  # most records have no error
         return said
     said = SECRET.sub(r"\1{secret}", said)
     for pattern in (URL_HOST, ADDRESS):

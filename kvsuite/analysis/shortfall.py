@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from kvsuite import tasks
 from kvsuite.readers.run import answers
@@ -39,6 +40,7 @@ def evaluation_of(run: Run, task: str) -> str:
     return seen or (tasks.task(task).evaluation if task in tasks.names() else "")
 
 
+@lru_cache(maxsize=2)  # several tables ask for the same run
 def shares(run: Run) -> dict[str, dict[Who, Share]]:
     """By task and arm, in order of appearance; then what never appeared."""
     ok: dict[str, dict[Who, set[str]]] = {}

@@ -6,10 +6,11 @@ A layer's `update` returns *itself*, transformers hands it to the attention func
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,11 +55,13 @@ class AttendingLayer(CacheLayerMixin):
 
 @dataclass
 class Member:
-    """One method's part in a batch that several methods share: its layer caches, and which of their rows the batch's
-    items are that are its own (None: an idle item). The members' items follow one another; what is left is idle."""
+    """One method's part in a batch that several methods share. The batch's items belong to the members in their order;
+    items beyond the last member's are idle."""
 
     caches: Sequence[LayerCache]
+    """One per layer."""
     rows: tuple[int | None, ...] = (0,)
+    """The row of its caches that each of its items belongs to; None for an idle item."""
     witness: Witness | None = None
     """Watches every layer, where there is one."""
     isolated: bool = False
@@ -86,13 +89,15 @@ class _Layer(AttendingLayer):
         out, start = torch.zeros_like(q), 0
         for member in self.members:
             at = slice(start, start + len(member.rows))
-            if member.rows and member.error is None:
+            if member.rows:
                 out[at] = self._member(member, k[at], v[at], q[at], scale, window, softcap, aux)
             start = at.stop
         return out
 
     def _member(self, member: Member, k: Tensor, v: Tensor, q: Tensor, *how: Any) -> Tensor:
         """One member's items: k, v (items, kv_heads, Q, head_dim), q (items, heads, Q, head_dim) -> q's shape."""
+        if member.error is not None:
+            return torch.zeros_like(q)
         start = time.perf_counter()
         width = 1 if member.caches[self.index].stepwise else max(1, q.shape[2])
         try:  # a cache that evicts sees token by token what it would see decoding
@@ -177,15 +182,17 @@ def forward(model: Any, cache: Any, input_ids: Tensor, **inputs: Any) -> Tensor:
     Args: input_ids (batch, n); inputs: further arguments of the model, such as position_ids (batch, n).
     Returns: the logits after the last token, (batch, vocabulary).
     """
-    name = cache_argument(model)
+    name = cache_argument(type(model).forward)
     out = model(input_ids=input_ids, use_cache=True, logits_to_keep=1, **{name: cache}, **inputs)
     logits: Tensor = out.logits[:, -1]
     return logits
 
 
-def cache_argument(model: Any) -> str:
-    """The name of a model's cache argument: ``cache`` since transformers 5.23, ``past_key_values`` before."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+@functools.cache  # a signature takes longer to read than a small layer to run
+def cache_argument(forward: Callable[..., Any]) -> str:
+    """The name of the cache argument of a model's forward: ``cache`` since transformers 5.23, before that
+    ``past_key_values``."""
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 def install(model: Any) -> None:

@@ -18,7 +18,7 @@ TOGETHER = 8
 """Batches that share the matrix products of one step on a CPU. It does not follow the number of methods, so that an
 answer does not depend on which other methods are measured."""
 PATIENCE = 10
-"""How many times as long as the baseline a method may take before its timeout begins to count."""
+"""How many times as long as the baseline a method or a cell may take before its timeout begins to count."""
 
 
 class DecoderPool:
@@ -49,7 +49,7 @@ class DecoderPool:
                 self.workers[method.name] = say(error)
         able = [worker for worker in self.workers.values() if isinstance(worker, MethodWorker)]
         together = [able] if engine.model.device.type == "cpu" and able else [[worker] for worker in able]
-        rows = TOGETHER * width if engine.model.device.type == "cpu" else width
+        rows = step_rows(width, engine.model.device.type)
         self.decoders = [Decoder(engine.model, group, rows, sampling, engine.stop) for group in together]
 
     def take(self, prompt: Prompt) -> Iterator[Response]:
@@ -105,3 +105,8 @@ class DecoderPool:
         limit = self.timeout + PATIENCE * baseline.seconds
         if worker.seconds > limit:
             yield from worker.fail(TimeoutError(f"took more than {limit:.3g} s"))
+
+
+def step_rows(width: int, device: str) -> int:
+    """Sequences that a step decodes at most: on a CPU of all methods together, on a GPU of one."""
+    return TOGETHER * width if device == "cpu" else width

@@ -31,7 +31,7 @@ def compute_dtype(model: Any, asked: str) -> tuple[torch.dtype, str]:
     ratio = seconds[own] / seconds[torch.float32]
     best = own if ratio <= 1 else torch.float32
     how = "faster" if ratio <= 1 else "slower"
-    return best, f"measured here: {_name(own)} is {max(ratio, 1 / ratio):.1f} times {how} than float32"
+    return best, f"measured here: {dtype_name(own)} is {max(ratio, 1 / ratio):.1f} times {how} than float32"
 
 
 def _measure(layer: torch.nn.Linear, dtypes: tuple[torch.dtype, ...]) -> dict[torch.dtype, float]:
@@ -53,5 +53,6 @@ def _size(layer: torch.nn.Linear) -> int:
     return layer.weight.numel()
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bfloat16``, ``float32`` …, as options and records spell it."""
     return str(dtype).removeprefix("torch.")

@@ -147,6 +147,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         _refuse_untimed(config, evaluations)
         with _lenient():
             run = config.stash[SESSION]
+            if not run.worker:
+                run.timed_cells = sum(
+                    {"kv_local", "benchmark"} <= set(getattr(item, "fixturenames", ())) for item in chosen
+                )
             run.fetch(sorted(tasks), evaluations)
             alone = not run.worker and getattr(config.option, "dist", "no") == "no"
             line = run.announce(chosen) if alone else ""

@@ -53,9 +53,8 @@ class Local(Session):
     def announce(self, items: Sequence[pytest.Item]) -> str:
         """Arms, tasks and cells, what computes, and how long it will take here, by speeds measured now."""
         o = self.options
-        cells = sum("benchmark" in getattr(item, "fixturenames", ()) for item in items)
         parts = [f"{name} {len(self.samples(tasks.task(name)))}" for name in self.chosen]
-        parts += [f"{cells} timed cells"] if cells else []
+        parts += [f"{self.timed_cells} timed cells"] if self.timed_cells else []
         what = f"{len(o.methods)} methods on {self.model_name}: {' · '.join(parts)}"
         try:
             self.progress.plan = plan(self, items)
@@ -63,10 +62,12 @@ class Local(Session):
             raise
         except Exception as error:  # the tests will tell
             return f"kvsuite: {what}; no estimate ({type(error).__name__}: {error})"
+        from kvsuite.engines.precision import dtype_name
+
         layer = self.engine.layers[0]
-        how = str(layer.dtype).removeprefix("torch.")
+        how = dtype_name(layer.dtype)
         if layer.dtype != layer.kv_dtype:
-            how += f", K and V in {str(layer.kv_dtype).removeprefix('torch.')}"
+            how += f", K and V in {dtype_name(layer.kv_dtype)}"
         seconds = sum(self.progress.plan.expected.values())
         return f"kvsuite: {what}; about {duration(seconds)} here ({how}: {self.engine.reason})"
 
@@ -96,9 +97,10 @@ class Local(Session):
     @property
     def exact(self) -> Method:
         """The uncompressed cache that stores what transformers' own stores: `full`, in the compute dtype."""
+        from kvsuite.engines.precision import dtype_name
+
         layer = self.engine.layers[0]
-        own = f"full:dtype={str(layer.dtype).removeprefix('torch.')}"
-        return BASELINE if layer.kv_dtype == layer.dtype else parse(own)
+        return BASELINE if layer.kv_dtype == layer.dtype else parse(f"full:dtype={dtype_name(layer.dtype)}")
 
     def baseline(self, error: str) -> None:
         """Note how the baseline fared. Where it fails twice before it was ever right, the run ends with that
@@ -111,9 +113,9 @@ class Local(Session):
     @property
     def together(self) -> int:
         """Sequences that are decoded together at most."""
-        from kvsuite.engines.pool import TOGETHER
+        from kvsuite.engines.pool import step_rows
 
-        return TOGETHER * self.options.width
+        return step_rows(self.options.width, self.options.device)
 
     def speeds(self) -> Speeds:
         """How fast this machine prefills and decodes with the uncompressed cache."""
@@ -132,6 +134,8 @@ class Local(Session):
         """The model, and how torch runs it."""
         import torch
 
+        from kvsuite.engines.precision import dtype_name
+
         o, folder = self.options, self.model_folder
         weights = [f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin", ".json")]
         gpu = torch.cuda.get_device_name() if o.device == "cuda" else None
@@ -141,8 +145,8 @@ class Local(Session):
             "environment": {
                 "threads": torch.get_num_threads(),
                 "gpu": gpu,
-                "compute_dtype": str(layer.dtype).removeprefix("torch."),
-                "kv_dtype": str(layer.kv_dtype).removeprefix("torch."),
+                "compute_dtype": dtype_name(layer.dtype),
+                "kv_dtype": dtype_name(layer.kv_dtype),
                 "dtype_reason": self.engine.reason,
             },
         }

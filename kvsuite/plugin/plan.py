@@ -36,6 +36,15 @@ class Speeds:
         return tokens / rows * (self.step + self.row * (rows - 1))
 
 
+@dataclass(frozen=True)
+class Load:
+    """What a task asks of the model: samples, and the mean tokens of a prompt and, at most, of an answer."""
+
+    samples: int
+    prompt: float
+    answer: float
+
+
 @dataclass
 class Plan:
     """The chosen tests in order, and the seconds each is expected to take."""
@@ -65,15 +74,22 @@ class Plan:
 
 def plan(session: Local, items: Sequence[pytest.Item]) -> Plan:
     """Measure this machine's speeds and estimate every chosen test by what it asks for."""
-    speeds, seen = session.speeds(), set[str]()
+    speeds, known, seen = session.speeds(), dict[str, Load](), set[str]()
     expected = {}
     for item in items:
         asked = getattr(item, "callspec", None)
-        expected[item.nodeid] = _seconds(session, speeds, {} if asked is None else dict(asked.params), seen)
+        expected[item.nodeid] = _seconds(session, speeds, {} if asked is None else dict(asked.params), known, seen)
     return Plan(expected)
 
 
-def _seconds(session: Local, speeds: Speeds, asked: dict[str, object], seen: set[str]) -> float:
+def _load(session: Local, name: str) -> Load:
+    samples = session.samples(tasks.task(name))
+    prompt = sum(session.count_tokens(s.context + s.question) for s in samples) / len(samples)
+    answer = sum(min(sample.max_new_tokens, session.options.cap) for sample in samples) / len(samples)
+    return Load(len(samples), prompt, answer)
+
+
+def _seconds(session: Local, speeds: Speeds, asked: dict[str, object], known: dict[str, Load], seen: set[str]) -> float:
     o = session.options
     if "kv_prefill" in asked:
         return (2 * max(3, o.rounds // 3) + 2) * speeds.token * int(str(asked["kv_prefill"]))
@@ -83,16 +99,17 @@ def _seconds(session: Local, speeds: Speeds, asked: dict[str, object], seen: set
     if "kv_task" not in asked:
         return OTHER
     name = str(asked["kv_task"])
-    task, samples = tasks.task(name), session.samples(tasks.task(name))
-    tokens = sum(min(sample.max_new_tokens, o.cap) for sample in samples) / len(samples)
-    prompt = speeds.token * (sum(session.count_tokens(s.context + s.question) for s in samples) / len(samples))
+    if name not in known:
+        known[name] = _load(session, name)
+    load = known[name]
+    prompt = speeds.token * load.prompt
     if not {"kv_arm", "kv_method"} & asked.keys():  # the baseline's answers to a few samples once more
-        return min(CHECKED, len(samples)) * (prompt + speeds.steps(tokens, 1))
+        return min(CHECKED, load.samples) * (prompt + speeds.steps(load.answer, 1))
     if name in seen:  # one pass serves all arms
         return 0.0
     seen.add(name)
-    answers = len(samples) * (len(o.methods) + (task.evaluation == "length"))
-    return len(samples) * prompt * 1.5 + speeds.steps(answers * tokens, min(answers, session.together))
+    answers = load.samples * (len(o.methods) + (tasks.task(name).evaluation == "length"))
+    return load.samples * prompt * 1.5 + speeds.steps(answers * load.answer, min(answers, session.together))
 
 
 def duration(seconds: float) -> str:

@@ -29,6 +29,8 @@ class Session:
         self.progress = Progress(quiet=bool(worker))
         self.chosen: Sequence[str] = ()
         """The tasks that the chosen tests ask for."""
+        self.timed_cells = 0
+        """Cells that the chosen tests time in this process."""
         self._described = False
         self._samples: dict[str, list[Sample]] = {}
 
@@ -64,7 +66,8 @@ class Session:
 
     def expected(self) -> dict[str, Any]:
         """What an arm's records must hold once the run has come to its end, as JSON."""
-        return {"samples": {name: len(self.samples(tasks.task(name))) for name in self.chosen}}
+        found: dict[str, Any] = {"samples": {name: len(self.samples(tasks.task(name))) for name in self.chosen}}
+        return found | ({"timings": self.timed_cells} if self.timed_cells else {})
 
     def facts(self) -> dict[str, Any]:
         """What ``run.json`` says beside what all runs say: model, environment, who is the baseline."""
@@ -78,7 +81,6 @@ class Session:
 
     def describe(self) -> None:
         """Write ``run.json``."""
-        self._described = True
         o, own = self.options, self.facts()
         self.run.describe(
             {
@@ -94,3 +96,4 @@ class Session:
                 "environment": environment.describe() | own.get("environment", {}),
             }
         )
+        self._described = True

@@ -47,7 +47,7 @@ def build(name, **more):
 
 def given(model, cache):
     """The cache as the keyword argument that this version of transformers wants."""
-    return {adapter.cache_argument(model): cache}
+    return {adapter.cache_argument(type(model).forward): cache}
 
 
 def ours(model, ids, split, chunk=1):

@@ -19,22 +19,22 @@ MACHINES = ("vm",)
 
 @pytest.fixture(autouse=True)
 def alice(tmp_path, monkeypatch):
-    """Alice at gpu17, who works in ~/work and keeps her models elsewhere."""
+    """Alice at gpu17, who works in ~/lab and keeps her models elsewhere."""
     for name, value in {"HOME": "/home/alice", "USER": "alice", "LOGNAME": "alice"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("KVSUITE_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(platform, "node", lambda: "gpu17.corp.example")
-    monkeypatch.setattr(Path, "cwd", lambda: Path("/home/alice/work"))
+    monkeypatch.setattr(Path, "cwd", lambda: Path("/home/alice/lab"))
 
 
 @pytest.mark.parametrize(
     ("said", "published"),
     [
         ("/home/alice/.cache/kvsuite/smollm2-0.1.2/a.gguf", "~/.cache/kvsuite/smollm2-0.1.2/a.gguf"),
-        ("log: /home/alice/work/runs/a.log)", "log: ./runs/a.log)"),
-        ("in /home/alice/work: no", "in .: no"),
-        ("/home/alice/workshop/x, /home/alice.", "~/workshop/x, ~."),
+        ("log: /home/alice/lab/runs/a.log)", "log: ./runs/a.log)"),
+        ("in /home/alice/lab: no", "in .: no"),
+        ("/home/alice/labyrinth/x, /home/alice.", "~/labyrinth/x, ~."),
         ("--model=/home/alice/m:/home/bob/n /root", "--model=~/m:~/n ~"),
         ("file:///home/alice/x '/Users/carol/y'", "file://~/x '~/y'"),
         ("/scratch/alice/m /tmp/pytest-of-alice/0", "/scratch/{user}/m /tmp/pytest-of-{user}/0"),
@@ -83,7 +83,7 @@ FACTS = {
 
 
 def test_no_file_of_a_run_tells_who_and_where(tmp_path):
-    run, told = RunFolder(tmp_path), "/home/alice/work/x on gpu17 by alice@gpu17"
+    run, told = RunFolder(tmp_path), "/home/alice/lab/x on gpu17 by alice@gpu17"
     run.describe({**FACTS, "command": ["-m", "a b", told], "servers": {"baseline": told}})
     run.append(Answer("m", status="failed", error=told, task="t"))
     run.append(Timing("m", status="failed", error=told))

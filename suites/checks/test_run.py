@@ -95,6 +95,8 @@ def test_a_run_leaves_records_and_a_report(run):
     assert facts["settings"]["length"] == [256]
     assert len(facts["model"]["fingerprint"]) == 64
     report = Path("left/report.md").read_text()
+    assert facts["expected"] == {"samples": {"needle": 3, "chat": 3}, "timings": len(timings)}
+    assert "partial" not in report
     for said in ("## decode", "## prefill", "## needle", "## chat", f"Scored and timed: the same {SCORED}."):
         assert said in report
     result.stdout.fnmatch_lines([f"Scored and timed: the same {SCORED}.", "*records and report: left*"])
@@ -262,6 +264,7 @@ def test_an_interrupted_run_keeps_its_benchmarks(run, pytester):
     assert result.ret == pytest.ExitCode.INTERRUPTED
     assert "INTERNALERROR" not in result.stdout.str() + result.stderr.str()
     assert len(json.loads(Path("benchmarks.json").read_text())["benchmarks"]) == 3
+    assert "speed: 3 of 9 timed cells" in Path("left/report.md").read_text()
 
 
 def test_a_run_says_what_computes_and_what_is_stored(run):

@@ -10,12 +10,11 @@ from kvsuite.records import Timing
 
 pytestmark = pytest.mark.throughput
 
-PATIENCE = 10
-"""How many times as long as its baseline's rounds a cell may take before its timeout begins to count."""
-
 
 def run_cell(kv_local, benchmark, cell, make):
     """Check both sides, time them in turn, record what came out, whatever came out; raise what went wrong."""
+    from kvsuite.engines.pool import PATIENCE
+
     o, found, before, after = kv_local.options, {}, [], []
     try:
         baseline, mine, found = make()
