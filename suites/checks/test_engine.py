@@ -280,3 +280,19 @@ def test_seconds_of_a_shared_step_are_shared_out(tiny_llama, monkeypatch):
     steps = max(len(r.tokens) for r in found if r.method == "int8") - 1
     assert own["int8"] >= steps * 2 * 0.01, "two layers"
     assert own["int8"] > 2 * own["full"]
+
+
+@pytest.mark.parametrize("text", ["h2o:budget=2000", "streaming-llm:budget=2000", "h2o:budget=2000+int8"])
+def test_a_question_fed_with_the_steps_is_the_question_fed_at_once(tiny_llama, text):
+    """A budget that keeps everything: an evicting method then is what it stores in, its question a token at a step."""
+    plain = text.partition("+")[2] or "full"
+    asked = [Request(r.id, r.context, "".join(map(chr, range(60 + i, 70 + i))), 9) for i, r in enumerate(requests(5))]
+    found = {}
+    for r in engine_of(tiny_llama).generate(asked, parse_all([f"{plain},{text}"]), width=2, compress="context"):
+        assert r.prompt_tokens == r.context_tokens + 10
+        found[r.method, r.id] = r
+    for request in asked:
+        one, other = found[plain, request.id], found[parse(text).name, request.id]
+        assert one.tokens == other.tokens
+        assert one.kept == other.kept
+        assert one.margins == pytest.approx(other.margins, abs=1e-3)
