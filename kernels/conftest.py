@@ -8,7 +8,7 @@ def device(request):
     """Every check runs twice: in Triton's interpreter on the CPU, and (marker gpu) on a GPU."""
     import torch
 
-    from kvsuite.kernels.fused.launch import interpreting
+    from kvsuite.kernels.triton.launch import interpreting
 
     if request.param == "cuda":
         if not torch.cuda.is_available():

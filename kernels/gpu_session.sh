@@ -16,7 +16,7 @@ tests=(-q -p no:cacheprovider --color=no)
 if [[ ${TINY:-} ]]; then
     export TRITON_INTERPRET=1 OMP_NUM_THREADS=1
     out=${out:-$(mktemp -d)}
-    tests+=(kernels/test_launch.py kernels/test_attend.py -k "launch or grid or signature or refused")
+    tests+=(kernels/test_launch.py kernels/test_attend.py -k "launch or grid or called or refused")
     session=(--tiny)
 else
     slug='import re, torch; print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).replace("nvidia-", ""))'

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from statistics import quantiles
 from types import SimpleNamespace
 from typing import Any
@@ -31,15 +32,16 @@ from session_inputs import (
     loaded,
     refuse,
     sdpa,
+    stored,
 )  # fmt: skip
 from torch.nn.attention import SDPBackend
 from triton.runtime.errors import OutOfResources
 
-from kvsuite.kernels.attend import stored
-from kvsuite.kernels.fused import attend as fused
-from kvsuite.kernels.fused import mass as fused_mass
-from kvsuite.kernels.fused import store
-from kvsuite.kernels.paged import Paged
+from kvsuite.kernels import triton as kernels
+from kvsuite.kernels.paged import PagedKV
+from kvsuite.kernels.triton.store import flush
+
+fused = import_module("kvsuite.kernels.triton.attend")  # its package has a function of that name
 
 
 def spread(samples: list[float]) -> dict[str, Any]:
@@ -64,13 +66,13 @@ NAMES = ("Settings", "TUNED", "kind_of", "chunk_tokens")
 
 
 @contextmanager
-def settings(paged: Paged, change: dict[str, int]) -> Iterator[None]:
+def settings(kv: PagedKV, change: dict[str, int]) -> Iterator[None]:
     """The attention kernel with one setting changed."""
-    kind, chunks = fused.kind_of(paged), fused.chunk_tokens
+    kind, chunks = fused.kind_of(kv), fused.chunk_tokens
     before = fused.TUNED[kind]
     if change.items() <= vars(before).items():
         raise Skip("this is the setting in use")
-    if change.get("chunk", chunks(paged.used.numel())) % change.get("tile", before.tile):
+    if change.get("chunk", chunks(kv.num_slots.numel())) % change.get("tile", before.tile):
         raise Skip("a program's share is not whole tiles")
     try:
         if "chunk" in change:
@@ -227,67 +229,64 @@ class Bench(Source):
     def h2o(self, batch: int, tokens: int) -> dict[str, Any]:
         self.beside_library(batch, tokens)
         steps = self.sets(partial(Evicting, self, self.sizes.h2o, batch, tokens))
-        return self.beside(steps, [])[0] | {"kept": int(steps[0].cache.paged.live[0, 0])}
+        return self.beside(steps, [])[0] | {"kept": int(steps[0].cache.kv.num_tokens[0, 0])}
 
     def ragged(self, name: str, batch: int, tokens: int) -> dict[str, Any]:
         """Time per kept token where every (row, head) keeps between 5 and 100 %, over that of equal lengths."""
         self.shape, self.dense = None, None
-        share = torch.rand(batch, self.sizes.kv_heads, device=self.device.at) * 0.95 + 0.05
-        used = (share * tokens).int()
-        mean = round(used.double().mean().item())
+        share = torch.rand(batch, self.sizes.kv_heads) * 0.95 + 0.05
+        used = (share * tokens).long().numpy()
+        mean = round(float(used.mean()))
         make = partial(Problem, self, self.formats[name], ragged=True)
         equal = self.ready(self.sets(partial(make, self.lengths(batch, mean))))
         found, samples = self.beside(self.sets(partial(make, used)), [equal])
         kept = int(used.sum())
-        ratio = [x / kept / (y / (mean * used.numel())) for x, y in zip(*samples, strict=True)]
+        ratio = [x / kept / (y / (mean * used.size)) for x, y in zip(*samples, strict=True)]
         return found | {"per token": spread(ratio), "kept": kept, "equal us": spread(samples[1])}
 
     def append(self, name: str, batch: int) -> dict[str, Any]:
-        """Tokens one after the other, the counters being put back once per graph; flushing, done again and again."""
+        """Tokens one after the other, the lengths being put back once per graph; flushing, done again and again."""
         problem = Problem(self, self.formats[name], self.lengths(batch, self.sizes.start), room=self.sizes.repeats)
-        start, paged = problem.counters.clone(), problem.paged
-        k, v = (self.normal(batch, self.sizes.kv_heads, self.sizes.dim) for _ in range(2))
-        add = partial(store.append, paged, k, v, problem.rows)
+        kv, rows = problem.kv, problem.rows
+        k, v = (self.normal(batch, self.sizes.kv_heads, 1, self.sizes.dim) for _ in range(2))
+        kv.advance([*rows], self.sizes.repeats)  # their pages, for all that comes
+        add, kv.encodes = partial(kernels.append, kv, k, v, rows), False
         add()
-        at, n = (batch - 1, self.sizes.kv_heads - 1), self.sizes.start + 1
-        for side, x in ((paged.k, k), (paged.v, v)):
-            refuse(stored(side, paged.table[at], *at, n)[-1], x[at], CODED[side.format.bits], "what was appended")
+        at = batch - 1, self.sizes.kv_heads - 1
+        kv.host.slots[:] = self.sizes.start + 1
+        for store, x in ((kv.k, k), (kv.v, v)):
+            refuse(stored(kv, store, *at)[-1], x[at][0], CODED[store.spec.bits], "what was appended")
 
         def several() -> None:
-            problem.counters.copy_(start)
+            problem.rewind()
             for _ in range(self.sizes.repeats):
                 add()
 
         found = {"us": self.timed([several], self.sizes.repeats)}
-        problem.counters.copy_(start)
-        due = paged.k.residual.shape[2] and not paged.k.rolling
+        problem.rewind()
+        due = kv.k.spec.residual and not kv.k.spec.rolling
         if due:
-            found["flush us"] = self.timed([partial(store.flush, paged, problem.rows)] * self.sizes.repeats)
-        each = found["flush us"]["median"] / paged.k.residual.shape[2] if due else 0.0
+            found["flush us"] = self.timed([partial(flush, kv, rows)] * self.sizes.repeats)
+        each = found["flush us"]["median"] / kv.k.spec.residual if due else 0.0
         return found | {"mean us": found["us"]["median"] + each}
 
     def fill(self, name: str) -> dict[str, Any]:
-        """Prompts into one row after the other."""
+        """Prompts into one row after the other, which hold one as long."""
         z, rows, length = self.sizes, 4, self.sizes.prompts[-1]
-        problem = Problem(self, self.formats[name], self.lengths(rows, length))
+        kv = Problem(self, self.formats[name], self.lengths(rows, length)).kv
         prompts = [[self.normal(z.kv_heads, length, z.dim) for _ in range(2)] for _ in range(rows)]
-        calls = [partial(store.fill, problem.paged, row, *prompts[row]) for row in range(rows)]
+        calls = [partial(kernels.fill, kv, row, *prompts[row]) for row in range(rows)]
         calls[1]()
-        for side, x in ((problem.paged.k, prompts[1][0]), (problem.paged.v, prompts[1][1])):
-            refuse(
-                stored(side, problem.paged.table[1, 1], 1, 1, length),
-                x[1],
-                CODED[side.format.bits],
-                "what was filled in",
-            )
-        written = held(problem.paged, [length] * z.kv_heads)
+        for store, x in ((kv.k, prompts[1][0]), (kv.v, prompts[1][1])):
+            refuse(stored(kv, store, 1, 1), x[1], CODED[store.spec.bits], "what was filled in")
+        written = held(kv, [length] * z.kv_heads)
         return self.rate(sum(x.nbytes for x in prompts[0]) + written, self.timed(calls))
 
     def prefill_mass(self, length: int) -> dict[str, Any]:
         """A prompt's attention mass beside a library's attention of the same prompt."""
         z = self.sizes
         q, k, v = (self.normal(1, heads, length, z.dim) for heads in (z.heads, z.kv_heads, z.kv_heads))
-        call = partial(fused_mass.column_mass, q[0], k[0], z.dim**-0.5)
+        call = partial(kernels.column_mass, q[0], k[0], z.dim**-0.5)
         found, last = call(), min(64, length)
         scores = q[0, : z.heads // z.kv_heads, -last:].double() @ k[0, 0].double().T * z.dim**-0.5
         later = torch.ones(last, last, dtype=torch.bool, device=q.device).triu(1)
@@ -333,7 +332,7 @@ class Bench(Source):
         """Other settings of the attention kernel, one changed at a time, format by format in turns."""
         lacking = ", ".join(name for name in NAMES if not hasattr(fused, name))
         if lacking:
-            return [Cell("sweep", "settings", partial(absent, f"kvsuite.kernels.fused.attend has no {lacking}"))]
+            return [Cell("sweep", "settings", partial(absent, f"kvsuite.kernels.triton.attend has no {lacking}"))]
         names = ("full", "int4", "kivi-4", "kivi-2", "fp8", "int8")
         cells = []
         for change in CHANGES[:: 5 if self.tiny else 1]:
@@ -348,7 +347,7 @@ class Bench(Source):
         problems = self.sets(partial(Problem, self, self.formats[name], self.lengths(batch, tokens)))
         usual = self.ready(problems)
         try:
-            with settings(problems[0].paged, change):
+            with settings(problems[0].kv, change):
                 found, samples = self.beside(problems, [usual])
         except OutOfResources as error:
             raise Skip(str(error)) from error

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -16,13 +17,15 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvsuite.cache import adapter
-from kvsuite.cache.context import LayerContext, SideCodec
-from kvsuite.cache.fused import FusedCache
-from kvsuite.cache.prefill import Observation
+from kvsuite.cache.layer import LayerCache
+from kvsuite.cache.observations import AttentionMass
+from kvsuite.cache.prefill import PrefilledLayer
 from kvsuite.engines.graph import StepGraph
-from kvsuite.kernels.attend import stored
-from kvsuite.kernels.fused import attend as fused
-from kvsuite.kernels.paged import PAGE, Format, Paged, Side
+from kvsuite.kernels import triton as kernels
+from kvsuite.kernels.allocator import PageAllocator
+from kvsuite.kernels.context import AttentionParams, LayerContext, Needs
+from kvsuite.kernels.paged import KVStore, PagedKV
+from kvsuite.kernels.quantspec import PAGE, QuantSpec
 from kvsuite.methods import Method, parse
 
 Call = Callable[[], Any]
@@ -90,55 +93,73 @@ class Source:
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.bfloat16, device=self.device.at)
 
-    def lengths(self, batch: int, tokens: int) -> Tensor:
-        return torch.full((batch, self.sizes.kv_heads), tokens, dtype=torch.int32, device=self.device.at)
+    def lengths(self, batch: int, tokens: int) -> np.ndarray:
+        return np.full((batch, self.sizes.kv_heads), tokens)
 
-    def side(self, codec: SideCodec, rows: int, pages: int) -> Side:
+    def randomise(self, store: KVStore) -> None:
         """Random contents, numbers about as large as a standard normal's."""
-        at, layer = (rows * self.layer.kv_heads * pages, PAGE // codec.block), self.layer
-        kinds = enumerate(codec.fields(layer.head_dim, layer.dtype))
-        fields = tuple([self.numbers(codec.format, i, (*at, *shape), dtype) for i, (shape, dtype) in kinds])
-        residual = self.normal(rows, layer.kv_heads, codec.residual, layer.head_dim)
-        return Side(codec.format, fields, residual, codec.rolling)
+        for i, pool in enumerate(store.pools):
+            self.numbers(store.spec, i, pool)
+        store.residual.normal_()
 
-    def numbers(self, form: Format, i: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Field ``i`` of a format."""
-        if form.kind == "fp8" and i == 0:
-            wide = self.normal(*shape).mul_(1 if form.scale else 100).clamp_(-448, 448)
-            return wide.to(torch.float8_e4m3fn).view(torch.uint8)
-        x = torch.empty(shape, dtype=dtype, device=self.device.at)
-        if form.kind == "plain":
-            return x.normal_()
-        if i == 0:
-            return x.random_(0, 256)
-        if form.kind == "fp8":
-            return x.uniform_(0.008, 0.012)
-        return x.uniform_(3, 4).div_((1 << form.bits) - 1) if i == 1 else x.uniform_(-2, -1.5)
+    def numbers(self, spec: QuantSpec, i: int, x: Tensor) -> None:
+        """Into field ``i`` of a layout."""
+        if spec.layout == "plain":
+            x.normal_()
+        elif i == 0 and spec.layout == "fp8":
+            wide = self.normal(*x.shape).mul_(1 if spec.scale else 100).clamp_(-448, 448)
+            x.copy_(wide.to(torch.float8_e4m3fn).view(torch.uint8))
+        elif i == 0:
+            x.random_(0, 256)
+        elif spec.layout == "fp8":
+            x.uniform_(0.008, 0.012)
+        elif i == 1:
+            x.uniform_(3, 4).div_((1 << spec.bits) - 1)
+        else:
+            x.uniform_(-2, -1.5)
 
-    def observation(self, layer: LayerContext, tokens: int) -> Observation:
+    def prefilled(self, layer: LayerContext, tokens: int) -> PrefilledLayer:
         k, v = (self.normal(layer.kv_heads, tokens, layer.head_dim) for _ in range(2))
         mass = torch.rand(layer.kv_heads, tokens, device=self.device.at)
-        return Observation(layer.index, k, v, mass)
+        return PrefilledLayer(layer.index, k, v, {AttentionMass(): mass}, AttentionParams(layer.head_dim**-0.5))
 
 
-def held(paged: Paged, used: list[int]) -> int:
-    """Bytes that attention must read of a cache (mass: and write), from the tensors themselves."""
+def held(kv: PagedKV, used: list[int]) -> int:
+    """Bytes that attention must read of a cache (attention so far: and write), from the tensors themselves."""
     total = 4.0 * sum(-(-n // PAGE) for n in used)  # the page table
-    for side in (paged.k, paged.v):
-        done = sum(side.settled(n) for n in used)
-        total += done * sum(x[0].nbytes for x in side.fields) / PAGE
-        total += (sum(used) - done) * side.residual.shape[3] * side.residual.element_size()
-    each = (0 if paged.positions is None else 4) + (0 if paged.mass is None else 8)
+    for store in (kv.k, kv.v):
+        done = sum(store.spec.num_encoded(n) for n in used)
+        total += done * sum(x[0].nbytes for x in store.pools) / PAGE
+        total += (sum(used) - done) * store.residual.shape[3] * store.residual.element_size()
+    each = (0 if kv.positions is None else 4) + (0 if kv.accumulated_attention is None else 8)
     return round(total + each * sum(used))
 
 
-def expected(q: Tensor, paged: Paged, row: int, head: int, scale: float) -> tuple[Tensor, Tensor]:
+def stored(kv: PagedKV, store: KVStore, row: int, head: int) -> Tensor:
+    """The slots of one (row, head) as they read, not rounded: float64 (n, head_dim)."""
+    n = int(kv.host.slots[row, head])
+    done = store.spec.num_encoded(n)
+    pages = kv.page_table[row, head, : -(-done // PAGE)].long()
+    fields = tuple([pool[pages].flatten(0, 1)[None] for pool in store.pools])
+    x = store.spec.decode(fields, torch.float32, ()).reshape(-1, kv.layer.head_dim)[:done]
+    recent = torch.arange(done, n, device=x.device) % max(1, store.spec.residual)
+    return torch.cat([x.double(), store.residual[row, head, recent].double()])
+
+
+def of_slots(kv: PagedKV, field: Tensor, row: int, head: int) -> Tensor:
+    """A field of pages of one (row, head), slot by slot: (n,)."""
+    n = int(kv.host.slots[row, head])
+    pages = kv.page_table[row, head, : -(-n // PAGE)].long()
+    return field[pages].flatten()[:n]
+
+
+def expected(q: Tensor, kv: PagedKV, row: int, head: int, scale: float) -> tuple[Tensor, Tensor]:
     """float64 weights (group, n) and output (group, head_dim) of one (row, head)."""
-    n, group = int(paged.used[row, head]), q.shape[1] // paged.table.shape[1]
-    k, v = (stored(side, paged.table[row, head], row, head, n).double() for side in (paged.k, paged.v))
+    group = q.shape[1] // kv.layer.kv_heads
+    k, v = (stored(kv, store, row, head) for store in (kv.k, kv.v))
     scores = q[row, head * group : (head + 1) * group, 0].double() @ k.T * scale
-    if paged.positions is not None:
-        scores.masked_fill_(paged.positions[row, head, :n] < 0, -math.inf)
+    if kv.positions is not None:
+        scores.masked_fill_(of_slots(kv, kv.positions, row, head) < 0, -math.inf)
     p = scores.softmax(-1)
     return p, p @ v
 
@@ -198,66 +219,80 @@ def flashinfer(dense: Dense) -> Call:
 class Problem:
     """One input set of ours: a cache with random contents in scattered pages, and a query per row."""
 
-    def __init__(self, s: Source, text: str, used: Tensor, *, mass: bool = False, ragged: bool = False, room: int = 64):
-        rows, heads = used.shape
-        most = int(used.max())
-        pages = -(-(most + room) // PAGE)
-        layer, there = s.layer, {"dtype": torch.int32, "device": s.device.at}
-        self.counters = torch.stack([used, used, torch.full_like(used, most)])
-        k, v = (s.side(codec, rows, pages) for codec in parse(text).codec.sides(layer))
-        table = torch.randperm(rows * heads * pages, **there).view(rows, heads, pages)
-        positions = None
-        if ragged:
-            slot, n = torch.arange(pages * PAGE, device=s.device.at), used[..., None]
-            positions = torch.where(slot < n, slot * most // n.clamp(min=1), -1).int()
-        scores = torch.rand(rows, heads, pages * PAGE, device=s.device.at) if mass else None
-        freed = torch.full_like(used, -1)
-        self.paged = Paged(k, v, table, *self.counters, freed, positions, scores)
-        self.q, self.rows = s.normal(rows, layer.heads, 1, layer.head_dim), torch.arange(rows, **there)
-        self.scale = layer.head_dim**-0.5
-        self.nbytes = held(self.paged, used.flatten().tolist()) + 2 * self.q.nbytes
+    def __init__(
+        self, s: Source, text: str, used: np.ndarray, *, mass: bool = False, ragged: bool = False, room: int = 64
+    ) -> None:
+        rows, most, layer = len(used), int(used.max()), s.layer
+        needs = Needs(positions=ragged, accumulated_attention=mass)
+        self.kv = kv = PagedKV.empty(layer, parse(text).codec.specs(layer), rows, most + room, needs, arena=False)
+        first = int(needs.positions)
+        kv.allocator = PageAllocator((first + torch.randperm(len(kv.k.pools[0]) - first)).tolist())
+        for store in (kv.k, kv.v):
+            s.randomise(store)
+        for row in range(rows):
+            kv.admit(row, used[row], most)
+            kv.upload(row)
+            for head, n in enumerate(used[row].tolist() if kv.positions is not None else ()):
+                at = torch.arange(n) * most // max(1, n)
+                places = torch.from_numpy(kv.places(np.array(row), np.array(head), np.arange(n)))
+                kv.positions.view(-1)[places.to(s.device.at)] = at.int().to(s.device.at)
+        if kv.accumulated_attention is not None:
+            kv.accumulated_attention.uniform_()
+        self.lengths = torch.stack([kv.num_slots, kv.num_tokens, kv.num_seen])
+        self.q, self.rows = s.normal(rows, layer.heads, 1, layer.head_dim), tuple(range(rows))
+        self.params = AttentionParams(layer.head_dim**-0.5)
+        self.nbytes = held(kv, used.flatten().tolist()) + 2 * self.q.nbytes
+
+    def rewind(self) -> None:
+        """The device counts as before; on the device alone."""
+        for x, was in zip((self.kv.num_slots, self.kv.num_tokens, self.kv.num_seen), self.lengths, strict=True):
+            x.copy_(was)
 
     def __call__(self) -> Tensor:
-        return fused.attend(self.q, self.paged, self.rows, self.scale)
+        return kernels.attend(self.kv, self.q, self.rows, self.params)
 
     def refuse_wrong(self) -> None:
-        row, head = self.paged.table.shape[0] - 1, self.paged.table.shape[1] - 1
-        p, wanted = expected(self.q, self.paged, row, head, self.scale)
-        before = None if self.paged.mass is None else self.paged.mass[row, head].clone()
+        row, head = (n - 1 for n in self.kv.host.slots.shape)
+        mass = self.kv.accumulated_attention
+        p, wanted = expected(self.q, self.kv, row, head, self.params.scale)
+        before = None if mass is None else of_slots(self.kv, mass, row, head)
         refuse(self()[row, -p.shape[0] :, 0], wanted)
-        if before is not None:
-            refuse((self.paged.mass[row, head] - before)[: p.shape[1]], p.mean(0), what="attention mass")
+        if mass is not None:
+            refuse(of_slots(self.kv, mass, row, head) - before, p.mean(0), what="accumulated attention")
 
 
-def fused_cache(method: Method, layer: LayerContext, rows: int, capacity: int) -> FusedCache:
+def by_kernels(method: Method, layer: LayerContext, rows: int, tokens: int, room: int) -> LayerCache:
     """`Method.cache`, which takes the kernels on a GPU only, by kernels everywhere."""
-    evictor = None if method.selector is None else method.selector.evictor(capacity)
-    return FusedCache(layer, method.codec.sides(layer), rows, capacity, evictor, method.selector is not None)
+    slots, pages = method.capacity(tokens, room), method.pages(layer, tokens, room)
+    found = method.cache(layer, rows, slots, pages, backend="triton")
+    if found.refusal:
+        raise Skip(found.refusal)
+    return found
 
 
 class Evicting:
-    """One input set of a step of a layer that gives up tokens: append, attention with mass, choice of a victim."""
+    """One input set of a step of a layer that evicts: append, attention that is accumulated, choice of a token."""
 
     def __init__(self, s: Source, text: str, batch: int, tokens: int) -> None:
         method, layer = parse(text), s.layer
-        self.cache = fused_cache(method, layer, batch, method.capacity(tokens, 64))
+        self.cache = by_kernels(method, layer, batch, tokens, 64)
         for row in range(batch):
-            method.compress(row, [s.observation(layer, tokens)], [self.cache])
+            method.compress(row, [s.prefilled(layer, tokens)], [self.cache])
         self.rows, self.scale = tuple(range(batch)), layer.head_dim**-0.5
         self.q = s.normal(batch, layer.heads, 1, layer.head_dim)
         self.k, self.v = (s.normal(batch, layer.kv_heads, 1, layer.head_dim) for _ in range(2))
         self._step()
-        self.nbytes = held(self.cache.paged, self.cache.paged.used.flatten().tolist()) + 2 * self.q.nbytes
+        self.nbytes = held(self.cache.kv, self.cache.kv.host.slots.flatten().tolist()) + 2 * self.q.nbytes
 
     def _step(self) -> None:
         """A step as the engine makes it, checked; from then on only the device counts, as in a replay."""
         self.cache.append(self.k, self.v, self.rows)
-        p, wanted = expected(self.q, self.cache.paged, 0, 0, self.scale)
+        p, wanted = expected(self.q, self.cache.kv, 0, 0, self.scale)
         out = self.cache.attend(self.q, self.scale, self.rows)
         refuse(out[0, : p.shape[0], 0], wanted)
-        if not bool((self.cache.paged.freed >= 0).all()):
+        if not bool((self.cache.kv.free_slot >= 0).all()):
             raise Wrong("a head gave nothing up")
-        self.cache.replaying = True
+        self.cache.prepared = True
 
     def refuse_wrong(self) -> None:
         """Done when it was made."""
@@ -267,13 +302,13 @@ class Evicting:
         return self.cache.attend(self.q, self.scale, self.rows)
 
 
-def loaded(s: Source, model: Any, text: str, lengths: list[int], room: int) -> list[FusedCache]:
+def loaded(s: Source, model: Any, text: str, lengths: list[int], room: int) -> list[LayerCache]:
     """A model's caches, a random context in each row; the same ones each time."""
     torch.manual_seed(1)
     method, layers = parse(text), adapter.contexts(model)
-    caches = [fused_cache(method, layer, len(lengths), method.capacity(max(lengths), room)) for layer in layers]
+    caches = [by_kernels(method, layer, len(lengths), max(lengths), room) for layer in layers]
     for row, length in enumerate(lengths):
-        method.compress(row, [s.observation(layer, length) for layer in layers], caches)
+        method.compress(row, [s.prefilled(layer, length) for layer in layers], caches)
     return caches
 
 
@@ -289,7 +324,7 @@ def built(sizes: Sizes, device: torch.device) -> Any:
 class Walk:
     """Steps of a batch, each a token further; by StepGraph where there is one."""
 
-    def __init__(self, model: Any, caches: list[FusedCache], lengths: list[int]) -> None:
+    def __init__(self, model: Any, caches: list[LayerCache], lengths: list[int]) -> None:
         self.model, self.caches, self.positions = model, caches, list(lengths)
         self.cache = adapter.KVCache(adapter.Member(caches, tuple(range(len(lengths)))))
         self.graph: StepGraph | None = None

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from kvsuite.kernels.fused import pages
 from kvsuite.kernels.quantize import unpack
+from kvsuite.kernels.triton import pages
 
 U32 = np.uint64(0xFFFFFFFF)
 

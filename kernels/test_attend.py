@@ -1,35 +1,49 @@
-"""Decode attention over pages: the kernel against its reference, and both against dense float64."""
+"""Decode attention over pages: the kernel and the reference against dense float64."""
 
 import inspect
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib import import_module
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvsuite.kernels import attend as reference
-from kvsuite.kernels.fused import attend as fused
-from kvsuite.kernels.paged import PAGE, Format, Paged, Side
+from kvsuite.kernels import backends, reference, triton
+from kvsuite.kernels.allocator import PageAllocator
+from kvsuite.kernels.context import AttentionParams, LayerContext, Needs
+from kvsuite.kernels.paged import NULL_PAGE, KVStore, PagedKV
+from kvsuite.kernels.quantspec import PAGE
+from kvsuite.methods.codecs.fp8 import E4M3
+from kvsuite.methods.codecs.full import Plain
+from kvsuite.methods.codecs.int8 import PerToken
+from kvsuite.methods.codecs.kivi import PerChannel
 from suites.checks import naive
 
+fused = import_module("kvsuite.kernels.triton.attend")  # its package has a function of that name
+
+WHOLE = 64
+"""Stands for the head dimension."""
 FORMATS = {
-    "plain": (Format("plain"), Format("plain"), 0),
-    "int8": (Format("token", 8, 64), Format("token", 8, 64), 0),
-    "int4": (Format("token", 4, 64), Format("token", 4, 64), 0),
-    "fp8": (Format("fp8", 8, scale=1.0), Format("fp8", 8, scale=0.5), 0),
-    "fp8 per token": (Format("fp8", 8), Format("fp8", 8), 0),
-    "kivi-4": (Format("channel", 4, 32), Format("token", 4, 32), 64),
-    "kivi-2": (Format("channel", 2, 32), Format("token", 2, 32), 96),
-    "kivi-2 in groups of 16": (Format("channel", 2, 16), Format("token", 2, 16), 32),
-    "fp8 keys, 4-bit values": (Format("fp8", 8, scale=2.0), Format("token", 4, 16), 0),
+    "plain": (Plain(), Plain()),
+    "int8": (PerToken(8, WHOLE), PerToken(8, WHOLE)),
+    "int4": (PerToken(4, WHOLE), PerToken(4, WHOLE)),
+    "fp8": (E4M3(1.0), E4M3(0.5)),
+    "fp8 per token": (E4M3(None), E4M3(None)),
+    "kivi-4": (PerChannel(4, 32, 64), PerToken(4, 32, 64)),
+    "kivi-2": (PerChannel(2, 32, 96), PerToken(2, 32, 96)),
+    "kivi-2 in groups of 16": (PerChannel(2, 16, 32), PerToken(2, 16, 32)),
+    "fp8 keys, 4-bit values": (E4M3(2.0), PerToken(4, 16)),
 }
+BLOCKS = [name for name in FORMATS if "kivi" in name]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a case looks like: tokens per (row, head), and what is asked of them."""
+    """What a case looks like: tokens per (row, head), and what is asked of them. ``gaps``: the share of a block codec's
+    complete pages that were given back."""
 
     lengths: list[list[int]]
     dim: int = 64
@@ -41,78 +55,91 @@ class Shape:
     asked: frozenset = frozenset()
     tile: int | None = None
     splits: int | None = None
+    gaps: float = 0.0
 
 
-def draw(form, dim, residual, rolling, rows, heads, pages, dtype, noise):
-    """One side with random contents: any codes, scales and zeros are a valid page."""
-    units, total = PAGE // (form.group if form.kind == "channel" else 1), pages * rows * heads
+def draw(store, dim, noise):
+    """Random contents: any codes, scales and zeros are a valid page."""
+    spec, (first, *rest) = store.spec, store.pools
 
-    def codes(*shape):
-        return torch.randint(0, 256, shape, generator=noise, dtype=torch.uint8)
+    def normal(like):
+        return torch.randn(like.shape, generator=noise)
 
-    def normal(*shape):
-        return torch.randn(shape, generator=noise)
-
-    if form.kind == "plain":
-        fields = (normal(total, PAGE, dim).to(dtype),)
-    elif form.kind == "fp8":
-        x = normal(total, PAGE, dim).clamp(-4, 4).to(torch.float8_e4m3fn).view(torch.uint8)
-        fields = (x,) if form.scale else (x, normal(total, PAGE, 1).abs())
-    elif form.kind == "token":
-        small = (total, PAGE, dim // form.group, 1)
-        step = normal(*small).abs() / (1 << form.bits)
-        fields = (codes(total, PAGE, dim * form.bits // 8), step.half(), (normal(*small) - 1).half())
+    if spec.layout == "plain":
+        first.copy_(normal(first))
+    elif spec.layout == "fp8":
+        first.copy_(normal(first).clamp(-4, 4).to(torch.float8_e4m3fn).view(torch.uint8))
+        for scale in rest:
+            scale.copy_(normal(scale).abs())
     else:
-        small = (total, units, 1, dim)
-        step = normal(*small).abs() * 3 / (1 << form.bits)
-        packed = codes(total, units, form.group, dim * form.bits // 8)
-        fields = (packed, step.half(), (normal(*small) - 1.5).half())
-    return Side(form, fields, normal(rows, heads, residual, dim).to(dtype), rolling)
+        first.copy_(torch.randint(0, 256, first.shape, generator=noise, dtype=torch.uint8))
+        scale, zero = rest
+        size, shift = (3, 1.5) if spec.layout == "channel" else (1, 1)
+        scale.copy_(normal(scale).abs() * size / (1 << spec.bits))
+        zero.copy_(normal(zero) - shift)
+    store.residual.copy_(normal(store.residual))
 
 
 def make(name, shape, seed):
     """A cache with random contents in scattered pages, NaN where nothing may be read, and queries."""
     noise = torch.Generator().manual_seed(seed)
     rows, heads = len(shape.lengths), len(shape.lengths[0])
-    used = torch.tensor(shape.lengths, dtype=torch.int32)
+    used = np.array(shape.lengths)
     if not shape.selects:  # where all tokens stay, all heads have as many
-        used[:] = used.amax(1, keepdim=True)
-    pages = int(used.max()) // PAGE + 2
-    k_form, v_form, residual = FORMATS[name]
-    k_form, v_form = (replace(f, group=shape.dim) if f.group == 64 else f for f in (k_form, v_form))
-    k = draw(k_form, shape.dim, residual, False, rows, heads, pages, shape.dtype, noise)
-    v = draw(v_form, shape.dim, residual, True, rows, heads, pages, shape.dtype, noise)
-    table = torch.randperm(rows * heads * pages, generator=noise).to(torch.int32).view(rows, heads, pages)
-    seen = (used.amax(1) + (5 if shape.selects else 0))[:, None].expand(-1, heads).contiguous()
-    positions = mass = None
-    if shape.selects:
-        positions = torch.full((rows, heads, pages * PAGE), -1, dtype=torch.int32)
-        for row in range(rows):
-            for head in range(heads):
-                n, last = int(used[row, head]), int(seen[row, head])
-                kept = torch.randperm(last - 1, generator=noise)[: n - 1].sort().values
-                at = torch.cat([kept, torch.tensor([last - 1])])[:n].int()
-                at[: n - 1][torch.rand(n - 1, generator=noise) < 0.2] = -1
-                positions[row, head, :n] = at
+        used[:] = used.max(1, keepdims=True)
+    specs = [replace(spec, group=shape.dim) if vars(spec).get("group") == WHOLE else spec for spec in FORMATS[name]]
+    layer = LayerContext(0, heads * shape.group, heads, shape.dim, shape.dtype, shape.dtype, torch.device("cpu"))
+    needs = Needs(positions=shape.selects, evicts=shape.mass, accumulated_attention=shape.mass)
+    slots = int(used.max()) + 2 * PAGE
+    kv = PagedKV.empty(layer, tuple(specs), rows, slots, needs, arena=False)
+    first = int(needs.positions)
+    total = len(kv.k.pools[0])
+    kv.allocator = PageAllocator((first + torch.randperm(total - first, generator=noise)).tolist())
+    for store in (kv.k, kv.v):
+        draw(store, shape.dim, noise)
+        if needs.positions:
+            for pool in store.pools:
+                pool[NULL_PAGE] = 0
     if shape.mass:
-        mass = torch.rand(rows, heads, pages * PAGE, generator=noise)
-    for side in (k, v):
-        poison(side, table, used)
-    paged = Paged(k, v, table, used, used.clone(), seen, torch.full_like(used, -1), positions, mass)
+        kv.accumulated_attention[first:] = torch.rand(total - first, PAGE, generator=noise)
+    for row, counts in enumerate(used):
+        seen = int(counts.max()) + (5 if shape.selects else 0)
+        kv.admit(row, counts, seen)
+        for head, n in enumerate(counts.tolist() if shape.selects else ()):
+            kept = torch.randperm(seen - 1, generator=noise)[: n - 1].sort().values
+            at = torch.cat([kept, torch.tensor([seen - 1])])[:n].int()
+            at[: n - 1][torch.rand(n - 1, generator=noise) < 0.2] = -1
+            gone = [
+                column
+                for column in range(min(int(spec.num_encoded(n)) for spec in specs) // PAGE)
+                if shape.gaps and (column + 1) * PAGE < n and torch.rand((), generator=noise) < shape.gaps
+            ]
+            for column in gone:
+                at[column * PAGE : (column + 1) * PAGE] = -1
+            kv.positions.view(-1)[torch.from_numpy(kv.places(row, head, np.arange(n)))] = at
+            kv.host.tokens[row, head] = int((at >= 0).sum())
+            kv.give_back(row, head, np.array(gone, dtype=np.int64))
+        kv.upload(row)
+    for store in (kv.k, kv.v):
+        poison(kv, store)
     q = torch.randn(rows, heads * shape.group, shape.queries, shape.dim, generator=noise).to(shape.dtype)
-    return q, paged
+    return q, kv
 
 
-def poison(side, table, used):
-    """NaN into every unit of the pools that no slot in use lies in."""
-    per = PAGE // side.fields[0].shape[1]
-    held = torch.zeros(side.fields[0].shape[:2], dtype=torch.bool)
-    for row in range(table.shape[0]):
-        for head in range(table.shape[1]):
-            for unit in range(-(-side.settled(int(used[row, head])) // per)):
-                held[table[row, head, unit * per // PAGE], unit % side.fields[0].shape[1]] = True
-    for field in side.fields:
+def poison(kv, store):
+    """NaN into every unit of the pools, and every place of the residual, that no slot in use lies in."""
+    units = store.pools[0].shape[1]
+    held, recent = torch.zeros(store.pools[0].shape[:2], dtype=torch.bool), torch.zeros(store.residual.shape[:3]).bool()
+    held[NULL_PAGE] |= kv.needs.positions
+    for row, head in np.ndindex(kv.host.slots.shape):
+        n = int(kv.host.slots[row, head])
+        done = int(store.spec.num_encoded(n))
+        for unit in range(-(-done // (PAGE // units))):
+            held[kv.table[row, head, unit // units], unit % units] = True
+        recent[row, head, torch.arange(done, n) % max(1, store.spec.residual)] = True
+    for field in store.pools:
         field[~held] = 0x7F if field.dtype == torch.uint8 else float("nan")
+    store.residual[~recent] = float("nan")
 
 
 def move(thing, device):
@@ -121,7 +148,9 @@ def move(thing, device):
         return thing.clone().to(device)
     if isinstance(thing, tuple):
         return tuple(move(x, device) for x in thing)
-    if isinstance(thing, (Paged, Side)):
+    if isinstance(thing, LayerContext):
+        return replace(thing, device=device)
+    if isinstance(thing, (PagedKV, KVStore)):
         return replace(thing, **{name: move(value, device) for name, value in vars(thing).items()})
     return thing
 
@@ -143,17 +172,31 @@ def options(shape):
     return {name: known[name] for name in shape.asked}
 
 
-def exact(q, paged, row, head, scale, asked):
-    """float64 weights (group, Q, n), values (n, D), and the largest error a weight may have, relative (group, Q)."""
-    group, queries, dim = q.shape[1] // paged.table.shape[1], q.shape[2], q.shape[3]
-    n, seen = int(paged.used[row, head]), int(paged.seen[row, head])
-    k, v = (reference.stored(side, paged.table[row, head], row, head, n) for side in (paged.k, paged.v))
-    at = torch.arange(n) if paged.positions is None else paged.positions[row, head, :n]
+def stored(kv, store, row, head, dtype):
+    """Slots 0 … n - 1 of one (row, head) as they read, rounded to ``dtype``: float64 (n, head_dim)."""
+    n = int(kv.host.slots[row, head])
+    done = int(store.spec.num_encoded(n))
+    pages = torch.from_numpy(kv.table[row, head, : -(-done // PAGE)]).long()
+    x = store.spec.decode(tuple(pool[pages].flatten(0, 1)[None] for pool in store.pools), dtype, ())
+    recent = torch.arange(done, n) % max(1, store.spec.residual)
+    return torch.cat([x.reshape(-1, x.shape[-1])[:done].double(), store.residual[row, head, recent].double()])
+
+
+def exact(q, kv, row, head, scale, asked, dtype):
+    """float64 weights (group, Q, n), values (n, D), and the largest error a weight may have, relative (group, Q): of
+    attention that reads its numbers rounded to ``dtype``, where that is float32 rounding them itself."""
+    group, queries, dim = q.shape[1] // kv.layer.kv_heads, q.shape[2], q.shape[3]
+    n, seen = int(kv.host.slots[row, head]), int(kv.host.seen[row])
+    k, v = (stored(kv, store, row, head, dtype) for store in (kv.k, kv.v))
+    at = torch.arange(n)
+    if kv.positions is not None:
+        at = kv.positions.view(-1)[torch.from_numpy(kv.places(row, head, np.arange(n)))]
     allowed = naive.causal(torch.arange(seen - queries, seen), at, asked.get("window")) & (at >= 0)
     unit, single = torch.finfo(q.dtype).eps / 2, torch.finfo(torch.float32).eps / 2
-    size = k.double().abs()
+    size = k.abs()
     parts = size + 3 * size.amax(1, keepdim=True)  # codes times scale and zeros are added up apart, and cancel
-    rounded = 0 if paged.k.format.kind == "plain" else unit / 3**0.5  # the standard deviation of a rounding
+    exactly = kv.k.spec.layout == "plain" or dtype == q.dtype
+    rounded = 0 if exactly else unit / 3**0.5  # the standard deviation of a rounding
     weights, errors = [], []
     for h in range(head * group, (head + 1) * group):
         sink = None if "sink_logits" not in asked else float(asked["sink_logits"][h])
@@ -161,13 +204,13 @@ def exact(q, paged, row, head, scale, asked):
         sums = q[row, h].double().abs() @ ((dim + 16) * single * parts).T
         several = 8 * rounded * (q[row, h].double().square() @ size.square().T).sqrt()  # and they are independent
         errors.append(2 * scale * (sums + several).amax(1) + (n + 16) * single)
-    return torch.stack(weights), v.double(), torch.stack(errors)
+    return torch.stack(weights), v, torch.stack(errors)
 
 
 def check(name, shape, seed, device):
-    q, paged = make(name, shape, seed)
+    q, kv = make(name, shape, seed)
     scale, asked = shape.dim**-0.5, options(shape)
-    rows = torch.arange(len(shape.lengths), dtype=torch.int32)
+    rows = tuple(range(len(shape.lengths)))
     found = {}
     with pytest.MonkeyPatch.context() as patch, poisoned():
         if shape.tile:
@@ -175,30 +218,35 @@ def check(name, shape, seed, device):
                 patch.setitem(fused.TUNED, kind, replace(chosen, tile=shape.tile))
         if shape.splits:
             patch.setattr(fused, "SPLITS", shape.splits)
-        for module in (reference, fused):
-            there = device if module is fused else torch.device("cpu")
-            state = move(paged, there)
-            sinks = {k: v.to(there) if isinstance(v, torch.Tensor) else v for k, v in asked.items()}
-            out = module.attend(q.to(there), state, rows.to(there), scale, **sinks)
-            found[module] = out.cpu(), None if state.mass is None else state.mass.cpu()
+        for backend in (reference, triton):
+            there = device if backend is triton else torch.device("cpu")
+            state = move(kv, there)
+            params = AttentionParams(scale, **{k: move(v, there) for k, v in asked.items()})
+            out = backend.attend(state, q.to(there), rows, params)
+            mass = state.accumulated_attention
+            read = torch.float32 if backend is triton else q.dtype
+            found[read] = out.cpu(), None if mass is None else mass.cpu()
     unit = torch.finfo(q.dtype).eps / 2
     tiny = torch.finfo(q.dtype).smallest_normal * 2 * unit
-    for row in range(len(shape.lengths)):
-        for head in range(len(shape.lengths[0])):
-            p, v, error = exact(q, paged, row, head, scale, asked)
+    untouched = None if kv.accumulated_attention is None else torch.ones_like(kv.accumulated_attention).bool()
+    for row, head in np.ndindex(kv.host.slots.shape):
+        for dtype, (out, mass) in found.items():
+            p, v, error = exact(q, kv, row, head, scale, asked, dtype)
             span = slice(head * shape.group, (head + 1) * shape.group)
             bound = (error + 3 * unit)[..., None] * (p @ v.abs()) + tiny * (1 + v.abs().sum(0))
-            for out, mass in found.values():
-                assert out.dtype == q.dtype
-                assert ((out[row, span].double() - p @ v).abs() <= bound).all()
-                if mass is not None:
-                    n = v.shape[0]
-                    added = (mass - paged.mass)[row, head, :n]
-                    half = torch.finfo(torch.float16)
-                    few = (error + half.eps)[..., None] * p + half.smallest_normal * half.eps
-                    few = few.mean((0, 1)) + 1e-7 * mass[row, head, :n]  # and the addition itself
-                    assert ((added - p.mean((0, 1))).abs() <= few).all()
-                    assert torch.equal(mass[row, head, n:], paged.mass[row, head, n:])
+            assert out.dtype == q.dtype
+            assert ((out[row, span].double() - p @ v).abs() <= bound).all()
+            if mass is not None:
+                places = torch.from_numpy(kv.places(row, head, np.arange(v.shape[0])))
+                after = mass.view(-1)[places]
+                added = after - kv.accumulated_attention.view(-1)[places]
+                half = torch.finfo(torch.float16)
+                few = (error + half.eps)[..., None] * p + half.smallest_normal * half.eps
+                few = few.mean((0, 1)) + 1e-7 * after  # and the addition itself
+                assert ((added - p.mean((0, 1))).abs() <= few).all()
+                untouched.view(-1)[places[p.sum((0, 1)) > 0]] = False
+    for _, mass in found.values():
+        assert mass is None or torch.equal(mass[untouched], kv.accumulated_attention[untouched])
 
 
 lengths = st.integers(1, 3).flatmap(
@@ -213,13 +261,14 @@ def test_the_kernel_and_its_reference_are_attention(name, device):
         lengths=lengths,
         group=st.sampled_from([1, 3, 4]),
         dtype=st.sampled_from([torch.bfloat16, torch.float16]),
-        kind=st.sampled_from(["", "", "selects", "mass"]),
+        kind=st.sampled_from(["", "", "selects", "mass", "gaps"]),
         asked=st.sets(st.sampled_from(["window", "softcap", "sink_logits"]), max_size=2),
         seed=st.integers(0, 999),
         tile=st.sampled_from([None, None, 32, 64]),
     )
     def run(lengths, group, dtype, kind, asked, seed, tile):
-        shape = Shape(lengths, 64, group, 1, dtype, kind != "", kind == "mass", frozenset(asked), tile)
+        gaps = 0.5 if kind == "gaps" and name in BLOCKS else 0.0
+        shape = Shape(lengths, 64, group, 1, dtype, kind != "", kind == "mass", frozenset(asked), tile, gaps=gaps)
         check(name, shape, seed, device)
 
     run()
@@ -261,48 +310,74 @@ def test_several_queries_are_causal_among_themselves(name, queries, asked, devic
     check(name, Shape([[170, 40], [65, 33]], 64, 3, queries, asked=frozenset(asked)), 1, device)
 
 
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("mass", [False, True])
+@pytest.mark.parametrize("gaps", [0.5, 1.0])
+def test_pages_that_were_given_back_hold_nothing(name, mass, gaps, device):
+    """Some of them, which share tiles with others, and all: whole parts of a row in which nothing is read."""
+    shape = Shape([[420, 33], [131, 300]], 64, 2, selects=True, mass=mass, gaps=gaps, asked=frozenset({"softcap"}))
+    _, kv = make(name, shape, 7)
+    assert (kv.host.gaps[:, 1] > 0).any()
+    assert kv.host.gaps[0, 0] > 1
+    check(name, shape, 7, device)
+    check(name, replace(shape, tile=32, queries=1 if mass else 5), 8, device)
+
+
 @pytest.mark.parametrize("name", ["plain", "kivi-2"])
 def test_idle_items_are_zero_and_a_row_does_not_depend_on_its_mates(name, device):
-    q, paged = make(name, Shape([[300, 40], [65, 333], [7, 129]], 64, 2), 3)
-    q, paged = q.to(device), move(paged, device)
-    every = fused.attend(q, paged, torch.tensor([0, 1, 2], dtype=torch.int32, device=device), 0.1)
-    some = fused.attend(q[[2, 0, 1]], paged, torch.tensor([2, -1, 1], dtype=torch.int32, device=device), 0.1)
+    q, kv = make(name, Shape([[300, 40], [65, 333], [7, 129]], 64, 2), 3)
+    q, kv, params = q.to(device), move(kv, device), AttentionParams(0.1)
+    every = triton.attend(kv, q, (0, 1, 2), params)
+    some = triton.attend(kv, q[[2, 0, 1]], (2, None, 1), params)
     assert torch.equal(some[0], every[2])
     assert torch.equal(some[2], every[1])
     assert (some[1] == 0).all()
 
 
 def test_queries_may_lie_as_the_model_left_them(device):
-    q, paged = make("plain", Shape([[100, 100], [60, 60]], 64, 2, 3), 3)
-    paged, rows = move(paged, device), torch.tensor([0, 1], dtype=torch.int32, device=device)
+    q, kv = make("plain", Shape([[100, 100], [60, 60]], 64, 2, 3), 3)
+    kv, params = move(kv, device), AttentionParams(0.1)
     strided = q.to(device).transpose(1, 2).contiguous().transpose(1, 2)
     assert not strided.is_contiguous()
-    assert torch.equal(fused.attend(strided, paged, rows, 0.1), fused.attend(q.to(device), paged, rows, 0.1))
+    assert torch.equal(triton.attend(kv, strided, (0, 1), params), triton.attend(kv, q.to(device), (0, 1), params))
 
 
 def test_nan_is_not_lost(device):
     for name in FORMATS:
-        q, paged = make(name, Shape([[100]], 64, 2), 0)
-        side = paged.v
-        if side.format.kind == "fp8":
-            side.fields[0][paged.table[0, 0, 1], 3, 5] = 0xFF
-        elif side.format.kind == "plain":
-            side.fields[0][paged.table[0, 0, 1], 3, 5] = float("nan")
+        q, kv = make(name, Shape([[100]], 64, 2), 0)
+        if kv.v.spec.layout == "fp8":
+            kv.v.pools[0][kv.page_table[0, 0, 1], 3, 5] = 0xFF
+        elif kv.v.spec.layout == "plain":
+            kv.v.pools[0][kv.page_table[0, 0, 1], 3, 5] = float("nan")
         else:
             continue
-        rows = torch.zeros(1, dtype=torch.int32, device=device)
-        out = fused.attend(q.to(device), move(paged, device), rows, 0.1)
+        out = triton.attend(move(kv, device), q.to(device), (0,), AttentionParams(0.1))
         assert out[..., 5].isnan().all()
         assert out[..., 6].isfinite().all()
 
 
-def test_both_have_one_signature():
-    assert inspect.signature(reference.attend) == inspect.signature(fused.attend)
+def test_both_are_called_as_backends_are():
+    """What a backend adds it does not need."""
+    wanted = {name: x for name, x in vars(backends.Backend).items() if inspect.isfunction(getattr(x, "__func__", None))}
+    assert {*wanted, "NAME"} == {*triton.__all__} == {*reference.__all__}
+    for backend in (reference, triton):
+        for name, x in wanted.items():
+            asked = [*inspect.signature(x.__func__).parameters.values()]
+            own = [*inspect.signature(getattr(backend, name)).parameters.values()]
+            of = [[(p.name, p.kind, p.default) for p in found] for found in (asked, own)]
+            assert of[1][: len(asked)] == of[0], name
+            assert all(p.default is not p.empty for p in own[len(asked) :])
+    assert inspect.signature(reference.attend) == inspect.signature(triton.attend)
 
 
-def test_mass_of_several_queries_is_refused(device):
-    rows = torch.zeros(1, dtype=torch.int32)
-    q, paged = make("plain", Shape([[40]], 64, 4, 2, mass=True), 0)
-    for module, there in ((reference, torch.device("cpu")), (fused, device)):
+def test_attention_accumulated_over_several_queries_is_refused(device):
+    q, kv = make("plain", Shape([[40]], 64, 4, 2, selects=True, mass=True), 0)
+    for backend, there in ((reference, torch.device("cpu")), (triton, device)):
         with pytest.raises(ValueError, match="query by query"):
-            module.attend(q.to(there), move(paged, there), rows.to(there), 0.1)
+            backend.attend(move(kv, there), q.to(there), (0,), AttentionParams(0.1))
+
+
+def test_a_choice_of_pages_is_refused(device):
+    q, kv = make("plain", Shape([[40]], 64, 2), 0)
+    with pytest.raises(ValueError, match="all pages"):
+        triton.attend(move(kv, device), q.to(device), (0,), AttentionParams(0.1), [[np.zeros(1, dtype=np.int64)]])

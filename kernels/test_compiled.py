@@ -15,17 +15,19 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-from kvsuite.kernels.fused import attend, mass, store
-from kvsuite.kernels.fused.compiled import UNKNOWN, Compiled, Loop, compile_for, kinds
-from kvsuite.kernels.fused.launch import launch, recording
-from kvsuite.kernels.paged import PAGE, Paged, Side
+from kvsuite.kernels import triton as kernels
+from kvsuite.kernels.context import AttentionParams, LayerContext, Needs
+from kvsuite.kernels.paged import PagedKV
+from kvsuite.kernels.quantspec import PAGE
+from kvsuite.kernels.triton.compiled import UNKNOWN, Compiled, Loop, compile_for, kinds
+from kvsuite.kernels.triton.launch import launch, recording
+from kvsuite.kernels.triton.store import flush
 from kvsuite.methods.codecs.fp8 import Fp8
 from kvsuite.methods.codecs.full import Full
 from kvsuite.methods.codecs.int4 import Int4
@@ -60,58 +62,48 @@ def zeros(*shape, dtype=torch.bfloat16):
     return torch.zeros(shape, dtype=dtype)
 
 
-def side(codec):
-    """One side of an empty cache."""
-    units = ROWS * KV_HEADS * PAGES, PAGE // codec.block
-    fields = tuple(zeros(*units, *shape, dtype=dtype) for shape, dtype in codec.fields(DIM, torch.bfloat16))
-    return Side(codec.format, fields, zeros(ROWS, KV_HEADS, codec.residual, DIM), codec.rolling)
-
-
 def cache(codec, evicts=False):
-    """An empty cache; one that ``evicts`` has positions and counts attention mass."""
-    k, v = (side(c) for c in codec.sides(SimpleNamespace(head_dim=DIM)))
-    used, live, seen, freed = zeros(4, ROWS, KV_HEADS, dtype=torch.int32)
-    table, slots = zeros(ROWS, KV_HEADS, PAGES, dtype=torch.int32), (ROWS, KV_HEADS, PAGES * PAGE)
-    own = (zeros(*slots, dtype=torch.int32), zeros(*slots, dtype=torch.float32)) if evicts else ()
-    return Paged(k, v, table, used, live, seen, freed, *own)
+    """An empty cache; one that ``evicts`` has positions and accumulates attention."""
+    layer = LayerContext(0, HEADS, KV_HEADS, DIM, torch.bfloat16, torch.bfloat16, torch.device("cpu"))
+    needs = Needs(positions=evicts, evicts=evicts, accumulated_attention=evicts)
+    return PagedKV.empty(layer, codec.specs(layer), ROWS, PAGES * PAGE, needs, arena=False)
 
 
 def attending(codec, evicts=False, queries=1, **expected):
     def call():
-        rows = zeros(ROWS, dtype=torch.int32)
-        return attend.attend(zeros(ROWS, HEADS, queries, DIM), cache(codec, evicts), rows, DIM**-0.5)
+        q, params = zeros(ROWS, HEADS, queries, DIM), AttentionParams(DIM**-0.5)
+        return kernels.attend(cache(codec, evicts), q, range(ROWS), params)
 
     return Case(call, tensor=("_attend",), **expected)
 
 
 def appending(codec, evicts=False, **writes):
     def call():
-        new = zeros(ROWS, KV_HEADS, DIM)
-        store.append(cache(codec, evicts), new, new, zeros(ROWS, dtype=torch.int32))
+        new = zeros(ROWS, KV_HEADS, 1, DIM)
+        kernels.append(cache(codec, evicts), new, new, range(ROWS))
 
     return Case(call, writes=writes)
 
 
 def filling(codec, evicts=False, codes=16):
     def call():
-        prompt = zeros(KV_HEADS, 77, DIM)
-        index, counts = zeros(KV_HEADS, 40, dtype=torch.int64), zeros(KV_HEADS, dtype=torch.int32)
-        kept = (index, counts, zeros(KV_HEADS, 77, dtype=torch.float32)) if evicts else ()
-        store.fill(cache(codec, evicts), 0, prompt, prompt, *kept)
+        prompt, keep = zeros(KV_HEADS, 77, DIM), [torch.arange(40 - head) for head in range(KV_HEADS)]
+        kept = (keep, zeros(KV_HEADS, 77, dtype=torch.float32)) if evicts else ()
+        kernels.fill(cache(codec, evicts), 0, prompt, prompt, *kept)
 
     return Case(call, reads={"k_ptr": 16, "v_ptr": 16}, writes={"k_codes_ptr": codes, "v_codes_ptr": codes})
 
 
 def flushing(codec):
     def call():
-        store.flush(cache(codec), zeros(ROWS, dtype=torch.int32))
+        flush(cache(codec), range(ROWS))
 
     return Case(call, reads={"x_residual_ptr": 16}, writes={"x_codes_ptr": 16})
 
 
 def scoring(**asked):
     def call():
-        mass.column_mass(zeros(HEADS, 200, DIM), zeros(KV_HEADS, 200, DIM), DIM**-0.5, **asked)
+        kernels.column_mass(zeros(HEADS, 200, DIM), zeros(KV_HEADS, 200, DIM), DIM**-0.5, **asked)
 
     return Case(call, reads={"q_ptr": 16, "k_ptr": 16}, tensor=("_log_sum_exp", "_column_mass"))
 
@@ -254,8 +246,8 @@ def table(compiled):
     lines = [f"Triton {triton.__version__}, {' / '.join(f'sm_{c}' for c in SHARED)} where they differ.", ""]
     lines += [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name, case in CASES.items():
-        for kernels in zip(*(compiled[name][capability] for capability in SHARED), strict=True):
-            cells = zip(*(row(case, kernel) for kernel in kernels), strict=True)
+        for built in zip(*(compiled[name][capability] for capability in SHARED), strict=True):
+            cells = zip(*(row(case, kernel) for kernel in built), strict=True)
             lines.append(f"| {name} | {' | '.join(' / '.join(dict.fromkeys(cell)) for cell in cells)} |")
     return "\n".join(lines) + "\n"
 

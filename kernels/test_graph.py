@@ -1,19 +1,23 @@
 """A graph replays tensors, not Python: steps at other lengths must come out as if they were run."""
 
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvsuite.cache import adapter
+from kvsuite.cache import adapter, layer
 from kvsuite.cache.adapter import KVCache, Member
-from kvsuite.cache.fused import FusedCache
+from kvsuite.cache.layer import LayerCache
+from kvsuite.cache.observations import AttentionMass, LastQueries
+from kvsuite.cache.prefill import PrefillCache
 from kvsuite.engines.graph import StepGraph
-from kvsuite.engines.request import Request
-from kvsuite.engines.transformers import TransformersEngine
-from kvsuite.kernels.fused import launch
+from kvsuite.kernels.quantspec import PAGE
+from kvsuite.kernels.triton import launch
 from kvsuite.methods import parse
+from kvsuite.methods.selectors.h2o import H2O
 
 METHODS = [
     "full",
@@ -73,43 +77,43 @@ class Tape(TorchDispatchMode):
 
 
 @pytest.fixture(scope="module")
-def engine():
+def model():
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=32, max_position_embeddings=512,
     )  # fmt: skip
-    return TransformersEngine(LlamaForCausalLM(config).to(torch.bfloat16), None)
+    made = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    adapter.install(made)
+    return made
 
 
-def caches(engine, method, prompts, capacity=64):
-    found = []
-    for layer in adapter.contexts(engine.model):  # where the model is now
-        evictor = method.selector.evictor(capacity) if method.selector else None
-        sides = method.codec.sides(layer)
-        found.append(FusedCache(layer, sides, 4, capacity, evictor, method.selector is not None))
+def prefilled(model, ids, method):
+    cache = PrefillCache(adapter.contexts(model), method.observes)
+    adapter.forward(model, cache, torch.tensor([ids], device=model.device))
+    return cache.prefilled
+
+
+def caches(model, method, prompts, slots):
+    found = [method.cache(where, 4, slots, backend="triton") for where in adapter.contexts(model)]
+    assert {cache.backend.NAME for cache in found} == {"triton"}
     for row, ids in enumerate(prompts):
-        context = engine.prefill(Request("x", "", "", 1), ids, [], method.needs).context
-        method.compress(row, context, found)
+        method.compress(row, prefilled(model, ids, method), found)
     return found
 
 
 PROMPTS = [list(range(5, 15)), list(range(20, 35)), list(range(40, 67))]
 
 
-def run(engine, text, device, replayed, steps=12):
+def run(model, method, device, replayed, steps=12, slots=64):
     """Logits of every step in which rows come, idle, and go, and the caches after it; by graphs or one by one."""
-    method = parse(text)
-    layers = caches(engine, method, PROMPTS)
+    layers = caches(model, method, PROMPTS, slots)
     cache = KVCache(Member(layers))
-    graph = StepGraph(engine.model, cache, layers, 4, Tape.capture if device.type == "cpu" else None)
+    graph = StepGraph(model, cache, layers, 4, Tape.capture if device.type == "cpu" else None)
     position, found = {row: len(ids) for row, ids in enumerate(PROMPTS)}, []
     for n in range(steps):
         if n == 7:  # an answer ends, a shorter prompt takes its row
-            for layer, seen in zip(
-                layers, engine.prefill(Request("y", "", "", 1), PROMPTS[0], [], method.needs).context, strict=True
-            ):
-                method.compress(2, [seen], [layer])
+            method.compress(2, prefilled(model, PROMPTS[0], method), layers)
             position[2] = len(PROMPTS[0])
         cache.members[0].rows = (0, None if n in (3, 4) else 1, 2, None)
         fed = [[(7 * n + 3 * row) % 97] for row in range(4)]
@@ -118,7 +122,7 @@ def run(engine, text, device, replayed, steps=12):
             logits = graph(fed, at)
         else:
             ids, where = torch.tensor(fed, device=device), torch.tensor(at, device=device)
-            logits = adapter.forward(engine.model, cache, ids, position_ids=where)
+            logits = adapter.forward(model, cache, ids, position_ids=where)
         found.append(logits[[row for row in range(4) if cache.members[0].rows[row] is not None]].clone())
         for row in cache.members[0].rows:
             if row is not None:
@@ -126,37 +130,110 @@ def run(engine, text, device, replayed, steps=12):
     return found, layers, graph
 
 
-@pytest.mark.parametrize("text", METHODS)
-@torch.inference_mode()
-def test_replayed_steps_are_the_steps(engine, text, device):
-    engine.model.to(device)
-    expected, theirs, _ = run(engine, text, device, replayed=False)
-    found, ours, graph = run(engine, text, device, replayed=True)
-    assert len(graph.graphs) == (2 if "residual" in text else 1)
-    for n, (a, b) in enumerate(zip(found, expected, strict=True)):
-        assert torch.equal(a, b), f"step {n}"
+def agree(ours, theirs, rows=range(3)):
+    """Everything that is known of some rows, on the device and on the host."""
     for a, b in zip(ours, theirs, strict=True):
         assert a.nbytes == b.nbytes
-        assert torch.equal(a._counters, b._counters)
-        for row in range(3):
-            assert a.kept(row) == b.kept(row) == int(a.paged.live[row].sum())
-            for x, y in zip(a.materialise(row), b.materialise(row), strict=True):
+        assert len(a.kv.allocator) == len(b.kv.allocator)
+        for name in ("num_slots", "num_tokens", "num_seen", "free_slot", "page_table", "recent_queries"):
+            x, y = getattr(a.kv, name), getattr(b.kv, name)
+            assert x is y is None or torch.equal(x, y), name
+        for row in rows:
+            assert a.kept(row) == b.kept(row) == int(a.kv.num_tokens[row].sum())
+            for x, y in zip(a.read(row), b.read(row), strict=True):
                 assert torch.equal(x.k, y.k)
                 assert torch.equal(x.v, y.v)
                 assert torch.equal(x.positions, y.positions)
 
 
+@pytest.mark.parametrize("text", METHODS)
 @torch.inference_mode()
-def test_a_length_that_is_a_number_is_seen(engine, device, monkeypatch):
+def test_replayed_steps_are_the_steps(model, text, device):
+    model.to(device)
+    expected, theirs, _ = run(model, parse(text), device, replayed=False)
+    found, ours, graph = run(model, parse(text), device, replayed=True)
+    assert len(graph.graphs) == (2 if "residual" in text else 1)
+    for n, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert torch.equal(a, b), f"step {n}"
+    agree(ours, theirs)
+
+
+LONG = {
+    # steps, and whether a page is given back on the way
+    "int4": (20, False),
+    "h2o:budget=12 + kivi:bits=4,group=16,residual=16": (24, False),
+    "streaming-llm:budget=8,sinks=0,positions=absolute + kivi:bits=4,group=16,residual=16": (42, True),
+}
+
+
+@pytest.mark.parametrize("text", LONG)
+@torch.inference_mode()
+def test_pages_come_and_go_between_replays(model, text, device, monkeypatch):
+    monkeypatch.setattr(layer, "RELEASE_EVERY", 8)
+    model.to(device)
+    steps, gaps = LONG[text]
+    expected, theirs, _ = run(model, parse(text), device, replayed=False, steps=steps, slots=3 * PAGE)
+    found, ours, _ = run(model, parse(text), device, replayed=True, steps=steps, slots=3 * PAGE)
+    assert [torch.equal(a, b) for a, b in zip(found, expected, strict=True)] == [True] * steps
+    agree(ours, theirs)
+    for cache in ours:
+        assert (cache.kv.host.columns[:2] > 1).all() or not gaps
+        assert (cache.kv.host.gaps[:2] > 0).all() == gaps
+
+
+@dataclass(frozen=True)
+class Odd(H2O):
+    """Evicts what the newest queries' ring says, and by a number of each sequence's own: what a graph could freeze."""
+
+    every: int = 1
+
+    @property
+    def observes(self):
+        return (AttentionMass(), LastQueries(8))
+
+    @property
+    def eviction(self):
+        return OddEviction(self, self.every)
+
+
+@dataclass(frozen=True)
+class OddEviction:
+    selector: Odd
+    every: int
+    rerotated_sinks: int = 0
+    observes: tuple = (AttentionMass(), LastQueries(8))
+
+    def parameters(self, length):
+        return length % 7, length
+
+    def score(self, state):
+        first, length = state.parameters
+        return ((state.positions * 5 + first * state.num_seen) % (length + 3)).float() + state.accumulated_attention
+
+
+@pytest.mark.parametrize("every", [1, 5])
+@torch.inference_mode()
+def test_numbers_of_a_sequence_and_its_queries_are_not_frozen(model, every, device):
+    """Every step, and with rows compacted between replays."""
+    model.to(device)
+    method = replace(parse("h2o:budget=12"), selector=Odd(budget=12, every=every))
+    expected, theirs, _ = run(model, method, device, replayed=False, steps=10)
+    found, ours, _ = run(model, method, device, replayed=True, steps=10)
+    assert [torch.equal(a, b) for a, b in zip(found, expected, strict=True)] == [True] * 10
+    agree(ours, theirs)
+
+
+@torch.inference_mode()
+def test_a_length_that_is_a_number_is_seen(model, device, monkeypatch):
     """The break this test is for: the cache is asked for its length on the host, and a graph keeps the answer."""
-    engine.model.to(device)
-    expected, _, _ = run(engine, "full", device, replayed=False, steps=5)
-    appended = FusedCache.append
+    model.to(device)
+    expected, _, _ = run(model, parse("full"), device, replayed=False, steps=5)
+    appended = LayerCache.append
 
     def frozen(self, k, v, rows=(0,)):
         appended(self, k, v, rows)
-        self.paged.used[0] = self._slots[0][0]
+        self.kv.num_slots[0] = int(self.kv.host.slots[0, 0])
 
-    monkeypatch.setattr(FusedCache, "append", frozen)
-    found, _, _ = run(engine, "full", device, replayed=True, steps=5)
+    monkeypatch.setattr(LayerCache, "append", frozen)
+    found, _, _ = run(model, parse("full"), device, replayed=True, steps=5)
     assert [torch.equal(a, b) for a, b in zip(found, expected, strict=True)] == [True, False, False, False, False]

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvsuite.kernels.fused.launch import launch, recording
+from kvsuite.kernels.triton.launch import launch, recording
 
 
 @triton.jit

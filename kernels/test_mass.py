@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvsuite.kernels import mass as reference
-from kvsuite.kernels.fused import mass as fused
+from kvsuite.kernels.reference import mass as reference
+from kvsuite.kernels.triton import mass as fused
 from suites.checks import naive
 
 SINGLE = torch.finfo(torch.float32).eps / 2

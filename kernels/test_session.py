@@ -64,7 +64,7 @@ def test_a_spent_budget_is_said_and_what_is_wrong_is_not_timed(session, tmp_path
     late = "**Not measured for lack of time** (3): copy: device to device; libraries: 1 × 64; decode: full, 1 × 64"
     assert late in (tmp_path / "kernels.md").read_text()
 
-    monkeypatch.setattr(sys.modules["session_inputs"].fused, "attend", lambda q, *rest: 1.05 * q)
+    monkeypatch.setattr(sys.modules["session_inputs"].kernels, "attend", lambda kv, q, *rest: 1.05 * q)
     assert session.main([*arguments, "--resume"]) == 1
     cells = json.loads((tmp_path / "kernels.json").read_text())["cells"]
     assert [cell["state"] for cell in cells.values()] == ["done", "done", "failed"]

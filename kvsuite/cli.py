@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kvsuite", description="Is a KV-cache compression method worth deploying?")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    listing = commands.add_parser("methods", help="list the parts of methods: selectors, budgets, codecs")
+    listing = commands.add_parser("methods", help="list the parts of methods: selectors, budgets, codecs, readers")
     listing.add_argument("--json", action="store_true", help="a list of {name, kind, stores, source}")
     listing.set_defaults(run=_methods)
     fetching = commands.add_parser("fetch", help="download all that default runs need, and convert the model")
@@ -174,7 +174,9 @@ def _methods(asked: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("name", "kind", "what is stored", "source", title="A method is selector + budget + codec", box=None)
+    table = Table(
+        "name", "kind", "what is stored", "source", title="A method is selector + budget + codec + reader", box=None
+    )
     for row in rows:
         table.add_row(*row.values())
     Console().print(table)

@@ -28,7 +28,11 @@ class Record:
     cache: str = ""
     """The class that stored and attended, with its module: what is scored must be what is timed."""
     path: str = ""
-    """Codec and attention: ``kivi/unfused`` ran on the PyTorch reference."""
+    """Codec, and the backend that stored and attended: ``kivi/reference``. Earlier versions called that one unfused."""
+    refusal: str = ""
+    """Why another backend was not taken."""
+    artifact: str = ""
+    """The hash of what the codec had learned of the model before."""
     width: int = 1
     """Rows of the matrix products it was decoded in, idle ones included."""
 
@@ -66,6 +70,10 @@ class Answer(Record):
     nbytes_end: int = 0
     """Held when the answer ended, and what K and V of all its tokens would take uncompressed."""
     dense_end: int = 0
+    read_end: int = 0
+    """Bytes that the last step read: less than held where a reader chooses pages."""
+    fragmentation: float = 0.0
+    """The share of the slots in use at the end that held no token, mean over layers."""
     kept: int = 0
     margins: list[float] = field(default_factory=list)
     """Gap between the two highest logits at every token."""
@@ -183,6 +191,8 @@ class Timing(Record):
     """Round i of the baseline ran right before round i of the method."""
     nbytes: int = 0
     """Held by all sequences, all layers."""
+    nbytes_read: int = 0
+    """Read by one step of all sequences."""
     checked: float | None = None
     """How far its attention was from the reference over what it holds, in units of the tolerance; None: not checked."""
 

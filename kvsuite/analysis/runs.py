@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from kvsuite.analysis.effects import Part
 from kvsuite.analysis.serving import blocks, checks, served_rows, token_speeds
 from kvsuite.analysis.shortfall import expected, interrupted, timed
-from kvsuite.analysis.speed import log_speeds, speed_rows
+from kvsuite.analysis.speed import REFERENCE, log_speeds, speed_rows
 from kvsuite.analysis.stats import Estimate, log_change
 from kvsuite.analysis.verdict import Effect, effect
 from kvsuite.columns import Arm, Key, align, stack
@@ -227,7 +227,7 @@ def speeds(run: Run, margins: Margins) -> Fast:
 
 
 def _is_kernel(path: str) -> bool:
-    return bool(path) and not path.endswith("/unfused")
+    return bool(path) and not path.endswith(REFERENCE)
 
 
 def _speed(ratio: Estimate, margins: Margins, n: int, asked: int, partial: bool) -> Effect:

@@ -17,6 +17,8 @@ from kvsuite.readers.base import Load
 from kvsuite.records import Timing
 
 OURS = "kvsuite.cache."
+REFERENCE = ("/reference", "/unfused")
+"""How the path of a method ends that PyTorch computed, as it is and as it was called."""
 """Where the classes live whose answers are scored; a timing of another one is transformers' own, a row beside."""
 
 
@@ -37,9 +39,12 @@ class SpeedRow:
     speedup: Estimate | None = None
     rounds: int = 0
     nbytes: int = 0
+    nbytes_read: int = 0
     checked: float | None = None
     path: str = ""
-    """Codec, and what stored and attended: ``kivi/unfused`` is PyTorch."""
+    """Codec, and the backend: ``kivi/reference`` is PyTorch."""
+    refusal: str = ""
+    """Why another backend was not taken."""
 
 
 def speed_rows(timings: Sequence[Timing]) -> list[SpeedRow]:
@@ -48,13 +53,17 @@ def speed_rows(timings: Sequence[Timing]) -> list[SpeedRow]:
     for t in timings:
         cell = (t.method, t.phase, t.width, t.length, t.status == "failed", t.error)
         if t.status == "failed":
-            rows.append(SpeedRow(*cell, path=t.path))
+            rows.append(SpeedRow(*cell, path=t.path, refusal=t.refusal))
             continue
         if t.cache.startswith(OURS) and not (t.checked is not None and t.checked <= 1):
             raise UsageError(f"{t.method} was timed at width {t.width} without its output being checked")
         logs = log_speeds(t)
         if len(logs) < 2:
-            rows.append(SpeedRow(*cell, nbytes=t.nbytes, checked=t.checked, path=t.path))
+            rows.append(
+                SpeedRow(
+                    *cell, nbytes=t.nbytes, nbytes_read=t.nbytes_read, checked=t.checked, path=t.path, refusal=t.refusal
+                )
+            )
             continue
         median = statistics.median(t.seconds)
         rows.append(
@@ -65,8 +74,10 @@ def speed_rows(timings: Sequence[Timing]) -> list[SpeedRow]:
                 speedup=log_ratio_interval(logs),
                 rounds=len(logs),
                 nbytes=t.nbytes,
+                nbytes_read=t.nbytes_read,
                 checked=t.checked,
                 path=t.path,
+                refusal=t.refusal,
             )
         )
     return rows

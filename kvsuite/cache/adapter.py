@@ -17,40 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
-from transformers.cache_utils import CacheLayerMixin
 
-from kvsuite.cache.context import LayerContext
+from kvsuite.cache.attending import AttendingLayer
+from kvsuite.cache.checker import AttentionChecker
 from kvsuite.cache.layer import LayerCache
 from kvsuite.cache.rope import find_rope
-from kvsuite.cache.witness import Witness
 from kvsuite.errors import UsageError
+from kvsuite.kernels.context import LayerContext
 
 NAME = "kvsuite"
 """The ``attn_implementation`` under which a model reads our caches."""
 
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
-
-
-class AttendingLayer(CacheLayerMixin):
-    """A cache layer that also computes its attention. Positions stay right after eviction because `get_seq_length`
-    says how many tokens were seen, not how many are held."""
-
-    is_sliding = False
-
-    def attend(self, q: Tensor, scale: float, window: int | None, softcap: float | None, aux: Tensor | None) -> Tensor:
-        """q (batch, heads, Q, head_dim) -> the same shape."""
-        raise NotImplementedError
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: storage is made before the model runs."""
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Keys and offset of a mask that is never built."""
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        """No maximum of its own."""
-        return -1
 
 
 @dataclass
@@ -62,7 +40,7 @@ class Member:
     """One per layer."""
     rows: tuple[int | None, ...] = (0,)
     """The row of its caches that each of its items belongs to; None for an idle item."""
-    witness: Witness | None = None
+    checker: AttentionChecker | None = None
     """Watches every layer, where there is one."""
     isolated: bool = False
     """Whether an error of its own is kept in ``error`` rather than raised, since others go on."""
@@ -121,13 +99,13 @@ class _Layer(AttendingLayer):
         softcap: float | None,
         aux: Tensor | None,
     ) -> Tensor:
-        cache, rows, witness = member.caches[self.index], member.rows, member.witness
+        cache, rows, checker = member.caches[self.index], member.rows, member.checker
         cache.append(k, v, rows)
-        if witness is not None:
-            witness.before(cache)
+        if checker is not None:
+            checker.before(cache)
         out = cache.attend(q, scale, rows, window=window, softcap=softcap, sink_logits=aux)
-        if witness is not None:
-            witness.after(rows, q, out, scale, window, softcap, aux)
+        if checker is not None:
+            checker.after(cache, rows, q, out, scale, window, softcap, aux)
         return out
 
     def get_seq_length(self) -> int:
@@ -221,14 +199,19 @@ def refuse_unknown(config: Any) -> None:
         raise UsageError(f"model type {kind!r} uses {moving!r} RoPE, whose keys change with the length of the batch")
 
 
-def contexts(model: Any, kv_dtype: torch.dtype | None = None) -> list[LayerContext]:
-    """A `LayerContext` for every attention layer of a model, in order. ``kv_dtype``: what uncompressed K and V are
-    stored in; the model's own dtype unless given."""
-    found = [
+def attention_modules(model: Any) -> list[Any]:
+    """A model's attention modules, in the order of its layers."""
+    return [
         module
         for module in model.modules()
         if hasattr(module, "layer_idx") and (hasattr(module, "k_proj") or hasattr(module, "qkv_proj"))
     ]
+
+
+def contexts(model: Any, kv_dtype: torch.dtype | None = None) -> list[LayerContext]:
+    """A `LayerContext` for every attention layer of a model, in order. ``kv_dtype``: what uncompressed K and V are
+    stored in; the model's own dtype unless given."""
+    found = attention_modules(model)
     config = model.config.get_text_config()
     types = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
     if len(found) != len(types):

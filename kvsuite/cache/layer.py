@@ -2,350 +2,310 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvsuite.cache.context import PAGE, Evictor, LayerContext, SideCodec
-from kvsuite.cache.pages import PagedStore, Places
-from kvsuite.kernels.attention import attention, causal_mask, pack_sinks, probabilities
+from kvsuite.cache.decoding import DecodeState, Eviction, PageReader
+from kvsuite.cache.observations import AttentionMass, LastQueries, NewestAttention
+from kvsuite.cache.prefill import PrefilledLayer
+from kvsuite.kernels.backends import Items, choose
+from kvsuite.kernels.context import AttentionParams, HeadView, LayerContext, Needs
+from kvsuite.kernels.paged import PagedKV
+from kvsuite.kernels.quantspec import PAGE, QuantSpec
+from kvsuite.kernels.reference.attend import PageIndices, page_keys
+from kvsuite.kernels.reference.store import KeepIndices
 
-Kept = Tensor | list[Tensor]
-"""Which tokens stay, ascending: int64 (kv_heads, n), or a list of (n_h,) per head where heads are ragged."""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """How the model wants its attention: see `LayerCache.attend`; sink_logits packed to (kv_heads, group * queries)."""
-
-    queries: int
-    scale: float
-    window: int | None
-    softcap: float | None
-    sink_logits: Tensor | None
-
-
-@dataclass(frozen=True)
-class Held:
-    """What one kv head holds, in order of position: k, v (n, head_dim) as attention reads them, positions (n,)."""
-
-    k: Tensor
-    v: Tensor
-    positions: Tensor
-    exact: bool = True
-    """Whether attention reads these very numbers, not the stored codes with roundings of its own."""
+RELEASE_EVERY = 32
+"""Steps of a sequence between two looks for pages without a token: each asks the device."""
+UNLIMITED = torch.iinfo(torch.int32).max
 
 
 class LayerCache:
     """The compressed K and V of one layer for a batch of ``rows`` sequences of different lengths.
 
     Sequences enter with `load` (a prefilled prompt), grow with `append`, are read with `attend`, leave with `reset`.
-    Every row is computed by itself, so that it cannot depend on its mates. With an `Evictor` a step appends one token
-    per row, attends, and gives up one token per head beyond the budget; the next token takes the freed slot where the
-    codec stores tokens singly. Elsewhere (KIVI's blocks) the slot stays empty and is masked, and its page is held on.
+    Every row is computed by itself, so that it cannot depend on its mates. What is computed a backend computes; when
+    pages are allocated, tokens evicted and rows compacted is decided here.
     """
-
-    path = "unfused"
-    """What stores and attends: kernels by their name, or PyTorch (``unfused``)."""
 
     def __init__(
         self,
         layer: LayerContext,
-        codecs: tuple[SideCodec, SideCodec],
+        specs: tuple[QuantSpec, QuantSpec],
         rows: int,
-        capacity: int,
-        evictor: Evictor | None = None,
+        slots: int,
+        *,
+        eviction: Eviction | None = None,
+        reader: PageReader | None = None,
         selects: bool = False,
+        pages: int | None = None,
+        backend: str = "auto",
     ) -> None:
-        """``capacity``: slots reserved per row and head, rounded up to pages. ``selects``: whether tokens may be left
-        out, so that each slot's position must be kept; an evictor always does."""
-        pages = -(-capacity // PAGE)
-        shape = (rows, layer.kv_heads, pages * PAGE)
-        self.layer, self.evictor = layer, evictor
-        self.k, self.v = (PagedStore(codec, layer, rows, pages) for codec in codecs)
-        self.table = torch.arange(rows * layer.kv_heads * pages, dtype=torch.int32, device=layer.device).view(
-            rows, layer.kv_heads, pages
+        """``slots``: the most that one head of a row needs; ``pages``: the most that a row needs, unless given as many
+        as hold ``slots`` for each head. ``selects``: tokens may be left out."""
+        observes = () if eviction is None else eviction.observes
+        needs = Needs(
+            positions=selects or eviction is not None or reader is not None,
+            evicts=eviction is not None,
+            accumulated_attention=AttentionMass() in observes,
+            newest_attention=NewestAttention() in observes,
+            rerotated_sinks=0 if eviction is None else eviction.rerotated_sinks,
+            recent_queries=max([x.window for x in observes if isinstance(x, LastQueries)], default=0),
+            parameters=0 if eviction is None else len(eviction.parameters(1)),
+            summaries=() if reader is None else reader.summaries(layer.head_dim, layer.kv_dtype),
+            reads_some=reader is not None,
         )
-        self.positions: Tensor | None = None
-        self.scores: Tensor | None = None
-        self._anchors: Tensor | None = None
-        self._freed: Tensor | None = None
-        if selects or evictor is not None:
-            self.positions = torch.full(shape, -1, dtype=torch.int32, device=layer.device)
-        if evictor is not None:
-            self._freed = torch.zeros(shape[:2], dtype=torch.int64, device=layer.device)
-            if evictor.mass:
-                self.scores = torch.zeros(shape, device=layer.device)
-            if evictor.shift and self.k.in_place:
-                anchors = (*shape[:2], evictor.shift, layer.head_dim)
-                self._anchors = torch.empty(anchors, dtype=layer.dtype, device=layer.device)
-        self._capacity = shape[2]
-        self._reusable = self.k.reusable and self.v.reusable
-        self._slots = np.zeros((rows, layer.kv_heads), dtype=np.int64)  # slots in use, given-up ones included
-        self._live = np.zeros((rows, layer.kv_heads), dtype=np.int64)  # slots that hold a token
-        self._seen = [0] * rows
-        self._evictors: list[Evictor | None] = [None] * rows
+        self.layer, self.eviction, self.reader = layer, eviction, reader
+        self.backend, self.refusal = choose(layer, *specs, needs, backend)
+        """Who computes, and why others were not taken; empty where none was asked."""
+        self.kv = PagedKV.empty(layer, specs, rows, slots, needs, pages=pages, arena=self.backend.ARENA)
+        self.prepared = False
+        """Whether `advance` and `settle` are called around a step, not by it: a graph replays what lies between."""
+        self.pages_read: PageIndices | None = None
+        """What a reader chose for the newest step, item by item of its batch; None where all is read."""
+        self._left_out: dict[int, int] = {}
+        """By row: pages that its newest step did not read."""
 
     @property
     def stepwise(self) -> bool:
-        """Whether tokens must come one by one, because something is given up between two of them."""
-        return self.evictor is not None
+        """Whether tokens must come one by one, because something is decided between two of them."""
+        return self.eviction is not None or self.reader is not None
 
     def load(
-        self,
-        row: int,
-        k: Tensor,
-        v: Tensor,
-        keep: Kept | None = None,
-        scores: Tensor | None = None,
-        evictor: Evictor | None = None,
+        self, row: int, seen: PrefilledLayer, keep: KeepIndices | None = None, budget: Sequence[int] | None = None
     ) -> None:
-        """Fill an empty row with a prefilled prompt: k, v (kv_heads, T, head_dim), of which ``keep`` stays (None: all).
-        ``scores`` (kv_heads, T) float32 is the mass so far; ``evictor`` acts on this sequence from now on."""
-        self.reset(row)
-        length = k.shape[1]
-        if keep is not None and self.positions is None:
+        """Fill an empty row with a prefilled prompt, of which ``keep`` stays (None: all). From now on each head is
+        kept at its ``budget`` of tokens; without one nothing is evicted."""
+        if keep is not None and self.kv.positions is None:
             raise ValueError("a cache made without `selects` cannot leave tokens out")
-        for heads, index in self._kept_spans(keep):
-            part = slice(heads.start, heads.stop)
-            n = length if index is None else index.shape[1]
-            self._refuse_overflow(row, n)
-            for store, x in ((self.k, k), (self.v, v)):
-                store.append(row, heads, 0, x[part] if index is None else _take(x[part], index))
-            if self.positions is not None:
-                where = torch.arange(length, device=k.device) if index is None else index
-                self.positions[row, heads, :n] = where.to(torch.int32)
-            if self.scores is not None and scores is not None:
-                self.scores[row, heads, :n] = scores[part] if index is None else scores[part].gather(1, index)
-            self._grow(row, heads, n, n)
-        self._seen[row], self._evictors[row] = length, evictor
-        for heads, used in self._spans(row):
-            self._anchor(row, heads, used)
+        self.reset(row)
+        kv, length = self.kv, seen.k.shape[1]
+        self.backend.fill(kv, row, seen.k, seen.v, keep, seen.observed.get(AttentionMass()))
+        if kv.budget is not None:
+            kv.host.budget[row] = UNLIMITED if budget is None else np.asarray(budget)
+            kv.budget[row] = torch.from_numpy(kv.host.budget[row].astype(np.int32))
+        if kv.parameters is not None and self.eviction is not None:
+            kv.parameters[row] = torch.tensor(self.eviction.parameters(length), dtype=torch.int32)
+        if kv.recent_queries is not None:
+            n = kv.recent_queries.shape[2]
+            last = seen.observed.get(LastQueries(n))
+            if last is not None:
+                ring = torch.arange(length - last.shape[1], length, device=last.device) % n
+                kv.recent_queries[row].index_copy_(1, ring, last)
+        self._summarise(row)
 
-    def append(self, k: Tensor, v: Tensor, rows: Sequence[int | None] = (0,)) -> None:
+    def append(self, k: Tensor, v: Tensor, rows: Items = (0,)) -> None:
         """Add n tokens to every row: k, v (len(rows), kv_heads, n, head_dim); None marks an idle row of the batch."""
-        n = k.shape[2]
-        if self.stepwise and n > 1:
-            raise ValueError("a cache that evicts while decoding takes its tokens one by one")
-        active = [(b, row) for b, row in enumerate(rows) if row is not None]
-        for _, row in active:
-            self._refuse_overflow(row, 0 if self._freed_slots(row) else int(self._slots[row].max()) + n)
-        if n == 1 and active:
-            items = [b for b, _ in active]
-            every = len(items) == len(rows)
-            self._step([row for _, row in active], k if every else k[items], v if every else v[items])
-        elif n > 1:
-            for b, row in active:
-                for heads, used in self._spans(row):
-                    self._extend(row, heads, used, k[b, heads], v[b, heads])
-        for _, row in active:
-            self._seen[row] += n
+        if self.stepwise and k.shape[2] > 1:
+            raise ValueError("a cache that decides something at every step takes its tokens one by one")
+        if not self.prepared:
+            self.advance(rows, k.shape[2])
+        self.backend.append(self.kv, k, v, rows)
+        if self.reader is not None:
+            for row, slots in zip(self.kv.mapping.rows, self.kv.mapping.slots, strict=True):
+                self._summarise(row, slots // PAGE)
 
     def attend(
         self,
         q: Tensor,
         scale: float,
-        rows: Sequence[int | None] = (0,),
+        rows: Items = (0,),
         *,
         window: int | None = None,
         softcap: float | None = None,
         sink_logits: Tensor | None = None,
     ) -> Tensor:
-        """Attention of the newest Q tokens of every row over what it holds, causal among the Q.
+        """Attention of the newest Q tokens of every row over what it holds, causal among the Q; then what is evicted at
+        every step goes.
 
         Args: q (len(rows), heads, Q, head_dim), rotated; window, softcap, sink_logits (heads,) as the model asks.
         Returns: q's shape and dtype; idle rows are zero.
         """
-        packed = q.reshape(q.shape[0], self.layer.kv_heads, -1, q.shape[3])  # the query group as rows
-        out = torch.zeros_like(packed) if None in rows else torch.empty_like(packed)
-        aux = None if sink_logits is None else pack_sinks(sink_logits, self.layer.kv_heads, q.shape[2])
-        asked = Asked(q.shape[2], scale, window, softcap, aux)
-        for b, row in enumerate(rows):
-            if row is None:
-                continue
-            for heads, used in self._spans(row):
-                out[b, heads] = self._attend(row, heads, used, packed[b, heads], asked)
-        return out.view(q.shape)
+        if self.reader is not None:
+            self.pages_read = [None if row is None else self._choose(row, q[b, :, 0]) for b, row in enumerate(rows)]
+            for row, chosen in zip(rows, self.pages_read, strict=True):
+                if row is not None and chosen is not None:
+                    self._left_out[row] = self.kv.held_pages(row) - sum(map(len, chosen))
+        params = AttentionParams(scale, window, softcap, sink_logits)
+        out = self.backend.attend(self.kv, q, rows, params, self.pages_read)
+        if self.kv.recent_queries is not None:
+            self._keep_queries(q, rows)
+        if self.eviction is not None and self.eviction.every == 1:
+            self._evict(rows)
+        if not self.prepared:
+            self.settle(rows)
+        return out
 
-    def materialise(self, row: int = 0) -> list[Held]:
-        """What each kv head of a row holds, as `attend` sees it, in order of position: the tests' oracle."""
-        held = []
-        for heads, used in self._spans(row):
-            k, v = self._keys(row, heads, used), self.v.read(row, heads, used)
-            positions = self._positions(row, heads, used).expand(k.shape[0], -1)
-            for h in range(k.shape[0]):
-                order = positions[h].argsort()
-                order = order[positions[h][order] >= 0]
-                held.append(Held(k[h, order].clone(), v[h, order].clone(), positions[h, order].clone()))
-        return held
+    def advance(self, rows: Items, n: int = 1) -> None:
+        """Count n tokens for every row and allocate their pages, before a step stores them."""
+        self.kv.advance([row for row in rows if row is not None], n)
+
+    def settle(self, rows: Items) -> None:
+        """Count what a step evicted; from time to time compact a row, or give its empty pages back."""
+        if self.eviction is None:
+            return
+        host, at = self.kv.host, [row for row in rows if row is not None]
+        host.steps[at] += 1
+        if self.eviction.every > 1:
+            for row in at:
+                if host.steps[row] % self.eviction.every == 0:
+                    self._compact(row)
+            return
+        self.kv.count_evicted(at)
+        if not self.kv.by_token:
+            due = [row for row in at if host.steps[row] % RELEASE_EVERY == 0]
+            if due:
+                self.backend.release_empty(self.kv, due)
+
+    def read(self, row: int = 0) -> list[HeadView]:
+        """What each kv head of a row holds, as `attend` sees it, in order of position: the checker's oracle."""
+        return self.backend.read(self.kv, row)
 
     def reset(self, row: int) -> None:
         """Forget a row's sequence."""
-        for store in (self.k, self.v):
-            store.reset(row)
-        self._slots[row] = self._live[row] = self._seen[row] = 0
-        self._evictors[row] = None
+        self._left_out.pop(row, None)
+        self.kv.release(row)
 
     def seen(self, row: int) -> int:
         """Tokens that have passed, kept or not: the position of the next one."""
-        return self._seen[row]
+        return int(self.kv.host.seen[row])
 
     def kept(self, row: int) -> int:
         """Tokens a row can still attend to, over all kv heads."""
-        return int(self._live[row].sum())
+        return int(self.kv.host.tokens[row].sum())
 
     def row_nbytes(self, row: int) -> int:
-        """Bytes one sequence holds: pages, scales, residual, page table, and the selector's state."""
-        if self._seen[row] == 0:
-            return 0
-        pages = int((-(-self._slots[row] // PAGE)).sum())
-        state = sum(x[0, 0, :PAGE].nbytes for x in (self.positions, self.scores) if x is not None)
-        whole = sum(x[row].nbytes for x in (self._anchors, self._freed) if x is not None)
-        per_page = self.table.element_size() + state
-        return self.k.nbytes(row) + self.v.nbytes(row) + pages * per_page + whole
+        """Bytes one sequence holds: pages, page table, residual, lengths, and the state of its method."""
+        return self.kv.row_nbytes(row)
+
+    def read_nbytes(self, row: int) -> int:
+        """Bytes that one step of a sequence reads: all it holds, but for pages that a reader leaves out."""
+        summaries = sum(x[0].nbytes for x in self.kv.summaries)
+        return self.row_nbytes(row) - self._left_out.get(row, 0) * (self.kv.page_bytes - summaries)
+
+    def fragmentation(self, row: int) -> float:
+        """The share of the slots in use that hold no token; slots of pages that were given back are not in use."""
+        host = self.kv.host
+        slots = int((host.slots[row] - host.gaps[row] * PAGE).sum())
+        return 1 - self.kept(row) / slots if slots else 0.0
 
     @property
     def nbytes(self) -> int:
         """Bytes held by all sequences."""
-        return sum(self.row_nbytes(row) for row in range(len(self._seen)))
+        return sum(self.row_nbytes(row) for row in range(len(self.kv.host.seen)))
 
     @property
     def slack(self) -> int:
         """Bytes reserved for rows and pages that no sequence holds yet."""
-        tensors = [*self.k.pools, *self.v.pools, self.k.residual, self.v.residual, self.table]
-        tensors += [x for x in (self.positions, self.scores, self._anchors, self._freed) if x is not None]
-        return sum(x.untyped_storage().nbytes() for x in tensors) - self.nbytes
+        return self.kv.allocated - self.nbytes
 
-    def _grow(self, row: int, heads: slice, slots: int, live: int) -> None:
-        self._slots[row, heads] += slots
-        self._live[row, heads] += live
+    def _keep_queries(self, q: Tensor, rows: Items) -> None:
+        """Put a step's queries, (len(rows), heads, 1, head_dim), into their ring."""
+        kv = self.kv
+        assert kv.recent_queries is not None
+        every = torch.arange(len(kv.host.seen), device=q.device)
+        items = kv.rows_on_device(rows) if self.prepared else kv.items(rows)
+        own = every[:, None] == items  # which item is each row's; idle ones are nobody's
+        ring = (self._seen(slice(None)) - 1).clamp(min=0) % kv.recent_queries.shape[2]
+        old = kv.recent_queries[every, :, ring]
+        new = q[own.int().argmax(1), :, 0]
+        kv.recent_queries[every, :, ring] = torch.where(own.any(1)[:, None, None], new, old)
 
-    def _spans(self, row: int) -> list[tuple[slice, int]]:
-        """Heads that can be computed together: all of them where they are equally long, else one by one."""
-        used = self._slots[row].tolist()
-        if len(set(used)) == 1 and len(set(self._live[row].tolist())) == 1:
-            return [(slice(0, len(used)), used[0])]
-        return [(slice(head, head + 1), n) for head, n in enumerate(used)]
-
-    def _kept_spans(self, keep: Kept | None) -> Iterator[tuple[slice, Tensor | None]]:
-        every = slice(0, self.layer.kv_heads)
-        if keep is None or isinstance(keep, Tensor):
-            yield every, keep
-        elif len({index.shape[0] for index in keep}) == 1:
-            yield every, torch.stack(keep)
-        else:
-            for head, index in enumerate(keep):
-                yield slice(head, head + 1), index[None]
-
-    def _refuse_overflow(self, row: int, slots: int) -> None:
-        if slots > self._capacity:
-            raise ValueError(f"row {row} is full: {slots} tokens per head do not fit into {self._capacity} slots")
-
-    def _freed_slots(self, row: int) -> bool:
-        """Whether the next token takes a given-up slot in every head."""
-        return self._reusable and bool((self._live[row] < self._slots[row]).all())
-
-    def _step(self, rows: list[int], k: Tensor, v: Tensor) -> None:
-        """One token more in each of ``rows``: k, v (len(rows), kv_heads, 1, head_dim)."""
-        at = self._places(rows)
-        at.to(k.device)
-        if self._freed is not None and at.again.any():
-            again = torch.from_numpy(at.again.ravel()).to(k.device)
-            at.slots = torch.where(again, self._freed[at.rows, at.heads], at.slots)
-        self.k.step(at, k.flatten(0, 2))
-        self.v.step(at, v.flatten(0, 2))
-        where = (at.rows, at.heads, at.slots)
-        if self.positions is not None:
-            seen = np.repeat([self._seen[row] for row in rows], at.used.shape[1])
-            self.positions.index_put_(where, torch.from_numpy(seen).to(k.device, torch.int32))
-        if self.scores is not None:
-            self.scores.index_put_(where, self.scores.new_zeros(()))
-        self._count(at)
-
-    def _places(self, rows: list[int]) -> Places:
-        """Where the next token of each row goes: into a given-up slot where there is one that can be used again."""
-        used = self._slots[rows]
-        return Places(rows, used, (self._live[rows] < used) & self._reusable)
-
-    def _count(self, at: Places) -> None:
-        self._slots[at.of] = at.used + 1
-        self._live[at.of] += 1
-
-    def _extend(self, row: int, heads: slice, used: int, k: Tensor, v: Tensor) -> None:
-        """Several tokens more in one row's next slots: k, v (heads, n, head_dim)."""
-        n, first = k.shape[1], self._seen[row]
-        self.k.append(row, heads, used, k)
-        self.v.append(row, heads, used, v)
-        if self.positions is not None:
-            new = torch.arange(first, first + n, dtype=torch.int32, device=k.device)
-            self.positions[row, heads, used : used + n] = new
-        self._grow(row, heads, n, n)
-
-    def _attend(self, row: int, heads: slice, used: int, q: Tensor, asked: Asked) -> Tensor:
-        """q (heads, group * queries, head_dim) of one row -> the same shape."""
-        k, v = self._keys(row, heads, used), self.v.read(row, heads, used)
-        mask = self._mask(row, heads, used, asked.queries, asked.window)
-        if mask is not None:
-            mask = mask.repeat(1, q.shape[1] // asked.queries, 1)
-        aux = None if asked.sink_logits is None else asked.sink_logits[heads]
-        if self.scores is None:
-            out = attention(q, k, v, asked.scale, mask, asked.softcap, aux)
-        else:
-            p = probabilities(q, k, asked.scale, mask, asked.softcap, aux)
-            out = torch.matmul(p, v.float()).to(q.dtype)
-            self.scores[row, heads, :used] += p.mean(dim=1)
-        self._evict(row, heads, used)
-        return out
-
-    def _keys(self, row: int, heads: slice, used: int) -> Tensor:
-        """K as attention sees it. With ``shift`` the first tokens stand where the cache has them: turned on from the
-        stored originals by as many positions as were given up, never from an already turned copy."""
-        k = self.k.read(row, heads, used)
-        gap = self._seen[row] - int(self._live[row, heads.start])
-        if self.evictor is not None and self.evictor.shift and self.layer.rope is not None and gap > 0:
-            first = slice(0, self.evictor.shift)
-            stored = k[:, first] if self._anchors is None else self._anchors[row, heads]
-            k[:, first] = self.layer.rope.rotate(stored, gap)
-        return k
-
-    def _anchor(self, row: int, heads: slice, used: int) -> None:
-        """Put the first tokens' keys aside when for the first time tokens are missing behind them, where reading gives
-        the stored keys themselves: turning them would turn what is stored."""
-        if self._anchors is not None and self._seen[row] > int(self._live[row, heads.start]):
-            self._anchors[row, heads] = self.k.read(row, heads, used)[:, : self._anchors.shape[2]]
-
-    def _positions(self, row: int, heads: slice, used: int) -> Tensor:
-        if self.positions is not None:
-            return self.positions[row, heads, :used]
-        return torch.arange(used, dtype=torch.int32, device=self.layer.device)[None]
-
-    def _mask(self, row: int, heads: slice, used: int, queries: int, window: int | None) -> Tensor | None:
-        """bool (heads or 1, queries, used), or None where everything may be read."""
-        seen = self._seen[row]
-        holes = int(self._live[row, heads.start]) < used
-        if queries == 1 and not holes and (window is None or seen <= window):
-            return None
-        newest = torch.arange(seen - queries, seen, dtype=torch.int32, device=self.layer.device)
-        return causal_mask(newest, self._positions(row, heads, used), window)
-
-    def _evict(self, row: int, heads: slice, used: int) -> None:
-        evictor, live = self._evictors[row], int(self._live[row, heads.start])
-        if evictor is None or self.positions is None or self._freed is None or live <= evictor.budget:
+    def _evict(self, rows: Items) -> None:
+        """One token of every (row, head) beyond its budget. In a graph: of all rows, with the same shapes each time."""
+        kv = self.kv
+        at = [row for row in rows if row is not None]
+        if self.prepared:
+            at, columns = list(range(len(kv.host.seen))), kv.table.shape[2]
+        elif not at or not (kv.host.tokens[at] > kv.host.budget[at]).any():
             return
-        positions = self.positions[row, heads, :used]
-        scores = None if self.scores is None else self.scores[row, heads, :used]
-        slots = evictor.victim(positions, scores, self._seen[row])
-        positions.scatter_(1, slots, -1)
-        self._freed[row, heads] = slots[:, 0]
-        complete = live == self._seen[row]
-        self._grow(row, heads, 0, -1)
-        if complete:
-            self._anchor(row, heads, used)
+        else:
+            columns = int(kv.host.columns[at].max())
+        state = self._state(at, columns)
+        scores = self.eviction.score(state)  # type: ignore[union-attr]
+        slots = scores.masked_fill(state.positions < 0, float("inf")).argmin(dim=-1)
+        self.backend.evict(kv, at, slots)
+        if self.reader is not None:
+            for row, own in zip(at, slots.cpu().numpy(), strict=True):
+                self._summarise(row, own // PAGE)
+
+    def _compact(self, row: int) -> None:
+        """Bring a row back to its budget."""
+        kv, budget = self.kv, self.kv.host.budget[row]
+        if not (kv.host.tokens[row] > budget).any():
+            return
+        assert self.eviction is not None
+        state = self._state([row], int(kv.host.columns[row].max()), alone=True)
+        scores = self.eviction.score(state).masked_fill(state.positions < 0, float("-inf"))
+        counts = np.minimum(budget, kv.host.tokens[row])
+        self.backend.compact(kv, row, highest(scores, counts.tolist(), state.positions))
+        self._summarise(row)
+
+    def _state(self, rows: list[int], columns: int, alone: bool = False) -> DecodeState:
+        """What the eviction sees of some rows, up to so many pages; of one ``alone``, with its keys and queries."""
+        kv, device = self.kv, self.layer.device
+        every = rows == list(range(len(kv.host.seen)))
+        at = slice(None) if every else torch.tensor(rows, device=device)
+        pages = kv.page_table[at][:, :, :columns].long()
+        paged = (kv.positions, kv.accumulated_attention, kv.newest_attention)
+        fields = [None if x is None else x[pages].flatten(2) for x in paged]
+        seen, own = self._seen(at)[:, None, None], () if kv.parameters is None else kv.parameters[at].unbind(1)
+        parameters = tuple([x[:, None, None] for x in own])
+        if not alone:
+            return DecodeState(fields[0], seen, parameters, fields[1], fields[2])  # type: ignore[arg-type]
+        (row,), heads = rows, range(self.layer.kv_heads)
+        k = torch.stack([page_keys(kv, row, head, np.arange(columns))[0].flatten(0, 1) for head in heads])
+        queries = None
+        if kv.recent_queries is not None:
+            n, count = kv.recent_queries.shape[2], self.seen(row)
+            ring = torch.arange(max(0, count - n), count, device=device) % n
+            queries = kv.recent_queries[row][:, ring]
+        first = [None if x is None else x[0] for x in fields]
+        return DecodeState(
+            first[0], seen[0], tuple(x[0] for x in parameters), first[1], first[2], queries, k  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    def _seen(self, rows: Tensor | slice) -> Tensor:
+        """int64 (rows,): tokens that have passed; from the device where a graph replays."""
+        if self.prepared:
+            return self.kv.num_seen[rows, 0].long()
+        return torch.from_numpy(self.kv.host.seen).to(self.layer.device)[rows]
+
+    def _choose(self, row: int, q: Tensor) -> list[np.ndarray]:
+        """The columns of the page table that are read, for each kv head: what the reader chooses, and the newest
+        token's own, so that something may be read under every window. q (heads, head_dim)."""
+        kv, chosen = self.kv, []
+        newest = kv.mapping.slots[kv.mapping.rows.index(row)] // PAGE
+        assert self.reader is not None
+        for head, group in enumerate(q.view(self.layer.kv_heads, -1, q.shape[-1])):
+            columns = np.flatnonzero(kv.table[row, head, : kv.host.columns[row, head]])
+            pages = torch.from_numpy(kv.table[row, head, columns].astype(np.int64)).to(q.device)
+            own = self.reader.pages(group, tuple([x[pages] for x in kv.summaries]))
+            chosen.append(np.union1d(columns[own.cpu().numpy()], newest[head]))
+        return chosen
+
+    def _summarise(self, row: int, columns: np.ndarray | None = None) -> None:
+        """Keep what the reader knows of pages true: of one column of the table for each kv head, or of all."""
+        if self.reader is None:
+            return
+        kv = self.kv
+        for head in range(self.layer.kv_heads):
+            own = np.flatnonzero(kv.table[row, head]) if columns is None else columns[head : head + 1]
+            if not len(own):
+                continue
+            pages = torch.from_numpy(kv.table[row, head, own].astype(np.int64)).to(self.layer.device)
+            for field, value in zip(kv.summaries, self.reader.summarise(*page_keys(kv, row, head, own)), strict=True):
+                field[pages] = value.to(field.dtype)
 
 
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """x (heads, T, D) at index (heads, n)."""
-    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+def highest(scores: Tensor, counts: Sequence[int], positions: Tensor | None = None) -> KeepIndices:
+    """The ``counts`` (kv_heads,) highest scores of each head: scores (kv_heads, n) to indices, ascending, or in order
+    of ``positions`` (kv_heads, n)."""
+    kept = []
+    for head, count in enumerate(counts):
+        index = scores[head].topk(count).indices.sort().values
+        kept.append(index if positions is None else index[positions[head, index].argsort()])
+    return kept

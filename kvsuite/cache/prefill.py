@@ -2,54 +2,48 @@
 
 from __future__ import annotations
 
-import enum
-import importlib.util
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
-from kvsuite.cache.adapter import AttendingLayer
-from kvsuite.kernels import mass
-from kvsuite.kernels.attention import causal_self_attention
-
-
-class Need(enum.Enum):
-    """What a selector must see while the prompt is prefilled."""
-
-    MASS = "attention mass per key, summed over all queries"
+from kvsuite.cache.attending import AttendingLayer
+from kvsuite.cache.observations import AttentionMass, ExtraPass, HiddenStates, LastQueries, Observation, PreRopeMoments
+from kvsuite.errors import UsageError
+from kvsuite.kernels.backends import for_prefill
+from kvsuite.kernels.context import AttentionParams, LayerContext
+from kvsuite.kernels.reference.attention import causal_self_attention
 
 
 @dataclass(frozen=True)
-class Observation:
+class PrefilledLayer:
     """One layer of a prefilled context: k, v (kv_heads, T, head_dim) as the model made them, and what was asked for."""
 
     layer: int
     k: Tensor
     v: Tensor
-    mass: Tensor | None = None
-    """float32 (kv_heads, T): attention mass per key."""
+    observed: dict[Observation, Any] = field(default_factory=dict)
+    params: AttentionParams = field(default_factory=lambda: AttentionParams(1.0))
+    """How the model attends in this layer."""
 
-
-def column_mass(device: torch.device) -> Callable[..., Tensor]:
-    """What counts attention mass there: a kernel on a GPU with triton, else PyTorch."""
-    if device.type == "cuda" and importlib.util.find_spec("triton"):
-        from kvsuite.kernels.fused import mass as fused
-
-        return fused.column_mass
-    return mass.column_mass
+    def __getitem__(self, observation: Observation) -> Any:
+        """What was observed; see the observation's own docstring."""
+        return self.observed[observation]
 
 
 class _PrefillLayer(AttendingLayer):
-    def __init__(self, index: int, needs: frozenset[Need]) -> None:
+    def __init__(self, layer: LayerContext, asked: Sequence[Observation]) -> None:
         super().__init__()
-        self.index, self.needs = index, needs
-        self.seen: Observation | None = None
-        self.seconds = 0.0  # spent on observations alone
+        self.layer, self.asked = layer, asked
+        self.seen: PrefilledLayer | None = None
+        self.hidden: Tensor | None = None
+        """(T, hidden size): what the layer's attention was given, where it was asked for."""
+        self.seconds = dict.fromkeys(asked, 0.0)
+        """Spent on each observation."""
         self._kv: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -62,33 +56,89 @@ class _PrefillLayer(AttendingLayer):
         assert self._kv is not None
         (k, v), self._kv = self._kv, None
         out = causal_self_attention(q[0], k, v, scale, window, softcap, aux)
-        if out.is_cuda and self.needs:
-            torch.cuda.synchronize()  # what was queued before is not the observation's
-        start = time.perf_counter()
-        counted = column_mass(q[0].device)(q[0], k, scale, window, softcap, aux) if Need.MASS in self.needs else None
-        if counted is not None and counted.is_cuda:
-            torch.cuda.synchronize()
-        self.seconds = time.perf_counter() - start
-        self.seen = Observation(self.index, k, v, counted)
+        params, observed = AttentionParams(scale, window, softcap, aux), dict[Observation, Any]()
+        for observation in self.asked:
+            if isinstance(observation, ExtraPass):
+                continue  # comes after this pass
+            _wait(out)  # what was queued before is not the observation's
+            start = time.perf_counter()
+            observed[observation] = self._observe(observation, q[0], k, params)
+            _wait(out)
+            self.seconds[observation] += time.perf_counter() - start
+        self.seen = PrefilledLayer(self.layer.index, k, v, observed, params)
         return out[None]
 
     def get_seq_length(self) -> int:
         return 0 if self.seen is None else self.seen.k.shape[1]
 
+    def _observe(self, what: Observation, q: Tensor, k: Tensor, params: AttentionParams) -> Any:
+        """q (heads, T, head_dim), k (kv_heads, T, head_dim)."""
+        if isinstance(what, AttentionMass):
+            backend = for_prefill(q.device.type)
+            return backend.column_mass(q, k, params.scale, params.window, params.softcap, params.sink_logits)
+        if isinstance(what, LastQueries):
+            return q[:, -what.window :].clone()  # a view would keep all of them
+        if isinstance(what, HiddenStates):
+            return self.hidden
+        if isinstance(what, PreRopeMoments):
+            return pre_rope_moments(q, self.layer)
+        raise UsageError(f"nobody can observe {what}")
+
 
 class PrefillCache(Cache):
     """Collects one context's K, V and observations while the model runs over it once."""
 
-    def __init__(self, layers: int, needs: Iterable[Need] = ()) -> None:
-        asked = frozenset(needs)
-        super().__init__(layers=[_PrefillLayer(i, asked) for i in range(layers)])
+    def __init__(self, layers: Sequence[LayerContext], asked: Iterable[Observation] = ()) -> None:
+        self.asked = list(dict.fromkeys(asked))
+        super().__init__(layers=[_PrefillLayer(layer, self.asked) for layer in layers])
 
     @property
-    def observations(self) -> list[Observation]:
+    def prefilled(self) -> list[PrefilledLayer]:
         """Layer by layer, after the model has run."""
         return [layer.seen for layer in self.layers]
 
     @property
-    def observing_seconds(self) -> float:
-        """Time that went into observations, which only the methods that asked for them should pay."""
-        return float(sum(layer.seconds for layer in self.layers))
+    def seconds(self) -> dict[Observation, float]:
+        """What each observation cost, which only the methods that asked for it should pay."""
+        costs = [layer.seconds for layer in self.layers]
+        return {observation: sum(cost[observation] for cost in costs) for observation in costs[0]}
+
+    def add(self, observation: Observation, values: Sequence[Any], seconds: float) -> None:
+        """What was observed after the run, layer by layer, and the time it took."""
+        for layer, value in zip(self.layers, values, strict=True):
+            layer.seen.observed[observation] = value
+            layer.seconds[observation] = seconds / len(values)
+
+    def catch_hidden(self, modules: Sequence[Any]) -> list[Any]:
+        """Hooks on the attention modules, in order, that note what they are given; remove them after the run."""
+
+        def catch(layer: _PrefillLayer) -> Any:
+            def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                layer.hidden = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])[0]
+
+            return hook
+
+        pairs = zip(modules, self.layers, strict=True)
+        return [module.register_forward_pre_hook(catch(layer), with_kwargs=True) for module, layer in pairs]
+
+
+def pre_rope_moments(q: Tensor, layer: LayerContext, block: int = 1024) -> tuple[Tensor, Tensor]:
+    """Mean (heads, head_dim) and covariance (heads, head_dim, head_dim), float32, of a prompt's queries before RoPE:
+    q (heads, T, head_dim) as attention uses them. Raises UsageError where the layer's RoPE is not known."""
+    if layer.rope is None:
+        raise UsageError(f"layer {layer.index} rotates its queries in a way that kvsuite cannot undo")
+    heads, length, dim = q.shape
+    total, square = q.new_zeros(heads, dim, dtype=torch.float64), q.new_zeros(heads, dim, dim, dtype=torch.float64)
+    for first in range(0, length, block):
+        part = q[:, first : first + block].float()
+        back = torch.arange(-first, -first - part.shape[1], -1, device=q.device)[:, None]
+        part = layer.rope.rotate(part, back)
+        total += part.sum(1)
+        square += part.transpose(1, 2) @ part
+    mean = total / length
+    return mean.float(), (square / length - mean[:, :, None] * mean[:, None]).float()
+
+
+def _wait(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize()

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from kvsuite.cache import adapter
 from kvsuite.cache.adapter import KVCache
-from kvsuite.cache.fused import FusedCache
 from kvsuite.engines.graph import StepGraph
 from kvsuite.engines.request import Response
 from kvsuite.engines.sampling import Sampling
@@ -32,9 +31,8 @@ class Decoder:
         self.width = padded_width(width)
         self.cache = KVCache(*(worker.member for worker in workers))
         self.graph: StepGraph | None = None
-        fused = [cache for worker in workers for cache in worker.caches if isinstance(cache, FusedCache)]
-        if len(workers) == 1 and len(fused) == len(workers[0].caches) and fused[0].layer.device.type == "cuda":
-            self.graph = StepGraph(model, self.cache, fused, self.width)
+        if len(workers) == 1 and workers[0].backend == "triton" and model.device.type == "cuda":
+            self.graph = StepGraph(model, self.cache, workers[0].caches, self.width)
 
     @property
     def active(self) -> int:
@@ -126,8 +124,8 @@ class Decoder:
         return logits
 
     def _logits(self, tokens: list[list[int]], positions: list[list[int]]) -> Tensor:
-        """One step of all rows, as a graph where there is one; a witness looks at the cache between two kernels."""
-        if self.graph is None or self.workers[0].member.witness is not None:
+        """One step of all rows, as a graph where there is one; a checker looks at the cache between two kernels."""
+        if self.graph is None or self.workers[0].member.checker is not None:
             return self._forward(tokens, positions)
         return self.graph(tokens, positions)
 

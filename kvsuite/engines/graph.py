@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvsuite.cache import adapter
 from kvsuite.cache.adapter import KVCache
-from kvsuite.cache.fused import FusedCache, row_tensor
+from kvsuite.cache.layer import LayerCache
 
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 """Records what a step does without doing it: a way to do it again, and the tensor its result will be in."""
@@ -21,33 +21,36 @@ class StepGraph:
     """Steps of one token per row. There are two graphs: one in which full residuals are encoded, and one without.
 
     Token ids, positions, rows and all lengths are tensors that keep their place; a Python number would be frozen into a
-    graph and replay silently wrong. What changes on the host (is there room, bytes held) is counted beside the replay.
+    graph and replay silently wrong. What changes on the host (is there room, which pages are taken and given back) is
+    counted beside the replay, and page tables are changed in place.
     """
 
     def __init__(
-        self, model: Any, cache: KVCache, caches: Sequence[FusedCache], width: int, capture: Capture | None = None
+        self, model: Any, cache: KVCache, caches: Sequence[LayerCache], width: int, capture: Capture | None = None
     ) -> None:
-        """``cache`` and its layers ``caches`` have ``width`` rows. ``capture``: PyTorch's CUDA graphs unless given."""
+        """``cache`` and its layers ``caches``, of the triton backend, have ``width`` rows. ``capture``: PyTorch's CUDA
+        graphs unless given."""
         device = caches[0].layer.device
         self.model, self.cache, self.caches, self.capture = model, cache, caches, capture or cuda_capture
         self.ids = torch.zeros((width, 1), dtype=torch.int64, device=device)
         self.positions = torch.zeros_like(self.ids)
         self.rows = torch.zeros(width, dtype=torch.int32, device=device)
-        sides = [side.codec for one in caches for side in (one.k, one.v)]
-        self.kinds = {False, any(codec.residual and not codec.rolling for codec in sides)}
+        specs = [store.spec for one in caches for store in (one.kv.k, one.kv.v)]
+        self.kinds = {False, any(spec.residual > 0 and not spec.rolling for spec in specs)}
         self.graphs: dict[bool, tuple[Callable[[], None], Tensor]] = {}
 
     def __call__(self, tokens: list[list[int]], positions: list[list[int]]) -> Tensor:
         """The logits (width, vocabulary) after one token more in the rows of the cache's only member; overwritten by
         the next step."""
         rows = self.cache.members[0].rows
-        due = [cache.advance(rows) for cache in self.caches]
-        encodes = any(due)
+        for cache in self.caches:
+            cache.advance(rows)
+        encodes = any(cache.kv.encodes for cache in self.caches)
         self.ids.copy_(torch.tensor(tokens))
         self.positions.copy_(torch.tensor(positions))
-        self.rows.copy_(row_tensor(rows, torch.device("cpu")))
+        self.rows.copy_(torch.tensor([-1 if row is None else row for row in rows], dtype=torch.int32))
         for cache in self.caches:
-            cache.bind(rows, self.rows)
+            cache.kv.bound = tuple(rows), self.rows
         if self.graphs:
             replay, logits = self.graphs[encodes]
             replay()
@@ -65,12 +68,12 @@ class StepGraph:
 
     def _forward(self, encodes: bool) -> Tensor:
         for cache in self.caches:
-            cache.flushes, cache.replaying = encodes, True
+            cache.kv.encodes, cache.prepared = encodes, True
         try:
             return self._model()
         finally:
             for cache in self.caches:
-                cache.replaying = False
+                cache.prepared = False
 
     def _model(self) -> Tensor:
         return adapter.forward(self.model, self.cache, self.ids, position_ids=self.positions)

@@ -42,9 +42,9 @@ class DecoderPool:
         """Each method's worker, or why there is none."""
         self.methods = list(methods)
         for method in methods:
-            capacity = max(method.capacity(len(c), len(s) + r.max_new_tokens) for r, c, s in asked)
+            lengths = [(len(c), len(s) + r.max_new_tokens) for r, c, s in asked]
             try:
-                self.workers[method.name] = MethodWorker(method, engine.layers, width, capacity, self.repeat)
+                self.workers[method.name] = engine.worker(method, width, lengths, self.repeat)
             except Exception as error:
                 self.workers[method.name] = say(error)
         able = [worker for worker in self.workers.values() if isinstance(worker, MethodWorker)]

@@ -53,7 +53,15 @@ class Response:
     cache: str = ""
     """The class that stored and attended, with its module."""
     path: str = ""
-    """The codec, and whether a fused kernel or the reference ran: ``kivi/unfused``."""
+    """The codec, and the backend that computed: ``kivi/reference``."""
+    refusal: str = ""
+    """Why another backend was not taken."""
+    artifact: str = ""
+    """The hash of what the codec had learned."""
+    read_end: int = 0
+    """Bytes that the last step read."""
+    fragmentation: float = 0.0
+    """The share of the slots in use at the end that held no token, mean over layers."""
 
 
 @dataclass(frozen=True)

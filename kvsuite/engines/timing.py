@@ -9,12 +9,12 @@ import torch
 from transformers import DynamicCache
 
 from kvsuite.cache import adapter
-from kvsuite.cache.witness import Witness
+from kvsuite.cache.checker import AttentionChecker
 from kvsuite.engines.decoder import Decoder
 from kvsuite.engines.request import Request
 from kvsuite.engines.sampling import Sampling
 from kvsuite.engines.transformers import TransformersEngine
-from kvsuite.engines.worker import MethodWorker, Prompt
+from kvsuite.engines.worker import Prompt
 from kvsuite.methods import Method
 
 ENDLESS = 1 << 30
@@ -33,8 +33,8 @@ class DecodeCell:
         self.checked: float | None = None
         self.tokens = width
         with torch.inference_mode():
-            capacity = method.capacity(length, steps + 3)  # and the two of `check`
-            self.worker = MethodWorker(method, engine.layers, width, capacity)
+            lengths = [(length, steps + 3)]  # and the two of `check`
+            self.worker = engine.worker(method, width, lengths)
             self.decoder = Decoder(engine.model, [self.worker], width, Sampling(), frozenset())
             for _ in range(width):
                 for response in self.decoder.admit(self.worker, prompt):
@@ -42,15 +42,15 @@ class DecodeCell:
 
     def check(self) -> None:
         """One step, watched: every layer's output against float64 attention over what the cache holds."""
-        witness = self.worker.member.witness = Witness()
+        checker = self.worker.member.checker = AttentionChecker()
         try:
             self._step()
         finally:
-            self.worker.member.witness = None
-        if witness.layers != len(self.worker.caches) or not witness.worst <= 1:
-            raise Unchecked(f"attention is {witness.worst:.3g} times further from its cache than rounding explains")
-        self._step()  # the first without a witness records the graphs, where there are any
-        self.checked = witness.worst
+            self.worker.member.checker = None
+        if checker.layers != len(self.worker.caches) or not checker.worst <= 1:
+            raise Unchecked(f"attention is {checker.worst:.3g} times further from its cache than rounding explains")
+        self._step()  # the first without a checker records the graphs, where there are any
+        self.checked = checker.worst
 
     def round(self) -> float:
         """Seconds of one step. Raises Unchecked before `check`, and where logits are not finite."""
@@ -97,7 +97,7 @@ class PrefillCell:
         return time.perf_counter() - start
 
     def _prefill(self) -> Prompt:
-        return self.engine.prefill(Request("cell", "", "", ENDLESS), self.ids, [], self.method.needs)
+        return self.engine.prefill(Request("cell", "", "", ENDLESS), self.ids, [], self.method.observes)
 
 
 class TransformersCell:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,14 +12,17 @@ import torch
 import transformers
 
 from kvsuite.cache import adapter
-from kvsuite.cache.prefill import Need, PrefillCache
+from kvsuite.cache.extra_pass import ExtraPassCache
+from kvsuite.cache.observations import ExtraPass, HiddenStates, Observation
+from kvsuite.cache.prefill import PrefillCache
 from kvsuite.engines.pool import DecoderPool
 from kvsuite.engines.precision import compute_dtype
 from kvsuite.engines.request import Request, Response
 from kvsuite.engines.sampling import Sampling
-from kvsuite.engines.worker import Prompt, failed, say
+from kvsuite.engines.worker import MethodWorker, Prompt, failed, say
 from kvsuite.errors import UsageError
-from kvsuite.methods import Method
+from kvsuite.methods import Codec, Method
+from kvsuite.methods.artifact import Artifact
 
 Compress = Literal["prompt", "context"]
 
@@ -28,26 +31,50 @@ class TransformersEngine:
     """One model, any number of methods: a prompt is prefilled once and each method answers it from its own cache."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, kv_dtype: torch.dtype | None = None, reason: str = "the model's"
+        self,
+        model: Any,
+        tokenizer: Any,
+        kv_dtype: torch.dtype | None = None,
+        reason: str = "the model's",
+        backend: str = "auto",
     ) -> None:
         """A loaded causal language model and its tokenizer (None where only token ids are decoded). ``kv_dtype``: what
-        uncompressed K and V are stored in, the model's dtype unless given; ``reason``: why it computes in its dtype."""
+        uncompressed K and V are stored in, the model's dtype unless given; ``reason``: why it computes in its dtype;
+        ``backend``: who computes on the caches."""
         adapter.install(model)
         self.model, self.tokenizer = model.eval(), tokenizer
         self.layers = adapter.contexts(model, kv_dtype)
-        self.reason = reason
+        self.reason, self.backend = reason, backend
+        self.artifacts: dict[Codec, Artifact] = {}
+        """What codecs have learned of this model."""
         ends = model.generation_config.eos_token_id
         self.stop = frozenset([ends] if isinstance(ends, int) else ends or ())
 
     @classmethod
-    def load(cls, folder: Path, dtype: str = "auto", device: str = "cpu") -> TransformersEngine:
+    def load(cls, folder: Path, dtype: str = "auto", device: str = "cpu", backend: str = "auto") -> TransformersEngine:
         """From a folder in Hugging Face's layout. ``dtype``: what it computes in: auto (what this machine is fastest
         in), bfloat16 or float32. Uncompressed K and V are stored in the checkpoint's own dtype."""
         transformers.utils.logging.disable_progress_bar()
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         kv_dtype, (compute, reason) = model.dtype, compute_dtype(model.to(device), dtype)
-        return cls(model.to(compute), tokenizer, kv_dtype, reason)
+        return cls(model.to(compute), tokenizer, kv_dtype, reason, backend)
+
+    def worker(self, method: Method, rows: int, lengths: Iterable[tuple[int, int]], repeat: int = 0) -> MethodWorker:
+        """A method's caches for ``rows`` sequences of these lengths; see `MethodWorker`."""
+        return MethodWorker(
+            method, self.layers, rows, lengths,
+            repeat=repeat, backend=self.backend, artifact=self.artifacts.get(method.codec),
+        )  # fmt: skip
+
+    def calibrate(self, methods: Iterable[Method], text: Callable[[], list[int]]) -> None:
+        """Let the codecs that must learn something of this model learn it, from one prefilled text: token ids, asked
+        for only where there is such a codec."""
+        learning = {m.codec for m in methods if type(m.codec).calibrate is not Codec.calibrate}
+        if learning:
+            context = self.prefill(Request("calibration", "", "", 1), text(), []).context
+            found = {codec: codec.calibrate(context) for codec in learning}
+            self.artifacts |= {codec: artifact for codec, artifact in found.items() if artifact is not None}
 
     def encode(self, request: Request, compress: Compress) -> tuple[list[int], list[int]]:
         """Context and suffix as token ids. The prompt is tokenized as a whole, so both ways of compressing answer the
@@ -86,16 +113,38 @@ class TransformersEngine:
             ) from error
 
     @torch.inference_mode()
-    def prefill(self, request: Request, context: list[int], suffix: list[int], needs: frozenset[Need]) -> Prompt:
+    def prefill(
+        self, request: Request, context: list[int], suffix: list[int], observes: Iterable[Observation] = ()
+    ) -> Prompt:
         """Run the context through the model once, in full precision, and keep what the methods asked for."""
         start = time.perf_counter()
-        cache = PrefillCache(len(self.layers), needs)
+        cache = PrefillCache(self.layers, observes)
         ids = torch.tensor([context], device=self.model.device)
-        logits = adapter.forward(self.model, cache, ids)[0]
+        hooks = cache.catch_hidden(adapter.attention_modules(self.model)) if HiddenStates() in cache.asked else []
+        try:
+            logits = adapter.forward(self.model, cache, ids)[0]
+        finally:
+            for hook in hooks:
+                hook.remove()
         if logits.is_cuda:
             torch.cuda.synchronize()
+        for observation in cache.asked:
+            if isinstance(observation, ExtraPass):
+                self._feed_again(cache, observation, context)
         seconds = time.perf_counter() - start
-        return Prompt(request, cache.observations, suffix, logits, seconds, cache.observing_seconds)
+        return Prompt(request, cache.prefilled, suffix, logits, seconds, cache.seconds)
+
+    def _feed_again(self, cache: PrefillCache, observation: ExtraPass, context: list[int]) -> None:
+        """Run prompt and context through the model once more, chunk by chunk, after the prefilled context."""
+        if self.tokenizer is None:
+            raise UsageError("an extra pass needs a tokenizer for its prompt")
+        start, again = time.perf_counter(), ExtraPassCache(cache.prefilled)
+        prompt, length = self.tokenizer(observation.prompt, add_special_tokens=False)["input_ids"], len(context)
+        for first in range(0, length, observation.chunk):
+            ids = torch.tensor([[*prompt, *context[first : first + observation.chunk]]], device=self.model.device)
+            where = torch.arange(length, length + ids.shape[1], device=self.model.device)[None]
+            adapter.forward(self.model, again, ids, position_ids=where)
+        cache.add(observation, [layer.most for layer in again.layers], time.perf_counter() - start)
 
     @torch.inference_mode()
     def generate(
@@ -120,11 +169,11 @@ class TransformersEngine:
         if not asked:
             return
         self._refuse_long(asked)
-        needs = frozenset(need for method in methods for need in method.needs)
+        observes = [observation for method in methods for observation in method.observes]
         pool = DecoderPool(self, methods, asked, width, sampling or Sampling(), timeout, memory)
         for request, context, suffix in asked:
             try:
-                prompt = self.prefill(request, context, suffix, needs)
+                prompt = self.prefill(request, context, suffix, observes)
             except Exception as error:  # a prompt too large for this machine costs its own answers
                 for method in methods:
                     yield failed(method, request, say(error), pool.repeat)

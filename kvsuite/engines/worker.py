@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from kvsuite.cache.adapter import Member
-from kvsuite.cache.context import LayerContext
-from kvsuite.cache.prefill import Observation
+from kvsuite.cache.observations import Observation
+from kvsuite.cache.prefill import PrefilledLayer
 from kvsuite.engines.request import Request, Response
+from kvsuite.kernels.context import LayerContext
 from kvsuite.methods import Method
+from kvsuite.methods.artifact import Artifact
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,13 @@ class Prompt:
     """A prefilled prompt, ready to be compressed by any number of methods."""
 
     request: Request
-    context: list[Observation]
+    context: list[PrefilledLayer]
     suffix: list[int]
     logits: Tensor
     """(vocabulary,) after the context; the first token's if there is no suffix."""
     seconds: float
-    observing_seconds: float
+    observing: Mapping[Observation, float]
+    """Seconds that each observation took; part of ``seconds``."""
 
 
 @dataclass
@@ -44,15 +47,34 @@ class Sequence:
 class MethodWorker:
     """``rows`` rows of one method's caches. Whatever it raises becomes failed answers of its own."""
 
-    def __init__(self, method: Method, layers: list[LayerContext], rows: int, capacity: int, repeat: int = 0) -> None:
-        """``capacity``: slots per row and head; ``repeat``: which draw of the sampling noise it answers with."""
+    def __init__(
+        self,
+        method: Method,
+        layers: list[LayerContext],
+        rows: int,
+        lengths: Iterable[tuple[int, int]],
+        *,
+        repeat: int = 0,
+        backend: str = "auto",
+        artifact: Artifact | None = None,
+    ) -> None:
+        """``lengths``: of each sequence to come, the context's tokens and the most that follow; ``repeat``: which draw
+        of the sampling noise it answers with; ``backend``: who computes on its caches; ``artifact``: what its codec has
+        learned."""
         self.method, self.repeat = method, repeat
         self.sequences: list[Sequence | None] = [None] * rows
         self.seconds = 0.0
         """Spent for this method alone, and its share of the steps it took part in."""
         self.failure = ""
         """Why it answers no more; empty while it does."""
-        self.caches = [method.cache(layer, rows, capacity) for layer in layers]
+        sizes = sorted(set(lengths))
+        slots = max(method.capacity(*size) for size in sizes)
+        pages = [max(method.pages(layer, *size) for size in sizes) for layer in layers]
+        self.artifact = "" if artifact is None else artifact.hash
+        self.caches = [
+            method.cache(layer, rows, slots, most, backend=backend, artifact=artifact)
+            for layer, most in zip(layers, pages, strict=True)
+        ]
         self.member = Member(self.caches, isolated=True)
         self.reserved = sum(cache.slack for cache in self.caches) // rows
         """Bytes that one row has room for, all layers."""
@@ -69,14 +91,24 @@ class MethodWorker:
 
     @property
     def provenance(self) -> str:
-        """The class that stores and attends, with its module."""
+        """The class that stores and attends, with its module, and its backends."""
         kind = type(self.caches[0])
-        return f"{kind.__module__}.{kind.__qualname__}"
+        return f"{kind.__module__}.{kind.__qualname__}/{self.backend}"
 
     @property
     def path(self) -> str:
         """The codec, and what stores and attends."""
-        return f"{self.method.codec.name}/{self.caches[0].path}"
+        return f"{self.method.codec.name}/{self.backend}"
+
+    @property
+    def backend(self) -> str:
+        """Who computes on its caches; several where layers differ."""
+        return "+".join(dict.fromkeys(cache.backend.NAME for cache in self.caches))
+
+    @property
+    def refusal(self) -> str:
+        """Why other backends were not taken."""
+        return "; ".join(dict.fromkeys(cache.refusal for cache in self.caches if cache.refusal))
 
     @property
     def stepwise(self) -> bool:
@@ -87,6 +119,11 @@ class MethodWorker:
     def nbytes(self) -> int:
         """Bytes all sequences hold, all layers."""
         return sum(cache.nbytes for cache in self.caches)
+
+    @property
+    def read_nbytes(self) -> int:
+        """Bytes that one step of all sequences reads, all layers."""
+        return sum(cache.read_nbytes(row) for cache in self.caches for row, _ in self.active)
 
     def compress(self, prompt: Prompt) -> int:
         """Put a prefilled context into a free row, which is returned."""
@@ -104,8 +141,10 @@ class MethodWorker:
             repeat=self.repeat,
             cache=self.provenance,
             path=self.path,
+            refusal=self.refusal,
+            artifact=self.artifact,
         )
-        shared = prompt.seconds - (0.0 if self.method.needs else prompt.observing_seconds)
+        shared = prompt.seconds - sum(s for o, s in prompt.observing.items() if o not in self.method.observes)
         response.prefill_seconds = shared
         self.sequences[row] = Sequence(prompt.request, response, length)
         self.spend(row, time.perf_counter() - start, prefilling=True)
@@ -134,6 +173,8 @@ class MethodWorker:
         assert sequence is not None
         response = sequence.response
         response.nbytes_end = sum(cache.row_nbytes(row) for cache in self.caches)
+        response.read_end = sum(cache.read_nbytes(row) for cache in self.caches)
+        response.fragmentation = sum(cache.fragmentation(row) for cache in self.caches) / len(self.caches)
         response.dense_end = sum(cache.seen(row) * cache.layer.token_bytes for cache in self.caches)
         self.sequences[row] = None
         for cache in self.caches:

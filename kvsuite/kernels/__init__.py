@@ -1,1 +1,4 @@
-"""The arithmetic of a compressed cache: each is the reference a kernel of the same signature must match."""
+"""The operations on a compressed cache: `paged` is what they act on, each backend a folder with the same functions."""
+
+BACKENDS = ("triton", "reference")
+"""Folders here, fastest first; ``auto`` takes the first that supports a layer."""

@@ -1,6 +1,10 @@
-"""Compression methods: `parse` a name, `catalogue` what there is. One file each, under selectors, budgets, codecs."""
+"""Compression methods: `parse` a name, `catalogue` what there is. One file each, under selectors, budgets, codecs,
+readers."""
 
-from kvsuite.methods.base import Budget, Codec, Method, Part, Selector
-from kvsuite.methods.grammar import catalogue, names, parse, parse_all, part_class
+from kvsuite.methods.base import Budget, Codec, Component, Method, Reader, Selector
+from kvsuite.methods.grammar import catalogue, component, names, parse, parse_all
 
-__all__ = ["Budget", "Codec", "Method", "Part", "Selector", "catalogue", "names", "parse", "parse_all", "part_class"]
+__all__ = [
+    "Budget", "Codec", "Component", "Method", "Reader", "Selector",
+    "catalogue", "component", "names", "parse", "parse_all",
+]  # fmt: skip

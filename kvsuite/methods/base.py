@@ -1,4 +1,4 @@
-"""What a method is made of: selector × budget × codec. A part is a frozen dataclass of its hyperparameters."""
+"""What a method is made of: selector × budget × codec × reader. Each is a frozen dataclass of its hyperparameters."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from kvsuite.errors import UsageError
 
 if TYPE_CHECKING:  # nothing here needs torch: the names, parameters and sources of all methods are read without it
+    import torch
     from torch import Tensor
 
-    from kvsuite.cache.context import Evictor, LayerContext, SideCodec
-    from kvsuite.cache.layer import Kept, LayerCache
-    from kvsuite.cache.prefill import Need, Observation
+    from kvsuite.cache.decoding import Eviction
+    from kvsuite.cache.layer import LayerCache
+    from kvsuite.cache.observations import Observation
+    from kvsuite.cache.prefill import PrefilledLayer
+    from kvsuite.kernels.context import LayerContext
+    from kvsuite.kernels.quantspec import QuantSpec, Shape
+    from kvsuite.methods.artifact import Artifact
 
-Kind = Literal["selector", "budget", "codec"]
+Kind = Literal["selector", "budget", "codec", "reader"]
 
 
 @dataclass(frozen=True)
-class Part:
-    """One part of a method; its fields are what the grammar accepts after the colon."""
+class Component:
+    """One component of a method; its fields are what the grammar accepts after the colon."""
 
     kind: ClassVar[Kind]
     name: ClassVar[str]
@@ -41,15 +46,20 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Selector(Part):
-    """Scores tokens; which stay is the budget's affair. One that also acts while decoding offers an `evictor`."""
+class Selector(Component):
+    """Scores tokens; which stay is the budget's affair. One that also acts while decoding has an `eviction`."""
 
     kind: ClassVar[Kind] = "selector"
 
     @property
-    def needs(self) -> frozenset[Need]:
+    def observes(self) -> tuple[Observation, ...]:
         """What it must see of the prefill."""
-        return frozenset()
+        return ()
+
+    @property
+    def eviction(self) -> Eviction | None:
+        """What it does while a sequence is decoded, if anything."""
+        return None
 
     def tokens(self, length: int) -> int:
         """The mean number of tokens per head that stay of a context of ``length``."""
@@ -58,59 +68,89 @@ class Selector(Part):
     def check_context(self, longest: int) -> None:
         """UsageError where a share of the longest context contradicts another hyperparameter."""
 
-    def score(self, seen: Observation, tokens: int) -> Tensor:
-        """float32 (kv_heads, T), higher stays; +inf is protected."""
+    def score(self, seen: PrefilledLayer, tokens: int) -> Tensor:
+        """Float (kv_heads, T), higher stays; +inf is protected."""
         raise NotImplementedError
-
-    def evictor(self, length: int) -> Evictor | None:
-        """What acts after every decoding step on a sequence with a context of ``length``, if anything does."""
-        return None
 
 
 @dataclass(frozen=True)
-class Budget(Part):
+class Budget(Component):
     """Shares the tokens that may stay out over layers and heads."""
 
     kind: ClassVar[Kind] = "budget"
 
-    def allot(self, scores: Sequence[Tensor], tokens: int) -> list[Kept]:
-        """All layers' scores, each (kv_heads, T), to the tokens each keeps, ascending; ``tokens`` is the mean."""
+    def most(self, tokens: int, length: int) -> tuple[int, int]:
+        """The most tokens that one head may keep of a context of ``length``, and the most that the heads of a layer may
+        keep in the mean; ``tokens`` is the mean over all."""
+        return tokens, tokens
+
+    def allot(self, scores: Sequence[Tensor], tokens: int) -> Tensor:
+        """All layers' scores, each (kv_heads, T), to how many of the highest each head keeps: int64 (layers, kv_heads)
+        on the CPU."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Codec(Part):
+class Codec(Component):
     """How what stays is stored."""
 
     kind: ClassVar[Kind] = "codec"
 
-    def sides(self, layer: LayerContext) -> tuple[SideCodec, SideCodec]:
-        """K's and V's storage for one layer. Raises UsageError where the layer's shape does not fit."""
+    def calibrate(self, context: Sequence[PrefilledLayer]) -> Artifact | None:
+        """What it must learn of a model, from a text that the model has prefilled; None where it learns nothing."""
+        return None
+
+    def specs(self, layer: LayerContext, artifact: Artifact | None = None) -> tuple[QuantSpec, QuantSpec]:
+        """What is stored of one layer's K and V; ``artifact`` is what `calibrate` gave. Raises UsageError where the
+        layer's shape does not fit."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Reader(Component):
+    """Keeps what is stored and chooses for each query which pages are read: `kvsuite.cache.decoding.PageReader`."""
+
+    kind: ClassVar[Kind] = "reader"
+
+    def summaries(self, head_dim: int, dtype: torch.dtype) -> tuple[tuple[Shape, torch.dtype], ...]:
+        """Shape and dtype of what is kept of each page, field by field; ``dtype`` is the K/V dtype."""
+        raise NotImplementedError
+
+    def summarise(self, k: Tensor, held: Tensor) -> tuple[Tensor, ...]:
+        """k (pages, PAGE, head_dim) and bool (pages, PAGE), which slots hold a token, to the fields (pages, *shape)."""
+        raise NotImplementedError
+
+    def pages(self, q: Tensor, summaries: tuple[Tensor, ...]) -> Tensor:
+        """Which of a head's pages are read: q (group, head_dim) and the fields (pages, *shape) to int64 (n,),
+        ascending. The newest token's page is read besides."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Method:
-    """selector × budget × codec; without a selector everything stays."""
+    """selector × budget × codec × reader; without a selector everything stays, without a reader everything is read."""
 
     selector: Selector | None
     budget: Budget
     codec: Codec
+    reader: Reader | None = None
 
     @property
     def name(self) -> str:
         """Canonical text, as in records and test ids: ``h2o:budget=256+kivi:bits=4``."""
-        parts: list[Part] = [] if self.selector is None else [self.selector]
+        parts: list[Component] = [] if self.selector is None else [self.selector]
         if self.budget.spelled() != "uniform":
             parts.append(self.budget)
-        if self.codec.spelled() != "full" or not parts:
+        if self.codec.spelled() != "full" or not (parts or self.reader):
             parts.append(self.codec)
+        if self.reader is not None:
+            parts.append(self.reader)
         return "+".join(part.spelled() for part in parts)
 
     @property
-    def needs(self) -> frozenset[Need]:
+    def observes(self) -> tuple[Observation, ...]:
         """What it must see of the prefill."""
-        return frozenset() if self.selector is None else self.selector.needs
+        return () if self.selector is None else self.selector.observes
 
     def tokens(self, length: int) -> int:
         """Tokens per head that stay of a context of ``length``, before the budget shares them out."""
@@ -129,35 +169,58 @@ class Method:
             )
 
     def capacity(self, length: int, new: int) -> int:
-        """Slots a sequence of ``length`` context tokens needs per head for ``new`` more."""
-        return self.tokens(length) + new
+        """Slots that one head of a sequence of ``length`` context tokens needs at most for ``new`` more."""
+        return self.budget.most(self.tokens(length), length)[0] + new
 
-    def cache(self, layer: LayerContext, rows: int, capacity: int) -> LayerCache:
-        """This method's cache of one layer."""
-        from kvsuite.cache.fused import FusedCache, refusal
+    def pages(self, layer: LayerContext, length: int, new: int) -> int:
+        """Pages that such a sequence needs at most in a layer, all heads."""
+        from kvsuite.kernels.quantspec import PAGE
+
+        most, mean = self.budget.most(self.tokens(length), length)
+        each = -(-(most + new) // PAGE)
+        if mean < most:  # heads are ragged: each rounds up to pages by itself, before and behind what is new
+            each = min(each, -(-mean // PAGE) + -(-new // PAGE) + 1)
+        return layer.kv_heads * each
+
+    def cache(
+        self,
+        layer: LayerContext,
+        rows: int,
+        slots: int,
+        pages: int | None = None,
+        *,
+        backend: str = "auto",
+        artifact: Artifact | None = None,
+    ) -> LayerCache:
+        """This method's cache of one layer; the sizes are those of `LayerCache`."""
         from kvsuite.cache.layer import LayerCache
 
-        evictor = None if self.selector is None else self.selector.evictor(capacity)
+        eviction = None if self.selector is None else self.selector.eviction
         if self.selector is not None and layer.window is not None:
             # a window drops tokens by itself: a budget would be spent on tokens nobody can read
             raise UsageError(f"{self.name}: layer {layer.index} has a sliding window, where no selector can act yet")
-        if evictor is not None and evictor.shift and layer.rope is None:
+        if eviction is not None and eviction.rerotated_sinks and layer.rope is None:
             raise UsageError(f"{self.name}: cannot re-rotate this model's keys; use positions=absolute")
-        sides, kind = self.codec.sides(layer), LayerCache
-        if layer.device.type == "cuda" and not refusal(layer, sides, evictor):
-            kind = FusedCache
-        return kind(layer, sides, rows, capacity, evictor, selects=self.selector is not None)
+        return LayerCache(
+            layer, self.codec.specs(layer, artifact), rows, slots, pages=pages, backend=backend,
+            eviction=eviction, reader=self.reader, selects=self.selector is not None,
+        )  # fmt: skip
 
-    def compress(self, row: int, context: Sequence[Observation], caches: Sequence[LayerCache]) -> None:
+    def compress(self, row: int, context: Sequence[PrefilledLayer], caches: Sequence[LayerCache]) -> None:
         """Put a prefilled context into row ``row`` of every layer's cache."""
-        length = context[0].k.shape[1]
-        tokens = self.tokens(length)
-        kept: Sequence[Kept | None] = [None] * len(context)
-        evictor = None if self.selector is None else self.selector.evictor(length)
-        if self.selector is not None and tokens < length:
-            kept = self.budget.allot([self.selector.score(seen, tokens) for seen in context], tokens)
-        for seen, cache, keep in zip(context, caches, kept, strict=True):
-            cache.load(row, seen.k, seen.v, keep, seen.mass, evictor)
+        from kvsuite.cache.layer import highest
+
+        length, heads = context[0].k.shape[1], context[0].k.shape[0]
+        tokens, scores, counts = self.tokens(length), None, None
+        if self.selector is not None:
+            counts = [[self.selector.tokens(length)] * heads] * len(context)
+            if tokens < length:
+                scores = [self.selector.score(seen, tokens) for seen in context]
+                counts = self.budget.allot(scores, tokens).tolist()
+        for i, (seen, cache) in enumerate(zip(context, caches, strict=True)):
+            budget = None if counts is None else counts[i]
+            keep = None if scores is None or budget is None else highest(scores[i], budget)
+            cache.load(row, seen, keep, budget)
 
 
 def share(value: float, length: int, least: int = 1) -> int:

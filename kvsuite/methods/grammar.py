@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import importlib.metadata
 import math
 import pkgutil
 import re
@@ -12,55 +12,59 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 
 from kvsuite.errors import UsageError, unknown
-from kvsuite.methods import budgets, codecs, selectors
-from kvsuite.methods.base import Budget, Codec, Method, Part, Selector
+from kvsuite.methods import budgets, codecs, readers, selectors
+from kvsuite.methods.base import Budget, Codec, Component, Method, Reader, Selector
 
-_ROOMS = (selectors, budgets, codecs)
+_ROOMS = (selectors, budgets, codecs, readers)
 
 
 @cache
 def names() -> dict[str, str]:
-    """Every part's name and its module, found by file name: ``streaming_llm.py`` is ``streaming-llm``."""
-    return {
+    """Every component's name and its module: built-in ones by file name (``streaming_llm.py`` is ``streaming-llm``),
+    those of other packages by the entry points of the group ``kvsuite.methods`` (``name = "module"``)."""
+    own = {
         module.name.replace("_", "-"): f"{room.__name__}.{module.name}"
         for room in _ROOMS
         for module in pkgutil.iter_modules(room.__path__)
     }
+    return {entry.name: entry.module for entry in importlib.metadata.entry_points(group="kvsuite.methods")} | own
 
 
-def part_class(name: str) -> type[Part]:
+def component(name: str) -> type[Component]:
     """The class of that name. Raises UsageError with the nearest known one."""
     if name not in names():
         raise unknown("method", name, names())
     module = importlib.import_module(names()[name])
     for value in vars(module).values():
-        if isinstance(value, type) and issubclass(value, Part) and value.__module__ == module.__name__:
+        if isinstance(value, type) and issubclass(value, Component) and getattr(value, "name", "") == name:
             return value
-    raise UsageError(f"{module.__name__} defines no method")
+    raise UsageError(f"{module.__name__} defines no method {name!r}")
 
 
-def catalogue() -> Iterator[type[Part]]:
-    """All parts, selectors first."""
+def catalogue() -> Iterator[type[Component]]:
+    """All components, selectors first."""
     for name in names():
-        yield part_class(name)
+        yield component(name)
 
 
 def parse(text: str) -> Method:
     """One method. Raises UsageError, one sentence, for whatever is wrong with it."""
-    parts: dict[str, Part] = {}
+    parts: dict[str, Component] = {}
     for piece in text.split("+"):
         part = _part(piece.strip(), text)
         if part.kind in parts:
             raise UsageError(f"{text!r} has two {part.kind}s, {parts[part.kind].name} and {part.name}; one can be used")
         parts[part.kind] = part
-    selector, budget = parts.get("selector"), parts.get("budget", part_class("uniform")())
-    codec = parts.get("codec", part_class("full")())
+    selector, budget = parts.get("selector"), parts.get("budget", component("uniform")())
+    codec = parts.get("codec", component("full")())
     if selector is None and "budget" in parts:
         raise UsageError(f"{text!r} has a budget but no selector that would need one")
     assert selector is None or isinstance(selector, Selector)
     assert isinstance(budget, Budget)
     assert isinstance(codec, Codec)
-    return Method(selector, budget, codec)
+    reader = parts.get("reader")
+    assert reader is None or isinstance(reader, Reader)
+    return Method(selector, budget, codec, reader)
 
 
 def parse_all(texts: Iterable[str]) -> list[Method]:
@@ -74,11 +78,11 @@ def parse_all(texts: Iterable[str]) -> list[Method]:
     return list(found.values())
 
 
-def _part(text: str, whole: str) -> Part:
+def _part(text: str, whole: str) -> Component:
     name, _, arguments = text.partition(":")
     if not name.strip():
         raise UsageError(f"{whole!r} names no method where one is expected")
-    kind = part_class(name.strip())
+    kind = component(name.strip())
     hints, given = typing.get_type_hints(kind), {}
     fields = [field.name for field in dataclasses.fields(kind)]
     for argument in filter(None, (a.strip() for a in arguments.split(","))):

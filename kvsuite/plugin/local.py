@@ -28,6 +28,10 @@ FIRST = 2
 """Failures of the baseline that end a run in which it was never right."""
 
 
+CALIBRATION = 1024
+"""Tokens that a codec learns from where it must."""
+
+
 class Local(Session):
     """A transformers model in this process, loaded once: what it has answered and timed is a record at once."""
 
@@ -87,7 +91,11 @@ class Local(Session):
         from kvsuite.engines.transformers import TransformersEngine
 
         try:
-            return TransformersEngine.load(self.model_folder, self.options.dtype, self.options.device)
+            o = self.options
+            engine = TransformersEngine.load(self.model_folder, o.dtype, o.device, o.backend)
+            self.__dict__["engine"] = engine  # `text` asks for its tokenizer
+            engine.calibrate(o.methods, lambda: self.text(CALIBRATION))
+            return engine
         except Exception as error:
             said = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
             if self.worker:  # pytest-xdist takes a worker that exits for one that crashed
@@ -123,7 +131,7 @@ class Local(Session):
 
         length, width = min(self.options.length), 8
         self.prompt(length)  # the first one makes what later ones find
-        prompt = self.engine.prefill(Request("speed", "", "", 1 << 30), self.text(length), [], frozenset())
+        prompt = self.engine.prefill(Request("speed", "", "", 1 << 30), self.text(length), [])
         cells = [DecodeCell(self.engine, BASELINE, prompt, rows, 3) for rows in (1, width)]
         for cell in cells:
             cell.check()
@@ -185,9 +193,9 @@ class Local(Session):
     def prompt(self, length: int) -> Prompt:
         """That text, prefilled once, with whatever any method of the run asks to see."""
         if length not in self._prompts:
-            needs = frozenset(need for method in self.options.methods for need in method.needs)
+            observes = [o for method in self.options.methods for o in method.observes]
             request = Request("text", "", "", 1 << 30)
-            self._prompts[length] = self.engine.prefill(request, self.text(length), [], needs)
+            self._prompts[length] = self.engine.prefill(request, self.text(length), [], observes)
         return self._prompts[length]
 
     def _pass(self, task: Task, methods: Sequence[Method], repeat: int) -> list[Answer]:

@@ -13,6 +13,7 @@ import pytest
 
 from kvsuite import environment, models, tasks
 from kvsuite.errors import UsageError, unknown
+from kvsuite.kernels import BACKENDS
 from kvsuite.margins import Margins
 from kvsuite.methods import Method, parse, parse_all
 from kvsuite.plugin import servers
@@ -41,6 +42,8 @@ HELP = {
     "dtype": "what the model computes in: auto (what is measured to be fast here), bfloat16 or float32; K and V are "
     "stored in the checkpoint's own",
     "device": "cpu or cuda",
+    "backend": "who computes on the caches: auto (the fastest that supports a method), reference (PyTorch) or "
+    "triton; where one refuses, the reference does, and records say why",
     "margins": "how much worse a method may be before it counts as harmful",
     "run": "the folder this run leaves (default: runs/ and the time)",
     **servers.HELP,
@@ -50,6 +53,7 @@ CHOICES = {
     "compress": ("prompt", "context"),
     "dtype": ("auto", "bfloat16", "float32"),
     "device": ("cpu", "cuda"),
+    "backend": ("auto", *BACKENDS),
 }
 FRAME = 96
 """Tokens a chat template and an answer need beside a prompt."""
@@ -78,6 +82,7 @@ class Options:
     seed: int
     dtype: str
     device: str
+    backend: str
     run: Path | None
     margins: Margins
     servers: servers.Servers | None
@@ -95,12 +100,24 @@ class Options:
 
     def settings(self) -> dict[str, Any]:
         """What two runs must share to be compared, as JSON; methods and folders may differ."""
-        shared = ("compress", "batch", "length", "tasks", "samples", "cap", "temperature", "seed", "dtype", "device")
+        shared = (
+            "compress",
+            "batch",
+            "length",
+            "tasks",
+            "samples",
+            "cap",
+            "temperature",
+            "seed",
+            "dtype",
+            "device",
+            "backend",
+        )
         own = {key: list(v) if isinstance(v := getattr(self, key), tuple) else v for key in shared}
         return own if self.servers is None else own | self.servers.settings()
 
 
-METHODS_ONLY = ("methods", "compress", "dtype", "device", "memory")
+METHODS_ONLY = ("methods", "compress", "dtype", "device", "backend", "memory")
 """Options that would do nothing to a server: refused on a command line, overlooked in a file that serves both."""
 
 
@@ -150,6 +167,7 @@ def check(given: Mapping[str, Any]) -> Options:
         tasks=tuple(dict.fromkeys(tasks.task(name).name for name in _items("tasks", raw["tasks"]))),
         dtype=raw["dtype"],
         device=raw["device"],
+        backend=raw["backend"],
         temperature=_number("temperature", raw["temperature"]),
         timeout=_number("timeout", raw["timeout"]),
         memory=_number("memory", raw["memory"]) if raw["memory"] else environment.memory() / 4,

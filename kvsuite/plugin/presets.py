@@ -20,6 +20,7 @@ SMOKE: dict[str, Any] = {
     "seed": 0,
     "dtype": "auto",
     "device": "cpu",
+    "backend": "auto",
     "margins": "quality=0.01,broken=0.01,length=0.03,speed=0",
     "run": "",
 }

@@ -48,14 +48,16 @@ def _cells(timings: list[Timing], run: Run) -> Table:
     for row in speed_rows(timings):
         cell = [row.method, row.phase, str(row.width), str(row.length)]
         if row.speedup is None or row.rate is None:
-            rows.append([*cell, "FAILED" if row.failed else NOT_MEASURED, row.error, "", "", ""])
+            rows.append([*cell, "FAILED" if row.failed else NOT_MEASURED, row.error, "", "", "", ""])
             continue
         checked = "-" if row.checked is None else f"{row.checked:.2f}"
         interval = f"{row.speedup.low:.3f}–{row.speedup.high:.3f}"
         speed = [f"{row.rate:,.1f}", f"{row.speedup.mean:.3f}", interval]
-        rows.append([*cell, *speed, f"{row.nbytes / 2**20:.1f}", checked])
-    columns = ["method", "phase", "batch", "length", "tok/s", "× full", "95 %", "MiB", "checked"]
+        read = f"{row.nbytes_read / 2**20:.1f}" if row.nbytes_read else "-"
+        rows.append([*cell, *speed, f"{row.nbytes / 2**20:.1f}", read, checked])
+    columns = ["method", "phase", "batch", "length", "tok/s", "× full", "95 %", "MiB", "read", "checked"]
     note = (
+        "read: MiB that one step reads; "
         "checked: largest error of the attention output over what the cache holds, in units of what rounding explains."
     )
     return Table("every timed cell", columns, rows, [*missing(run), note])

@@ -8,7 +8,7 @@ from kvsuite.analysis.length import LengthRow, length_rows
 from kvsuite.analysis.runs import dtypes
 from kvsuite.analysis.samples import SampleRow, sample_rows
 from kvsuite.analysis.shortfall import Share, Who, interrupted, shares, timed
-from kvsuite.analysis.speed import OURS, SpeedRow, speed_rows
+from kvsuite.analysis.speed import OURS, REFERENCE, SpeedRow, speed_rows
 from kvsuite.analysis.stats import Interval
 from kvsuite.readers.run import answers as task_answers
 from kvsuite.records import Agreement, Answer, Record, Run, Timing
@@ -129,15 +129,23 @@ def _by_what(rows: Sequence[SpeedRow], gpu: str | None) -> list[str]:
     """What stored and attended, where the records say it; a method without a kernel is not to be ranked by its
     speed."""
     paths = {r.method: r.path for r in rows if r.path and r.method != "transformers"}
-    slow = sorted(method for method, path in paths.items() if path.endswith("/unfused"))
+    slow = sorted(method for method, path in paths.items() if path.endswith(REFERENCE))
     if not paths:
         return []
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if row.method in slow and row.refusal and row.method not in reasons.setdefault(row.refusal, []):
+            reasons[row.refusal].append(row.method)
+    names = {why: "all methods" if len(who) == len(paths) else ", ".join(who) for why, who in reasons.items()}
+    because = [f"{who} on {'gpu' if gpu else 'cpu'}: reference, because {why}." for why, who in names.items()]
     if len(slow) == len(paths):
-        return ["Attention is the PyTorch reference, no kernel: quantized caches are unpacked at every step."]
-    if gpu is None:
-        return ["There is no GPU: an interpreter ran the kernels that the records name, so these are no speeds."]
-    but = f", but PyTorch (not to be ranked by speed) for {', '.join(slow)}" if slow else ""
-    return [f"Steps and attention are Triton kernels{but}."]
+        said = "Attention is the PyTorch reference, no kernel: quantized caches are unpacked at every step."
+    elif gpu is None:
+        said = "There is no GPU: an interpreter ran the kernels that the records name, so these are no speeds."
+    else:
+        but = f", but PyTorch (not to be ranked by speed) for {', '.join(slow)}" if slow else ""
+        said = f"Steps and attention are Triton kernels{but}."
+    return [said, *because]
 
 
 def _dtypes(run: Run) -> list[str]:
@@ -194,10 +202,22 @@ def _samples(task: str, answers: Sequence[Answer], shares: Mapping[Who, Share], 
     there = {row.method for row in rows}
     rows += [SampleRow(method, 0, 0, "") for method, _ in shares if method not in there]
     drawn = [_sample_cells(row, shares[row.method, 0]) for row in rows]
-    columns = ["method", "score", "95 %", f"as {run.baseline}", "MiB", "of full", "prefill tok/s", "decode tok/s"]
+    columns = [
+        "method",
+        "score",
+        "95 %",
+        f"as {run.baseline}",
+        "MiB",
+        "of full",
+        "read",
+        "empty",
+        "prefill tok/s",
+        "decode tok/s",
+    ]
     note = (
         f"MiB is what the cache of one sample holds after its prompt ({run.facts['settings']['compress']} compressed), "
-        "all layers; 95 % is the interval of the mean score; as full counts answers with the very tokens of full's."
+        "all layers; read: MiB that its last step read; empty: the slots in use at the end that held no token; 95 % is "
+        "the interval of the mean score; as full counts answers with the very tokens of full's."
     )
     if _served(run):
         columns, drawn = columns[:4], [row[:4] for row in drawn]
@@ -211,11 +231,13 @@ def _samples(task: str, answers: Sequence[Answer], shares: Mapping[Who, Share], 
 def _sample_cells(row: SampleRow, share: Share) -> list[str]:
     name = _named(row.method, share)
     if row.score is None or row.nbytes is None:
-        return [name, *["-"] * 7]
+        return [name, *["-"] * 9]
     speeds = ["-" if x is None else f"{x:,.0f}" for x in (row.prefill, row.decode)]
     ratio = "-" if row.ratio is None else f"{row.ratio:.2f}"
     same = f"{row.same}/{row.pairs}"
-    return [name, f"{row.score.mean:.2f}", _span(row.score), same, f"{row.nbytes / 2**20:.1f}", ratio, *speeds]
+    read = "-" if row.read is None else f"{row.read / 2**20:.1f}"
+    stored = [f"{row.nbytes / 2**20:.1f}", ratio, read, f"{row.fragmentation:.0%}"]
+    return [name, f"{row.score.mean:.2f}", _span(row.score), same, *stored, *speeds]
 
 
 def _length(task: str, answers: Sequence[Answer], shares: Mapping[Who, Share], run: Run) -> Table:

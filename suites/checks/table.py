@@ -1,13 +1,20 @@
 """The table of methods: each property of METHODS.md is checked over all of its rows. A new method is one new row."""
 
+import sys
+from pathlib import Path
+
 import torch
 
-from kvsuite.cache.context import LayerContext
 from kvsuite.cache.layer import LayerCache
-from kvsuite.cache.prefill import Observation
-from kvsuite.cache.rope import Rope
-from kvsuite.kernels.mass import column_mass
-from kvsuite.methods import Method, parse
+from kvsuite.cache.observations import AttentionMass, LastQueries
+from kvsuite.cache.prefill import PrefilledLayer
+from kvsuite.kernels.context import AttentionParams, LayerContext
+from kvsuite.kernels.reference.mass import column_mass
+from kvsuite.kernels.rope import Rope
+from kvsuite.methods import Method, names, parse
+
+sys.path.append(str(Path(__file__).parent / "plugin"))  # as if it were installed: it has an entry point
+names.cache_clear()
 
 METHODS = {
     # at sizes where every part of it acts within some 60 tokens: the same, keeping all of 100 tokens in 16 bit
@@ -36,11 +43,28 @@ METHODS = {
     "h2o:budget=16 + int4": None,
     "streaming-llm:budget=24 + fp8:per=token": None,
     "streaming-llm:budget=24 + jitter": None,
+    "snapkv:budget=24,window=8,kernel=3": "snapkv:budget=120,window=8",
+    "snapkv:budget=40,window=16,kernel=7,pool=avg + int8": None,
+    "snapkv:budget=24,window=8 + ada + kivi:bits=4,group=16,residual=32": "snapkv:budget=100,window=8 + ada + kivi",
+    "h2o:budget=20 + ada": "h2o:budget=100 + ada",
+    "streaming-llm:budget=24 + ada + int4": None,
+    # from outside, by the plug-in in plugin/kvsuite_fixtures.py
+    "redundant:budget=24,every=16": "redundant:budget=100,every=16",
+    "redundant:budget=30,every=16 + kivi:bits=4,group=16,residual=32": None,
+    "top-pages:top=2": "top-pages:top=9",
+    "h2o:budget=40 + int8 + top-pages:top=1": None,
+    "codebook": None,
 }
-STEPWISE = [text for text in METHODS if parse(text).selector and parse(text).selector.evictor(100)]
+EVERY_STEP = [
+    text for text in METHODS if parse(text).selector and getattr(parse(text).selector.eviction, "every", 0) == 1
+]
+COMPACTING = [text for text in METHODS if text.startswith("redundant")]
+READING = [text for text in METHODS if parse(text).reader]
+STEPWISE = [*EVERY_STEP, *COMPACTING, *(text for text in READING if text not in EVERY_STEP)]
 SELECTING = [text for text in METHODS if parse(text).selector]
-CODECS = [text for text in METHODS if not parse(text).selector]
+CODECS = [text for text in METHODS if not parse(text).selector and not parse(text).reader]
 CHUNKED = [text for text in METHODS if text not in STEPWISE]
+RAGGED = [text for text in METHODS if "ada" in text]
 
 HEADS, KV_HEADS, DIM = 4, 2, 32
 SCALE = DIM**-0.5
@@ -60,28 +84,40 @@ def tokens(n: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> tuple[torc
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
-def context(length: int, seed: int, dtype: torch.dtype = torch.bfloat16, index: int = 0) -> Observation:
+def context(length: int, seed: int, dtype: torch.dtype = torch.bfloat16, index: int = 0) -> PrefilledLayer:
     q, k, v = tokens(length, seed, dtype)
-    return Observation(index, k, v, column_mass(q, k, SCALE))
+    observed = {AttentionMass(): column_mass(q, k, SCALE)} | {LastQueries(n): q[:, -n:] for n in (8, 16, 32)}
+    return PrefilledLayer(index, k, v, observed, AttentionParams(SCALE))
+
+
+def plain(k: torch.Tensor, v: torch.Tensor, mass: torch.Tensor | None = None, index: int = 0) -> PrefilledLayer:
+    """k, v (KV_HEADS, n, DIM) of which nothing was observed, or the attention mass alone."""
+    return PrefilledLayer(index, k, v, {} if mass is None else {AttentionMass(): mass}, AttentionParams(SCALE))
 
 
 def loaded(
     method: Method,
-    contexts: list[Observation],
+    contexts: list[PrefilledLayer],
     new: int,
     dtype: torch.dtype = torch.bfloat16,
     index: int = 0,
     kv_dtype: torch.dtype | None = None,
 ) -> LayerCache:
     """A cache with one row per context, compressed, and room for ``new`` tokens more."""
-    capacity = max(method.capacity(seen.k.shape[1], new) for seen in contexts)
-    cache = method.cache(layer(dtype, index, kv_dtype), len(contexts), capacity)
+    where, lengths = layer(dtype, index, kv_dtype), [seen.k.shape[1] for seen in contexts]
+    slots, pages = (max(size) for size in zip(*[sizes(method, where, n, new) for n in lengths], strict=True))
+    cache = method.cache(where, len(contexts), slots, pages)
     for row, seen in enumerate(contexts):
         method.compress(row, [seen], [cache])
     return cache
 
 
+def sizes(method: Method, where: LayerContext, length: int, new: int) -> tuple[int, int]:
+    """Slots and pages of a row for a context of ``length`` and ``new`` tokens more."""
+    return method.capacity(length, new), method.pages(where, length, new)
+
+
 def same(one: LayerCache, other: LayerCache, row: int = 0, other_row: int = 0) -> bool:
     """Whether two rows hold the same, bit for bit."""
-    pairs = zip(one.materialise(row), other.materialise(other_row), strict=True)
+    pairs = zip(one.read(row), other.read(other_row), strict=True)
     return all(torch.equal(x, y) for a, b in pairs for x, y in ((a.k, b.k), (a.v, b.v), (a.positions, b.positions)))

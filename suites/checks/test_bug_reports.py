@@ -12,11 +12,12 @@ from kvsuite.analysis.garbled import check
 from kvsuite.analysis.texts import stuttered
 from kvsuite.cache import adapter
 from kvsuite.cache.adapter import KVCache
-from kvsuite.cache.prefill import Observation, PrefillCache
+from kvsuite.cache.observations import AttentionMass
+from kvsuite.cache.prefill import PrefillCache
 from kvsuite.engines.request import Request
 from kvsuite.methods import parse
 from suites.checks import naive
-from suites.checks.table import SCALE, context, loaded, tokens
+from suites.checks.table import SCALE, context, loaded, plain, tokens
 from suites.checks.test_engine import engine_of
 from suites.checks.test_garbled import CAP, CHINESE, GERMAN, RUSSIAN, World, arm, checked, sign
 from suites.checks.test_models import build, given
@@ -33,12 +34,12 @@ SHARES = [
 def test_a_share_of_a_short_context_is_never_nothing(text, length):
     """NVIDIA/kvpress#264: a share of 1 or 2 tokens was rounded down to none; what was left answered with NaN."""
     cache = loaded(parse(text), [context(length, 0)], 4)
-    assert all(len(held.positions) >= 1 for held in cache.materialise())
+    assert all(len(held.positions) >= 1 for held in cache.read())
     q, k, v = tokens(4, 1)
     for i in range(4):
         cache.append(k[None, :, i : i + 1], v[None, :, i : i + 1])
         assert cache.attend(q[None, :, i : i + 1], SCALE).isfinite().all()
-        assert all(len(held.positions) >= 1 for held in cache.materialise())
+        assert all(len(held.positions) >= 1 for held in cache.read())
 
 
 def test_one_scale_per_token_is_ruined_by_a_channel_far_from_zero():
@@ -50,7 +51,7 @@ def test_one_scale_per_token_is_ruined_by_a_channel_far_from_zero():
     lost = {}
     for text in ("int8", "int4", "kivi:bits=4"):
         errors = []
-        for g, held in enumerate(loaded(parse(text), [Observation(0, k, v)], 0, torch.float32).materialise()):
+        for g, held in enumerate(loaded(parse(text), [plain(k, v)], 0, torch.float32).read()):
             for head in range(2 * g, 2 * g + 2):
                 p, other = (naive.weights(q[head], keys - keys.mean(0), SCALE) for keys in (k[g], held.k))
                 errors.append((p - other).abs().sum(-1).mean() / 2)
@@ -68,8 +69,10 @@ def test_memory_is_that_of_kv_heads(name):
         adapter.install(model)
         caches = [parse("full").cache(layer, 1, 64) for layer in adapter.contexts(model)]
         for cache in caches:
-            cache.load(0, *(torch.zeros(kv_heads, 64, 32) for _ in "kv"))
-            assert cache.nbytes == kv_heads * (2 * 64 * 32 * 4 + 4 * 2), "float32, and the table of two pages"
+            cache.load(0, plain(*(torch.zeros(kv_heads, 64, 32) for _ in "kv")))
+            assert cache.nbytes == kv_heads * (2 * 64 * 32 * 4 + 4 * 2 + 16), (
+                "float32, the table of two pages, and 4 lengths"
+            )
 
 
 @torch.inference_mode()
@@ -88,12 +91,12 @@ def test_prompts_of_any_length_are_stored_as_they_are():
     adapter.install(model.float())
     layers = adapter.contexts(model)
     for length in (1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 130):
-        prefilled = PrefillCache(len(layers))
+        prefilled = PrefillCache(layers)
         model(input_ids=ids[:, :length], use_cache=True, **given(model, prefilled))
         caches = [parse("full").cache(layer, 1, 160) for layer in layers]
-        parse("full").compress(0, prefilled.observations, caches)
+        parse("full").compress(0, prefilled.prefilled, caches)
         for at, cache in enumerate(caches):
-            for head, held in enumerate(cache.materialise()):
+            for head, held in enumerate(cache.read()):
                 found = torch.stack([held.k, held.v])
                 assert (found - exact[at, :, head, :length]).abs().max() <= most[at]
 
@@ -106,9 +109,11 @@ def test_a_compressed_context_has_not_seen_the_question(tiny_llama):
     for compress in ("context", "prompt"):
         for question in questions:
             request = Request("r", document, question, 5)
-            prompt = engine.prefill(request, *engine.encode(request, compress), method.needs)
+            prompt = engine.prefill(request, *engine.encode(request, compress), method.observes)
             assert prompt.context[0].k.shape[1] == len(document) + (len(question) if compress == "prompt" else 0)
-            seen[compress, question] = torch.stack([layer.mass[:, : len(document)] for layer in prompt.context])
+            seen[compress, question] = torch.stack(
+                [layer[AttentionMass()][:, : len(document)] for layer in prompt.context]
+            )
     assert torch.equal(*(seen["context", question] for question in questions))
     assert not torch.equal(*(seen["prompt", question] for question in questions))
 

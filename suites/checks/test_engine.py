@@ -110,11 +110,11 @@ def test_a_failing_method_costs_itself_only(tiny_llama, monkeypatch):
     calls = collections.Counter()
     encode = int8.PerToken.encode
 
-    def breaks(self, x):
+    def breaks(self, x, fitted):
         calls["encode"] += 1
         if calls["encode"] > 20:
             raise RuntimeError("out of memory")
-        return encode(self, x)
+        return encode(self, x, fitted)
 
     monkeypatch.setattr(int8.PerToken, "encode", breaks)
     found = list(engine.generate(asked, parse_all(["full,int8"]), width=2))
@@ -144,7 +144,7 @@ def test_logits_that_are_not_finite_are_an_error(tiny_llama, monkeypatch):
     engine.stop = frozenset()
     from kvsuite.methods.codecs import full
 
-    monkeypatch.setattr(full.Plain, "encode", lambda self, x: (x[:, :, 0] * float("nan"),))
+    monkeypatch.setattr(full.Plain, "encode", lambda self, x, fitted: (x[:, :, 0] * float("nan"),))
     found = list(engine.generate(requests(3), [parse("full")], width=2))
     assert [r.finish for r in found] == ["error"] * 3
     assert all("not finite" in r.error for r in found)
@@ -169,10 +169,10 @@ def test_many_methods_prefill_once(tiny_llama, monkeypatch):
 def test_rows_are_freed_and_reused(tiny_llama):
     engine = engine_of(tiny_llama)
     with torch.inference_mode():
-        worker = MethodWorker(parse("full"), engine.layers, 2, 200)
+        worker = MethodWorker(parse("full"), engine.layers, 2, [(100, 100)])
         decoder = Decoder(engine.model, [worker], 2, Sampling(), frozenset())
         for request in requests(2):
-            list(decoder.admit(worker, engine.prefill(request, *engine.encode(request, "prompt"), frozenset())))
+            list(decoder.admit(worker, engine.prefill(request, *engine.encode(request, "prompt"))))
         assert worker.full
         ended = []
         while decoder.active:
@@ -218,7 +218,7 @@ def breaking(monkeypatch, method, after):
     attend = LayerCache.attend
 
     def broken(self, *args, **more):
-        if type(self.k.codec).__name__ == method:
+        if type(self.kv.k.spec).__name__ == method:
             calls.append(1)
             if len(calls) > after:
                 raise RuntimeError("this cache is broken")
@@ -267,7 +267,7 @@ def test_seconds_of_a_shared_step_are_shared_out(tiny_llama, monkeypatch):
     attend = LayerCache.attend
 
     def slow(self, *args, **more):
-        if type(self.k.codec).__name__ == "PerToken":
+        if type(self.kv.k.spec).__name__ == "PerToken":
             time.sleep(0.01)
         return attend(self, *args, **more)
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvsuite.errors import UsageError
-from kvsuite.methods import Method, catalogue, names, parse, parse_all, part_class
+from kvsuite.methods import Method, catalogue, component, names, parse, parse_all
 from kvsuite.methods.base import share
 from suites.checks.table import METHODS, layer
 
@@ -44,7 +44,10 @@ def test_canonical_names(text, name):
     assert parse(text).name == name
 
 
-KINDS = [("codec",), ("selector",), ("selector", "codec"), ("selector", "budget", "codec")]
+KINDS = [
+    ("codec",), ("selector",), ("selector", "codec"), ("selector", "budget", "codec"), ("reader",),
+    ("selector", "budget", "codec", "reader"),
+]  # fmt: skip
 
 
 @st.composite
@@ -65,8 +68,12 @@ def written(draw):
             given = {name: value for name, value in given.items() if name not in ("heavy", "recent", "sinks")}
         if given.get("per") == "token":  # has no scale for all
             given = {"per": "token"}
-        if part.name == "streaming-llm":
+        if part.name in ("streaming-llm", "snapkv", "redundant"):
             given["budget"] = 61
+        if "kernel" in given:
+            given["kernel"] = 2 * given["kernel"] + 1
+        if "alpha" in given:
+            given["alpha"] = 0.5
         pieces.append(part.name + ":" * bool(given) + ",".join(f"{name}={value}" for name, value in given.items()))
     return draw(st.sampled_from(["+", " + "])).join(draw(st.permutations(pieces)))
 
@@ -153,10 +160,10 @@ def test_an_empty_or_wrong_method_of_several_is_refused(text):
 
 def test_the_catalogue_is_found_by_file_name():
     for part in catalogue():
-        assert part_class(part.name) is part
+        assert component(part.name) is part
         assert part.stores
         assert part.source
-        assert part.kind in ("selector", "budget", "codec")
+        assert part.kind in ("selector", "budget", "codec", "reader")
     assert [part.name for part in catalogue()] == list(names())
 
 

@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvsuite.cache.rope import Rope
-from kvsuite.kernels.attention import (
+from kvsuite.kernels.reference.attention import (
     attention,
     causal_blocks,
     causal_mask,
@@ -15,7 +14,8 @@ from kvsuite.kernels.attention import (
     pack_sinks,
     probabilities,
 )
-from kvsuite.kernels.mass import column_mass
+from kvsuite.kernels.reference.mass import column_mass
+from kvsuite.kernels.rope import Rope
 from suites.checks import naive
 from suites.checks.table import DIM, HEADS, KV_HEADS, SCALE, tokens
 

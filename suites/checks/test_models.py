@@ -9,7 +9,8 @@ from transformers import DynamicCache
 
 from kvsuite.cache import adapter
 from kvsuite.cache.adapter import KVCache, Member
-from kvsuite.cache.prefill import Need, PrefillCache
+from kvsuite.cache.observations import AttentionMass
+from kvsuite.cache.prefill import PrefillCache
 from kvsuite.errors import UsageError
 from kvsuite.methods import parse
 
@@ -55,18 +56,18 @@ def ours(model, ids, split, chunk=1):
     model = copy.deepcopy(model)
     adapter.install(model)
     layers = adapter.contexts(model)
-    prefilled = PrefillCache(len(layers))
+    prefilled = PrefillCache(layers)
     logits = [model(input_ids=ids[:, :split], use_cache=True, **given(model, prefilled)).logits[:, -1:]]
     method = parse("full")
     caches = [method.cache(layer, 1, ids.shape[1]) for layer in layers]
-    method.compress(0, prefilled.observations, caches)
+    method.compress(0, prefilled.prefilled, caches)
     cache = KVCache(Member(caches))
     for first in range(split, ids.shape[1], chunk):
         last = min(first + chunk, ids.shape[1])
         where = torch.arange(first, last)[None]
         out = model(input_ids=ids[:, first:last], position_ids=where, use_cache=True, **given(model, cache))
         logits.append(out.logits)
-    return torch.cat(logits, dim=1), prefilled.observations, caches
+    return torch.cat(logits, dim=1), prefilled.prefilled, caches
 
 
 @pytest.mark.parametrize("chunk", [1, 7], ids=["stepwise", "suffix"])
@@ -96,7 +97,7 @@ def test_full_stores_what_dynamic_cache_stores(name, dtype):
     model(input_ids=ids, use_cache=True, **given(model, theirs))
     _, seen, caches = ours(model, ids, 77)
     for layer, observed, cache in zip(theirs.layers, seen, caches, strict=True):
-        held = cache.materialise(0)
+        held = cache.read(0)
         for head in range(2):
             assert torch.equal(held[head].k, layer.keys[0, head])
             assert torch.equal(held[head].v, layer.values[0, head])
@@ -122,11 +123,11 @@ def test_works_through_generate():
 def test_mass_is_observed_under_a_sliding_window():
     model = build("Mistral")
     adapter.install(model)
-    cache = PrefillCache(3, {Need.MASS})
+    cache = PrefillCache(adapter.contexts(model), [AttentionMass()])
     model(input_ids=torch.randint(1, 96, (1, 50)), use_cache=True, **given(model, cache))
-    for seen in cache.observations:
-        torch.testing.assert_close(seen.mass.sum(-1), torch.full((2,), 50.0))
-        assert (seen.mass[:, 0] < 24.001).all(), "a key is read by 24 queries at most"
+    for seen in cache.prefilled:
+        torch.testing.assert_close(seen[AttentionMass()].sum(-1), torch.full((2,), 50.0))
+        assert (seen[AttentionMass()][:, 0] < 24.001).all(), "a key is read by 24 queries at most"
 
 
 @torch.inference_mode()

@@ -209,7 +209,7 @@ def test_a_run_that_ended_with_all_says_nothing():
 
 def timing(method="m", width=8, length=1024, rounds=4, path="m/triton", **more):
     seconds = {"seconds": [0.2] * rounds, "baseline_seconds": [0.1] * rounds}
-    where = {"cache": "kvsuite.cache.fused.FusedCache", "checked": 0.5, "path": path}
+    where = {"cache": "kvsuite.cache.layer.LayerCache/triton", "checked": 0.5, "path": path}
     return Timing(method, width=width, length=length, tokens=8, **where | seconds | more)
 
 

@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from kvsuite.cache.prefill import Observation
 from kvsuite.errors import UsageError
 from kvsuite.methods import parse
 from suites.checks import naive
-from suites.checks.table import DIM, HEADS, KV_HEADS, SCALE, context, layer, loaded, tokens
+from suites.checks.table import DIM, HEADS, KV_HEADS, SCALE, context, layer, loaded, plain, tokens
 
 PROMPT, STEPS, SINKS = 40, 300, 4
 GROUP = HEADS // KV_HEADS
@@ -31,10 +30,10 @@ def streamed(method, dtype, steps=STEPS, prompt=PROMPT):
     v = v.to(dtype)
     where = torch.arange(total)
     rotated_q, rotated_k = turned(q, where).to(dtype), turned(k, where).to(dtype)
-    cache = loaded(method, [Observation(0, rotated_k[:, :prompt], v[:, :prompt])], steps, dtype)
+    cache = loaded(method, [plain(rotated_k[:, :prompt], v[:, :prompt])], steps, dtype)
     for n in range(prompt, total):
         cache.append(rotated_k[None, :, n : n + 1], v[None, :, n : n + 1])
-        held = cache.materialise()
+        held = cache.read()
         yield q, k, v, n, held, cache.attend(rotated_q[None, :, n : n + 1], SCALE)[0]
 
 

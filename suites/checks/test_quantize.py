@@ -116,9 +116,9 @@ def test_a_codecs_groups_are_those_it_promises(text, dtype, offset, spread, seed
     own = torch.rand(2, 64, 32, generator=noise) * 4 ** torch.randint(0, 4, (2, 64, 32), generator=noise)
     x = (offset + spread * own / 64).to(dtype)
     levels = 2**bits - 1
-    for side, per_channel in zip(codec.sides(layer(dtype)), (text != "int8", False), strict=True):
+    for side, per_channel in zip(codec.specs(layer(dtype)), (text != "int8", False), strict=True):
         blocks = x.unflatten(1, (-1, side.block))
-        y = side.decode(side.encode(blocks), dtype).flatten(1, 2).double()
+        y = side.decode(side.encode(blocks, ()), dtype, ()).flatten(1, 2).double()
         groups = [z.unflatten(1 if per_channel else 2, (-1, group)) for z in (x.double(), y)]
         dim = 2 if per_channel else 3
         span = groups[0].amax(dim, keepdim=True) - groups[0].amin(dim, keepdim=True)

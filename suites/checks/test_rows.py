@@ -1,14 +1,29 @@
 """Property 2: a sequence does not depend on its mates, on its place in the batch, or on which head is which."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvsuite.cache.layer import LayerCache
-from kvsuite.cache.prefill import Observation
+from kvsuite.cache.observations import AttentionMass, LastQueries
 from kvsuite.methods import parse
-from suites.checks.table import CHUNKED, HEADS, KV_HEADS, METHODS, SCALE, context, layer, loaded, same, tokens
+from suites.checks.table import (
+    CHUNKED,
+    HEADS,
+    KV_HEADS,
+    METHODS,
+    SCALE,
+    context,
+    layer,
+    loaded,
+    plain,
+    same,
+    sizes,
+    tokens,
+)
 
 STEPS = 24
 ROWS = 3
@@ -68,13 +83,14 @@ def test_rows_together_equal_each_row_alone(text, lengths, orders, widths):
 def test_permuting_heads_permutes_the_result(text, length, seed):
     method = parse(text)
     seen, (q, k, v) = context(length, seed), tokens(STEPS, seed + 1)
-    mass = None if seen.mass is None else seen.mass.flip(0)
-    turned = Observation(0, seen.k.flip(0), seen.v.flip(0), mass)
     swapped = torch.arange(HEADS).view(KV_HEADS, -1).flip(0).flatten()
+    observed = {what: x.flip(0) for what, x in seen.observed.items() if isinstance(what, AttentionMass)}
+    observed |= {what: x[swapped] for what, x in seen.observed.items() if isinstance(what, LastQueries)}
+    turned = replace(seen, k=seen.k.flip(0), v=seen.v.flip(0), observed=observed)
     one, other = loaded(method, [seen], STEPS), loaded(method, [turned], STEPS)
     out = decode(one, q, k, v, STEPS)
     assert torch.equal(decode(other, q[swapped], k.flip(0), v.flip(0), STEPS), out[swapped])
-    for a, b in zip(one.materialise(), reversed(other.materialise()), strict=True):
+    for a, b in zip(one.read(), reversed(other.read()), strict=True):
         assert torch.equal(a.k, b.k)
         assert torch.equal(a.v, b.v)
         assert torch.equal(a.positions, b.positions)
@@ -85,13 +101,13 @@ def test_permuting_heads_permutes_the_result(text, length, seed):
 @given(sizes=st.lists(st.integers(5, 30), min_size=KV_HEADS, max_size=KV_HEADS), seed=st.integers(0, 999))
 def test_a_head_among_longer_and_shorter_ones_equals_itself_among_equals(text, sizes, seed):
     method, (q, k, v) = parse(text), tokens(40 + STEPS, seed)
-    evictor = method.selector and method.selector.evictor(40)
+    eviction, budget = method.selector and method.selector.eviction, method.selector and method.selector.tokens(40)
     mass = torch.arange(40.0).expand(KV_HEADS, -1) % 7
 
     def cache(sizes):
-        made = LayerCache(layer(), method.codec.sides(layer()), 1, 40 + STEPS, evictor, selects=True)
+        made = LayerCache(layer(), method.codec.specs(layer()), 1, 40 + STEPS, eviction=eviction, selects=True)
         keep = [torch.tensor([*range(min(n, 4)), *range(40 - max(0, n - 4), 40)]) for n in sizes]
-        made.load(0, k[:, :40], v[:, :40], keep, mass, evictor)
+        made.load(0, plain(k[:, :40], v[:, :40], mass), keep, budget and [budget] * KV_HEADS)
         return made
 
     ragged = cache(sizes)
@@ -100,7 +116,7 @@ def test_a_head_among_longer_and_shorter_ones_equals_itself_among_equals(text, s
     for g, other in enumerate(equal):
         expected = decode(other, q[:, 40:], k[:, 40:], v[:, 40:], STEPS).unflatten(0, (KV_HEADS, -1))
         assert torch.equal(out[g], expected[g])
-        a, b = ragged.materialise()[g], other.materialise()[g]
+        a, b = ragged.read()[g], other.read()[g]
         assert torch.equal(a.positions, b.positions)
         assert torch.equal(a.k, b.k)
         assert torch.equal(a.v, b.v)
@@ -112,8 +128,7 @@ def test_a_head_among_longer_and_shorter_ones_equals_itself_among_equals(text, s
 @given(first=st.integers(1, 70), then=st.integers(1, 70), steps=st.integers(0, STEPS))
 def test_a_row_used_before_equals_a_fresh_one(text, first, then, steps):
     method, seen = parse(text), context(then, 1)
-    capacity = method.capacity(max(first, then), STEPS)
-    used, fresh = (method.cache(layer(), 1, capacity) for _ in range(2))
+    used, fresh = (method.cache(layer(), 1, *sizes(method, layer(), max(first, then), STEPS)) for _ in range(2))
     method.compress(0, [context(first, 0)], [used])
     q, k, v = tokens(2 * STEPS, 2)
     decode(used, q[:, STEPS:], k[:, STEPS:], v[:, STEPS:], steps)
@@ -132,14 +147,14 @@ def test_looking_at_a_cache_does_not_change_it(length, text):
     method, seen = parse(text), context(length, 0)
     q, k, v = tokens(STEPS, 1)
     looked_at, left_alone = loaded(method, [seen], STEPS), loaded(method, [seen], STEPS)
-    looked_at.materialise()
+    looked_at.read()
     for i in range(STEPS):
         t = slice(i, i + 1)
         for cache in (looked_at, left_alone):
             cache.append(k[None, :, t], v[None, :, t])
-        looked_at.materialise()
+        looked_at.read()
         out = looked_at.attend(q[None, :, t], SCALE)
-        looked_at.materialise()
+        looked_at.read()
         assert torch.equal(left_alone.attend(q[None, :, t], SCALE), out)
 
 
@@ -147,7 +162,8 @@ def test_looking_at_a_cache_does_not_change_it(length, text):
 def test_what_was_given_is_left_as_it_was(text):
     method, seen = parse(text), context(60, 0)
     q, k, v = tokens(STEPS, 1)
-    before = [x.clone() for x in (seen.k, seen.v, seen.mass, q, k, v)]
+    given = (seen.k, seen.v, *seen.observed.values(), q, k, v)
+    before = [x.clone() for x in given]
     decode(loaded(method, [seen], STEPS), q, k, v, STEPS)
-    for x, y in zip((seen.k, seen.v, seen.mass, q, k, v), before, strict=True):
+    for x, y in zip(given, before, strict=True):
         assert torch.equal(x, y)

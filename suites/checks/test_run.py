@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kvsuite.records import Answer, Timing, read
 
-SCORED = "kvsuite.cache.layer.LayerCache"
+SCORED = "kvsuite.cache.layer.LayerCache/reference"
 ROOT = Path(__file__).parents[2]
 METHODS = "full,jitter,int8,h2o:budget=64"
 SMALL = [
@@ -142,9 +142,9 @@ def test_a_broken_cell_costs_itself(run, pytester, how):
         from kvsuite.methods.codecs import full, int8
         @dataclasses.dataclass(frozen=True)
         class Broken(full.Plain):
-            def encode(self, x):
+            def encode(self, x, fitted):
                 {BREAKS[how]}
-        int8.Int8.sides = lambda self, layer: (Broken(), Broken())
+        int8.Int8.specs = lambda self, layer, artifact=None: (Broken(), Broken())
         """
     )
     result = run("throughput or samples", "-p", "breaking")
@@ -162,9 +162,9 @@ SLOW = """
 import time
 from kvsuite.methods.codecs import int8
 encode = int8.PerToken.encode
-def slow(self, x):
+def slow(self, x, fitted):
     time.sleep(1)
-    return encode(self, x)
+    return encode(self, x, fitted)
 int8.PerToken.encode = slow
 """
 

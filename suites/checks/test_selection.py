@@ -5,11 +5,25 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kvsuite.cache.prefill import Observation
+from kvsuite.cache.layer import highest
 from kvsuite.methods import parse
 from kvsuite.methods.budgets.uniform import Uniform
 from suites.checks import naive
-from suites.checks.table import DIM, HEADS, KV_HEADS, SCALE, SELECTING, STEPWISE, context, loaded, tokens
+from suites.checks.table import (
+    COMPACTING,
+    DIM,
+    EVERY_STEP,
+    HEADS,
+    KV_HEADS,
+    RAGGED,
+    READING,
+    SCALE,
+    SELECTING,
+    context,
+    loaded,
+    plain,
+    tokens,
+)
 
 GROUP = HEADS // KV_HEADS
 lengths = st.sampled_from([1, 3, 15, 40]) | st.integers(1, 90)
@@ -17,7 +31,7 @@ lengths = st.sampled_from([1, 3, 15, 40]) | st.integers(1, 90)
 
 def positions(cache):
     """What each head holds: a list of positions per head, which must be ascending and its own count."""
-    found = [held.positions.tolist() for held in cache.materialise()]
+    found = [held.positions.tolist() for held in cache.read()]
     assert all(own == sorted(set(own)) for own in found)
     assert cache.kept(0) == sum(map(len, found))
     return found
@@ -40,19 +54,25 @@ def test_as_many_stay_as_the_budget_says_at_every_step(text, length):
     method = parse(text)
     budget = method.selector.tokens(length)
     cache = loaded(method, [context(length, 0)], 30)
-    assert [len(own) for own in positions(cache)] == [min(length, budget)] * KV_HEADS
+    assert sum(len(own) for own in positions(cache)) == min(length, budget) * KV_HEADS
     seen = length
     for phase, _ in decoded(cache, 30):
         seen += phase == "appended"
         expected = min(length, budget) + seen - length
-        if text in STEPWISE:
+        if text in EVERY_STEP:
             expected = min(seen, budget + (phase == "appended"))
+        if text in COMPACTING:
+            since = (seen - length) % method.selector.every if phase == "attended" else (seen - length - 1) % 16 + 1
+            expected = min(seen, (min(length + seen - length - since, budget)) + since)
         held = positions(cache)
-        assert [len(own) for own in held] == [expected] * KV_HEADS
+        if text in RAGGED:
+            assert sum(map(len, held)) == expected * KV_HEADS
+        else:
+            assert [len(own) for own in held] == [expected] * KV_HEADS
         assert all(own[-1] == seen - 1 for own in held)
 
 
-@pytest.mark.parametrize("text", [text for text in STEPWISE if "streaming" in text])
+@pytest.mark.parametrize("text", [text for text in EVERY_STEP if "streaming" in text])
 @settings(max_examples=6)
 @given(length=lengths)
 def test_streaming_keeps_its_sinks_and_its_window(text, length):
@@ -94,7 +114,7 @@ def heaviest_stay(cache, seen, recent):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("text", [text for text in STEPWISE if "h2o" in text])
+@pytest.mark.parametrize("text", [text for text in EVERY_STEP if "h2o" in text and text not in (*RAGGED, *READING)])
 @pytest.mark.parametrize("length", [5, 20, 80])
 def test_h2o_gives_up_the_least_mass_that_is_not_recent(length, text, dtype):
     method = parse(text)
@@ -105,7 +125,7 @@ def test_h2o_gives_up_the_least_mass_that_is_not_recent(length, text, dtype):
     mass = heaviest_stay(cache, seen, recent)
     count = length
     for phase, q in decoded(cache, 30):
-        held = cache.materialise()
+        held = cache.read()
         if phase == "appended":
             count += 1
             for g, own in enumerate(held):
@@ -138,7 +158,7 @@ def test_h2o_protects_its_recent_share_and_leaves_its_heavy_one(length, heavy, r
     assert selector.tokens(length) == sum(expected)
     if sum(expected) < length:
         mass = torch.zeros(KV_HEADS, length)
-        protected = selector.score(Observation(0, mass, mass, mass), sum(expected)).isinf()
+        protected = selector.score(plain(mass, mass, mass), sum(expected)).isinf()
         assert protected.sum(-1).tolist() == [expected[1]] * KV_HEADS
         assert protected[:, -expected[1] :].all()
 
@@ -175,7 +195,10 @@ def test_a_larger_budget_keeps_a_superset(text, budgets, seed):
 @given(order=st.lists(st.permutations(range(30)), min_size=4, max_size=4), n=st.integers(1, 30))
 def test_uniform_keeps_the_highest_scores_in_order(order, n):
     scores = torch.tensor(order, dtype=torch.float32).view(2, 2, 30)  # two layers of two heads
-    for layer, kept in zip(scores, Uniform().allot(list(scores), n), strict=True):
+    counts = Uniform().allot(list(scores), n)
+    assert counts.tolist() == [[n, n]] * 2
+    for layer, own in zip(scores, counts.tolist(), strict=True):
+        kept = torch.stack(list(highest(layer, own)))
         assert torch.equal(kept, kept.sort(dim=-1).values)
         assert kept.shape == (2, n)
         assert (layer.gather(1, kept) >= 30 - n).all()
@@ -188,12 +211,12 @@ def test_random_is_uniform_and_seeded_and_of_the_key_alone():
     draws = set()
     for seed in range(400):
         selector = parse(f"random:budget=10,seed={seed}").selector
-        scores = selector.score(Observation(0, k, v), 10)
-        kept = Uniform().allot([scores], 10)[0]
+        scores = selector.score(plain(k, v), 10)
+        kept = torch.stack(list(highest(scores, [10] * KV_HEADS)))
         counts += torch.bincount(kept.flatten(), minlength=40)
         draws.add(tuple(kept[0].tolist()))
-        assert torch.equal(selector.score(Observation(0, k[:, order], v), 10), scores[:, order])
-        assert not torch.equal(selector.score(Observation(1, k, v), 10), scores)
+        assert torch.equal(selector.score(plain(k[:, order], v), 10), scores[:, order])
+        assert not torch.equal(selector.score(plain(k, v, index=1), 10), scores)
     assert len(draws) == 400
     share = counts / (400 * KV_HEADS)
     assert (share - 0.25).abs().max() < 5 * (0.25 * 0.75 / (400 * KV_HEADS)) ** 0.5
@@ -208,5 +231,5 @@ def test_each_layer_gets_its_own_scores():
     method.compress(0, seen, caches)
     for one, cache in zip(seen, caches, strict=True):
         assert positions(cache) == positions(loaded(method, [one], 0))
-        held = cache.materialise()
+        held = cache.read()
         assert all(torch.equal(held[g].k, one.k[g, held[g].positions]) for g in range(KV_HEADS))

@@ -23,7 +23,7 @@ from kvsuite.report.table import Table
 from kvsuite.report.tables import _by_what, provenance, tables
 from kvsuite.report.verdicts import cells, distinct
 
-SCORED = "kvsuite.cache.layer.LayerCache"
+SCORED = "kvsuite.cache.layer.LayerCache/reference"
 
 
 def answer(at, method="full", **more):
@@ -82,7 +82,7 @@ def test_different_caps_are_refused():
 def timing(**more):
     given = {
         "cache": SCORED,
-        "path": "m/unfused",
+        "path": "m/reference",
         "checked": 0.3,
         "tokens": 8,
         "seconds": [0.1] * 4,
@@ -106,7 +106,7 @@ def test_a_timing_of_our_cache_that_was_not_checked_is_refused(checked):
 
 
 def test_the_cache_that_is_scored_is_the_cache_that_is_timed_method_by_method():
-    other = "kvsuite.cache.fused.FusedCache"
+    other = "kvsuite.cache.layer.LayerCache/triton"
     same = [answer(0, "m", cache=SCORED), timing(), answer(0, "n", cache=other)]
     assert provenance(same) == f"Scored and timed: the same {SCORED}."
     apart = provenance([*same, timing(cache=other)])
@@ -119,12 +119,14 @@ def test_a_method_without_a_kernel_is_named():
         timings = [replace(timing(path=p, **more), method=f"m{i}") for i, p in enumerate(paths)]
         return " ".join(_by_what(speed_rows(timings), gpu))
 
-    assert "PyTorch reference, no kernel" in said("full/unfused", "int8/unfused")
+    assert "PyTorch reference, no kernel" in said("full/reference", "int8/unfused"), "as it is called, and was"
     assert said("full/triton", "int8/triton") == "Steps and attention are Triton kernels."
-    assert "not to be ranked by speed) for m1." in said("full/triton", "int8/unfused")
+    assert "not to be ranked by speed) for m1." in said("full/triton", "int8/reference")
     assert said("", status="failed", error="x") == "", "nothing is claimed of what no record says"
-    assert "PyTorch reference" in said("full/unfused", gpu=None, status="failed", error="x")
+    assert "PyTorch reference" in said("full/reference", gpu=None, status="failed", error="x")
     assert "are Triton kernels" not in said("full/triton", gpu=None)
+    why = said("full/reference", "int8/reference", gpu=None, refusal="triton: no GPU")
+    assert why.endswith("all methods on cpu: reference, because triton: no GPU.")
 
 
 @pytest.mark.parametrize("rounds", [(0, 0), (1, 1), (1, 0), (3, 2)], ids=str)

@@ -13,4 +13,6 @@ def test_rows_that_keep_everything_are_of_the_same_parts():
     for text, everything in METHODS.items():
         if everything is not None:
             assert type(parse(text).selector) is type(parse(everything).selector)
+            assert type(parse(text).budget) is type(parse(everything).budget)
             assert type(parse(text).codec) is type(parse(everything).codec)
+            assert type(parse(text).reader) is type(parse(everything).reader)

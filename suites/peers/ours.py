@@ -80,9 +80,9 @@ def timed(job: dict[str, Any]) -> dict[str, Any]:
 def parts(engine: TransformersEngine, request: Request, names: list[str]) -> dict[str, float]:
     """What the ceiling is made of: the prefill of one context, its observation, and the steps of an answer alone."""
     context, suffix = engine.encode(request, "context")
-    needs = frozenset(need for method in parse_all(names) for need in method.needs)
+    observes = [observation for method in parse_all(names) for observation in method.observes]
     prefill = sum(engine.prefill(request, context, suffix, NOTHING).seconds for _ in range(2)) / 2
-    observing = engine.prefill(request, context, suffix, needs).observing_seconds
+    observing = sum(engine.prefill(request, context, suffix, observes).observing.values())
     alone = [answer(engine, [request], [name], 1)[1][0].decode_seconds for name in names[:2]]
     return {"prefill": prefill, "observing": observing, "alone": sum(alone) / len(alone)}
 
@@ -94,8 +94,8 @@ def compared(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     context, suffix = engine.encode(request, "context")
     arms = min(job["cells"].values(), key=len)
     methods = dict(zip([arm["name"] for arm in arms], parse_all([arm["name"] for arm in arms]), strict=True))
-    needs = frozenset(need for method in methods.values() for need in method.needs)
-    seen = engine.prefill(request, context, suffix, needs).context
+    observes = [observation for method in methods.values() for observation in method.observes]
+    seen = engine.prefill(request, context, suffix, observes).context
     tensors: dict[str, torch.Tensor] = {}
     with torch.inference_mode():
         for name, method in methods.items():

@@ -85,7 +85,7 @@ def test_full_stores_what_transformers_stores(kv_local, kv_task, shortest):
     finally:
         engine.model.set_attn_implementation("kvsuite")
     for cache, layer in zip(caches, theirs.layers, strict=True):
-        for head, held in enumerate(cache.materialise(0)):
+        for head, held in enumerate(cache.read(0)):
             assert torch.equal(held.k, layer.keys[0, head])
             assert torch.equal(held.v, layer.values[0, head])
 

@@ -48,7 +48,8 @@ def run_cell(kv_local, benchmark, cell, make):
 
 def ours(worker):
     """Where a timing comes from: the very attributes an answer's record has."""
-    return {"cache": worker.provenance, "path": worker.path}
+    names = {"cache": worker.provenance, "path": worker.path, "refusal": worker.refusal, "artifact": worker.artifact}
+    return names | {"nbytes": worker.nbytes, "nbytes_read": worker.read_nbytes}
 
 
 def test_decode(kv_local, timing, benchmark, kv_method, kv_batch, kv_length):
@@ -59,7 +60,7 @@ def test_decode(kv_local, timing, benchmark, kv_method, kv_batch, kv_length):
         for cell in cells:
             cell.check()
         worker = cells[1].worker
-        return *cells, ours(worker) | {"nbytes": worker.nbytes, "checked": cells[1].checked, "tokens": kv_batch}
+        return *cells, ours(worker) | {"checked": cells[1].checked, "tokens": kv_batch}
 
     cell = {"method": kv_method.name, "phase": "decode", "width": kv_batch, "length": kv_length}
     run_cell(kv_local, benchmark, cell, make)
@@ -72,7 +73,7 @@ def test_prefill(kv_local, timing, benchmark, kv_method, kv_prefill):
         for cell in cells:
             cell.check()
         worker = cells[1].inner.worker
-        return *cells, ours(worker) | {"nbytes": worker.nbytes, "checked": cells[1].checked, "tokens": kv_prefill}
+        return *cells, ours(worker) | {"checked": cells[1].checked, "tokens": kv_prefill}
 
     cell = {"method": kv_method.name, "phase": "prefill", "width": 1, "length": kv_prefill}
     run_cell(kv_local, benchmark, cell, make)

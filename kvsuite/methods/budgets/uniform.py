@@ -11,8 +11,6 @@ from kvsuite.methods.base import Budget
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvsuite.cache.layer import Kept
-
 
 @dataclass(frozen=True)
 class Uniform(Budget):
@@ -22,5 +20,7 @@ class Uniform(Budget):
     stores = "the selector's budget in every layer and head"
     source = "the default of all published selectors"
 
-    def allot(self, scores: Sequence[Tensor], tokens: int) -> list[Kept]:
-        return [layer.topk(tokens, dim=-1).indices.sort(dim=-1).values for layer in scores]
+    def allot(self, scores: Sequence[Tensor], tokens: int) -> Tensor:
+        import torch
+
+        return torch.full((len(scores), scores[0].shape[0]), tokens)

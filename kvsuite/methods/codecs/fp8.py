@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from kvsuite.errors import UsageError
+from kvsuite.kernels.quantspec import QuantSpec
 from kvsuite.methods.base import Codec
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from kvsuite.cache.context import LayerContext, Shape, SideCodec
-    from kvsuite.kernels.paged import Format
+    from kvsuite.kernels.context import LayerContext
+    from kvsuite.kernels.quantspec import Shape
+    from kvsuite.methods.artifact import Artifact
 
 
 @dataclass(frozen=True)
@@ -36,33 +38,26 @@ class Fp8(Codec):
             if self.per == "token" and scale != 1.0:
                 raise UsageError(f"{self.name}: per=token has a scale of its own for each token; leave {name} out")
 
-    def sides(self, layer: LayerContext) -> tuple[SideCodec, SideCodec]:
+    def specs(self, layer: LayerContext, artifact: Artifact | None = None) -> tuple[QuantSpec, QuantSpec]:
         scales = (None, None) if self.per == "token" else (self.k_scale, self.v_scale)
         return E4M3(scales[0]), E4M3(scales[1])
 
 
 @dataclass(frozen=True)
-class E4M3:
+class E4M3(QuantSpec):
     """Each token by itself; ``scale`` None: one per token."""
 
+    layout = "fp8"
+    bits = 8
     scale: float | None = 1.0
-    block: int = 1
-    residual: int = 0
-    rolling: bool = True
 
-    @property
-    def format(self) -> Format:
-        from kvsuite.kernels.paged import Format
-
-        return Format("fp8", 8, scale=self.scale)
-
-    def fields(self, head_dim: int, dtype: torch.dtype) -> list[tuple[Shape, torch.dtype]]:
+    def fields(self, head_dim: int, kv_dtype: torch.dtype) -> list[tuple[Shape, torch.dtype]]:
         import torch
 
         codes = ((head_dim,), torch.uint8)
         return [codes] if self.scale is not None else [codes, ((1,), torch.float32)]
 
-    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+    def encode(self, x: Tensor, fitted: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         from kvsuite.kernels.quantize import e4m3_scale, to_e4m3
 
         x = x[:, :, 0]
@@ -71,7 +66,7 @@ class E4M3:
         scale = e4m3_scale(x)
         return to_e4m3(x, scale), scale
 
-    def decode(self, fields: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    def decode(self, fields: tuple[Tensor, ...], dtype: torch.dtype, fitted: tuple[Tensor, ...]) -> Tensor:
         from kvsuite.kernels.quantize import from_e4m3
 
         scale = fields[1] if self.scale is None else self.scale

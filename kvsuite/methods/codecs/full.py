@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from kvsuite.kernels.quantspec import QuantSpec
 from kvsuite.methods.base import Codec
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from kvsuite.cache.context import LayerContext, Shape, SideCodec
-    from kvsuite.kernels.paged import Format
+    from kvsuite.kernels.context import LayerContext
+    from kvsuite.kernels.quantspec import Shape
+    from kvsuite.methods.artifact import Artifact
 
 
 @dataclass(frozen=True)
@@ -26,34 +28,26 @@ class Full(Codec):
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
 
-    def sides(self, layer: LayerContext) -> tuple[SideCodec, SideCodec]:
+    def specs(self, layer: LayerContext, artifact: Artifact | None = None) -> tuple[QuantSpec, QuantSpec]:
         return Plain(dtype=self.dtype), Plain(dtype=self.dtype)
 
 
 @dataclass(frozen=True)
-class Plain:
+class Plain(QuantSpec):
     """One token as it is."""
 
-    block: int = 1
-    residual: int = 0
-    rolling: bool = False
+    layout = "plain"
     dtype: str = "auto"
     """auto: the K/V dtype; else the name of torch's."""
 
-    @property
-    def format(self) -> Format:
-        from kvsuite.kernels.paged import Format
-
-        return Format("plain")
-
-    def fields(self, head_dim: int, dtype: torch.dtype) -> list[tuple[Shape, torch.dtype]]:
+    def fields(self, head_dim: int, kv_dtype: torch.dtype) -> list[tuple[Shape, torch.dtype]]:
         import torch
 
-        own: torch.dtype = dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+        own: torch.dtype = kv_dtype if self.dtype == "auto" else getattr(torch, self.dtype)
         return [((head_dim,), own)]
 
-    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+    def encode(self, x: Tensor, fitted: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (x[:, :, 0],)
 
-    def decode(self, fields: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    def decode(self, fields: tuple[Tensor, ...], dtype: torch.dtype, fitted: tuple[Tensor, ...]) -> Tensor:
         return fields[0].unsqueeze(2).to(dtype)

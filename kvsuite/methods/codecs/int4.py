@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvsuite.kernels.quantspec import QuantSpec
 from kvsuite.methods.base import Codec
 from kvsuite.methods.codecs.int8 import PerToken
 
 if TYPE_CHECKING:
-    from kvsuite.cache.context import LayerContext, SideCodec
+    from kvsuite.kernels.context import LayerContext
+    from kvsuite.methods.artifact import Artifact
 
 
 @dataclass(frozen=True)
@@ -20,5 +22,5 @@ class Int4(Codec):
     stores = "4-bit codes, float16 scale and zero per token and head"
     source = "LMDeploy quant_policy=4"
 
-    def sides(self, layer: LayerContext) -> tuple[SideCodec, SideCodec]:
+    def specs(self, layer: LayerContext, artifact: Artifact | None = None) -> tuple[QuantSpec, QuantSpec]:
         return PerToken(4, layer.head_dim), PerToken(4, layer.head_dim)

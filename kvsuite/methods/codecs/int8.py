@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvsuite.kernels.quantspec import QuantSpec
 from kvsuite.methods.base import Codec
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from kvsuite.cache.context import LayerContext, Shape, SideCodec
-    from kvsuite.kernels.paged import Format
+    from kvsuite.kernels.context import LayerContext
+    from kvsuite.kernels.quantspec import Shape
+    from kvsuite.methods.artifact import Artifact
 
 
 @dataclass(frozen=True)
@@ -23,27 +25,21 @@ class Int8(Codec):
     stores = "8-bit codes, float16 scale and zero per token and head"
     source = "LMDeploy quant_policy=8; vLLM int8_per_token_head"
 
-    def sides(self, layer: LayerContext) -> tuple[SideCodec, SideCodec]:
+    def specs(self, layer: LayerContext, artifact: Artifact | None = None) -> tuple[QuantSpec, QuantSpec]:
         return PerToken(8, layer.head_dim), PerToken(8, layer.head_dim)
 
 
 @dataclass(frozen=True)
-class PerToken:
+class PerToken(QuantSpec):
     """Each token by itself, in groups of ``group`` channels with a scale and a zero each."""
 
+    layout = "token"
+    rolling = True
     bits: int
     group: int
-    block: int = 1
     residual: int = 0
-    rolling: bool = True
 
-    @property
-    def format(self) -> Format:
-        from kvsuite.kernels.paged import Format
-
-        return Format("token", self.bits, self.group)
-
-    def fields(self, head_dim: int, dtype: torch.dtype) -> list[tuple[Shape, torch.dtype]]:
+    def fields(self, head_dim: int, kv_dtype: torch.dtype) -> list[tuple[Shape, torch.dtype]]:
         import torch
 
         groups = head_dim // self.group
@@ -53,13 +49,13 @@ class PerToken:
             ((groups, 1), torch.float16),
         ]
 
-    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+    def encode(self, x: Tensor, fitted: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         from kvsuite.kernels.quantize import pack, quantize
 
         codes, scale, zero = quantize(self._groups(x[:, :, 0]), self.bits, dim=-1)
         return pack(codes.flatten(-2), self.bits), scale, zero
 
-    def decode(self, fields: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    def decode(self, fields: tuple[Tensor, ...], dtype: torch.dtype, fitted: tuple[Tensor, ...]) -> Tensor:
         from kvsuite.kernels.quantize import dequantize, unpack
 
         packed, scale, zero = fields

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvsuite.kernels.quantspec import QuantSpec
 from kvsuite.methods.base import Codec
 from kvsuite.methods.codecs.full import Plain
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvsuite.cache.context import LayerContext, SideCodec
+    from kvsuite.kernels.context import LayerContext
+    from kvsuite.methods.artifact import Artifact
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Jitter(Codec):
 
     seed: int = 0
 
-    def sides(self, layer: LayerContext) -> tuple[SideCodec, SideCodec]:
+    def specs(self, layer: LayerContext, artifact: Artifact | None = None) -> tuple[QuantSpec, QuantSpec]:
         key = (self.seed * 1_000_003 + layer.index) * 2
         return Noisy(seed=key), Noisy(seed=key + 1)
 
@@ -36,7 +38,7 @@ class Noisy(Plain):
 
     seed: int = 0
 
-    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+    def encode(self, x: Tensor, fitted: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         from kvsuite.kernels.noise import half_ulp
 
         return (half_ulp(x[:, :, 0], self.seed),)

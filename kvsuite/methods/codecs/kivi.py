@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from kvsuite.errors import UsageError
+from kvsuite.kernels.quantspec import QuantSpec
 from kvsuite.methods.base import Codec
 from kvsuite.methods.codecs.int8 import PerToken
 
@@ -13,8 +14,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from kvsuite.cache.context import LayerContext, Shape, SideCodec
-    from kvsuite.kernels.paged import Format
+    from kvsuite.kernels.context import LayerContext
+    from kvsuite.kernels.quantspec import Shape
+    from kvsuite.methods.artifact import Artifact
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Kivi(Codec):
         if self.residual < self.group or self.residual % self.group:
             raise UsageError(f"{self.name}: residual={self.residual} must be a multiple of group={self.group}")
 
-    def sides(self, layer: LayerContext) -> tuple[SideCodec, SideCodec]:
+    def specs(self, layer: LayerContext, artifact: Artifact | None = None) -> tuple[QuantSpec, QuantSpec]:
         if layer.head_dim % self.group or layer.head_dim * self.bits % 8:
             raise UsageError(f"{self.name}: group={self.group} does not divide the head dimension {layer.head_dim}")
         values = PerToken(self.bits, self.group, residual=self.residual)
@@ -44,21 +46,20 @@ class Kivi(Codec):
 
 
 @dataclass(frozen=True)
-class PerChannel:
+class PerChannel(QuantSpec):
     """``block`` tokens together, a scale and a zero per channel."""
 
+    layout = "channel"
     bits: int
     block: int
     residual: int
-    rolling: bool = False
 
     @property
-    def format(self) -> Format:
-        from kvsuite.kernels.paged import Format
+    def group(self) -> int:  # type: ignore[override]
+        """Tokens that share a scale."""
+        return self.block
 
-        return Format("channel", self.bits, self.block)
-
-    def fields(self, head_dim: int, dtype: torch.dtype) -> list[tuple[Shape, torch.dtype]]:
+    def fields(self, head_dim: int, kv_dtype: torch.dtype) -> list[tuple[Shape, torch.dtype]]:
         import torch
 
         return [
@@ -67,13 +68,13 @@ class PerChannel:
             ((1, head_dim), torch.float16),
         ]
 
-    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+    def encode(self, x: Tensor, fitted: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         from kvsuite.kernels.quantize import pack, quantize
 
         codes, scale, zero = quantize(x, self.bits, dim=-2)
         return pack(codes, self.bits), scale, zero
 
-    def decode(self, fields: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    def decode(self, fields: tuple[Tensor, ...], dtype: torch.dtype, fitted: tuple[Tensor, ...]) -> Tensor:
         from kvsuite.kernels.quantize import dequantize, unpack
 
         packed, scale, zero = fields

@@ -5,20 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvsuite.cache.observations import AttentionMass, Observation
 from kvsuite.errors import UsageError
 from kvsuite.methods.base import Selector, check_share, share
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvsuite.cache.context import Evictor
-    from kvsuite.cache.prefill import Need, Observation
+    from kvsuite.cache.decoding import DecodeState, Eviction
+    from kvsuite.cache.prefill import PrefilledLayer
 
 
 @dataclass(frozen=True)
 class H2O(Selector):
-    """Keeps the ``heavy`` tokens that got most attention from all queries so far, and the ``recent`` last ones; gives
-    up one token per head at every decoding step. ``budget`` is short for half of it each."""
+    """Keeps the ``heavy`` tokens that got most attention from all queries so far, and the ``recent`` last ones; evicts
+    one token per head at every decoding step. ``budget`` is short for half of it each."""
 
     name = "h2o"
     stores = "heavy hitters and recent tokens, per kv head, also while decoding"
@@ -46,31 +47,32 @@ class H2O(Selector):
         return share(self.recent, length) if self.budget is None else self.tokens(length) // 2
 
     @property
-    def needs(self) -> frozenset[Need]:
-        from kvsuite.cache.prefill import Need
+    def observes(self) -> tuple[Observation, ...]:
+        return (AttentionMass(),)
 
-        return frozenset({Need.MASS})
+    @property
+    def eviction(self) -> Eviction:
+        return H2OEviction(self)
 
-    def score(self, seen: Observation, tokens: int) -> Tensor:
-        assert seen.mass is not None
-        scores = seen.mass.clone()
+    def score(self, seen: PrefilledLayer, tokens: int) -> Tensor:
+        scores: Tensor = seen[AttentionMass()].clone()
         scores[:, -self.protected(scores.shape[1]) :] = float("inf")
         return scores
 
-    def evictor(self, length: int) -> Evictor:
-        return LightHitter(self.tokens(length), self.protected(length))
-
 
 @dataclass(frozen=True)
-class LightHitter:
-    """Gives up the token with the least accumulated attention that is not recent."""
+class H2OEviction:
+    """Evicts the token with the least accumulated attention that is not recent."""
 
-    budget: int
-    recent: int
-    mass: bool = True
-    shift: int = 0
+    selector: H2O
+    every: int = 1
+    rerotated_sinks: int = 0
+    observes: tuple[Observation, ...] = (AttentionMass(),)
 
-    def victim(self, positions: Tensor, scores: Tensor | None, seen: int | Tensor) -> Tensor:
-        assert scores is not None
-        kept = (positions < 0) | (positions >= seen - self.recent)
-        return scores.masked_fill(kept, float("inf")).argmin(dim=-1, keepdim=True)
+    def parameters(self, length: int) -> tuple[int, ...]:
+        return (self.selector.protected(length),)
+
+    def score(self, state: DecodeState) -> Tensor:
+        assert state.accumulated_attention is not None
+        (protected,) = state.parameters
+        return state.accumulated_attention.masked_fill(state.positions >= state.num_seen - protected, float("inf"))

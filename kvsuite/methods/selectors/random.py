@@ -10,7 +10,7 @@ from kvsuite.methods.base import Selector, check_share, share
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvsuite.cache.prefill import Observation
+    from kvsuite.cache.prefill import PrefilledLayer
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Random(Selector):
     def tokens(self, length: int) -> int:
         return share(self.budget, length)
 
-    def score(self, seen: Observation, tokens: int) -> Tensor:
+    def score(self, seen: PrefilledLayer, tokens: int) -> Tensor:
         from kvsuite.kernels.noise import content_hash
 
         return content_hash(seen.k, self.seed * 1_000_003 + seen.layer).double()

@@ -11,8 +11,9 @@ from kvsuite.methods.base import Selector, check_share, share
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvsuite.cache.context import Evictor
-    from kvsuite.cache.prefill import Observation
+    from kvsuite.cache.decoding import DecodeState, Eviction
+    from kvsuite.cache.observations import Observation
+    from kvsuite.cache.prefill import PrefilledLayer
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class StreamingLLM(Selector):
     """The first ``sinks`` tokens and the last budget - sinks, also while decoding.
 
     ``positions=cache``, the authors': keys stand where the cache has them. Relative to the query that moves only the
-    sinks, by the number of tokens given up; they are rotated from their stored originals at every step.
+    sinks, by the number of tokens evicted; they are rotated from their stored originals at every step.
     ``positions=absolute``: keys stay where the text has them.
     """
 
@@ -47,7 +48,7 @@ class StreamingLLM(Selector):
     def tokens(self, length: int) -> int:
         return share(self.budget, length, least=self.sinks + 1)
 
-    def score(self, seen: Observation, tokens: int) -> Tensor:
+    def score(self, seen: PrefilledLayer, tokens: int) -> Tensor:
         import torch
 
         heads, length = seen.k.shape[:2]
@@ -55,18 +56,22 @@ class StreamingLLM(Selector):
         recency[: self.sinks] = float("inf")
         return recency.expand(heads, -1)
 
-    def evictor(self, length: int) -> Evictor:
-        return Oldest(self.tokens(length), self.sinks, self.sinks if self.positions == "cache" else 0)
+    @property
+    def eviction(self) -> Eviction:
+        return SinkWindowEviction(self.sinks, self.sinks if self.positions == "cache" else 0)
 
 
 @dataclass(frozen=True)
-class Oldest:
-    """Gives up the oldest token that is not a sink."""
+class SinkWindowEviction:
+    """Evicts the oldest token that is not a sink."""
 
-    budget: int
     sinks: int
-    shift: int
-    mass: bool = False
+    rerotated_sinks: int
+    every: int = 1
+    observes: tuple[Observation, ...] = ()
 
-    def victim(self, positions: Tensor, scores: Tensor | None, seen: int | Tensor) -> Tensor:
-        return positions.where(positions >= self.sinks, seen).argmin(dim=-1, keepdim=True)
+    def parameters(self, length: int) -> tuple[int, ...]:
+        return ()
+
+    def score(self, state: DecodeState) -> Tensor:
+        return state.positions.float().masked_fill(state.positions < self.sinks, float("inf"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvsuite.kernels.fused.launch import interpreting, launch
-from kvsuite.kernels.fused.pages import _all, _channels, _codes, _e4m3, _numbers, _recent, _where
-from kvsuite.kernels.paged import PAGE, Format, Paged, Side
+from kvsuite.kernels.context import AttentionParams
+from kvsuite.kernels.paged import KVStore, PagedKV
+from kvsuite.kernels.quantspec import PAGE, QuantSpec
+from kvsuite.kernels.reference.attend import PageIndices
+from kvsuite.kernels.triton.launch import interpreting, launch
+from kvsuite.kernels.triton.pages import _all, _channels, _codes, _e4m3, _numbers, _recent, _where
 
 LOG2E = math.log2(math.e)
 ROWS = 16
@@ -43,22 +47,22 @@ def _dot(a, b, TYPE: tl.constexpr, WIDEN: tl.constexpr):
 @triton.jit
 def _scores(
     q, total, codes_ptr, scale_ptr, zero_ptr, at, unit,
-    D: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, DP: tl.constexpr,
+    D: tl.constexpr, LAYOUT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, DP: tl.constexpr,
     WIDEN: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """q · K of a whole tile, float32 (M, T). A scale that a token has for itself is applied to its score, and zeros add
     up to one number: such keys are not dequantised."""
     inside = at >= 0
-    if KIND == "token" and GROUP == D:
-        codes = _all(_codes(codes_ptr, at, inside, D, KIND, BITS, DP, False), BITS, WIDEN)
+    if LAYOUT == "token" and GROUP == D:
+        codes = _all(_codes(codes_ptr, at, inside, D, LAYOUT, BITS, DP, False), BITS, WIDEN)
         scale = tl.load(scale_ptr + at).to(tl.float32)
         zero = tl.load(zero_ptr + at).to(tl.float32)
         s = _dot(q, tl.trans(codes), tl.float16, WIDEN) * scale[None, :] + total[:, None] * zero[None, :]
-    elif KIND == "fp8" and GROUP > 0:
-        codes = _e4m3(_codes(codes_ptr, at, inside, D, KIND, BITS, DP, False), WIDEN, NATIVE)
+    elif LAYOUT == "fp8" and GROUP > 0:
+        codes = _e4m3(_codes(codes_ptr, at, inside, D, LAYOUT, BITS, DP, False), WIDEN, NATIVE)
         s = _dot(q, tl.trans(codes), tl.float16, WIDEN) * tl.load(scale_ptr + at)[None, :]
     else:
-        k = _numbers(codes_ptr, scale_ptr, zero_ptr, at, unit, inside, unit >= 0, D, KIND, BITS, GROUP, DP, False,
+        k = _numbers(codes_ptr, scale_ptr, zero_ptr, at, unit, inside, unit >= 0, D, LAYOUT, BITS, GROUP, DP, False,
                      WIDEN, NATIVE)  # fmt: skip
         s = _dot(q, tl.trans(k), k.dtype, WIDEN)
     return s
@@ -82,14 +86,15 @@ def _share(n, CHUNK: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["chunks", "pages", "queries", "behind", "window"])
 def _attend(
-    q_ptr, acc_ptr, m_ptr, den_ptr, weights_ptr, tops_ptr, rows_ptr, table_ptr, used_ptr, seen_ptr, positions_ptr,
+    q_ptr, acc_ptr, m_ptr, den_ptr, weights_ptr, tops_ptr, rows_ptr, table_ptr, num_slots_ptr, num_seen_ptr,
+    positions_ptr,
     k_codes_ptr, k_scale_ptr, k_zero_ptr, k_residual_ptr, v_codes_ptr, v_scale_ptr, v_zero_ptr, v_residual_ptr,
     q_batch, q_head, q_query, scale, softcap, window, chunks, pages, slots, queries, behind,
     D: tl.constexpr, H: tl.constexpr, G: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr,
     TILE: tl.constexpr,
-    K_KIND: tl.constexpr, K_BITS: tl.constexpr, K_GROUP: tl.constexpr, K_R: tl.constexpr, K_ROLLING: tl.constexpr,
+    K_LAYOUT: tl.constexpr, K_BITS: tl.constexpr, K_GROUP: tl.constexpr, K_R: tl.constexpr, K_ROLLING: tl.constexpr,
     K_DP: tl.constexpr,
-    V_KIND: tl.constexpr, V_BITS: tl.constexpr, V_GROUP: tl.constexpr, V_R: tl.constexpr, V_ROLLING: tl.constexpr,
+    V_LAYOUT: tl.constexpr, V_BITS: tl.constexpr, V_GROUP: tl.constexpr, V_R: tl.constexpr, V_ROLLING: tl.constexpr,
     V_DP: tl.constexpr,
     POSITIONS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MASS: tl.constexpr,
     WIDEN: tl.constexpr, NATIVE: tl.constexpr,
@@ -99,18 +104,17 @@ def _attend(
     if row < 0:
         return
     here = row.to(tl.int64) * H + head
-    n = tl.load(used_ptr + here)
+    n = tl.load(num_slots_ptr + here)
     share = _share(n, CHUNK, SPLITS, TILE)
     if chunk * share >= n:
         return
-    seen = tl.load(seen_ptr + here)
+    seen = tl.load(num_seen_ptr + here)
     k_done, v_done = n, n
     if K_R > 0:
         k_done = tl.maximum(n - K_R, 0) if K_ROLLING else n - n % K_R
     if V_R > 0:
         v_done = tl.maximum(n - V_R, 0) if V_ROLLING else n - n % V_R
     table_ptr += here * pages
-    positions_ptr += here * slots
     k_residual_ptr += here * (K_R * D)
     v_residual_ptr += here * (V_R * D)
 
@@ -127,7 +131,7 @@ def _attend(
     den = tl.zeros((M,), tl.float32)
     acc = tl.zeros((M, V_DP), tl.float32)
     token = tl.arange(0, TILE)
-    GROUPED: tl.constexpr = K_GROUP if K_KIND == "channel" else TILE  # tokens encoded together
+    GROUPED: tl.constexpr = K_GROUP if K_LAYOUT == "channel" else TILE  # tokens encoded together
     group = tl.arange(0, TILE // GROUPED) * GROUPED
     pair = (item * H + head).to(tl.int64) * G
     tiles = (slots + TILE - 1) // TILE
@@ -142,17 +146,17 @@ def _attend(
         at = _where(table_ptr, slot)
         unit = _where(table_ptr, i * TILE + group) // GROUPED
         s = _scores(
-            q, total, k_codes_ptr, k_scale_ptr, k_zero_ptr, at, unit, D, K_KIND, K_BITS, K_GROUP, K_DP, WIDEN, NATIVE
+            q, total, k_codes_ptr, k_scale_ptr, k_zero_ptr, at, unit, D, K_LAYOUT, K_BITS, K_GROUP, K_DP, WIDEN, NATIVE
         )
         s = _masked(
-            s, positions_ptr, slot, newest, scale, softcap, window, n, POSITIONS, CAUSAL, WINDOW, SOFTCAP, False
+            s, positions_ptr, at, slot, newest, scale, softcap, window, n, POSITIONS, CAUSAL, WINDOW, SOFTCAP, False
         )
         p, m, den, before = _softmax_step(s, m, den)
         if MASS:
             tl.store(weights_ptr + (pair + r)[:, None] * slots + slot[None, :], p.to(tl.float16),
                      mask=real_row[:, None])  # fmt: skip
             tl.store(tops_ptr + (pair + r) * tiles + i, m, mask=real_row)
-        v = _numbers(v_codes_ptr, v_scale_ptr, v_zero_ptr, at, at, token >= 0, token >= 0, D, V_KIND, V_BITS, V_GROUP,
+        v = _numbers(v_codes_ptr, v_scale_ptr, v_zero_ptr, at, at, token >= 0, token >= 0, D, V_LAYOUT, V_BITS, V_GROUP,
                      V_DP, False, WIDEN, NATIVE)  # fmt: skip
         acc = acc * before[:, None] + _dot(p, v, v.dtype, WIDEN)
     # the last tile, and what is in full precision on either side
@@ -161,18 +165,20 @@ def _attend(
         units = i * TILE + group
         at = _where(table_ptr, tl.minimum(slot, n - 1))
         unit = _where(table_ptr, tl.minimum(units, n - 1)) // GROUPED
-        k = _numbers(k_codes_ptr, k_scale_ptr, k_zero_ptr, at, unit, slot < k_done, units < k_done, D, K_KIND, K_BITS,
+        k = _numbers(k_codes_ptr, k_scale_ptr, k_zero_ptr, at, unit, slot < k_done, units < k_done, D, K_LAYOUT, K_BITS,
                      K_GROUP, K_DP, True, WIDEN, NATIVE)  # fmt: skip
         if K_R > 0:
             k = _recent(k, k_residual_ptr, slot, (slot >= k_done) & (slot < n), K_R, D, K_BITS, K_DP)
         s = _dot(q, tl.trans(k), k.dtype, WIDEN)
-        s = _masked(s, positions_ptr, slot, newest, scale, softcap, window, n, POSITIONS, CAUSAL, WINDOW, SOFTCAP, True)
+        s = _masked(
+            s, positions_ptr, at, slot, newest, scale, softcap, window, n, POSITIONS, CAUSAL, WINDOW, SOFTCAP, True
+        )
         p, m, den, before = _softmax_step(s, m, den)
         if MASS:
             tl.store(weights_ptr + (pair + r)[:, None] * slots + slot[None, :], p.to(tl.float16),
                      mask=real_row[:, None] & (slot < n)[None, :])  # fmt: skip
             tl.store(tops_ptr + (pair + r) * tiles + i, m, mask=real_row)
-        v = _numbers(v_codes_ptr, v_scale_ptr, v_zero_ptr, at, at, slot < v_done, slot < v_done, D, V_KIND, V_BITS,
+        v = _numbers(v_codes_ptr, v_scale_ptr, v_zero_ptr, at, at, slot < v_done, slot < v_done, D, V_LAYOUT, V_BITS,
                      V_GROUP, V_DP, True, WIDEN, NATIVE)  # fmt: skip
         if V_R > 0:
             v = _recent(v, v_residual_ptr, slot, (slot >= v_done) & (slot < n), V_R, D, V_BITS, V_DP)
@@ -187,7 +193,7 @@ def _attend(
 
 @triton.jit
 def _masked(
-    s, positions_ptr, slot, newest, scale, softcap, window, n,
+    s, positions_ptr, at, slot, newest, scale, softcap, window, n,
     POSITIONS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """Raw scores (M, T) to base-2 logits, -inf where a key may not be read."""
@@ -198,7 +204,7 @@ def _masked(
         s = s * scale
     position = slot
     if POSITIONS:
-        position = tl.load(positions_ptr + slot, mask=slot < n, other=-1)
+        position = tl.load(positions_ptr + at, mask=slot < n, other=-1)
         s = tl.where((position >= 0)[None, :], s, float("-inf"))
     elif LAST:
         s = tl.where((slot < n)[None, :], s, float("-inf"))
@@ -211,7 +217,7 @@ def _masked(
 
 @triton.jit(do_not_specialize=["chunks", "queries", "first", "all_queries"])
 def _merge(
-    acc_ptr, m_ptr, den_ptr, out_ptr, lse_ptr, rows_ptr, used_ptr, sinks_ptr, v_scale, chunks, queries,
+    acc_ptr, m_ptr, den_ptr, out_ptr, lse_ptr, rows_ptr, num_slots_ptr, sinks_ptr, v_scale, chunks, queries,
     first, all_queries,
     D: tl.constexpr, DP: tl.constexpr, H: tl.constexpr, G: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, SINKS: tl.constexpr, MASS: tl.constexpr,
@@ -225,7 +231,7 @@ def _merge(
     if row < 0:
         tl.store(out_ptr + out, tl.zeros((DP,), out_ptr.dtype.element_ty), mask=channel < D)
         return
-    n = tl.load(used_ptr + row.to(tl.int64) * H + head)
+    n = tl.load(num_slots_ptr + row.to(tl.int64) * H + head)
     share = _share(n, CHUNK, SPLITS, TILE)
     count = (n + share - 1) // share
     parts = ((item * H + head).to(tl.int64) * chunks) * (G * queries) + r
@@ -258,7 +264,7 @@ def _merge(
 
 @triton.jit
 def _add_mass(
-    weights_ptr, tops_ptr, lse_ptr, mass_ptr, rows_ptr, used_ptr, slots,
+    weights_ptr, tops_ptr, lse_ptr, accumulated_ptr, rows_ptr, table_ptr, num_slots_ptr, pages, slots,
     H: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Each key's probability, mean over the group, out of the weights that the first pass left."""
@@ -267,87 +273,93 @@ def _add_mass(
     if row < 0:
         return
     here = row.to(tl.int64) * H + head
-    n = tl.load(used_ptr + here)
+    n = tl.load(num_slots_ptr + here)
     if block * BLOCK >= n:
         return
-    slot = block * BLOCK + tl.arange(0, BLOCK)
+    page = block * (BLOCK // 32) + tl.arange(0, BLOCK // 32)
+    token = tl.arange(0, 32)[None, :]
+    slot = page[:, None] * 32 + token
     pair = (item * H + head).to(tl.int64) * G
-    p = tl.zeros((BLOCK,), tl.float32)
+    p = tl.zeros((BLOCK // 32, 32), tl.float32)
     for g in range(G):
         weight = tl.load(weights_ptr + (pair + g) * slots + slot, mask=slot < n, other=0).to(tl.float32)
         top = tl.load(
             tops_ptr + (pair + g) * ((slots + TILE - 1) // TILE) + slot // TILE, mask=slot < n, other=float("-inf")
         )
         p += weight * tl.exp2(top - tl.load(lse_ptr + pair + g))
-    at = mass_ptr + here * slots + slot
+    place = tl.load(table_ptr + here * pages + page, mask=page * 32 < n, other=0).to(tl.int64) * 32
+    at = accumulated_ptr + place[:, None] + token
     tl.store(at, tl.load(at, mask=slot < n) + p / G, mask=slot < n)
 
 
 def attend(
-    q: Tensor,
-    paged: Paged,
-    rows: Tensor,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sink_logits: Tensor | None = None,
+    kv: PagedKV, q: Tensor, rows: Sequence[int | None], params: AttentionParams, pages: PageIndices | None = None
 ) -> Tensor:
-    """`kvsuite.kernels.attend.attend` on a GPU: float16 or bfloat16, head_dim up to 256."""
-    if paged.mass is not None and q.shape[2] > 1:
-        raise ValueError("attention mass is counted query by query")
+    """As the reference's, on a GPU: float16 or bfloat16, head_dim up to 256, all pages."""
+    if kv.accumulated_attention is not None and q.shape[2] > 1:
+        raise ValueError("attention is accumulated query by query")
+    if pages is not None:
+        raise ValueError("these kernels read all pages")
+    if kv.original_sinks is not None:
+        _turn_sinks(kv)
     q = q if q.stride(-1) == 1 else q.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    each = max(1, ROWS // (q.shape[1] // paged.table.shape[1]))
+    each = max(1, ROWS // (q.shape[1] // kv.layer.kv_heads))
     for first in range(0, q.shape[2], each):
-        _some(q[:, :, first : first + each], out, first, paged, rows, scale, window, softcap, sink_logits)
+        _some(kv, q[:, :, first : first + each], out, first, kv.rows_on_device(rows), params)
     return out
 
 
-def _some(
-    q: Tensor,
-    out: Tensor,
-    first: int,
-    paged: Paged,
-    rows: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sink_logits: Tensor | None,
-) -> None:
+def _turn_sinks(kv: PagedKV) -> None:
+    """Let the first tokens' keys stand where the cache has them, in their pages. While nothing is missing behind them
+    they are as stored, and put aside. Done for all rows, so that a graph replays it."""
+    assert kv.original_sinks is not None
+    if kv.layer.rope is None:
+        return
+    gap = (kv.num_seen - kv.num_tokens)[..., None, None]
+    pages, count = kv.page_table[:, :, 0].long(), kv.original_sinks.shape[2]
+    first = kv.k.pools[0][pages, :count]
+    kv.original_sinks.copy_(torch.where(gap > 0, kv.original_sinks, first))
+    turned = kv.layer.rope.rotate(kv.original_sinks, gap)
+    kv.k.pools[0][pages, :count] = torch.where(gap > 0, turned, first)
+
+
+def _some(kv: PagedKV, q: Tensor, out: Tensor, first: int, rows: Tensor, params: AttentionParams) -> None:
     """As many queries as one program takes, from ``first`` on, into their places in ``out``."""
     batch, heads, queries, dim = q.shape
-    _, kv_heads, pages = paged.table.shape
-    group, slots, chosen = heads // kv_heads, pages * PAGE, settings(paged, dim)
+    _, kv_heads, pages = kv.page_table.shape
+    group, slots, chosen = heads // kv_heads, pages * PAGE, settings(kv, dim)
     chunk = chunk_tokens(batch * kv_heads)
     chunks = min(SPLITS, -(-slots // chunk))
     shape = (batch, kv_heads, chunks, group * queries)
     acc = q.new_empty((*shape, dim), dtype=torch.float32)
     m, den = q.new_empty((2, *shape), dtype=torch.float32)
     weights = tops = lse = m
-    if paged.mass is not None:
+    mass, window, softcap, sink_logits = kv.accumulated_attention, params.window, params.softcap, params.sink_logits
+    if mass is not None:
         weights = q.new_empty((batch, heads, slots), dtype=torch.float16)
         tops = q.new_empty((batch, heads, -(-slots // chosen.tile)), dtype=torch.float32)
         lse = q.new_empty((batch, heads), dtype=torch.float32)
-    k_scale, v_scale = paged.k.format.scale or 1.0, paged.v.format.scale or 1.0
+    scale, v_scale = params.scale * (kv.k.spec.scale or 1.0), kv.v.spec.scale or 1.0
     split = {"CHUNK": chunk, "SPLITS": SPLITS, "TILE": chosen.tile}
     launch(
         _attend,
         (chunks, kv_heads, batch),
         {
             "q_ptr": q, "acc_ptr": acc, "m_ptr": m, "den_ptr": den, "weights_ptr": weights, "tops_ptr": tops,
-            "rows_ptr": rows, "table_ptr": paged.table, "used_ptr": paged.used, "seen_ptr": paged.seen,
-            "positions_ptr": paged.table if paged.positions is None else paged.positions,
-            **_pointers("k", paged.k), **_pointers("v", paged.v),
+            "rows_ptr": rows, "table_ptr": kv.page_table, "num_slots_ptr": kv.num_slots, "num_seen_ptr": kv.num_seen,
+            "positions_ptr": kv.page_table if kv.positions is None else kv.positions,
+            **_pointers("k", kv.k), **_pointers("v", kv.v),
             "q_batch": q.stride(0), "q_head": q.stride(1), "q_query": q.stride(2),
-            "scale": scale * k_scale * (LOG2E if softcap is None else 1.0), "softcap": float(softcap or 1.0),
+            "scale": scale * (LOG2E if softcap is None else 1.0), "softcap": float(softcap or 1.0),
             "window": window or 0, "chunks": chunks, "pages": pages, "slots": slots, "queries": queries,
             "behind": out.shape[2] - first - queries,
         },
         {
             "D": dim, "H": kv_heads, "G": group, "M": max(16, triton.next_power_of_2(group * queries)), **split,
-            **_constants("K", paged.k, dim), **_constants("V", paged.v, dim),
-            "POSITIONS": paged.positions is not None, "CAUSAL": out.shape[2] > 1, "WINDOW": window is not None,
-            "SOFTCAP": softcap is not None, "MASS": paged.mass is not None, "WIDEN": interpreting(),
+            **_constants("K", kv.k, dim), **_constants("V", kv.v, dim),
+            "POSITIONS": kv.positions is not None, "CAUSAL": out.shape[2] > 1, "WINDOW": window is not None,
+            "SOFTCAP": softcap is not None, "MASS": mass is not None, "WIDEN": interpreting(),
             "NATIVE": native_fp8(q.device),
         },
         warps=chosen.warps,
@@ -358,35 +370,35 @@ def _some(
         (group * queries, kv_heads, batch),
         {
             "acc_ptr": acc, "m_ptr": m, "den_ptr": den, "out_ptr": out, "lse_ptr": lse, "rows_ptr": rows,
-            "used_ptr": paged.used, "sinks_ptr": m if sink_logits is None else sink_logits, "v_scale": v_scale,
+            "num_slots_ptr": kv.num_slots, "sinks_ptr": m if sink_logits is None else sink_logits, "v_scale": v_scale,
             "chunks": chunks, "queries": queries, "first": first, "all_queries": out.shape[2],
         },
         {
             "D": dim, "DP": triton.next_power_of_2(dim), "H": kv_heads, "G": group, **split, "BLOCK": 16,
-            "SINKS": sink_logits is not None, "MASS": paged.mass is not None,
+            "SINKS": sink_logits is not None, "MASS": mass is not None,
         },
     )  # fmt: skip
-    if paged.mass is not None:
+    if mass is not None:
         launch(
             _add_mass,
             (-(-slots // 1024), kv_heads, batch),
             {
-                "weights_ptr": weights, "tops_ptr": tops, "lse_ptr": lse, "mass_ptr": paged.mass, "rows_ptr": rows,
-                "used_ptr": paged.used, "slots": slots,
+                "weights_ptr": weights, "tops_ptr": tops, "lse_ptr": lse, "accumulated_ptr": mass, "rows_ptr": rows,
+                "table_ptr": kv.page_table, "num_slots_ptr": kv.num_slots, "pages": pages, "slots": slots,
             },
             {"H": kv_heads, "G": group, "BLOCK": 1024, "TILE": chosen.tile},
         )  # fmt: skip
 
 
-def readable(form: Format, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the kernels read this format: 8, 4 or 2 bits, groups that divide a page or a token."""
+def readable(spec: QuantSpec, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the kernels read this layout: 8, 4 or 2 bits, groups that divide a page or a token."""
     if dtype not in (torch.float16, torch.bfloat16) or head_dim > 256 or head_dim % 16:
         return False
-    if form.kind == "token":
-        return form.bits in (8, 4, 2) and head_dim % form.group == 0
-    if form.kind == "channel":
-        return form.bits in (8, 4, 2) and PAGE % form.group == 0
-    return form.kind in ("plain", "fp8")
+    if spec.layout == "token":
+        return spec.bits in (8, 4, 2) and head_dim % spec.group == 0
+    if spec.layout == "channel":
+        return spec.bits in (8, 4, 2) and PAGE % spec.group == 0
+    return spec.layout in ("plain", "fp8")
 
 
 @dataclass(frozen=True)
@@ -408,19 +420,19 @@ TUNED = {
 instructions per token without spilling (`kernels/test_compiled.py`)."""
 
 
-def settings(paged: Paged, head_dim: int) -> Settings:
+def settings(kv: PagedKV, head_dim: int) -> Settings:
     """What a cache is started with."""
-    chosen = TUNED[kind_of(paged)]
+    chosen = TUNED[kind_of(kv)]
     if head_dim & (head_dim - 1):  # padded vectors take registers that a pipeline would need
         return Settings(PAGE, 4, 1)
     return chosen if head_dim <= 128 else dataclasses.replace(chosen, tile=max(PAGE, chosen.tile // 2))
 
 
-def kind_of(paged: Paged) -> str:
+def kind_of(kv: PagedKV) -> str:
     """Which of the settings a cache takes."""
-    if paged.k.format.kind == "channel":
+    if kv.k.spec.layout == "channel":
         return "kivi"
-    bits = max(paged.k.format.bits, paged.v.format.bits)
+    bits = max(kv.k.spec.bits, kv.v.spec.bits)
     return "full" if bits == 16 else "8" if bits == 8 else "4"
 
 
@@ -436,23 +448,23 @@ def native_fp8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def _pointers(name: str, side: Side) -> dict[str, Tensor]:
-    """A side's tensors; the first stands in for those a format has not."""
-    first, *rest = side.fields
-    first = first if side.format.kind == "plain" else first.view(torch.int32)  # four codes at once
+def _pointers(name: str, store: KVStore) -> dict[str, Tensor]:
+    """A store's tensors; the first stands in for those a layout has not."""
+    first, *rest = store.pools
+    first = first if store.spec.layout == "plain" else first.view(torch.int32)  # four codes at once
     fields = [first, *rest, first, first]
     names = (f"{name}_{part}_ptr" for part in ("codes", "scale", "zero"))
-    return {**dict(zip(names, fields, strict=False)), f"{name}_residual_ptr": side.residual}
+    return {**dict(zip(names, fields, strict=False)), f"{name}_residual_ptr": store.residual}
 
 
-def _constants(name: str, side: Side, dim: int) -> dict[str, object]:
-    form = side.format
-    parts = 8 // form.bits if form.bits < 8 else 1
+def _constants(name: str, store: KVStore, dim: int) -> dict[str, object]:
+    spec = store.spec
+    parts = 8 // spec.bits if spec.bits < 8 else 1
     return {
-        f"{name}_KIND": form.kind,
-        f"{name}_BITS": form.bits,
-        f"{name}_GROUP": form.group if form.kind != "fp8" else int(form.scale is None),
-        f"{name}_R": side.residual.shape[2],
-        f"{name}_ROLLING": side.rolling,
+        f"{name}_LAYOUT": spec.layout,
+        f"{name}_BITS": spec.bits,
+        f"{name}_GROUP": spec.group if spec.layout != "fp8" else int(spec.scale is None),
+        f"{name}_R": spec.residual,
+        f"{name}_ROLLING": spec.rolling,
         f"{name}_DP": parts * triton.next_power_of_2(dim // parts),
     }

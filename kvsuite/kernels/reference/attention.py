@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from kvsuite.kernels.context import AttentionParams
+
 
 def attention(
     q: Tensor,
@@ -121,3 +123,17 @@ def causal_blocks(
 def pack_sinks(sink_logits: Tensor, kv_heads: int, queries: int) -> Tensor:
     """(heads,) -> (kv_heads, group * queries), the row order of a packed query group."""
     return sink_logits.view(kv_heads, -1, 1).expand(-1, -1, queries).reshape(kv_heads, -1)
+
+
+def last_query_weights(q: Tensor, k: Tensor, params: AttentionParams) -> Iterator[Tensor]:
+    """The attention of a prompt's last queries, one kv head at a time: q (heads, W, head_dim) and k (kv_heads, T,
+    head_dim) to kv_heads times float32 (group, W, T)."""
+    kv_heads, length = k.shape[:2]
+    heads, queries = q.shape[:2]
+    keys = torch.arange(length, device=k.device)
+    mask = causal_mask(keys[-queries:], keys, params.window).repeat(heads // kv_heads, 1)
+    sinks = None if params.sink_logits is None else pack_sinks(params.sink_logits, kv_heads, queries)
+    for head, rows in enumerate(q.reshape(kv_heads, -1, q.shape[2])):
+        aux = None if sinks is None else sinks[head][None]
+        p = probabilities(rows[None], k[head][None], params.scale, mask, params.softcap, aux)
+        yield p[0].view(-1, queries, length)

@@ -163,11 +163,11 @@ def _load(ptr, mask, MASKED: tl.constexpr):
 
 @triton.jit
 def _codes(
-    codes_ptr, at, inside, D: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, DP: tl.constexpr,
+    codes_ptr, at, inside, D: tl.constexpr, LAYOUT: tl.constexpr, BITS: tl.constexpr, DP: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """What the pools hold of tokens ``at`` (T,), as it lies there: plain numbers (T, DP) or words of four codes."""
-    EACH: tl.constexpr = 1 if KIND == "plain" else 32 // BITS  # channels in an element
+    EACH: tl.constexpr = 1 if LAYOUT == "plain" else 32 // BITS  # channels in an element
     W: tl.constexpr = D // EACH
     WP: tl.constexpr = DP // EACH
     column = tl.arange(0, WP)
@@ -207,18 +207,18 @@ def _scaled(
 @triton.jit
 def _numbers(
     codes_ptr, scale_ptr, zero_ptr, at, unit, inside, unit_inside,
-    D: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, DP: tl.constexpr,
+    D: tl.constexpr, LAYOUT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, DP: tl.constexpr,
     MASKED: tl.constexpr, WIDEN: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Tokens ``at`` (T,) of the pools, in the units ``unit`` (T / GROUP,) where they are encoded together, as numbers
     (T, DP): what is encoded as float16, rounded once; fp8 with a fixed scale without it."""
     PADDED: tl.constexpr = D != DP
-    x = _codes(codes_ptr, at, inside, D, KIND, BITS, DP, MASKED)
-    if KIND == "fp8":
+    x = _codes(codes_ptr, at, inside, D, LAYOUT, BITS, DP, MASKED)
+    if LAYOUT == "fp8":
         x = _e4m3(x, WIDEN, NATIVE)
         if GROUP > 0:
             x = (x * _load(scale_ptr + at, inside, MASKED)[:, None]).to(tl.float16)
-    elif KIND == "token" and (GROUP == D or not PADDED):
+    elif LAYOUT == "token" and (GROUP == D or not PADDED):
         words = x
         x = _scaled(_part(words, BITS, 0, WIDEN), scale_ptr, zero_ptr, at, inside, D, GROUP, 0, MASKED)
         if BITS < 8:
@@ -228,11 +228,11 @@ def _numbers(
             c = _scaled(_part(words, BITS, 2, WIDEN), scale_ptr, zero_ptr, at, inside, D, GROUP, 2, MASKED)
             d = _scaled(_part(words, BITS, 3, WIDEN), scale_ptr, zero_ptr, at, inside, D, GROUP, 3, MASKED)
             x = _two(x, _two(c, d))
-    elif KIND != "plain":
+    elif LAYOUT != "plain":
         codes = _all(x, BITS, WIDEN)
         channel, real = _channels(D, BITS, DP)
         T: tl.constexpr = codes.shape[0]
-        if KIND == "token":
+        if LAYOUT == "token":
             where = (at * (D // GROUP))[:, None] + (channel // GROUP)[None, :]
             both = inside[:, None] & real[None, :]
             scale = _load(scale_ptr + where, both, MASKED or PADDED)

@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from kvsuite.kernels.fused.launch import Launch
+from kvsuite.kernels.triton.launch import Launch
 
 UNKNOWN = "?"
 """In place of an argument's name: an access whose address could not be traced to one."""

@@ -1,4 +1,4 @@
-"""Watching a cache attend: is the output the attention over what it holds? A speed is only believed after that."""
+"""Checking a cache while it attends: is the output the attention over what it holds, or over what its reader reads?"""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvsuite.cache.layer import Held, LayerCache
+from kvsuite.cache.layer import LayerCache
+from kvsuite.kernels.context import HeadView
+from kvsuite.kernels.quantspec import PAGE
 
 
-class Witness:
+class AttentionChecker:
     """Compares one row's decoding attention, layer by layer, with float64 attention over what the row holds."""
 
     def __init__(self, row: int = 0) -> None:
@@ -19,14 +21,15 @@ class Witness:
         """Layer outputs compared so far."""
         self.worst = 0.0
         """The largest error so far in units of what rounding can explain; more than 1 is a wrong result."""
-        self._held: list[Held] = []
+        self._held: list[HeadView] = []
 
     def before(self, cache: LayerCache) -> None:
         """What the row holds, its newest token included, before it is attended to (and perhaps evicts)."""
-        self._held = cache.materialise(self.row)
+        self._held = cache.read(self.row)
 
     def after(
         self,
+        cache: LayerCache,
         rows: Sequence[int | None],
         q: Tensor,
         out: Tensor,
@@ -40,6 +43,11 @@ class Witness:
         group = q.shape[1] // len(self._held)
         for head in range(q.shape[1]):
             held = self._held[head // group]
+            if cache.pages_read is not None:  # a reader is checked against what it read
+                chosen = cache.pages_read[at]
+                assert chosen is not None
+                read = torch.isin(held.slots // PAGE, torch.from_numpy(chosen[head // group]).to(held.slots.device))
+                held = HeadView(held.k[read], held.v[read], held.positions[read], held.slots[read], held.exact)
             sink = None if sink_logits is None else sink_logits[head].double()
             found = error(q[at, head, 0], out[at, head, 0], held, scale, window, softcap, sink)
             self.worst = max(self.worst, found)
@@ -49,7 +57,7 @@ class Witness:
 def error(
     q: Tensor,
     out: Tensor,
-    held: Held,
+    held: HeadView,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,

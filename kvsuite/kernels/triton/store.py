@@ -10,140 +10,171 @@ multiplication of floats that a compiler could contract, and rounding is done on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvsuite.kernels.fused.launch import launch
-from kvsuite.kernels.paged import PAGE, Paged, Side
-
-
-def append(paged: Paged, k: Tensor, v: Tensor, rows: Tensor) -> None:
-    """Add one token to every row: it takes the freed slot where there is one, else the next. One launch.
-
-    Args: as `kvsuite.kernels.store.append`; the cache's tensors are contiguous.
-    """
-    arguments, constants = _cache(paged)
-    arguments |= {"rows_ptr": rows, "k_ptr": k, "v_ptr": v}
-    arguments |= {"k_stride_b": k.stride(0), "k_stride_h": k.stride(1)}
-    arguments |= {"v_stride_b": v.stride(0), "v_stride_h": v.stride(1)}
-    grid = (k.shape[0], k.shape[1])
-    launch(_append, grid, arguments, constants, warps=1)
-
-
-def flush(paged: Paged, rows: Tensor) -> None:
-    """Encode the residuals that are full, of the sides that are not ``rolling``; one launch per such side.
-
-    Args: as `kvsuite.kernels.store.flush`; the cache's tensors are contiguous.
-    """
-    heads, pages = paged.table.shape[1:]
-    for side in (paged.k, paged.v):
-        r = side.residual.shape[2]
-        if side.rolling or r == 0:
-            continue
-        tokens = PAGE // side.fields[0].shape[1]
-        arguments = {"rows_ptr": rows, "table_ptr": paged.table, "used_ptr": paged.used, "pages": pages}
-        launch(
-            _flush,
-            (r // tokens, heads, rows.shape[0]),
-            {**arguments, **_arguments("x", side)},
-            {"HEADS": heads, "DIM": side.residual.shape[3], "PAGE": PAGE, "TOKENS": tokens, **_constants("X", side)},
-            warps=2,
-        )
+from kvsuite.kernels.paged import KVStore, PagedKV
+from kvsuite.kernels.quantspec import PAGE, QuantSpec
+from kvsuite.kernels.reference import store as reference
+from kvsuite.kernels.reference.store import KeepIndices
+from kvsuite.kernels.triton.launch import launch
 
 
 def fill(
-    paged: Paged,
-    row: int,
-    k: Tensor,
-    v: Tensor,
-    index: Tensor | None = None,
-    counts: Tensor | None = None,
-    mass: Tensor | None = None,
+    kv: PagedKV, row: int, k: Tensor, v: Tensor, keep: KeepIndices | None = None, accumulated: Tensor | None = None
 ) -> None:
-    """Put a prefilled prompt, or what is kept of it, into an empty row. One launch, a program per page and head.
-
-    Args: as `kvsuite.kernels.store.fill`; the cache's tensors are contiguous, and so are ``counts`` and the last
-        dimensions of ``index`` and ``mass``.
-    """
+    """As the reference's: gathered, encoded and written in one launch, a program per page and head. The last dimensions
+    of k, v and ``accumulated`` are contiguous."""
     heads, length, dim = k.shape
+    counts = np.full(heads, length) if keep is None else np.array([len(index) for index in keep])
+    kv.admit(row, counts, length)
+    k, v = _moved(kv.k.spec, k), _moved(kv.v.spec, v)
+    index = None if keep is None else torch.nn.utils.rnn.pad_sequence(list(keep), batch_first=True)
     n = length if index is None else index.shape[1]
-    arguments, constants = _cache(paged)
+    ragged = None if (counts == n).all() else torch.from_numpy(counts.astype(np.int32)).to(k.device)
+    arguments, constants = _cache(kv)
     arguments |= {"row": row, "length": length, "n": n, "k_ptr": k, "v_ptr": v}
     arguments |= {"k_stride_h": k.stride(0), "k_stride_t": k.stride(1)}
     arguments |= {"v_stride_h": v.stride(0), "v_stride_t": v.stride(1)}
     arguments |= {
-        "index_ptr": paged.used if index is None else index,
+        "index_ptr": kv.num_slots if index is None else index,
         "index_stride_h": 0 if index is None else index.stride(0),
-        "counts_ptr": paged.used if counts is None else counts,
-        "from_ptr": paged.used if mass is None else mass,
-        "from_stride_h": 0 if mass is None else mass.stride(0),
+        "counts_ptr": kv.num_slots if ragged is None else ragged,
+        "from_ptr": kv.num_slots if accumulated is None else accumulated,
+        "from_stride_h": 0 if accumulated is None else accumulated.stride(0),
     }
-    constants |= {"INDEX": index is not None, "COUNTS": counts is not None}
-    constants["MASS"] = constants["MASS"] and mass is not None
-    grid = (max(1, triton.cdiv(n, PAGE)), heads)  # an empty prompt's counters are written too
+    constants |= {"INDEX": index is not None, "COUNTS": ragged is not None}
+    constants["MASS"] = constants["MASS"] and accumulated is not None
+    grid = (max(1, triton.cdiv(n, PAGE)), heads)  # an empty prompt's lengths are written too
     launch(_fill, grid, arguments, constants, warps=4 if dim <= 128 else 8)
+    reference.keep_sinks(kv, row)
 
 
-def _cache(paged: Paged) -> tuple[dict[str, Any], dict[str, Any]]:
+def append(kv: PagedKV, k: Tensor, v: Tensor, rows: Sequence[int | None]) -> None:
+    """As the reference's. One token in one launch, which takes the evicted slot where there is one and counts on the
+    device, and one more per store whose residuals become full; several tokens at once are stored by PyTorch."""
+    if k.shape[2] > 1:
+        reference.append(kv, k, v, rows)
+        for row in kv.mapping.rows:
+            kv.upload(row)
+        return
+    k, v = _moved(kv.k.spec, k[:, :, 0]), _moved(kv.v.spec, v[:, :, 0])
+    arguments, constants = _cache(kv)
+    arguments |= {"rows_ptr": kv.rows_on_device(rows), "k_ptr": k, "v_ptr": v}
+    arguments |= {"k_stride_b": k.stride(0), "k_stride_h": k.stride(1)}
+    arguments |= {"v_stride_b": v.stride(0), "v_stride_h": v.stride(1)}
+    launch(_append, (k.shape[0], k.shape[1]), arguments, constants, warps=1)
+    if kv.encodes:
+        flush(kv, rows)
+
+
+def flush(kv: PagedKV, rows: Sequence[int | None]) -> None:
+    """Encode the residuals that are full, of the stores that are not ``rolling``; one launch each."""
+    heads, pages = kv.page_table.shape[1:]
+    for store in (kv.k, kv.v):
+        r = store.spec.residual
+        if store.spec.rolling or r == 0:
+            continue
+        tokens = PAGE // store.pools[0].shape[1]
+        arguments = {"rows_ptr": kv.rows_on_device(rows), "table_ptr": kv.page_table, "num_slots_ptr": kv.num_slots}
+        launch(
+            _flush,
+            (r // tokens, heads, len(rows)),
+            {**arguments, "pages": pages, **_arguments("x", store)},
+            {"HEADS": heads, "DIM": kv.layer.head_dim, "PAGE": PAGE, "TOKENS": tokens, **_constants("X", store)},
+            warps=2,
+        )
+
+
+def evict(kv: PagedKV, rows: Sequence[int | None], slots: Tensor) -> None:
+    """As the reference's, on the device alone: nothing is read back, and of all rows nothing depends on the host."""
+    assert kv.positions is not None
+    assert kv.budget is not None
+    at: slice | Tensor = slice(None)
+    if list(rows) != list(range(len(kv.host.seen))):
+        items = [b for b, row in enumerate(rows) if row is not None]
+        at = torch.tensor([rows[b] for b in items], device=slots.device)
+        slots = slots if len(items) == len(rows) else slots[items]
+    due = kv.num_tokens[at] > kv.budget[at]
+    pages = kv.page_table[at].gather(2, (slots // PAGE)[..., None])[..., 0].long()
+    places = pages * PAGE + slots % PAGE
+    positions = kv.positions.view(-1)  # of empty rows all places are the null page's first: they stay -1
+    positions[places] = torch.where(due, -1, positions[places])
+    if kv.by_token:
+        kv.free_slot[at] = torch.where(due, slots.int(), kv.free_slot[at])
+    kv.num_tokens[at] -= due.int()
+
+
+def _moved(spec: QuantSpec, x: Tensor) -> Tensor:
+    """What a plain codec does to the numbers themselves (jitter's noise): x (..., head_dim)."""
+    if spec.layout != "plain":
+        return x
+    return spec.encode(x.reshape(1, -1, 1, x.shape[-1]), ())[0].view(x.shape)
+
+
+def _cache(kv: PagedKV) -> tuple[dict[str, Any], dict[str, Any]]:
     """What `append` and `fill` hand over of a cache: arguments and constants."""
     arguments = {
-        "table_ptr": paged.table,
-        "used_ptr": paged.used,
-        "live_ptr": paged.live,
-        "seen_ptr": paged.seen,
-        "freed_ptr": paged.freed,
-        "positions_ptr": paged.used if paged.positions is None else paged.positions,
-        "mass_ptr": paged.used if paged.mass is None else paged.mass,
-        "pages": paged.table.shape[2],
-        **_arguments("k", paged.k),
-        **_arguments("v", paged.v),
+        "table_ptr": kv.page_table,
+        "num_slots_ptr": kv.num_slots,
+        "num_tokens_ptr": kv.num_tokens,
+        "num_seen_ptr": kv.num_seen,
+        "free_slot_ptr": kv.free_slot,
+        "positions_ptr": kv.num_slots if kv.positions is None else kv.positions,
+        "accumulated_ptr": kv.num_slots if kv.accumulated_attention is None else kv.accumulated_attention,
+        "pages": kv.page_table.shape[2],
+        **_arguments("k", kv.k),
+        **_arguments("v", kv.v),
     }
     constants = {
-        "HEADS": paged.table.shape[1],
-        "DIM": paged.k.residual.shape[3],
+        "HEADS": kv.page_table.shape[1],
+        "DIM": kv.layer.head_dim,
         "PAGE": PAGE,
-        "POSITIONS": paged.positions is not None,
-        "MASS": paged.mass is not None,
-        **_constants("K", paged.k),
-        **_constants("V", paged.v),
+        "POSITIONS": kv.positions is not None,
+        "MASS": kv.accumulated_attention is not None,
+        **_constants("K", kv.k),
+        **_constants("V", kv.v),
     }
     return arguments, constants
 
 
-def _arguments(name: str, side: Side) -> dict[str, Any]:
-    """A side's tensors; its format may have fewer than three fields, which its kernels then leave alone."""
-    fields = (*side.fields, *side.fields[:1] * 2)
+def _arguments(name: str, store: KVStore) -> dict[str, Any]:
+    """A store's tensors; its layout may have fewer than three fields, which its kernels then leave alone."""
+    fields = (*store.pools, *store.pools[:1] * 2)
     return {
         f"{name}_codes_ptr": fields[0],
         f"{name}_scale_ptr": fields[1],
         f"{name}_zero_ptr": fields[2],
-        f"{name}_residual_ptr": side.residual,
-        f"{name}_fixed": 1.0 if side.format.scale is None else float(side.format.scale),
+        f"{name}_residual_ptr": store.residual,
+        f"{name}_fixed": 1.0 if store.spec.scale is None else float(store.spec.scale),
     }
 
 
-def _constants(name: str, side: Side) -> dict[str, Any]:
-    kind = "fp8 by token" if side.format.kind == "fp8" and side.format.scale is None else side.format.kind
+def _constants(name: str, store: KVStore) -> dict[str, Any]:
+    spec = store.spec
     return {
-        f"{name}_KIND": kind,
-        f"{name}_BITS": side.format.bits,
-        f"{name}_GROUP": side.format.group,
-        f"{name}_R": side.residual.shape[2],
-        f"{name}_ROLLING": side.rolling,
+        f"{name}_LAYOUT": "fp8 by token" if spec.layout == "fp8" and spec.scale is None else spec.layout,
+        f"{name}_BITS": spec.bits,
+        f"{name}_GROUP": spec.group,
+        f"{name}_R": spec.residual,
+        f"{name}_ROLLING": spec.rolling,
     }
 
 
 @triton.jit(do_not_specialize=["pages"])
 def _append(
-    rows_ptr, k_ptr, k_stride_b, k_stride_h, v_ptr, v_stride_b, v_stride_h, table_ptr, used_ptr, live_ptr, seen_ptr,
-    freed_ptr, positions_ptr, mass_ptr, pages, k_codes_ptr, k_scale_ptr, k_zero_ptr, k_residual_ptr, k_fixed,
-    v_codes_ptr, v_scale_ptr, v_zero_ptr, v_residual_ptr, v_fixed,
+    rows_ptr, k_ptr, k_stride_b, k_stride_h, v_ptr, v_stride_b, v_stride_h, table_ptr, num_slots_ptr, num_tokens_ptr,
+    num_seen_ptr, free_slot_ptr, positions_ptr, accumulated_ptr, pages, k_codes_ptr, k_scale_ptr, k_zero_ptr,
+    k_residual_ptr, k_fixed, v_codes_ptr, v_scale_ptr, v_zero_ptr, v_residual_ptr, v_fixed,
     HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, POSITIONS: tl.constexpr, MASS: tl.constexpr,
-    K_KIND: tl.constexpr, K_BITS: tl.constexpr, K_GROUP: tl.constexpr, K_R: tl.constexpr, K_ROLLING: tl.constexpr,
-    V_KIND: tl.constexpr, V_BITS: tl.constexpr, V_GROUP: tl.constexpr, V_R: tl.constexpr, V_ROLLING: tl.constexpr,
+    K_LAYOUT: tl.constexpr, K_BITS: tl.constexpr, K_GROUP: tl.constexpr, K_R: tl.constexpr, K_ROLLING: tl.constexpr,
+    V_LAYOUT: tl.constexpr, V_BITS: tl.constexpr, V_GROUP: tl.constexpr, V_R: tl.constexpr, V_ROLLING: tl.constexpr,
 ):  # fmt: skip
     """One token of one head. Grid (B, kv_heads)."""
     b = tl.program_id(0).to(tl.int64)
@@ -152,36 +183,36 @@ def _append(
     if row < 0:
         return
     own = row * HEADS + head
-    used = tl.load(used_ptr + own)
-    live = tl.load(live_ptr + own)
-    seen = tl.load(seen_ptr + own)
-    freed = tl.load(freed_ptr + own)
+    used = tl.load(num_slots_ptr + own)
+    live = tl.load(num_tokens_ptr + own)
+    seen = tl.load(num_seen_ptr + own)
+    freed = tl.load(free_slot_ptr + own)
     slot = tl.where(freed >= 0, freed, used)
     table_ptr += own * pages
     _one(
         k_ptr, b * k_stride_b + head * k_stride_h, own, slot, table_ptr, k_codes_ptr, k_scale_ptr, k_zero_ptr,
-        k_residual_ptr, k_fixed, DIM, PAGE, K_KIND, K_BITS, K_GROUP, K_R, K_ROLLING,
+        k_residual_ptr, k_fixed, DIM, PAGE, K_LAYOUT, K_BITS, K_GROUP, K_R, K_ROLLING,
     )  # fmt: skip
     _one(
         v_ptr, b * v_stride_b + head * v_stride_h, own, slot, table_ptr, v_codes_ptr, v_scale_ptr, v_zero_ptr,
-        v_residual_ptr, v_fixed, DIM, PAGE, V_KIND, V_BITS, V_GROUP, V_R, V_ROLLING,
+        v_residual_ptr, v_fixed, DIM, PAGE, V_LAYOUT, V_BITS, V_GROUP, V_R, V_ROLLING,
     )  # fmt: skip
-    slots = own * pages * PAGE + slot
     if POSITIONS:
-        tl.store(positions_ptr + slots, seen)
-    if MASS:
-        tl.store(mass_ptr + slots, 0.0)
+        place = tl.load(table_ptr + slot // PAGE).to(tl.int64) * PAGE + slot % PAGE
+        tl.store(positions_ptr + place, seen)
+        if MASS:
+            tl.store(accumulated_ptr + place, 0.0)
     tl.debug_barrier()  # a thread may be so late that it has yet to read the counters
-    tl.store(used_ptr + own, tl.where(freed >= 0, used, used + 1))
-    tl.store(live_ptr + own, live + 1)
-    tl.store(seen_ptr + own, seen + 1)
-    tl.store(freed_ptr + own, -1)
+    tl.store(num_slots_ptr + own, tl.where(freed >= 0, used, used + 1))
+    tl.store(num_tokens_ptr + own, live + 1)
+    tl.store(num_seen_ptr + own, seen + 1)
+    tl.store(free_slot_ptr + own, -1)
 
 
 @triton.jit
 def _one(
     x_ptr, at, own, slot, table_ptr, codes_ptr, scale_ptr, zero_ptr, residual_ptr, fixed,
-    DIM: tl.constexpr, PAGE: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    DIM: tl.constexpr, PAGE: tl.constexpr, LAYOUT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     R: tl.constexpr, ROLLING: tl.constexpr,
 ):  # fmt: skip
     """Put the token at ``at`` into ``slot`` of its (row, head), number ``own``."""
@@ -189,14 +220,14 @@ def _one(
     keep = one == 0
     if R == 0:
         to = _place(table_ptr, slot + one, keep, PAGE)
-        _put(x_ptr, at + one, keep, to, codes_ptr, scale_ptr, zero_ptr, fixed, 1, DIM, KIND, BITS, GROUP)
+        _put(x_ptr, at + one, keep, to, codes_ptr, scale_ptr, zero_ptr, fixed, 1, DIM, LAYOUT, BITS, GROUP)
     else:
         ring = own * R + slot % R + one
         if ROLLING:
             if slot >= R:
                 to = _place(table_ptr, slot - R + one, keep, PAGE)
                 _put(
-                    residual_ptr, ring * DIM, keep, to, codes_ptr, scale_ptr, zero_ptr, fixed, 1, DIM, KIND, BITS,
+                    residual_ptr, ring * DIM, keep, to, codes_ptr, scale_ptr, zero_ptr, fixed, 1, DIM, LAYOUT, BITS,
                     GROUP,
                 )  # fmt: skip
             tl.debug_barrier()  # the old token is read in other layouts than the new one is written in
@@ -205,8 +236,8 @@ def _one(
 
 @triton.jit(do_not_specialize=["pages"])
 def _flush(
-    rows_ptr, table_ptr, used_ptr, pages, x_codes_ptr, x_scale_ptr, x_zero_ptr, x_residual_ptr, x_fixed,
-    HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr, X_KIND: tl.constexpr,
+    rows_ptr, table_ptr, num_slots_ptr, pages, x_codes_ptr, x_scale_ptr, x_zero_ptr, x_residual_ptr, x_fixed,
+    HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr, X_LAYOUT: tl.constexpr,
     X_BITS: tl.constexpr, X_GROUP: tl.constexpr, X_R: tl.constexpr, X_ROLLING: tl.constexpr,
 ):  # fmt: skip
     """One unit of a full residual. Grid (R / TOKENS, kv_heads, B)."""
@@ -214,7 +245,7 @@ def _flush(
     if row < 0:
         return
     own = row * HEADS + tl.program_id(1)
-    used = tl.load(used_ptr + own)
+    used = tl.load(num_slots_ptr + own)
     if (used == 0) | (used % X_R != 0):
         return
     i = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -222,7 +253,7 @@ def _flush(
     to = _place(table_ptr + own * pages, used - X_R + i, keep, PAGE)
     at = (own * X_R + i) * DIM
     _put(
-        x_residual_ptr, at, keep, to, x_codes_ptr, x_scale_ptr, x_zero_ptr, x_fixed, TOKENS, DIM, X_KIND, X_BITS,
+        x_residual_ptr, at, keep, to, x_codes_ptr, x_scale_ptr, x_zero_ptr, x_fixed, TOKENS, DIM, X_LAYOUT, X_BITS,
         X_GROUP,
     )  # fmt: skip
 
@@ -230,12 +261,12 @@ def _flush(
 @triton.jit(do_not_specialize=["row", "length", "n", "pages", "index_stride_h", "from_stride_h"])
 def _fill(
     row, length, n, k_ptr, k_stride_h, k_stride_t, v_ptr, v_stride_h, v_stride_t, index_ptr, index_stride_h,
-    counts_ptr, from_ptr, from_stride_h, table_ptr, used_ptr, live_ptr, seen_ptr, freed_ptr, positions_ptr, mass_ptr,
-    pages, k_codes_ptr, k_scale_ptr, k_zero_ptr, k_residual_ptr, k_fixed, v_codes_ptr, v_scale_ptr, v_zero_ptr,
-    v_residual_ptr, v_fixed,
+    counts_ptr, from_ptr, from_stride_h, table_ptr, num_slots_ptr, num_tokens_ptr, num_seen_ptr, free_slot_ptr,
+    positions_ptr, accumulated_ptr, pages, k_codes_ptr, k_scale_ptr, k_zero_ptr, k_residual_ptr, k_fixed, v_codes_ptr,
+    v_scale_ptr, v_zero_ptr, v_residual_ptr, v_fixed,
     HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, INDEX: tl.constexpr, COUNTS: tl.constexpr,
-    POSITIONS: tl.constexpr, MASS: tl.constexpr, K_KIND: tl.constexpr, K_BITS: tl.constexpr, K_GROUP: tl.constexpr,
-    K_R: tl.constexpr, K_ROLLING: tl.constexpr, V_KIND: tl.constexpr, V_BITS: tl.constexpr, V_GROUP: tl.constexpr,
+    POSITIONS: tl.constexpr, MASS: tl.constexpr, K_LAYOUT: tl.constexpr, K_BITS: tl.constexpr, K_GROUP: tl.constexpr,
+    K_R: tl.constexpr, K_ROLLING: tl.constexpr, V_LAYOUT: tl.constexpr, V_BITS: tl.constexpr, V_GROUP: tl.constexpr,
     V_R: tl.constexpr, V_ROLLING: tl.constexpr,
 ):  # fmt: skip
     """One page of one head. Grid (pages, kv_heads)."""
@@ -245,10 +276,10 @@ def _fill(
     if COUNTS:
         count = tl.load(counts_ptr + head)
     if tl.program_id(0) == 0:
-        tl.store(used_ptr + own, count)
-        tl.store(live_ptr + own, count)
-        tl.store(seen_ptr + own, length)
-        tl.store(freed_ptr + own, -1)
+        tl.store(num_slots_ptr + own, count)
+        tl.store(num_tokens_ptr + own, count)
+        tl.store(num_seen_ptr + own, length)
+        tl.store(free_slot_ptr + own, -1)
     first = tl.program_id(0) * PAGE
     if first >= count:
         return
@@ -257,26 +288,26 @@ def _fill(
     tokens = slots.to(tl.int64)
     if INDEX:
         tokens = tl.load(index_ptr + head * index_stride_h + tokens, mask=valid, other=0)
-    into = own * pages * PAGE + slots
-    if POSITIONS:
-        tl.store(positions_ptr + into, tokens.to(tl.int32), mask=valid)
-    if MASS:
-        tl.store(mass_ptr + into, tl.load(from_ptr + head * from_stride_h + tokens, mask=valid), mask=valid)
     table_ptr += own * pages
+    if POSITIONS:
+        into = _place(table_ptr, slots, valid, PAGE)
+        tl.store(positions_ptr + into, tokens.to(tl.int32), mask=valid)
+        if MASS:
+            tl.store(accumulated_ptr + into, tl.load(from_ptr + head * from_stride_h + tokens, mask=valid), mask=valid)
     _page(
         k_ptr, head * k_stride_h + tokens * k_stride_t, own, first, count, table_ptr, k_codes_ptr, k_scale_ptr,
-        k_zero_ptr, k_residual_ptr, k_fixed, DIM, PAGE, K_KIND, K_BITS, K_GROUP, K_R, K_ROLLING,
+        k_zero_ptr, k_residual_ptr, k_fixed, DIM, PAGE, K_LAYOUT, K_BITS, K_GROUP, K_R, K_ROLLING,
     )  # fmt: skip
     _page(
         v_ptr, head * v_stride_h + tokens * v_stride_t, own, first, count, table_ptr, v_codes_ptr, v_scale_ptr,
-        v_zero_ptr, v_residual_ptr, v_fixed, DIM, PAGE, V_KIND, V_BITS, V_GROUP, V_R, V_ROLLING,
+        v_zero_ptr, v_residual_ptr, v_fixed, DIM, PAGE, V_LAYOUT, V_BITS, V_GROUP, V_R, V_ROLLING,
     )  # fmt: skip
 
 
 @triton.jit
 def _page(
     x_ptr, at, own, first, count, table_ptr, codes_ptr, scale_ptr, zero_ptr, residual_ptr, fixed,
-    DIM: tl.constexpr, PAGE: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    DIM: tl.constexpr, PAGE: tl.constexpr, LAYOUT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     R: tl.constexpr, ROLLING: tl.constexpr,
 ):  # fmt: skip
     """Put the tokens at ``at`` into slots ``first`` … of ``count``, pages and residual."""
@@ -294,7 +325,7 @@ def _page(
     if first < settled:
         keep = slots < settled
         to = _place(table_ptr, slots, keep, PAGE)
-        _put(x_ptr, at, keep, to, codes_ptr, scale_ptr, zero_ptr, fixed, PAGE, DIM, KIND, BITS, GROUP)
+        _put(x_ptr, at, keep, to, codes_ptr, scale_ptr, zero_ptr, fixed, PAGE, DIM, LAYOUT, BITS, GROUP)
 
 
 @triton.jit
@@ -306,22 +337,22 @@ def _place(table_ptr, slots, keep, PAGE: tl.constexpr):
 @triton.jit
 def _put(
     x_ptr, at, keep, to, codes_ptr, scale_ptr, zero_ptr, fixed,
-    TOKENS: tl.constexpr, DIM: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    TOKENS: tl.constexpr, DIM: tl.constexpr, LAYOUT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Encode the TOKENS tokens at ``at`` into places ``to``, those that ``keep``; all are (TOKENS,)."""
-    if KIND == "plain":
+    if LAYOUT == "plain":
         _plain(x_ptr, at, keep, to, codes_ptr, DIM)
-    elif KIND == "token":
+    elif LAYOUT == "token":
         _token(x_ptr, at, keep, to, codes_ptr, scale_ptr, zero_ptr, DIM, BITS, GROUP)
-    elif KIND == "channel":
+    elif LAYOUT == "channel":
         _channel(x_ptr, at, keep, to, codes_ptr, scale_ptr, zero_ptr, TOKENS, DIM, BITS, GROUP)
     else:
-        _fp8(x_ptr, at, keep, to, codes_ptr, scale_ptr, fixed, DIM, KIND == "fp8 by token")
+        _fp8(x_ptr, at, keep, to, codes_ptr, scale_ptr, fixed, DIM, LAYOUT == "fp8 by token")
 
 
 @triton.jit
 def _plain(x_ptr, at, keep, to, out_ptr, DIM: tl.constexpr):
-    """As they are: pages of this format, and the residual."""
+    """As they are: pages of this layout, and the residual."""
     channel = tl.arange(0, triton.next_power_of_2(DIM))[None, :]
     mask = keep[:, None] & (channel < DIM)
     tl.store(out_ptr + to[:, None] * DIM + channel, tl.load(x_ptr + at[:, None] + channel, mask=mask), mask=mask)

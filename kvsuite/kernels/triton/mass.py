@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvsuite.kernels.fused.launch import interpreting, launch
+from kvsuite.kernels.triton.launch import interpreting, launch
 
 
 def column_mass(
@@ -32,7 +32,7 @@ def column_mass(
     Args: q (heads, T, head_dim), k (kv_heads, T, head_dim), of one dtype (float16, bfloat16 or float32), last dimension
         contiguous; sink_logits (heads,); last: how many of the prompt's last queries are summed over, None for all T.
     Returns: float32 (kv_heads, T); without sinks each row sums to the number of queries.
-    Source: `kvsuite.kernels.mass.column_mass`, whose fused form this is.
+    Source: `kvsuite.kernels.reference.mass.column_mass`, whose fused form this is.
     """
     kv_heads, length, _ = k.shape
     lse = log_sum_exp(q, k, scale, window, softcap, sink_logits, last)

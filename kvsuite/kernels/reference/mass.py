@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvsuite.kernels.attention import causal_blocks, pack_sinks, probabilities
+from kvsuite.kernels.reference.attention import causal_blocks, pack_sinks, probabilities
 
 
 def column_mass(

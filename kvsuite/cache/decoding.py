@@ -1,0 +1,72 @@
+"""What a method does to a sequence while it is decoded: evict tokens, or read some of them only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from kvsuite.cache.observations import Observation
+
+if TYPE_CHECKING:  # selectors are listed without importing torch
+    import torch
+    from torch import Tensor
+
+    from kvsuite.kernels.quantspec import Shape
+
+
+@dataclass(frozen=True)
+class DecodeState:
+    """What an eviction sees. Leading dimensions (…) are the sequences that act together; there are none in a
+    compaction."""
+
+    positions: Tensor
+    """int32 (…, kv_heads, n): each slot's token's position, -1 where it holds none."""
+    num_seen: Tensor
+    """int32 (…, 1, 1): tokens that have passed."""
+    parameters: tuple[Tensor, ...]
+    """Each int32 (…, 1, 1): what `Eviction.parameters` gave for the sequence."""
+    accumulated_attention: Tensor | None = None
+    """float32 (…, kv_heads, n), where `AttentionMass` is observed."""
+    newest_attention: Tensor | None = None
+    """float32 (…, kv_heads, n), where `NewestAttention` is observed."""
+    queries: Tensor | None = None
+    """(heads, window, head_dim), the newest last, where `LastQueries` is observed; in a compaction alone."""
+    k: Tensor | None = None
+    """(kv_heads, n, head_dim), as attention reads them; in a compaction alone."""
+
+
+class Eviction(Protocol):
+    """Keeps a sequence at its budget while it is decoded."""
+
+    @property
+    def every(self) -> int:
+        """1: after each step one token per head beyond the budget is evicted, and the next token takes its slot where
+        the codec stores tokens singly. More: after so many steps of a sequence it is compacted to its budget."""
+
+    @property
+    def observes(self) -> tuple[Observation, ...]:
+        """What it must see of each step."""
+
+    @property
+    def rerotated_sinks(self) -> int:
+        """How many first tokens' keys stand where the cache has them, not where the text has them."""
+
+    def parameters(self, length: int) -> tuple[int, ...]:
+        """Whole numbers of its own for a sequence with a context of ``length``."""
+
+    def score(self, state: DecodeState) -> Tensor:
+        """float32 (…, kv_heads, n): the lowest is evicted, the highest stay. Empty slots' scores do not count."""
+
+
+class PageReader(Protocol):
+    """Chooses the pages that attention reads, per kv head and query."""
+
+    def summaries(self, head_dim: int, dtype: torch.dtype) -> tuple[tuple[Shape, torch.dtype], ...]:
+        """Shape and dtype of what is kept of each page, field by field; ``dtype`` is the K/V dtype."""
+
+    def summarise(self, k: Tensor, held: Tensor) -> tuple[Tensor, ...]:
+        """k (pages, PAGE, head_dim) and bool (pages, PAGE), which slots hold a token, to the fields (pages, *shape)."""
+
+    def pages(self, q: Tensor, summaries: tuple[Tensor, ...]) -> Tensor:
+        """Which of a head's pages are read: q (group, head_dim) and the fields (pages, *shape) to int64 (n,),
+        ascending. The newest token's page is read besides."""

@@ -1,1 +1,0 @@
-"""Triton kernels, each of the signature of its PyTorch reference in `kvsuite.kernels`."""

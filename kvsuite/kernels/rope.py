@@ -1,0 +1,25 @@
+"""Moving an already rotated key to another position."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding in the half-split layout: channel i turns with channel i + len(inverse_frequency)."""
+
+    inverse_frequency: Tensor  # float32 (rotary_dim / 2,)
+
+    def rotate(self, k: Tensor, by: int | Tensor) -> Tensor:
+        """k (..., head_dim) turned on by ``by`` positions (a tensor: broadcast to (..., 1)); one rotation in
+        float32, rounded once to k's dtype. Channels beyond the rotary dimension stay."""
+        half = self.inverse_frequency.shape[0]
+        angle = by * self.inverse_frequency
+        cos, sin = angle.cos(), angle.sin()
+        x, y = k[..., :half].float(), k[..., half : 2 * half].float()
+        turned = torch.cat([x * cos - y * sin, y * cos + x * sin], dim=-1).to(k.dtype)
+        return torch.cat([turned, k[..., 2 * half :]], dim=-1)

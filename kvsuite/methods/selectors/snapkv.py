@@ -1,0 +1,62 @@
+"""SnapKV: what the prompt's last queries attend to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from kvsuite.cache.observations import LastQueries, Observation
+from kvsuite.errors import UsageError
+from kvsuite.methods.base import Selector, check_share, share
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvsuite.cache.prefill import PrefilledLayer
+
+
+@dataclass(frozen=True)
+class SnapKV(Selector):
+    """Keeps the last ``window`` tokens and those that their queries attend to most: the softmax summed over these
+    queries, pooled along the keys by ``kernel`` (each head by itself), and averaged over the query group. Acts on the
+    prompt alone; while decoding all new tokens stay."""
+
+    name = "snapkv"
+    stores = "the last 32 tokens and those they attend to most, per kv head"
+    source = "Li et al. 2024, arXiv 2404.14469, section 4; FasterDecoding/SnapKV monkeypatch/snapkv_utils.py"
+
+    budget: float = 0.2
+    window: int = 32
+    kernel: int = 7
+    pool: Literal["max", "avg"] = "max"
+
+    def check(self) -> None:
+        check_share(self.name, "budget", self.budget)
+        if self.window < 1 or self.kernel < 1 or self.kernel % 2 == 0:
+            raise UsageError(f"{self.name}: window must be at least 1, and kernel odd and at least 1")
+        if 1 <= self.budget <= self.window:
+            raise UsageError(f"{self.name}: budget={self.budget:g} must be above its window of {self.window} tokens")
+
+    def check_context(self, longest: int) -> None:
+        if self.budget < 1 and round(self.budget * longest) <= self.window:
+            kept = f"{round(self.budget * longest)} of {longest} tokens"
+            raise UsageError(f"{self.name}: budget={self.budget:g} is {kept} and must be above window={self.window}")
+
+    def tokens(self, length: int) -> int:
+        return share(self.budget, length, least=self.window + 1)
+
+    @property
+    def observes(self) -> tuple[Observation, ...]:
+        return (LastQueries(self.window),)
+
+    def score(self, seen: PrefilledLayer, tokens: int) -> Tensor:
+        import torch
+        from torch.nn.functional import avg_pool1d, max_pool1d, pad
+
+        from kvsuite.kernels.reference.attention import last_query_weights
+
+        pool, scores = max_pool1d if self.pool == "max" else avg_pool1d, []
+        for weights in last_query_weights(seen[LastQueries(self.window)], seen.k, seen.params):
+            sums = weights.sum(1)[:, : -self.window]  # (group, T - window)
+            scores.append(pool(sums, self.kernel, stride=1, padding=self.kernel // 2).mean(0))
+        return pad(torch.stack(scores), (0, self.window), value=float("inf"))
