@@ -91,6 +91,7 @@ class LayerCache:
             kv.parameters[row] = torch.tensor(self.eviction.parameters(length), dtype=torch.int32)
         if kv.recent_queries is not None:
             n = kv.recent_queries.shape[2]
+            kv.recent_queries[row] = 0
             last = seen.observed.get(LastQueries(n))
             if last is not None:
                 ring = torch.arange(length - last.shape[1], length, device=last.device) % n

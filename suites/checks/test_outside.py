@@ -1,15 +1,20 @@
 """What a plug-in may bring: a selector that compacts, a reader of pages, a codec that must be calibrated. Through the
 engine."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
 from kvsuite.cache.checker import AttentionChecker
+from kvsuite.cache.layer import LayerCache
+from kvsuite.cache.observations import NewestAttention
 from kvsuite.engines.request import Request
 from kvsuite.engines.transformers import TransformersEngine
 from kvsuite.kernels.quantspec import PAGE
 from kvsuite.methods import parse, parse_all
-from suites.checks.table import SCALE, context, loaded, tokens
+from suites.checks import naive
+from suites.checks.table import KV_HEADS, SCALE, context, layer, loaded, tokens
 
 REQUESTS = [Request(f"r{i}", "".join(chr(40 + (i + j) % 80) for j in range(90)), "", 40) for i in range(3)]
 
@@ -102,3 +107,34 @@ def test_a_calibrated_codec_carries_the_hash_of_what_it_learned(tiny_llama):
 
 def test_nothing_is_read_where_nothing_must_be_learned(tiny_llama):
     engine(tiny_llama).calibrate(parse_all(["full,int8,h2o:budget=20"]), lambda: pytest.fail("no text is wanted"))
+
+
+@dataclass(frozen=True)
+class Tova:
+    """Evicts what the newest query attends to least, the same token in all heads."""
+
+    every: int = 1
+    rerotated_sinks: int = 0
+    observes: tuple = (NewestAttention(),)
+
+    def parameters(self, length):
+        return ()
+
+    def score(self, state):
+        return state.newest_attention.mean(-2, keepdim=True).expand_as(state.newest_attention)
+
+
+def test_the_newest_querys_attention_decides_where_a_method_asks_for_it():
+    where = layer(torch.float32)
+    cache = LayerCache(where, parse("full").codec.specs(where), 1, 64, eviction=Tova())
+    cache.load(0, context(20, 0, torch.float32), None, [20] * KV_HEADS)
+    for n in range(30):
+        q, k, v = tokens(1, n, torch.float32)
+        cache.append(k[None], v[None])
+        before = cache.read()
+        cache.attend(q[None], SCALE)
+        weights = torch.stack([naive.weights(q[h], before[h // 2].k, SCALE)[0] for h in range(4)]).mean(0)
+        for own, held in zip(before, cache.read(), strict=True):
+            (gone,) = set(own.positions.tolist()) - set(held.positions.tolist())
+            assert weights[own.positions.tolist().index(gone)] <= weights.min() + 1e-6
+    assert cache.kept(0) == 20 * KV_HEADS

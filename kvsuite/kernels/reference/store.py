@@ -40,8 +40,9 @@ def fill(
             here = _places(kv, row, span, np.arange(n))
             of = torch.arange(length, device=k.device).expand(*here.shape) if index is None else index
             kv.positions.view(-1)[here] = of.int()
-            if kv.accumulated_attention is not None and accumulated is not None:
-                kv.accumulated_attention.view(-1)[here] = accumulated[span].gather(1, of)
+            if kv.accumulated_attention is not None:  # a page may have been another sequence's
+                so_far = 0.0 if accumulated is None else accumulated[span].gather(1, of)
+                kv.accumulated_attention.view(-1)[here] = so_far
     keep_sinks(kv, row)
 
 

@@ -38,6 +38,8 @@ def fill(
     index = None if keep is None else torch.nn.utils.rnn.pad_sequence(list(keep), batch_first=True)
     n = length if index is None else index.shape[1]
     ragged = None if (counts == n).all() else torch.from_numpy(counts.astype(np.int32)).to(k.device)
+    if accumulated is None and kv.accumulated_attention is not None:  # a page may have been another sequence's
+        accumulated = torch.zeros((heads, length), device=k.device)
     arguments, constants = _cache(kv)
     arguments |= {"row": row, "length": length, "n": n, "k_ptr": k, "v_ptr": v}
     arguments |= {"k_stride_h": k.stride(0), "k_stride_t": k.stride(1)}
