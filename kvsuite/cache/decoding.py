@@ -22,7 +22,7 @@ class DecodeState:
     positions: Tensor
     """int32 (…, kv_heads, n): each slot's token's position, -1 where it holds none."""
     num_seen: Tensor
-    """int32 (…, 1, 1): tokens that have passed."""
+    """int64 (…, 1, 1): tokens that have passed."""
     parameters: tuple[Tensor, ...]
     """Each int32 (…, 1, 1): what `Eviction.parameters` gave for the sequence."""
     accumulated_attention: Tensor | None = None

@@ -11,6 +11,7 @@ from torch import Tensor
 from kvsuite.cache.decoding import DecodeState, Eviction, PageReader
 from kvsuite.cache.observations import AttentionMass, LastQueries, NewestAttention
 from kvsuite.cache.prefill import PrefilledLayer
+from kvsuite.errors import UsageError
 from kvsuite.kernels.backends import Items, choose
 from kvsuite.kernels.context import AttentionParams, HeadView, LayerContext, Needs
 from kvsuite.kernels.paged import PagedKV
@@ -47,6 +48,8 @@ class LayerCache:
         """``slots``: the most that one head of a row needs; ``pages``: the most that a row needs, unless given as many
         as hold ``slots`` for each head. ``selects``: tokens may be left out."""
         observes = () if eviction is None else eviction.observes
+        if unseen := [x for x in observes if not x.decoding]:
+            raise UsageError(f"{unseen[0]} cannot be observed while a sequence is decoded")
         needs = Needs(
             positions=selects or eviction is not None or reader is not None,
             evicts=eviction is not None,
@@ -92,8 +95,9 @@ class LayerCache:
         if kv.recent_queries is not None:
             n = kv.recent_queries.shape[2]
             kv.recent_queries[row] = 0
-            last = seen.observed.get(LastQueries(n))
-            if last is not None:
+            known = [x for what, x in seen.observed.items() if isinstance(what, LastQueries) and what.window >= n]
+            for last in known[:1]:
+                last = last[:, -n:]
                 ring = torch.arange(length - last.shape[1], length, device=last.device) % n
                 kv.recent_queries[row].index_copy_(1, ring, last)
         self._summarise(row)
@@ -107,7 +111,7 @@ class LayerCache:
         self.backend.append(self.kv, k, v, rows)
         if self.reader is not None:
             for row, slots in zip(self.kv.mapping.rows, self.kv.mapping.slots, strict=True):
-                self._summarise(row, slots // PAGE)
+                self._summarise(row, None if self.kv.encodes else slots // PAGE)
 
     def attend(
         self,

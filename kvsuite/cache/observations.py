@@ -4,21 +4,33 @@ once for all methods, and only where one of them asks."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 @dataclass(frozen=True)
 class Observation:
     """A value: two selectors that ask for equal ones share what is collected."""
 
+    prefilling: ClassVar[bool] = True
+    """Whether a prompt shows it while it is prefilled."""
+    decoding: ClassVar[bool] = False
+    """Whether an eviction can see it while a sequence is decoded."""
+
 
 @dataclass(frozen=True)
 class AttentionMass(Observation):
     """The attention that each token got from all queries so far, mean over the query group: float32 (kv_heads, T)."""
 
+    decoding = True
+
 
 @dataclass(frozen=True)
 class NewestAttention(Observation):
-    """The attention that each token got from the newest query, mean over the query group: float32 (kv_heads, T)."""
+    """The attention that each token got from the newest query, mean over the query group: float32 (kv_heads, T). While
+    decoding alone."""
+
+    prefilling = False
+    decoding = True
 
 
 @dataclass(frozen=True)
@@ -26,6 +38,7 @@ class LastQueries(Observation):
     """The queries of the newest ``window`` tokens as attention uses them, rotated: (heads, n, head_dim), the newest
     last; n is smaller where fewer tokens have passed."""
 
+    decoding = True
     window: int
 
 

@@ -36,9 +36,9 @@ class PrefilledLayer:
 
 
 class _PrefillLayer(AttendingLayer):
-    def __init__(self, layer: LayerContext, asked: Sequence[Observation]) -> None:
+    def __init__(self, layer: LayerContext, asked: Sequence[Observation], backend: str) -> None:
         super().__init__()
-        self.layer, self.asked = layer, asked
+        self.layer, self.asked, self.backend = layer, asked, backend
         self.seen: PrefilledLayer | None = None
         self.hidden: Tensor | None = None
         """(T, hidden size): what the layer's attention was given, where it was asked for."""
@@ -74,7 +74,7 @@ class _PrefillLayer(AttendingLayer):
     def _observe(self, what: Observation, q: Tensor, k: Tensor, params: AttentionParams) -> Any:
         """q (heads, T, head_dim), k (kv_heads, T, head_dim)."""
         if isinstance(what, AttentionMass):
-            backend = for_prefill(q.device.type)
+            backend = for_prefill(q.device.type, self.backend)
             return backend.column_mass(q, k, params.scale, params.window, params.softcap, params.sink_logits)
         if isinstance(what, LastQueries):
             return q[:, -what.window :].clone()  # a view would keep all of them
@@ -88,9 +88,12 @@ class _PrefillLayer(AttendingLayer):
 class PrefillCache(Cache):
     """Collects one context's K, V and observations while the model runs over it once."""
 
-    def __init__(self, layers: Sequence[LayerContext], asked: Iterable[Observation] = ()) -> None:
+    def __init__(
+        self, layers: Sequence[LayerContext], asked: Iterable[Observation] = (), backend: str = "auto"
+    ) -> None:
+        """``backend``: who observes, where more than one can."""
         self.asked = list(dict.fromkeys(asked))
-        super().__init__(layers=[_PrefillLayer(layer, self.asked) for layer in layers])
+        super().__init__(layers=[_PrefillLayer(layer, self.asked, backend) for layer in layers])
 
     @property
     def prefilled(self) -> list[PrefilledLayer]:
@@ -132,7 +135,7 @@ def pre_rope_moments(q: Tensor, layer: LayerContext, block: int = 1024) -> tuple
     for first in range(0, length, block):
         part = q[:, first : first + block].float()
         back = torch.arange(-first, -first - part.shape[1], -1, device=q.device)[:, None]
-        part = layer.rope.rotate(part, back)
+        part = layer.rope.rotate(part, back) / layer.rope.scaling
         total += part.sum(1)
         square += part.transpose(1, 2) @ part
     mean = total / length

@@ -26,7 +26,8 @@ def find_rope(model: Any, attention: Any, layer_type: str | None) -> Rope | None
     frequency = getattr(embedding, prefixed if typed else "inv_freq", None)
     if frequency is None:
         return None
-    rope = Rope(frequency.detach().float())
+    scaling = getattr(embedding, f"{layer_type}_attention_scaling" if typed else "attention_scaling", 1.0)
+    rope = Rope(frequency.detach().float(), float(scaling))
     generator = torch.Generator().manual_seed(0)
     key = torch.randn(1, 1, 1, attention.head_dim, generator=generator).to(frequency.device)
 

@@ -61,7 +61,10 @@ class TransformersEngine:
         return cls(model.to(compute), tokenizer, kv_dtype, reason, backend)
 
     def worker(self, method: Method, rows: int, lengths: Iterable[tuple[int, int]], repeat: int = 0) -> MethodWorker:
-        """A method's caches for ``rows`` sequences of these lengths; see `MethodWorker`."""
+        """A method's caches for ``rows`` sequences of these lengths; see `MethodWorker`. Raises UsageError where its
+        codec has yet to learn something of the model."""
+        if _learns(method) and method.codec not in self.artifacts:
+            raise UsageError(f"{method.name} must be calibrated before it is used")
         return MethodWorker(
             method, self.layers, rows, lengths,
             repeat=repeat, backend=self.backend, artifact=self.artifacts.get(method.codec),
@@ -70,7 +73,7 @@ class TransformersEngine:
     def calibrate(self, methods: Iterable[Method], text: Callable[[], list[int]]) -> None:
         """Let the codecs that must learn something of this model learn it, from one prefilled text: token ids, asked
         for only where there is such a codec."""
-        learning = {m.codec for m in methods if type(m.codec).calibrate is not Codec.calibrate}
+        learning = {method.codec for method in methods if _learns(method)}
         if learning:
             context = self.prefill(Request("calibration", "", "", 1), text(), []).context
             found = {codec: codec.calibrate(context) for codec in learning}
@@ -118,7 +121,7 @@ class TransformersEngine:
     ) -> Prompt:
         """Run the context through the model once, in full precision, and keep what the methods asked for."""
         start = time.perf_counter()
-        cache = PrefillCache(self.layers, observes)
+        cache = PrefillCache(self.layers, observes, self.backend)
         ids = torch.tensor([context], device=self.model.device)
         hooks = cache.catch_hidden(adapter.attention_modules(self.model)) if HiddenStates() in cache.asked else []
         try:
@@ -194,6 +197,10 @@ class TransformersEngine:
             total = len(context) + len(suffix) + request.max_new_tokens
             if limit and total > limit:
                 raise UsageError(f"sample {request.id} needs {total} tokens, the model's context has {limit}")
+
+
+def _learns(method: Method) -> bool:
+    return type(method.codec).calibrate is not Codec.calibrate
 
 
 def _place(request: Request, text: str) -> int:

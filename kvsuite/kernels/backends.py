@@ -109,9 +109,10 @@ def choose(layer: LayerContext, k: QuantSpec, v: QuantSpec, needs: Needs, wanted
     raise AssertionError("the reference supports everything")
 
 
-def for_prefill(device: str) -> Backend:
-    """Who observes a prompt's attention on a device: the triton backend on a GPU where it is installed."""
-    if device == "cuda":
+def for_prefill(device: str, wanted: str = "auto") -> Backend:
+    """Who observes a prompt's attention on a device: the triton backend on a GPU where it is installed, unless another
+    is wanted."""
+    if device == "cuda" and wanted in ("auto", "triton"):
         with contextlib.suppress(ImportError):
             return find("triton")
     return find("reference")

@@ -44,8 +44,8 @@ class QuantSpec:
     (KIVI's K), or always, the oldest leaving one by one (``rolling``; KIVI's V)."""
     rolling: bool = False
     rotation: str = ""
-    """An orthonormal rotation of head_dim that is applied before encoding and undone by ``decode``. A backend may
-    instead rotate q (for K) and the output (for V)."""
+    """An orthonormal rotation of head_dim that is applied before encoding and undone by ``decode``. A backend with a
+    kernel for it may rotate q (for K) and the output (for V) instead; the triton backend has none yet."""
 
     def fields(self, head_dim: int, kv_dtype: torch.dtype) -> Sequence[tuple[Shape, torch.dtype]]:
         """Shape and dtype of what one unit stores, field by field."""

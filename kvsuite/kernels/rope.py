@@ -13,6 +13,8 @@ class Rope:
     """Rotary embedding in the half-split layout: channel i turns with channel i + len(inverse_frequency)."""
 
     inverse_frequency: Tensor  # float32 (rotary_dim / 2,)
+    scaling: float = 1.0
+    """By which cosines and sines are multiplied (YaRN's attention factor): rotated vectors are so much longer."""
 
     def rotate(self, k: Tensor, by: int | Tensor) -> Tensor:
         """k (..., head_dim) turned on by ``by`` positions (a tensor: broadcast to (..., 1)); one rotation in

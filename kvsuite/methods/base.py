@@ -150,7 +150,10 @@ class Method:
     @property
     def observes(self) -> tuple[Observation, ...]:
         """What it must see of the prefill."""
-        return () if self.selector is None else self.selector.observes
+        if self.selector is None:
+            return ()
+        while_decoding = () if self.selector.eviction is None else self.selector.eviction.observes
+        return tuple(dict.fromkeys([*self.selector.observes, *(x for x in while_decoding if x.prefilling)]))
 
     def tokens(self, length: int) -> int:
         """Tokens per head that stay of a context of ``length``, before the budget shares them out."""
@@ -201,6 +204,8 @@ class Method:
             raise UsageError(f"{self.name}: layer {layer.index} has a sliding window, where no selector can act yet")
         if eviction is not None and eviction.rerotated_sinks and layer.rope is None:
             raise UsageError(f"{self.name}: cannot re-rotate this model's keys; use positions=absolute")
+        if eviction is not None and eviction.rerotated_sinks and self.reader is not None:
+            raise UsageError(f"{self.name}: a reader does not see keys that move; use positions=absolute")
         return LayerCache(
             layer, self.codec.specs(layer, artifact), rows, slots, pages=pages, backend=backend,
             eviction=eviction, reader=self.reader, selects=self.selector is not None,

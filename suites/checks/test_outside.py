@@ -2,15 +2,19 @@
 engine."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
 
 from kvsuite.cache.checker import AttentionChecker
 from kvsuite.cache.layer import LayerCache
-from kvsuite.cache.observations import NewestAttention
+from kvsuite.cache.observations import HiddenStates, LastQueries, NewestAttention
 from kvsuite.engines.request import Request
 from kvsuite.engines.transformers import TransformersEngine
+from kvsuite.errors import UsageError
+from kvsuite.kernels.backends import choose
+from kvsuite.kernels.context import Needs
 from kvsuite.kernels.quantspec import PAGE
 from kvsuite.methods import parse, parse_all
 from suites.checks import naive
@@ -37,7 +41,9 @@ def engine(model):
 
 def test_all_of_them_answer_beside_the_baseline(tiny_llama):
     methods = parse_all(["full", "redundant:budget=40,every=16", "top-pages:top=1", "codebook", "redundant + codebook"])
-    found = list(engine(tiny_llama).generate(REQUESTS, methods, width=2))
+    made = engine(tiny_llama)
+    made.calibrate(methods, lambda: list(range(60)))
+    found = list(made.generate(REQUESTS, methods, width=2))
     assert len(found) == 5 * len(REQUESTS)
     assert not any(r.error for r in found)
     by = {(r.method, r.id): r for r in found}
@@ -78,13 +84,21 @@ def test_the_checker_compares_with_what_was_read(text):
     assert cache.read_nbytes(0) < cache.row_nbytes(0)
 
 
-@pytest.mark.parametrize("text", ["top-pages:top=1", "h2o:budget=40 + int8 + top-pages:top=1", "redundant + top-pages"])
+MOVING = [
+    "redundant:budget=60,every=16 + top-pages:top=1",
+    "streaming-llm:budget=40,positions=absolute + kivi:bits=4,group=16,residual=32 + top-pages:top=1",
+]
+
+
+@pytest.mark.parametrize("text", ["top-pages:top=1", "h2o:budget=40 + int8 + top-pages:top=1", *MOVING])
 def test_what_a_reader_knows_of_a_page_is_true_after_every_step(text):
-    cache = loaded(parse(text), [context(80, 0)], 60)
-    for n in range(60):
+    steps = 130 if "kivi" in text else 60
+    cache, free = loaded(parse(text), [context(80, 0)], steps), []
+    for n in range(steps):
         q, k, v = (x[None] for x in tokens(1, n))
         cache.append(k, v)
         cache.attend(q, SCALE)
+        free.append(len(cache.kv.allocator))
         for g, held in enumerate(cache.read()):
             for column in set((held.slots // PAGE).tolist()):
                 keys = held.k[held.slots // PAGE == column]
@@ -92,6 +106,7 @@ def test_what_a_reader_knows_of_a_page_is_true_after_every_step(text):
                 low, high = cache.kv.summaries[0][page]
                 assert torch.equal(low, keys.amin(0))
                 assert torch.equal(high, keys.amax(0))
+    assert (text in MOVING) == any(b > a for a, b in pairwise(free)), "pages went back"
 
 
 def test_a_calibrated_codec_carries_the_hash_of_what_it_learned(tiny_llama):
@@ -138,3 +153,62 @@ def test_the_newest_querys_attention_decides_where_a_method_asks_for_it():
             (gone,) = set(own.positions.tolist()) - set(held.positions.tolist())
             assert weights[own.positions.tolist().index(gone)] <= weights.min() + 1e-6
     assert cache.kept(0) == 20 * KV_HEADS
+
+
+def test_what_cannot_be_is_refused(tiny_llama, monkeypatch):
+    found = list(engine(tiny_llama).generate(REQUESTS[:1], parse_all(["full,codebook"]), width=1))
+    errors = {r.method: r.error for r in found}
+    assert errors == {"full": "", "codebook": "UsageError: codebook must be calibrated before it is used"}
+    with pytest.raises(UsageError, match="keys that move"):
+        parse("streaming-llm:budget=20 + top-pages").cache(layer(), 1, 64)
+    with pytest.raises(UsageError, match="cannot be observed while"):
+        LayerCache(layer(), parse("full").codec.specs(layer()), 1, 64, eviction=Tova(observes=(HiddenStates(),)))
+    from kvsuite.kernels import triton
+
+    assert choose(layer(), *parse("full").codec.specs(layer()), Needs(), "triton")[1] == ""
+    monkeypatch.setattr(triton, "interpreting", lambda: False)
+    assert choose(layer(), *parse("full").codec.specs(layer()), Needs(), "triton")[1] == "triton: no GPU"
+
+
+def test_what_an_eviction_must_see_of_the_prompt_is_asked_for():
+    """Its ring of queries begins with the prompt's last ones."""
+    method = parse("redundant:budget=40,every=16")
+    assert method.observes == (LastQueries(8),)
+    seen = context(60, 0)
+    cache = loaded(method, [seen], 4)
+    ring = torch.arange(52, 60) % 8
+    assert torch.equal(cache.kv.recent_queries[0][:, ring], seen[LastQueries(8)])
+
+
+class Sinks:
+    """Re-rotates four sinks; evicts or compacts to the newest tokens behind them."""
+
+    rerotated_sinks, observes = 4, ()
+
+    def __init__(self, every):
+        self.every = every
+
+    def parameters(self, length):
+        return ()
+
+    def score(self, state):
+        return state.positions.float().masked_fill(state.positions < 4, float("inf"))
+
+
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("budgets", [(12, 12), (40, 12), (12, 40), (22, 30)])
+def test_sinks_are_one_rotation_from_their_originals_whatever_the_heads_keep(every, budgets):
+    """Each head by itself: complete ones beside ones that lack tokens, through evictions and compactions."""
+    where = layer(torch.float32)
+    cache = LayerCache(where, parse("full").codec.specs(where), 1, 96, eviction=Sinks(every))
+    seen = context(24, 0, torch.float32)
+    keep = [torch.tensor([*range(4), *range(28 - n, 24)]) if n < 24 else torch.arange(24) for n in budgets]
+    cache.load(0, seen, keep, budgets)
+    for n in range(40):
+        q, k, v = (x[None] for x in tokens(1, n, torch.float32))
+        cache.append(k, v)
+        cache.attend(q, SCALE)
+        for g, held in enumerate(cache.read()):
+            gap = cache.seen(0) - len(held.positions)
+            assert held.positions[:4].tolist() == [0, 1, 2, 3]
+            torch.testing.assert_close(held.k[:4], where.rope.rotate(seen.k[g, :4], gap), rtol=1e-5, atol=1e-5)

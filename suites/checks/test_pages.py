@@ -31,6 +31,7 @@ def nothing_leaks(kv):
         if page >= null
     ]
     free = list(kv.allocator._free)
+    assert torch.equal(kv.page_table, torch.from_numpy(kv.table))
     assert len(held) == len(set(held)) == sum(kv.held_pages(row) for row in range(len(kv.host.seen)))
     assert sorted([*held, *free]) == list(range(null, len(kv.k.pools[0])))
     if kv.positions is not None:
@@ -81,7 +82,7 @@ def test_random_histories_leak_no_page_and_share_none(codec, arena, actions):
         elif action == "compact" and kv.host.tokens[row].min() > 0:
             held = kv.positions[torch.from_numpy(kv.table[row].astype(np.int64))].flatten(1) >= 0
             keep = [torch.nonzero(own)[:, 0] for own in held]
-            compact(kv, row, [own[torch.rand(len(own)) < 0.5] for own in keep])
+            compact(kv, row, [own[torch.from_numpy(noise.random(len(own)) < 0.5)] for own in keep])
             kv.host.free_slot[row] = -1
         elif action == "release":
             release_empty(kv, [row])

@@ -207,11 +207,13 @@ def _rotate_sinks(kv: PagedKV, row: int) -> None:
     if kv.original_sinks is None or kv.layer.rope is None:
         return
     gap = kv.host.seen[row] - kv.host.tokens[row]
-    if gap.any():
-        of, sinks = np.arange(kv.layer.kv_heads)[:, None], np.arange(kv.original_sinks.shape[2])[None]
-        here = torch.from_numpy(kv.places(np.array(row), of, sinks)).to(kv.page_table.device)
-        by = torch.from_numpy(gap).to(here.device)[:, None, None]
-        kv.k.pools[0].flatten(0, 1)[here] = kv.layer.rope.rotate(kv.original_sinks[row], by)
+    heads = np.flatnonzero(gap)
+    if heads.size:
+        sinks = np.arange(kv.original_sinks.shape[2])[None]
+        here = torch.from_numpy(kv.places(np.array(row), heads[:, None], sinks)).to(kv.page_table.device)
+        by = torch.from_numpy(gap[heads]).to(here.device)[:, None, None]
+        originals = kv.original_sinks[row][torch.from_numpy(heads).to(here.device)]
+        kv.k.pools[0].flatten(0, 1)[here] = kv.layer.rope.rotate(originals, by)
 
 
 def _turn_sinks(kv: PagedKV, row: int, heads: slice, k: Tensor) -> None:

@@ -12,7 +12,7 @@ from kvsuite.kernels.paged import KVStore, PagedKV
 from kvsuite.kernels.quantspec import PAGE
 
 KeepIndices = Sequence[Tensor]
-"""Which tokens each kv head keeps: int64 (n,), ascending; heads may be ragged."""
+"""Which tokens or slots each kv head keeps: int64 (n,), in order of position; heads may be ragged."""
 
 
 def fill(
@@ -43,7 +43,7 @@ def fill(
             if kv.accumulated_attention is not None:  # a page may have been another sequence's
                 so_far = 0.0 if accumulated is None else accumulated[span].gather(1, of)
                 kv.accumulated_attention.view(-1)[here] = so_far
-    keep_sinks(kv, row)
+    keep_sinks(kv, row, np.arange(heads))
 
 
 def append(kv: PagedKV, k: Tensor, v: Tensor, rows: Sequence[int | None]) -> None:
@@ -68,6 +68,7 @@ def compact(kv: PagedKV, row: int, keep: KeepIndices) -> None:
     """Leave only the slots ``keep`` of each kv head. Where tokens are stored singly they move to the front, as they are
     stored, and pages behind them go back; elsewhere the others' slots stay empty, and pages without a token go back."""
     counts = np.array([len(slots) for slots in keep])
+    keep_sinks(kv, row, np.flatnonzero(kv.host.tokens[row] == kv.host.seen[row]))
     for head, slots in enumerate(keep):
         kept, row_, head_ = slots.cpu().numpy(), np.array(row), np.array(head)
         if kv.by_token:
@@ -86,7 +87,6 @@ def compact(kv: PagedKV, row: int, keep: KeepIndices) -> None:
     else:
         kv.host.tokens[row], kv.layout = counts, None
         release_empty(kv, [row])
-    keep_sinks(kv, row)
     kv.upload(row)
 
 
@@ -101,9 +101,9 @@ def evict(kv: PagedKV, rows: Sequence[int | None], slots: Tensor) -> None:
     if not i.size:
         return
     row = np.array(at)[i]
-    complete = [one for one in set(row.tolist()) if kv.host.tokens[one, 0] == kv.host.seen[one]]
-    for one in complete:
-        keep_sinks(kv, one, always=True)
+    complete = kv.host.tokens[row, head] == kv.host.seen[row]
+    for one in set(row[complete].tolist()):
+        keep_sinks(kv, one, head[complete & (row == one)])
     places = torch.from_numpy(kv.places(row, head, own[i, head])).to(slots.device)
     kv.positions.view(-1)[places] = -1
     if kv.by_token:
@@ -213,11 +213,12 @@ def _encode(kv: PagedKV, store: KVStore, rows: np.ndarray, heads: np.ndarray, fi
         pool.flatten(0, 1).index_copy_(0, units, encoded.flatten(0, 1))
 
 
-def keep_sinks(kv: PagedKV, row: int, always: bool = False) -> None:
-    """Put the first keys aside where pages are to hold them rotated, when for the first time tokens are missing behind
-    them (``always``: are about to be)."""
-    if kv.original_sinks is None or not (always or (kv.host.tokens[row] < kv.host.seen[row]).any()):
+def keep_sinks(kv: PagedKV, row: int, heads: np.ndarray) -> None:
+    """Put the first keys of these heads, int64 (n,), aside where pages are to hold them rotated: while they still are
+    as they came, since nothing was evicted behind them."""
+    if kv.original_sinks is None:
         return
-    sinks = np.arange(min(kv.original_sinks.shape[2], int(kv.host.slots[row].min())))
-    here = _places(kv, row, slice(0, kv.layer.kv_heads), sinks)
-    kv.original_sinks[row, :, : len(sinks)] = kv.k.pools[0].flatten(0, 1)[here]
+    for head in heads.tolist():
+        sinks = np.arange(min(kv.original_sinks.shape[2], int(kv.host.slots[row, head])))
+        here = _places(kv, row, slice(head, head + 1), sinks)[0]
+        kv.original_sinks[row, head, : len(sinks)] = kv.k.pools[0].flatten(0, 1)[here]

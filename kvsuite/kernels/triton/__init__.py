@@ -11,6 +11,7 @@ from kvsuite.kernels.quantspec import PAGE, QuantSpec
 from kvsuite.kernels.reference import compact, release_empty
 from kvsuite.kernels.reference.attend import read as stored
 from kvsuite.kernels.triton.attend import attend, readable
+from kvsuite.kernels.triton.launch import interpreting
 from kvsuite.kernels.triton.mass import column_mass
 from kvsuite.kernels.triton.store import append, evict, fill
 
@@ -24,6 +25,8 @@ ARENA = False
 def supports(layer: LayerContext, k: QuantSpec, v: QuantSpec, needs: Needs) -> str:
     """Why kernels cannot do this layer, in a few words; empty if they can."""
     specs = (k, v)
+    if layer.device.type != "cuda" and not interpreting():
+        return "no GPU"
     if not all(spec.layout for spec in specs):
         return "no kernel for this codec"
     if any(spec.rotation for spec in specs):

@@ -55,7 +55,7 @@ def fill(
     constants["MASS"] = constants["MASS"] and accumulated is not None
     grid = (max(1, triton.cdiv(n, PAGE)), heads)  # an empty prompt's lengths are written too
     launch(_fill, grid, arguments, constants, warps=4 if dim <= 128 else 8)
-    reference.keep_sinks(kv, row)
+    reference.keep_sinks(kv, row, np.arange(heads))
 
 
 def append(kv: PagedKV, k: Tensor, v: Tensor, rows: Sequence[int | None]) -> None:

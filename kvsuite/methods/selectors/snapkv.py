@@ -22,7 +22,7 @@ class SnapKV(Selector):
     prompt alone; while decoding all new tokens stay."""
 
     name = "snapkv"
-    stores = "the last 32 tokens and those they attend to most, per kv head"
+    stores = "the last tokens and those they attend to most, per kv head"
     source = "Li et al. 2024, arXiv 2404.14469, section 4; FasterDecoding/SnapKV monkeypatch/snapkv_utils.py"
 
     budget: float = 0.2
