@@ -32,7 +32,7 @@ class SampleRow:
     ratio: float | None = None
     """Those bytes as a part of the baseline's on the same samples."""
     read: float | None = None
-    """Mean bytes that the last step read; None where that was not recorded."""
+    """Bytes that the last steps read as a part of those held; None where that was not recorded."""
     fragmentation: float = 0.0
     """Mean share of the slots in use at the end that held no token."""
     prefill: float | None = None
@@ -63,7 +63,7 @@ def _row(method: str, answers: list[Answer], good: dict[str, Answer], baseline: 
         same=sum(a.said == b.said for a, b in paired),
         nbytes=sum(a.nbytes for a in mine) / len(mine),
         ratio=sum(a.nbytes for a, _ in paired) / held if (held := sum(b.nbytes for _, b in paired)) else None,
-        read=sum(a.read_end for a in mine) / len(mine) or None,
+        read=sum(a.read_end for a in mine) / (sum(a.nbytes_end for a in mine) or 1) or None,
         fragmentation=sum(a.fragmentation for a in mine) / len(mine),
         prefill=_rate(sum(a.prompt_tokens for a in mine), sum(a.prefill_seconds for a in mine)),
         decode=_rate(sum(a.length - 1 for a in mine), sum(a.decode_share for a in mine)),

@@ -69,6 +69,10 @@ def setting(run: Run) -> str:
     return f"{run.facts['model']['name']}, {formats(run)}, {device}"
 
 
+FRAGMENTED = 0.05
+"""Empty slots that are worth a column."""
+
+
 def provenance(records: Sequence[Record]) -> str:
     """That what was scored is what was timed, or that it was not."""
     good = [r for r in records if isinstance(r, (Answer, Timing)) and r.status == "ok" and r.cache.startswith(OURS)]
@@ -201,24 +205,19 @@ def _samples(task: str, answers: Sequence[Answer], shares: Mapping[Who, Share], 
     )
     there = {row.method for row in rows}
     rows += [SampleRow(method, 0, 0, "") for method, _ in shares if method not in there]
-    drawn = [_sample_cells(row, shares[row.method, 0]) for row in rows]
-    columns = [
-        "method",
-        "score",
-        "95 %",
-        f"as {run.baseline}",
-        "MiB",
-        "of full",
-        "read",
-        "empty",
-        "prefill tok/s",
-        "decode tok/s",
-    ]
+    tells = any((row.read or 1) < 0.99 or row.fragmentation >= FRAGMENTED for row in rows)
+    drawn = [_sample_cells(row, shares[row.method, 0], tells) for row in rows]
+    columns = ["method", "score", "95 %", f"as {run.baseline}", "MiB", "of full"]
+    columns += [*["read", "empty"][: 2 * tells], "prefill tok/s", "decode tok/s"]
     note = (
         f"MiB is what the cache of one sample holds after its prompt ({run.facts['settings']['compress']} compressed), "
-        "all layers; read: MiB that its last step read; empty: the slots in use at the end that held no token; 95 % is "
-        "the interval of the mean score; as full counts answers with the very tokens of full's."
+        "all layers; 95 % is the interval of the mean score; as full counts answers with the very tokens of full's."
     )
+    if tells:
+        note += (
+            " Read: the part of the bytes held that the last step read; empty: the slots in use at the end that held "
+            "no token."
+        )
     if _served(run):
         columns, drawn = columns[:4], [row[:4] for row in drawn]
         note = "95 %: interval of the mean score; as baseline: answers that are the baseline's to the letter."
@@ -228,16 +227,17 @@ def _samples(task: str, answers: Sequence[Answer], shares: Mapping[Who, Share], 
     return Table(title, columns, drawn, notes + _errors(failures))
 
 
-def _sample_cells(row: SampleRow, share: Share) -> list[str]:
+def _sample_cells(row: SampleRow, share: Share, tells: bool) -> list[str]:
+    """``tells``: with what was read and what was empty."""
     name = _named(row.method, share)
     if row.score is None or row.nbytes is None:
-        return [name, *["-"] * 9]
+        return [name, *["-"] * (7 + 2 * tells)]
     speeds = ["-" if x is None else f"{x:,.0f}" for x in (row.prefill, row.decode)]
     ratio = "-" if row.ratio is None else f"{row.ratio:.2f}"
-    same = f"{row.same}/{row.pairs}"
-    read = "-" if row.read is None else f"{row.read / 2**20:.1f}"
-    stored = [f"{row.nbytes / 2**20:.1f}", ratio, read, f"{row.fragmentation:.0%}"]
-    return [name, f"{row.score.mean:.2f}", _span(row.score), same, *stored, *speeds]
+    held = [f"{row.nbytes / 2**20:.1f}", ratio]
+    if tells:
+        held += ["-" if row.read is None else f"{row.read:.2f}", f"{row.fragmentation:.0%}"]
+    return [name, f"{row.score.mean:.2f}", _span(row.score), f"{row.same}/{row.pairs}", *held, *speeds]
 
 
 def _length(task: str, answers: Sequence[Answer], shares: Mapping[Who, Share], run: Run) -> Table:

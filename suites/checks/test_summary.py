@@ -45,6 +45,19 @@ def test_figures_of_a_method():
     assert found.decode == pytest.approx((2 + 1 + 2) / 0.3)
 
 
+def test_bytes_read_and_empty_slots_have_columns_where_they_tell_something():
+    def drawn(**more):
+        *_, table = tables(run([answer(0, read_end=50), answer(0, "m", **more)]))
+        return table.columns, table.rows[1]
+
+    assert "read" not in drawn(read_end=50, fragmentation=0.01)[0]
+    for more, said in (({"read_end": 20}, ["0.40", "0%"]), ({"read_end": 50, "fragmentation": 0.3}, ["1.00", "30%"])):
+        columns, row = drawn(**more)
+        assert columns[6:8] == ["read", "empty"]
+        assert row[6:8] == said
+        assert len(row) == len(columns)
+
+
 def test_a_method_that_always_failed_has_no_figures():
     found = sample_rows([answer(0), answer(0, "m", status="failed", error="x")])[1]
     assert (found.failed, found.score, found.pairs) == (1, None, 0)
