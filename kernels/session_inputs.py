@@ -234,7 +234,7 @@ class Problem:
             kv.upload(row)
             for head, n in enumerate(used[row].tolist() if kv.positions is not None else ()):
                 at = torch.arange(n) * most // max(1, n)
-                places = torch.from_numpy(kv.places(np.array(row), np.array(head), np.arange(n)))
+                places = kv.places(row, head, np.arange(n))
                 kv.positions.view(-1)[places.to(s.device.at)] = at.int().to(s.device.at)
         if kv.accumulated_attention is not None:
             kv.accumulated_attention.uniform_()

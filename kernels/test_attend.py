@@ -116,7 +116,7 @@ def make(name, shape, seed):
             ]
             for column in gone:
                 at[column * PAGE : (column + 1) * PAGE] = -1
-            kv.positions.view(-1)[torch.from_numpy(kv.places(row, head, np.arange(n)))] = at
+            kv.positions.view(-1)[kv.places(row, head, np.arange(n))] = at
             kv.host.tokens[row, head] = int((at >= 0).sum())
             kv.give_back(row, head, np.array(gone, dtype=np.int64))
         kv.upload(row)
@@ -190,7 +190,7 @@ def exact(q, kv, row, head, scale, asked, dtype):
     k, v = (stored(kv, store, row, head, dtype) for store in (kv.k, kv.v))
     at = torch.arange(n)
     if kv.positions is not None:
-        at = kv.positions.view(-1)[torch.from_numpy(kv.places(row, head, np.arange(n)))]
+        at = kv.positions.view(-1)[kv.places(row, head, np.arange(n))]
     allowed = naive.causal(torch.arange(seen - queries, seen), at, asked.get("window")) & (at >= 0)
     unit, single = torch.finfo(q.dtype).eps / 2, torch.finfo(torch.float32).eps / 2
     size = k.abs()
@@ -237,7 +237,7 @@ def check(name, shape, seed, device):
             assert out.dtype == q.dtype
             assert ((out[row, span].double() - p @ v).abs() <= bound).all()
             if mass is not None:
-                places = torch.from_numpy(kv.places(row, head, np.arange(v.shape[0])))
+                places = kv.places(row, head, np.arange(v.shape[0]))
                 after = mass.view(-1)[places]
                 added = after - kv.accumulated_attention.view(-1)[places]
                 half = torch.finfo(torch.float16)

@@ -121,8 +121,8 @@ def accumulated(ours, theirs, row):
         slots = held.slots.numpy()
         near = []
         for cache in (ours, theirs):
-            places = torch.from_numpy(cache.kv.places(row, head, slots))
-            near.append(cache.kv.accumulated_attention.cpu().view(-1)[places])
+            places = cache.kv.places(row, head, slots)
+            near.append(cache.kv.accumulated_attention.cpu().view(-1)[places.cpu()])
         torch.testing.assert_close(*near, rtol=0.02, atol=0.002)
 
 

@@ -228,7 +228,7 @@ class Both:
         for i, row in enumerate(at):
             for head in range(heads):
                 places = self.expected.places(row, head, np.arange(host.slots[row, head]))
-                held = np.flatnonzero(self.expected.positions.view(-1)[torch.from_numpy(places)] >= 0)
+                held = np.flatnonzero(self.expected.positions.view(-1)[places] >= 0)
                 if len(held):
                     slots[i, head] = int(held[self.below(len(held))])
         for kv in self.each():
@@ -255,7 +255,7 @@ class Both:
         keep = []
         for head, n in enumerate(self.expected.host.slots[row]):
             places = self.expected.places(row, head, np.arange(n))
-            held = (self.expected.positions.view(-1)[torch.from_numpy(places)] >= 0).nonzero()[:, 0]
+            held = (self.expected.positions.view(-1)[places] >= 0).nonzero()[:, 0]
             keep.append(held[self.rand(len(held)) < 0.4])
         self.do("compact", row, keep, touches=[])
 

@@ -95,9 +95,9 @@ class LayerCache:
         if kv.recent_queries is not None:
             n = kv.recent_queries.shape[2]
             kv.recent_queries[row] = 0
-            known = [x for what, x in seen.observed.items() if isinstance(what, LastQueries) and what.window >= n]
-            for last in known[:1]:
-                last = last[:, -n:]
+            wide = [what for what in seen.observed if isinstance(what, LastQueries) and what.window >= n]
+            if wide:
+                last = seen[wide[0]][:, -n:]
                 ring = torch.arange(length - last.shape[1], length, device=last.device) % n
                 kv.recent_queries[row].index_copy_(1, ring, last)
         self._summarise(row)
@@ -287,7 +287,7 @@ class LayerCache:
         assert self.reader is not None
         for head, group in enumerate(q.view(self.layer.kv_heads, -1, q.shape[-1])):
             columns = np.flatnonzero(kv.table[row, head, : kv.host.columns[row, head]])
-            pages = torch.from_numpy(kv.table[row, head, columns].astype(np.int64)).to(q.device)
+            pages = kv.pages(row, head, columns)
             own = self.reader.pages(group, tuple([x[pages] for x in kv.summaries]))
             chosen.append(np.union1d(columns[own.cpu().numpy()], newest[head]))
         return chosen
@@ -301,7 +301,7 @@ class LayerCache:
             own = np.flatnonzero(kv.table[row, head]) if columns is None else columns[head : head + 1]
             if not len(own):
                 continue
-            pages = torch.from_numpy(kv.table[row, head, own].astype(np.int64)).to(self.layer.device)
+            pages = kv.pages(row, head, own)
             for field, value in zip(kv.summaries, self.reader.summarise(*page_keys(kv, row, head, own)), strict=True):
                 field[pages] = value.to(field.dtype)
 

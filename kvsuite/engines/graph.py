@@ -48,7 +48,7 @@ class StepGraph:
         encodes = any(cache.kv.encodes for cache in self.caches)
         self.ids.copy_(torch.tensor(tokens))
         self.positions.copy_(torch.tensor(positions))
-        self.rows.copy_(torch.tensor([-1 if row is None else row for row in rows], dtype=torch.int32))
+        self.rows.copy_(self.caches[0].kv.items(rows))
         for cache in self.caches:
             cache.kv.bound = tuple(rows), self.rows
         if self.graphs:

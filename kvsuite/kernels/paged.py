@@ -338,20 +338,30 @@ class PagedKV:
             self.known_views[key] = Views(k, v, *[None if x is None else view(x) for x in own])
         return self.known_views[key]
 
-    def places(self, rows: np.ndarray, heads: np.ndarray, slots: np.ndarray) -> np.ndarray:
-        """Where slots lie in pools of single tokens: page * PAGE + slot % PAGE. All broadcast."""
-        places: np.ndarray = self.table[rows, heads, slots // PAGE].astype(np.int64) * PAGE + slots % PAGE
-        return places
+    def pages(self, rows: int | list[int], heads: int | slice, columns: slice | np.ndarray) -> Tensor:
+        """The pages in these columns of the table, int64 on the device."""
+        found = self.table[rows, heads][..., columns].astype(np.int64)
+        return torch.from_numpy(found).to(self.page_table.device)
+
+    def places(self, rows: int | np.ndarray, heads: int | np.ndarray, slots: np.ndarray) -> Tensor:
+        """Where slots lie in pools of single tokens, page * PAGE + slot % PAGE, int64 on the device. All broadcast."""
+        places = self.table[rows, heads, slots // PAGE].astype(np.int64) * PAGE + slots % PAGE
+        return torch.from_numpy(places).to(self.page_table.device)
 
     def held_pages(self, row: int) -> int:
         """Pages that a row's sequence holds."""
         return int((self.host.columns[row] - self.host.gaps[row]).sum())
 
     @property
+    def token_fields(self) -> list[Tensor]:
+        """All tensors of pages that each slot has a part of."""
+        own = (self.positions, self.accumulated_attention, self.newest_attention)
+        return [*self.k.pools, *self.v.pools, *(x for x in own if x is not None)]
+
+    @property
     def paged_fields(self) -> list[Tensor]:
         """All tensors of pages."""
-        own = (self.positions, self.accumulated_attention, self.newest_attention)
-        return [*self.k.pools, *self.v.pools, *(x for x in own if x is not None), *self.summaries]
+        return [*self.token_fields, *self.summaries]
 
     @property
     def row_fields(self) -> list[Tensor]:

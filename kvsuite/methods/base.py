@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from kvsuite.cache.decoding import PageReader
 from kvsuite.errors import UsageError
 
 if TYPE_CHECKING:  # nothing here needs torch: the names, parameters and sources of all methods are read without it
-    import torch
     from torch import Tensor
 
     from kvsuite.cache.decoding import Eviction
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # nothing here needs torch: the names, parameters and sources
     from kvsuite.cache.observations import Observation
     from kvsuite.cache.prefill import PrefilledLayer
     from kvsuite.kernels.context import LayerContext
-    from kvsuite.kernels.quantspec import QuantSpec, Shape
+    from kvsuite.kernels.quantspec import QuantSpec
     from kvsuite.methods.artifact import Artifact
 
 Kind = Literal["selector", "budget", "codec", "reader"]
@@ -107,23 +107,10 @@ class Codec(Component):
 
 
 @dataclass(frozen=True)
-class Reader(Component):
-    """Keeps what is stored and chooses for each query which pages are read: `kvsuite.cache.decoding.PageReader`."""
+class Reader(Component, PageReader):
+    """Keeps what is stored and chooses for each query which pages are read; what it must do `PageReader` says."""
 
     kind: ClassVar[Kind] = "reader"
-
-    def summaries(self, head_dim: int, dtype: torch.dtype) -> tuple[tuple[Shape, torch.dtype], ...]:
-        """Shape and dtype of what is kept of each page, field by field; ``dtype`` is the K/V dtype."""
-        raise NotImplementedError
-
-    def summarise(self, k: Tensor, held: Tensor) -> tuple[Tensor, ...]:
-        """k (pages, PAGE, head_dim) and bool (pages, PAGE), which slots hold a token, to the fields (pages, *shape)."""
-        raise NotImplementedError
-
-    def pages(self, q: Tensor, summaries: tuple[Tensor, ...]) -> Tensor:
-        """Which of a head's pages are read: q (group, head_dim) and the fields (pages, *shape) to int64 (n,),
-        ascending. The newest token's page is read besides."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ def names() -> dict[str, str]:
         for room in _ROOMS
         for module in pkgutil.iter_modules(room.__path__)
     }
-    return {entry.name: entry.module for entry in importlib.metadata.entry_points(group="kvsuite.methods")} | own
+    outside = importlib.metadata.entry_points(group="kvsuite.methods")
+    return own | {entry.name: entry.module for entry in outside if entry.name not in own}
 
 
 def component(name: str) -> type[Component]:
@@ -42,7 +43,7 @@ def component(name: str) -> type[Component]:
 
 
 def catalogue() -> Iterator[type[Component]]:
-    """All components, selectors first."""
+    """All components, the built-in ones first, and of these the selectors."""
     for name in names():
         yield component(name)
 

@@ -26,8 +26,7 @@ def attend(
 
     Args: q (len(rows), heads, Q, head_dim), rotated. ``pages``: a reader's choice; None for all.
     Returns: q's shape and dtype; idle rows are zero. Where the cache keeps attention, Q must be 1, and the mean over
-    the
-        query group of each token's probability is added to it.
+        the query group of each token's probability is added to it.
     """
     queries, heads = q.shape[2], kv.layer.kv_heads
     if queries > 1 and (kv.accumulated_attention is not None or kv.newest_attention is not None):
@@ -115,8 +114,7 @@ def _attend(
             own.add_(mean) if adds else own.copy_(mean)
         else:
             if not adds:  # what was not read got nothing
-                pages = torch.from_numpy(kv.table[row, heads].astype(np.int64)).to(field.device)
-                field[pages] = 0
+                field[kv.pages(row, heads, slice(None))] = 0
             field.view(-1).index_put_((held.places,), mean, accumulate=adds)
     return torch.matmul(p, held.v.float()).to(q.dtype)
 
@@ -138,7 +136,7 @@ def _load(kv: PagedKV, row: int, heads: slice, used: int, columns: np.ndarray | 
     v, _ = _gathered(kv, kv.v, row, heads, used, columns)
     positions = _positions(kv, row, heads, columns, slots)
     of = np.arange(heads.start, heads.stop)[:, None]
-    places = torch.from_numpy(kv.places(np.array(row), of, _slots(columns)[None])).to(k.device)
+    places = kv.places(row, of, _slots(columns)[None])
     if len(columns) and columns[0] == 0:
         _turn_sinks(kv, row, heads, k)
     return _Loaded(k, v, positions, slots, places)
@@ -166,7 +164,7 @@ def _gathered(
     slots, done = _slots(columns), spec.num_encoded(used)
     at = torch.from_numpy(slots).to(device)
     encoded = columns[columns * PAGE < done]  # ascending, so these come first
-    pages = torch.from_numpy(kv.table[row, heads][:, encoded].astype(np.int64)).to(device)
+    pages = kv.pages(row, heads, encoded)
     fields = tuple([pool[pages].flatten(1, 2) for pool in store.pools])
     fitted = tuple([x[row, heads] for x in store.fitted])
     x = spec.decode(fields, kv.layer.dtype, fitted).flatten(1, 2)
@@ -187,8 +185,7 @@ def _positions(kv: PagedKV, row: int, heads: slice, columns: np.ndarray, slots: 
     """int32 (heads or 1, slots) of some pages; -1 where a slot holds no token."""
     if kv.positions is None:
         return torch.where(slots < int(kv.host.slots[row, heads.start]), slots, -1).int()[None]
-    pages = torch.from_numpy(kv.table[row, heads][:, columns].astype(np.int64)).to(slots.device)
-    return kv.positions[pages].flatten(1, 2)
+    return kv.positions[kv.pages(row, heads, columns)].flatten(1, 2)
 
 
 def _mask(kv: PagedKV, row: int, heads: slice, held: _Loaded, queries: int, window: int | None) -> Tensor | None:
@@ -210,7 +207,7 @@ def _rotate_sinks(kv: PagedKV, row: int) -> None:
     heads = np.flatnonzero(gap)
     if heads.size:
         sinks = np.arange(kv.original_sinks.shape[2])[None]
-        here = torch.from_numpy(kv.places(np.array(row), heads[:, None], sinks)).to(kv.page_table.device)
+        here = kv.places(row, heads[:, None], sinks)
         by = torch.from_numpy(gap[heads]).to(here.device)[:, None, None]
         originals = kv.original_sinks[row][torch.from_numpy(heads).to(here.device)]
         kv.k.pools[0].flatten(0, 1)[here] = kv.layer.rope.rotate(originals, by)

@@ -61,7 +61,10 @@ def append(kv: PagedKV, k: Tensor, v: Tensor, rows: Sequence[int | None]) -> Non
             start = int(first[span.start])
             for store, x in ((kv.k, k), (kv.v, v)):
                 _extend(kv, store, row, span, start, x[b, span])
-            _mark(kv, row, span, np.arange(start, used))
+            if kv.positions is not None:
+                seen, here = int(kv.host.seen[row]), _places(kv, row, span, np.arange(start, used))
+                newest = torch.arange(seen - n, seen, dtype=torch.int32, device=here.device)
+                _mark(kv, here, newest.expand(here.shape))
 
 
 def compact(kv: PagedKV, row: int, keep: KeepIndices) -> None:
@@ -70,18 +73,17 @@ def compact(kv: PagedKV, row: int, keep: KeepIndices) -> None:
     counts = np.array([len(slots) for slots in keep])
     keep_sinks(kv, row, np.flatnonzero(kv.host.tokens[row] == kv.host.seen[row]))
     for head, slots in enumerate(keep):
-        kept, row_, head_ = slots.cpu().numpy(), np.array(row), np.array(head)
+        kept = slots.cpu().numpy()
         if kv.by_token:
-            source = torch.from_numpy(kv.places(row_, head_, kept)).to(slots.device)
-            target = torch.from_numpy(kv.places(row_, head_, np.arange(len(kept)))).to(slots.device)
-            for pool in kv.paged_fields[: len(kv.paged_fields) - len(kv.summaries)]:
+            source, target = kv.places(row, head, kept), kv.places(row, head, np.arange(len(kept)))
+            for pool in kv.token_fields:
                 flat = pool.flatten(0, 1)
                 flat[target] = flat[source]
             dropped = np.arange(len(kept), int(kv.host.slots[row, head]))
         else:
             dropped = np.setdiff1d(np.arange(int(kv.host.slots[row, head])), kept)
         assert kv.positions is not None
-        kv.positions.view(-1)[torch.from_numpy(kv.places(row_, head_, dropped)).to(slots.device)] = -1
+        kv.positions.view(-1)[kv.places(row, head, dropped)] = -1
     if kv.by_token:
         kv.shrink(row, counts)
     else:
@@ -104,8 +106,7 @@ def evict(kv: PagedKV, rows: Sequence[int | None], slots: Tensor) -> None:
     complete = kv.host.tokens[row, head] == kv.host.seen[row]
     for one in set(row[complete].tolist()):
         keep_sinks(kv, one, head[complete & (row == one)])
-    places = torch.from_numpy(kv.places(row, head, own[i, head])).to(slots.device)
-    kv.positions.view(-1)[places] = -1
+    kv.positions.view(-1)[kv.places(row, head, own[i, head])] = -1
     if kv.by_token:
         kv.host.free_slot[row, head] = own[i, head]
 
@@ -115,8 +116,7 @@ def release_empty(kv: PagedKV, rows: Sequence[int]) -> None:
     assert kv.positions is not None
     if not (kv.host.tokens[rows] < kv.host.slots[rows]).any():
         return
-    pages = torch.from_numpy(kv.table[rows].astype(np.int64)).to(kv.positions.device)
-    empty = (kv.positions < 0).all(1)[pages].cpu().numpy()
+    empty = (kv.positions < 0).all(1)[kv.pages(list(rows), slice(None), slice(None))].cpu().numpy()
     slots = kv.host.slots[rows]
     whole = np.minimum(kv.k.spec.num_encoded(slots), kv.v.spec.num_encoded(slots)) // PAGE
     empty &= np.arange(empty.shape[2]) < whole[..., None]
@@ -133,20 +133,16 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
 
 def _places(kv: PagedKV, row: int, heads: slice, slots: np.ndarray) -> Tensor:
     """Where slots (n,) of some heads lie in pools of single tokens, int64 (heads, n)."""
-    of = np.arange(heads.start, heads.stop)[:, None]
-    return torch.from_numpy(kv.places(np.array(row), of, slots[None])).to(kv.page_table.device)
+    return kv.places(row, np.arange(heads.start, heads.stop)[:, None], slots[None])
 
 
-def _mark(kv: PagedKV, row: int, heads: slice, slots: np.ndarray) -> None:
-    """The newest tokens of a row are in these slots."""
-    if kv.positions is None:
-        return
-    here, seen = _places(kv, row, heads, slots), int(kv.host.seen[row])
-    newest = torch.arange(seen - len(slots), seen, dtype=torch.int32, device=here.device)
-    kv.positions.view(-1)[here] = newest.expand(here.shape)
+def _mark(kv: PagedKV, here: Tensor, positions: Tensor) -> None:
+    """New tokens with these positions are in these places of pools of single tokens, both of one shape."""
+    assert kv.positions is not None
+    kv.positions.view(-1).index_put_((here,), positions)
     for field in (kv.accumulated_attention, kv.newest_attention):
         if field is not None:
-            field.view(-1)[here] = 0
+            field.view(-1).index_put_((here,), field.new_zeros(()))
 
 
 def _extend(kv: PagedKV, store: KVStore, row: int, heads: slice, start: int, x: Tensor) -> None:
@@ -191,19 +187,15 @@ def _step(kv: PagedKV, k: Tensor, v: Tensor) -> None:
             at = torch.from_numpy(full).to(k.device)
             _encode(kv, store, row[full], head[full], slot[full] + 1 - r, store.residual[ring[0][at], ring[1][at]])
     if kv.positions is not None:
-        here = torch.from_numpy(kv.places(row, head, slot)).to(k.device)
-        seen = torch.from_numpy(np.repeat(kv.host.seen[rows] - 1, slots.shape[1])).to(k.device, torch.int32)
-        kv.positions.view(-1).index_put_((here,), seen)
-        for field in (kv.accumulated_attention, kv.newest_attention):
-            if field is not None:
-                field.view(-1).index_fill_(0, here, 0.0)
+        newest = torch.from_numpy(np.repeat(kv.host.seen[rows] - 1, slots.shape[1])).to(k.device, torch.int32)
+        _mark(kv, kv.places(row, head, slot), newest)
 
 
 def _encode(kv: PagedKV, store: KVStore, rows: np.ndarray, heads: np.ndarray, first: np.ndarray, x: Tensor) -> None:
     """Write x (N, n, head_dim), whole blocks, into slots first … of N (row, kv head)s; the first three are (N,)."""
     block = store.spec.block
     slots = first[:, None] + np.arange(0, x.shape[1], block)
-    units = torch.from_numpy(kv.places(rows[:, None], heads[:, None], slots) // block).to(x.device).flatten()
+    units = (kv.places(rows[:, None], heads[:, None], slots) // block).flatten()
     fitted: tuple[Tensor, ...] = ()
     if store.fitted:
         at = torch.from_numpy(rows).to(x.device), torch.from_numpy(heads).to(x.device)
