@@ -85,7 +85,7 @@ def stack(repeats: Sequence[Arm]) -> Arm:
     )
 
 
-class Gather:
+class ArmBuilder:
     """Builds an arm entry by entry and refuses what cannot be a result, by file and id."""
 
     def __init__(self, source: str) -> None:

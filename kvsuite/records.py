@@ -84,8 +84,8 @@ class Answer(Record):
         return len(self.tokens)
 
     @property
-    def said(self) -> object:
-        """What is the same in two answers that are the same."""
+    def output_key(self) -> object:
+        """Compared to tell whether two answers are identical."""
         return self.tokens
 
     @property
@@ -130,8 +130,8 @@ class Served(Answer):
         return self.count
 
     @property
-    def said(self) -> object:
-        """What is the same in two answers that are the same."""
+    def output_key(self) -> object:
+        """Compared to tell whether two answers are identical."""
         return self.reasoning, self.text, self.calls
 
     @property

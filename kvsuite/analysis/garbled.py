@@ -13,7 +13,7 @@ from kvsuite.analysis.length import is_empty, loops
 from kvsuite.analysis.resample import Floats, Mask, Places
 from kvsuite.analysis.samples import same_answers
 from kvsuite.analysis.stats import holm
-from kvsuite.analysis.texts import LONG, WORDS, Script, Speech, Topics, length, squeezed, stuttered
+from kvsuite.analysis.texts import LONG, WORDS, NgramModel, Script, TfidfIndex, length, squeezed, stuttered
 from kvsuite.columns import Arm, Key
 from kvsuite.errors import UsageError
 
@@ -273,7 +273,7 @@ def _repetition(base: Arm, arms: list[Arm]) -> _Marks:
 
 
 def _language(base: Arm, arms: list[Arm]) -> _Marks:
-    script, speech = Script(_texts(base)), Speech(_texts(base))
+    script, speech = Script(_texts(base)), NgramModel(_texts(base))
     own, *others = (
         np.array([script.strange(text) for text in _texts(arm)], np.bool_) | speech.foreign(_texts(arm))
         for arm in (base, *arms)
@@ -282,7 +282,7 @@ def _language(base: Arm, arms: list[Arm]) -> _Marks:
 
 
 def _order(base: Arm, arms: list[Arm]) -> _Marks:
-    speech = Speech(_texts(base), most=4)
+    speech = NgramModel(_texts(base), most=4)
     long = np.array([length(text) >= LONG and len(text.split()) >= WORDS for text in _texts(base)], np.bool_)
     own, *others = (speech.jumbled(_texts(arm)) for arm in (base, *arms))
     return _Marks(long & ~own, others, long & own & ~others[0])
@@ -297,9 +297,9 @@ def _agreement(base: Arm, arms: list[Arm]) -> _Marks:
     texts, prompts = _texts(base), _codes(base.cluster)
     firsts, seconds = zip(*((text[: len(text) // 2], text[len(text) // 2 :]) for text in texts), strict=True)
     long = np.array([length(text) >= LONG for text in texts], np.bool_)
-    topics = Topics(texts, prompts)
+    topics = TfidfIndex(texts, prompts)
     own, *others = (topics.astray(_texts(arm)) for arm in (base, *arms))
-    possible, halves = long & ~own, Topics(firsts, prompts).astray(seconds)
+    possible, halves = long & ~own, TfidfIndex(firsts, prompts).astray(seconds)
     if (halves & possible).sum() > VAGUE * possible.sum():
         possible[:] = False
     return _Marks(possible, others, np.zeros(len(base), np.bool_))

@@ -9,7 +9,7 @@ import numpy as np
 
 from kvsuite.analysis.resample import Design, Floats
 from kvsuite.analysis.samples import floored
-from kvsuite.analysis.stats import Asked, Interval, Ratio, estimate
+from kvsuite.analysis.stats import Endpoints, Interval, Ratio, estimate
 from kvsuite.columns import Arm
 from kvsuite.errors import UsageError
 from kvsuite.records import Answer
@@ -72,7 +72,7 @@ def _row(counts: tuple[str, int, int, int, str], pairs: list[tuple[Answer, Answe
         tokens=sum(mine) / len(mine),
         capped=sum(a.finish == "length" for a, _ in pairs),
         baseline_capped=sum(b.finish == "length" for _, b in pairs),
-        same=sum(a.said == b.said for a, b in pairs),
+        same=sum(a.output_key == b.output_key for a, b in pairs),
         longer=sum(2 * m >= 3 * t for m, t in zip(mine, theirs, strict=True)),
         shorter=sum(3 * m <= 2 * t for m, t in zip(mine, theirs, strict=True)),
         ratio=held / whole if held is not None and whole else None,
@@ -100,17 +100,17 @@ def _cost(mine: Floats, theirs: Floats, caps: Floats) -> Ratio:
     )
 
 
-def ask(design: Design, arm: Arm, base: Arm, reference: Arm, floor: Arm | None) -> Asked:
+def ask(design: Design, arm: Arm, base: Arm, reference: Arm, floor: Arm | None) -> Endpoints:
     """What the lengths of one method ask: cost against the arm of the same noise; shares of pairs against
     ``reference``, as ``floor`` is. A length is min(tokens, cap). Empty without lengths; raises UsageError where the
     arms' caps differ or are not known."""
     if any(np.isnan(x.tokens).any() for x in (arm, base, reference)):
-        return Asked()
+        return Endpoints()
     for beside in (base, reference, *([floor] if floor is not None else [])):
         same_caps(arm, beside)
     mine, theirs = np.minimum(arm.tokens, arm.cap), np.minimum(base.tokens, base.cap)
     logs = np.log(np.maximum(mine, 1) / np.maximum(theirs, 1))
-    asked = Asked(
+    asked = Endpoints(
         endpoints={"length": _cost(mine, theirs, base.cap)},
         findings={"log length": Ratio(logs)},
         flips={"length": logs},

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvsuite.analysis.resample import ROUNDING, Design, Floats, Mask, Rule, eligible
-from kvsuite.analysis.stats import Asked, Interval, Ratio, mean_interval
+from kvsuite.analysis.stats import Endpoints, Interval, Ratio, mean_interval
 from kvsuite.columns import Arm
 from kvsuite.errors import UsageError
 from kvsuite.records import Answer
@@ -60,7 +60,7 @@ def _row(method: str, answers: list[Answer], good: dict[str, Answer], baseline: 
         *counts,
         score=mean_interval(scores) if scores else None,
         pairs=len(paired),
-        same=sum(a.said == b.said for a, b in paired),
+        same=sum(a.output_key == b.output_key for a, b in paired),
         nbytes=sum(a.nbytes for a in mine) / len(mine),
         ratio=sum(a.nbytes for a, _ in paired) / held if (held := sum(b.nbytes for _, b in paired)) else None,
         read=sum(a.read_end for a in mine) / (sum(a.nbytes_end for a in mine) or 1) or None,
@@ -101,18 +101,18 @@ def scored(arm: Arm) -> bool:
     return not np.isnan(arm.score).any()
 
 
-def ask(design: Design, arm: Arm, base: Arm, reference: Arm, floor: Arm | None, rule: Broken) -> Asked:
+def ask(design: Design, arm: Arm, base: Arm, reference: Arm, floor: Arm | None, rule: Broken) -> Endpoints:
     """What the scores of one method ask: *quality* against the arm of the same noise, the others against ``reference``,
     as ``floor`` is. Empty without scores."""
     if not (scored(arm) and scored(base) and scored(reference)):
-        return Asked()
+        return Endpoints()
     difference, one, b = arm.score - base.score, arm.score, reference.score
     level = np.zeros(len(b))
     for at in design.datasets:
         level[at] = np.concatenate([b[at], one[at]]).mean()
     high = np.maximum(b, one) >= np.maximum(level, np.nextafter(0, 1))
     down, up = high & rule.fell(b, one), high & rule.fell(one, b)
-    asked = Asked(
+    asked = Endpoints(
         endpoints={"quality": Ratio(difference, large=np.abs(difference) >= 0.5, bounds=(-1, 1))},
         flips={"quality": difference},
         pairs={"net harm": down.astype(float) - up},

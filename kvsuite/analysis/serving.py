@@ -14,7 +14,7 @@ import numpy as np
 from kvsuite.analysis.garbled import Check, check
 from kvsuite.analysis.speed import Goodput, goodput, p95
 from kvsuite.analysis.stats import Estimate, log_ratio_interval
-from kvsuite.columns import Arm, Gather, align
+from kvsuite.columns import Arm, ArmBuilder, align
 from kvsuite.readers.base import Load
 from kvsuite.records import Probe, Run, Served
 
@@ -207,13 +207,13 @@ def _said(run: Run) -> dict[str, Arm]:
     legs: dict[tuple[str, int], set[int]] = {}
     for r in found:
         legs.setdefault((r.method, r.block), set()).add(r.leg)
-    gathered: dict[str, Gather] = {}
+    gathered: dict[str, ArmBuilder] = {}
     for r in (r for r in found if r.status == "ok"):
         half = sorted(legs[r.method, r.block]).index(r.leg)
         load = "goodput" if r.evaluation == "goodput" else r.cell  # its rates are each arm's own, its prompts are not
         dataset, sample = (load, f"{r.sample} in half {half} of block {r.block}") if load else (r.task, r.sample)
         said = "\n".join(filter(None, (r.reasoning, r.text, r.calls)))
-        gather = gathered.setdefault(r.method, Gather(f"{run.folder}#{r.method}"))
+        gather = gathered.setdefault(r.method, ArmBuilder(f"{run.folder}#{r.method}"))
         known: dict[str, Any] = {"tokens": r.count, "cap": r.cap, "capped": r.finish == "length"}
         cluster = r.cluster or f"{r.sample} {r.block}"
         gather.add(run.folder, dataset, sample, text=said, cluster=cluster, **known)
@@ -221,7 +221,7 @@ def _said(run: Run) -> dict[str, Arm]:
 
 
 @dataclass(frozen=True)
-class Told:
+class ServerReport:
     """What an arm's server said of itself."""
 
     method: str
@@ -242,7 +242,7 @@ class Told:
     """Whether nothing kept them from it, and nothing says how many it had."""
 
 
-def told(run: Run) -> list[Told]:
+def told(run: Run) -> list[ServerReport]:
     """One entry per arm."""
     probes: dict[str, list[Probe]] = {}
     for r in run.records:
@@ -266,7 +266,9 @@ def told(run: Run) -> list[Told]:
         off = str(facts.get("features", {}).get("prefix caching", "")).lower() in OFF
         perhaps = bool(sums.get("perhaps_warm")) and method not in warm and not off
         share = warm.get(method, 0.0)
-        found.append(Told(method, last.profile, last.command, facts, sums, failures, proof, lost, share, perhaps))
+        found.append(
+            ServerReport(method, last.profile, last.command, facts, sums, failures, proof, lost, share, perhaps)
+        )
     return found
 
 

@@ -66,7 +66,7 @@ class Ratio:
 
 
 @dataclass
-class Asked:
+class Endpoints:
     """What the comparison of one method with its baseline asks of the common resampling, by the figures' names."""
 
     endpoints: dict[str, Ratio] = field(default_factory=dict)
@@ -79,14 +79,14 @@ class Asked:
     """(n,): 1 where only the method shows something, -1 where only the other arm does: the exact p of a figure of that
     name."""
 
-    def __or__(self, other: Asked) -> Asked:
-        return Asked(
+    def __or__(self, other: Endpoints) -> Endpoints:
+        return Endpoints(
             *({**mine, **theirs} for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True))
         )
 
-    def only(self, names: Sequence[str]) -> Asked:
+    def only(self, names: Sequence[str]) -> Endpoints:
         """The figures of these names."""
-        return Asked(*({name: x for name, x in found.items() if name in names} for found in vars(self).values()))
+        return Endpoints(*({name: x for name, x in found.items() if name in names} for found in vars(self).values()))
 
 
 def estimate(

@@ -88,7 +88,7 @@ def _kind(character: str) -> str:
     return unicodedata.name(character, "symbol").split()[0] if category in "LM" else "symbol"
 
 
-class Speech:
+class NgramModel:
     """How surprising a text is, in bits a character, to whoever knows the baseline's answers to the other prompts: by
     three characters in a row (``most``), where these are unknown by two, by one. Prose of a model comes to 3 or 4, of
     another language to 5, random letters to 8."""
@@ -149,7 +149,7 @@ class Speech:
         return found
 
 
-class Topics:
+class TfidfIndex:
     """What tells one prompt's answer from others': four characters in a row, the rarer the heavier. ``prompts``, (n,),
     numbers what the answers are about: answers about the same are not compared."""
 

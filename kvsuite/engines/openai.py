@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Self
 
 from kvsuite.engines.request import Ask, Reply
-from kvsuite.engines.stream import Events, Failure, Heard, said
+from kvsuite.engines.stream import Events, Failure, StreamParser, error_message
 from kvsuite.errors import UsageError
 
 try:
@@ -67,7 +67,7 @@ class Client:
     async def ask(self, ask: Ask) -> Reply:
         """The answer; where it fails, what came of it and the ``error``. Asks again only where nothing was done yet: no
         connection, 429 and 503. Its clock starts with the first attempt."""
-        heard = Heard(reply := Reply(ask.id, start=time.perf_counter()))
+        heard = StreamParser(reply := Reply(ask.id, start=time.perf_counter()))
         try:
             self.model = self.model or await self._name()
             await self._insist(ask, heard)
@@ -95,7 +95,7 @@ class Client:
         except (ValueError, TypeError, KeyError):
             names = []
         if status != 200 or not names:
-            raise UsageError(f"{self.url}/v1/models names no model (HTTP {status}: {said(text)})")
+            raise UsageError(f"{self.url}/v1/models names no model (HTTP {status}: {error_message(text)})")
         return names
 
     async def get(self, path: str) -> tuple[int, str]:
@@ -132,7 +132,7 @@ class Client:
             raise ConnectionError(f"{self.url}{path}: {_reason(error)}") from error
         return response.status_code, response.text
 
-    async def _insist(self, ask: Ask, heard: Heard) -> None:
+    async def _insist(self, ask: Ask, heard: StreamParser) -> None:
         """Until there is an answer. Raises Failure where there is none."""
         clock, usage = asyncio.get_running_loop().time, self._usage is not False
         body = self._body(ask, usage)  # before the clock starts: a long prompt takes milliseconds
@@ -158,7 +158,7 @@ class Client:
                 raise Failure(f"not finished within {self.total:g} s") from None
             raise Failure(f"no token within {self.between if heard.chunks else self.first:g} s") from None
 
-    async def _attempt(self, body: bytes, heard: Heard, limit: asyncio.Timeout, end: float) -> None:
+    async def _attempt(self, body: bytes, heard: StreamParser, limit: asyncio.Timeout, end: float) -> None:
         """Send it once and listen to the end, moving the limit on with every token."""
         try:
             async with self._http.stream("POST", "/v1/chat/completions", content=body, headers=JSON) as response:
@@ -175,7 +175,7 @@ class Client:
         if not heard.whole:
             raise Failure("the stream ended before the answer did")
 
-    async def _listen(self, response: httpx.Response, heard: Heard, limit: asyncio.Timeout, end: float) -> None:
+    async def _listen(self, response: httpx.Response, heard: StreamParser, limit: asyncio.Timeout, end: float) -> None:
         clock, events = asyncio.get_running_loop().time, Events()
         wire = response.extensions.get("connection")
         async for chunk in response.aiter_raw():  # aiter_lines would decode and split it before we see the clock
@@ -246,7 +246,8 @@ async def _refusal(response: httpx.Response) -> Failure:
     """What an answer says that is no stream."""
     status = response.status_code
     await response.aread()
-    text = f"HTTP {status}{', but no stream' if status == 200 else ''}: {said(response.text) or response.reason_phrase}"
+    why = error_message(response.text) or response.reason_phrase
+    text = f"HTTP {status}{', but no stream' if status == 200 else ''}: {why}"
     after = _seconds(response.headers.get("retry-after", ""))
     if after is not None:
         text += f" (come back in {after:.0f} s)"

@@ -45,7 +45,7 @@ class Events:
         return [event for event in events if event]
 
 
-class Heard:
+class StreamParser:
     """One reply while it comes in."""
 
     def __init__(self, reply: Reply) -> None:
@@ -76,13 +76,13 @@ class Heard:
         try:
             event = json.loads(data)
             if event.get("error") or event.get("object") == "error":
-                raise Failure(f"the server reported: {said(event)}")
+                raise Failure(f"the server reported: {error_message(event)}")
             choice = (event.get("choices") or [{}])[0]
             pieces = _pieces(choice.get("delta") or {})
             self._use(event.get("usage") or {})
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise Failure(
-                f"the server sent what is no part of an answer: {said(data.decode(errors='replace'))}"
+                f"the server sent what is no part of an answer: {error_message(data.decode(errors='replace'))}"
             ) from error
         self.reply.finish = choice.get("finish_reason") or self.reply.finish
         if not any(pieces):
@@ -110,7 +110,7 @@ class Heard:
         reply.cached_tokens = _number(details.get("cached_tokens"), reply.cached_tokens)
 
 
-def said(answer: Any) -> str:
+def error_message(answer: Any) -> str:
     """The message in what a server answered, whatever it is wrapped in, on one line and not too long."""
     if isinstance(answer, str):
         with contextlib.suppress(ValueError):

@@ -23,8 +23,8 @@ WARM_UP = 16
 
 
 @dataclass(frozen=True)
-class Visit:
-    """One turn of one arm. Legs of a timed visit are counted within its block: 0 and 1."""
+class Period:
+    """One turn of one arm. Legs of a timed one are counted within its block: 0 and 1."""
 
     arm: str
     block: int = 0
@@ -34,15 +34,15 @@ class Visit:
     """Whether the tasks are answered, too: once per arm."""
 
 
-def visits(arms: Sequence[str], blocks: int, timed: bool, answers: bool) -> list[Visit]:
+def visits(arms: Sequence[str], blocks: int, timed: bool, answers: bool) -> list[Period]:
     """A B C, then C B A, ``blocks`` times: what drifts while they run meets all arms alike."""
     if not timed:
-        return [Visit(arm, answers=answers) for arm in arms]
+        return [Period(arm, answers=answers) for arm in arms]
     found = []
     for block in range(blocks):
         for half, order in enumerate((arms, list(reversed(arms)))):
             first = answers and block == half == 0
-            found += [Visit(arm, block, half, timed=True, answers=first) for arm in order]
+            found += [Period(arm, block, half, timed=True, answers=first) for arm in order]
     return found
 
 

@@ -20,7 +20,7 @@ from kvsuite.engines.request import Ask, Reply
 from kvsuite.engines.server import Server
 from kvsuite.errors import UsageError
 from kvsuite.plugin import schedule
-from kvsuite.plugin.schedule import Cell, Visit
+from kvsuite.plugin.schedule import Cell, Period
 from kvsuite.plugin.servers import AGAIN, BASELINE
 from kvsuite.records import Probe, Served
 from kvsuite.tasks import Sample, Task
@@ -74,11 +74,11 @@ class Visits:
         finally:
             await asyncio.gather(*(s.stop() for s in self.servers.values()), return_exceptions=True)
 
-    def _requests(self, visit: Visit) -> int:
+    def _requests(self, visit: Period) -> int:
         own = sum(len(self._load(cell, visit)) for cell in self.cells) if visit.timed else 0
         return own + (sum(len(self.session.samples(t)) for t in self.tasks) if visit.answers else 0)
 
-    def _load(self, cell: Cell, visit: Visit) -> list[Ask]:
+    def _load(self, cell: Cell, visit: Period) -> list[Ask]:
         return schedule.load_asks(cell, self.options, self.asked, visit.block, visit.arm, self.session.count_tokens)
 
     async def _up(self, arm: str) -> None:
@@ -100,7 +100,7 @@ class Visits:
             width = Arrivals("closed", concurrency=cell.arrivals.concurrency)
             await load.drive(server, asks, width, done=lambda reply: None)
 
-    async def _visit(self, leg: int, visit: Visit) -> None:
+    async def _visit(self, leg: int, visit: Period) -> None:
         server = self.servers[visit.arm]
         if not self.asked.together:
             for other in self.servers.values():
@@ -127,7 +127,7 @@ class Visits:
         notes["perhaps_warm"] = self.perhaps_warm
         await self._probe(leg, visit, server, before, notes)
 
-    async def _goodput(self, leg: int, visit: Visit, server: Server) -> None:
+    async def _goodput(self, leg: int, visit: Period, server: Server) -> None:
         """Load tests at rates around those that the closed loops of this visit reached, until the edge is known."""
         mine = [a for a in self.found if a.leg == leg and a.cell and a.status == "ok"]
         if not mine or (targets := self.asked.goodput) is None:
@@ -148,7 +148,7 @@ class Visits:
         await load.bisect(holds, reached / 8, 8 * reached)
 
     async def _probe(
-        self, leg: int, visit: Visit, server: Server, before: Mapping[str, float], notes: Mapping[str, float]
+        self, leg: int, visit: Period, server: Server, before: Mapping[str, float], notes: Mapping[str, float]
     ) -> None:
         common: dict[str, Any] = {
             "leg": leg,
@@ -179,7 +179,7 @@ class Visits:
         return [replace(a, extra={**a.extra, server.profile.salt: salt}) for a in asks]
 
     async def _drive(
-        self, leg: int, visit: Visit, server: Server, asks: Sequence[Ask], arrivals: Arrivals, task: Task,
+        self, leg: int, visit: Period, server: Server, asks: Sequence[Ask], arrivals: Arrivals, task: Task,
         samples: Mapping[str, Sample], cell: str,
         evaluation: str = "",
     ) -> load.Driven:  # fmt: skip

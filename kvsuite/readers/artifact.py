@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvsuite.columns import Arm, Gather
+from kvsuite.columns import Arm, ArmBuilder
 from kvsuite.errors import UsageError
 from kvsuite.readers.base import LONGBENCH, files, load_json
 
@@ -21,7 +21,7 @@ def read(spec: str, path: str, which: str) -> Arm:
     folder, _, prefix = (f"{path}#{which}" if which else path).rpartition("/")  # nothing is chosen: a name's own "#"
     if not prefix:
         raise UsageError(f"{spec}: say how the file names begin, artifact:FOLDER/PREFIX")
-    gathered = Gather(spec)
+    gathered = ArmBuilder(spec)
     found: dict[str, Path] = {}
     underscores: dict[bool, Path] = {}
     for file in _named(folder or ".", prefix):
@@ -50,7 +50,7 @@ def _named(folder: str, prefix: str) -> list[Path]:
     )
 
 
-def _read(gathered: Gather, file: Path, dataset: str) -> None:
+def _read(gathered: ArmBuilder, file: Path, dataset: str) -> None:
     rows = load_json(file)
     if not isinstance(rows, list) or not rows:
         raise UsageError(f"{file} is not a list of scores")

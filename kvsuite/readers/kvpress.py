@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kvsuite import scorers
-from kvsuite.columns import Arm, Gather
+from kvsuite.columns import Arm, ArmBuilder
 from kvsuite.errors import UsageError
 from kvsuite.readers.base import LONGBENCH, files
 
@@ -41,7 +41,7 @@ def read(spec: str, path: str, which: str) -> Arm:
     """All samples of one configuration."""
     if which:
         raise UsageError(f"{spec}: a file of kvpress holds one configuration, there is nothing after '#'")
-    gathered = Gather(spec)
+    gathered = ArmBuilder(spec)
     for found in files(path):
         file = found / FILE if found.is_dir() else found
         if not file.exists():
@@ -50,7 +50,7 @@ def read(spec: str, path: str, which: str) -> Arm:
     return gathered.arm()
 
 
-def _read(gathered: Gather, file: Path) -> None:
+def _read(gathered: ArmBuilder, file: Path) -> None:
     name = _config(file)
     for at, (line, row) in enumerate(_rows(file)):
         if "predicted_answer" not in row:

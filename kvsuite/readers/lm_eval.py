@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kvsuite.columns import Arm, Gather
+from kvsuite.columns import Arm, ArmBuilder
 from kvsuite.errors import UsageError
 from kvsuite.readers.base import LONGBENCH, files
 
@@ -31,7 +31,7 @@ Line = tuple[int, dict[str, Any]]
 def read(spec: str, path: str, which: str) -> Arm:
     """All tasks of one run."""
     metric, _, chosen = (part.strip() for part in which.partition(","))
-    gathered = Gather(spec)
+    gathered = ArmBuilder(spec)
     for task, file in _tasks(spec, path).items():
         lines = _filtered(file, _lines(file), chosen)
         _read(gathered, file, task, lines, _metric(file, lines, metric))
@@ -107,7 +107,7 @@ def _others(known: Any) -> str:
     return f"; it has {', '.join(map(str, known))}" if isinstance(known, list) else ""
 
 
-def _read(gathered: Gather, file: Path, task: str, lines: Iterable[Line], metric: str) -> None:
+def _read(gathered: ArmBuilder, file: Path, task: str, lines: Iterable[Line], metric: str) -> None:
     kind = LONGBENCH.get(task.removeprefix("longbench_").removesuffix("_e"), "")
     for at, row in lines:
         score = row.get(metric)

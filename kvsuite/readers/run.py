@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from kvsuite import records
-from kvsuite.columns import Arm, Gather
+from kvsuite.columns import Arm, ArmBuilder
 from kvsuite.errors import UsageError, unknown
 from kvsuite.records import Answer, Run
 
@@ -31,9 +31,9 @@ def read(spec: str, path: str, which: str) -> Arm:
 def arms(run: Run, evaluation: str = "") -> dict[tuple[str, int], Arm]:
     """All answers of a run – or those to tasks of one evaluation – by method and repeat. A failed answer is missing
     from its arm: it is neither wrong nor short."""
-    gathered: dict[tuple[str, int], Gather] = {}
+    gathered: dict[tuple[str, int], ArmBuilder] = {}
     for a in answers(run, evaluation):
-        arm = gathered.setdefault((a.method, a.repeat), Gather(f"{run.folder}#{a.method}"))
+        arm = gathered.setdefault((a.method, a.repeat), ArmBuilder(f"{run.folder}#{a.method}"))
         if a.status == "ok":
             arm.add(
                 f"{run.folder / 'records.jsonl'}#{a.method}",

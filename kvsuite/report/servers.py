@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from kvsuite.analysis.garbled import Check
 from kvsuite.analysis.runs import broken
-from kvsuite.analysis.serving import FIGURES, ServedRow, Told, blocks, checks, goodputs, served_rows, told
+from kvsuite.analysis.serving import FIGURES, ServedRow, ServerReport, blocks, checks, goodputs, served_rows, told
 from kvsuite.analysis.shortfall import interrupted
 from kvsuite.analysis.stats import Estimate
 from kvsuite.records import Run
@@ -185,7 +185,7 @@ def served(run: Run) -> list[Table]:
     return [Table("what was served", columns, rows, notes)]
 
 
-def _said(server: Told) -> list[str]:
+def _said(server: ServerReport) -> list[str]:
     facts, counts = server.facts, server.counters
     queries, hits = counts.get("prefix_queries", 0), counts.get("prefix_hits", 0)
     share = f"{100 * hits / queries:.0f} %" if queries else "-"

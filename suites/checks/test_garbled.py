@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from kvsuite.analysis.garbled import FEW, check
-from kvsuite.analysis.texts import Topics, squeezed
+from kvsuite.analysis.texts import TfidfIndex, squeezed
 from kvsuite.columns import Arm, stack
 from kvsuite.errors import UsageError
 
@@ -284,7 +284,7 @@ class TestSane:
             " ".join([*rng.sample(common, 38 if at < 2 else 8), *own[at][: 4 if at < 2 else 20]]) for at in range(16)
         ]
         variant = [" ".join([*rng.sample(common, 30), *own[at][:5]]) for at in range(16)]
-        assert Topics(base, np.arange(16)).astray(variant).sum() <= 2
+        assert TfidfIndex(base, np.arange(16)).astray(variant).sum() <= 2
 
 
 class TestBroken:
@@ -486,7 +486,7 @@ class TestCounting:
         letters = [chr(0x4E00 + k) for k in range(3000)]
         words = [["".join(rng.choices(letters, k=2)) for _ in range(30)] for _ in range(16)]
         base, same = (["".join(rng.choices(own, k=100)) for own in words] for _ in range(2))
-        found = Topics(base, np.arange(16))
+        found = TfidfIndex(base, np.arange(16))
         assert not found.astray(same).any()
         assert found.astray(same[1:] + same[:1]).sum() >= 14
 

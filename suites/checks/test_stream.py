@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvsuite.engines.request import Reply
-from kvsuite.engines.stream import Events, Heard
+from kvsuite.engines.stream import Events, StreamParser
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\r\n"))
 OTHER = st.lists(st.sampled_from([b": a comment", b"id: 7", b"event: message", b"retry"]), max_size=2)
@@ -28,7 +28,7 @@ def streams(draw):
 
 
 def test_thoughts_and_calls_are_counted_too():
-    heard = Heard(Reply("a"))
+    heard = StreamParser(Reply("a"))
     for delta in (
         {"reasoning": "hm "},
         {"content": "so "},
