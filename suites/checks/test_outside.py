@@ -139,7 +139,7 @@ class Tova:
         return state.newest_attention.mean(-2, keepdim=True).expand_as(state.newest_attention)
 
 
-def test_the_newest_querys_attention_decides_where_a_method_asks_for_it():
+def test_the_attention_of_the_newest_query_decides_where_a_method_asks_for_it():
     where = layer(torch.float32)
     cache = LayerCache(where, parse("full").codec.specs(where), 1, 64, eviction=Tova())
     cache.load(0, context(20, 0, torch.float32), None, [20] * KV_HEADS)
