@@ -47,7 +47,9 @@ class AttentionChecker:
                 chosen = cache.pages_read[at]
                 assert chosen is not None
                 read = torch.isin(held.slots // PAGE, torch.from_numpy(chosen[head // group]).to(held.slots.device))
-                held = HeadView(held.k[read], held.v[read], held.positions[read], held.slots[read], held.exact)
+                held = HeadView(
+                    held.k[read], held.v[read], held.positions[read], held.slots[read], held.exact, held.integers
+                )
             sink = None if sink_logits is None else sink_logits[head].double()
             found = error(q[at, head, 0], out[at, head, 0], held, scale, window, softcap, sink)
             self.worst = max(self.worst, found)
@@ -65,7 +67,7 @@ def error(
 ) -> float:
     """How far ``out`` (head_dim,) is from attention of ``q`` over ``held`` in float64, in units of the largest error of
     an attention that keeps scores and sums in float32 and rounds weights and result to q's dtype (keys and values too,
-    if what is held is not ``exact``). Infinite for NaN."""
+    if what is held is not ``exact``; queries and weights to 16 bits with ``integers``). Infinite for NaN."""
     k, v = held.k.double(), held.v.double()
     if window is not None:
         inside = held.positions > held.positions[-1] - window
@@ -81,7 +83,12 @@ def error(
     if not held.exact:
         # every number is rounded on its own way to the score: 8 standard deviations of their sum
         products += 8 * unit / 3**0.5 * float((k.square() @ q.double().square()).max().sqrt()) * scale
+    values = 0.0
+    if held.integers:  # steps of a 32766th of the largest, times codes that span at most twice a token's largest number
+        deviation = 8 / 12**0.5 / 32766
+        products += deviation * q.shape[-1] ** 0.5 * float(q.abs().max()) * scale * 2 * float(k.abs().max())
+        values = deviation * 64**0.5 * float(p @ (2 * v.abs().amax(1)))
     allowed = (2 * products + (3 + (not held.exact)) * unit + (len(k) + 8) * single) * (p @ v.abs())
-    allowed = allowed + torch.finfo(q.dtype).tiny * 2 * unit * (1 + v.abs().sum(0))
+    allowed = allowed + values + torch.finfo(q.dtype).tiny * 2 * unit * (1 + v.abs().sum(0))
     found = float(((out.double() - p @ v).abs() / allowed).max())
     return found if found == found else float("inf")

@@ -10,7 +10,7 @@ from typing import Protocol, cast
 from torch import Tensor
 
 from kvsuite.errors import UsageError
-from kvsuite.kernels import BACKENDS
+from kvsuite.kernels import AUTO, BACKENDS
 from kvsuite.kernels.context import AttentionParams, HeadView, LayerContext, Needs
 from kvsuite.kernels.paged import PagedKV
 from kvsuite.kernels.quantspec import QuantSpec
@@ -93,10 +93,8 @@ def choose(layer: LayerContext, k: QuantSpec, v: QuantSpec, needs: Needs, wanted
     if wanted not in ("auto", *BACKENDS):
         raise UsageError(f"no backend {wanted!r}; there are auto, {', '.join(BACKENDS)}")
     refused = []
-    for name in BACKENDS if wanted == "auto" else dict.fromkeys((wanted, "reference")):
-        if name == "triton" and wanted == "auto" and layer.device.type != "cuda":
-            refused.append("triton: no GPU")
-            continue
+    tried = AUTO.get(layer.device.type, ()) if wanted == "auto" else (wanted,)
+    for name in dict.fromkeys((*tried, "reference")):
         try:
             backend = find(name)
         except ImportError as error:
@@ -110,9 +108,9 @@ def choose(layer: LayerContext, k: QuantSpec, v: QuantSpec, needs: Needs, wanted
 
 
 def for_prefill(device: str, wanted: str = "auto") -> Backend:
-    """Who observes a prompt's attention on a device: the triton backend on a GPU where it is installed, unless another
-    is wanted."""
-    if device == "cuda" and wanted in ("auto", "triton"):
+    """Who observes a prompt's attention on a device: the first of `AUTO` that is installed, or who is wanted."""
+    tried = AUTO.get(device, ())
+    for name in tried if wanted == "auto" else [name for name in tried if name == wanted]:
         with contextlib.suppress(ImportError):
-            return find("triton")
+            return find(name)
     return find("reference")

@@ -77,3 +77,5 @@ class HeadView:
     slots: Tensor
     exact: bool = True
     """Whether attention reads these very numbers, not the stored codes with roundings of its own."""
+    integers: bool = False
+    """Attention multiplies codes by queries and weights that are rounded to 16-bit integers."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -157,6 +158,8 @@ class PagedKV:
     layout: tuple[list[bool], list[list[int]]] | None = None
     """By row, for `spans`: whether its heads are alike, and each head's slots; None where the host has changed."""
     known_views: dict[tuple[int, int, int], Views] = field(default_factory=dict)
+    native: Any = None
+    """What a compiled backend keeps of this cache."""
 
     @classmethod
     def empty(

@@ -142,12 +142,15 @@ def _by_what(rows: Sequence[SpeedRow], gpu: str | None) -> list[str]:
             reasons[row.refusal].append(row.method)
     names = {why: "all methods" if len(who) == len(paths) else ", ".join(who) for why, who in reasons.items()}
     because = [f"{who} on {'gpu' if gpu else 'cpu'}: reference, because {why}." for why, who in names.items()]
+    but = f", but PyTorch (not to be ranked by speed) for {', '.join(slow)}" if slow else ""
+    backends = {path.rpartition("/")[2] for path in paths.values()}
     if len(slow) == len(paths):
         said = "Attention is the PyTorch reference, no kernel: quantized caches are unpacked at every step."
+    elif "cpu" in backends:
+        said = f"Steps and attention are C++, compiled for this CPU{but}."
     elif gpu is None:
         said = "There is no GPU: an interpreter ran the kernels that the records name, so these are no speeds."
     else:
-        but = f", but PyTorch (not to be ranked by speed) for {', '.join(slow)}" if slow else ""
         said = f"Steps and attention are Triton kernels{but}."
     return [said, *because]
 

@@ -138,8 +138,10 @@ def test_a_method_without_a_kernel_is_named():
     assert said("", status="failed", error="x") == "", "nothing is claimed of what no record says"
     assert "PyTorch reference" in said("full/reference", gpu=None, status="failed", error="x")
     assert "are Triton kernels" not in said("full/triton", gpu=None)
-    why = said("full/reference", "int8/reference", gpu=None, refusal="triton: no GPU")
-    assert why.endswith("all methods on cpu: reference, because triton: no GPU.")
+    assert said("full/cpu", "int8/cpu", gpu=None) == "Steps and attention are C++, compiled for this CPU."
+    assert "not to be ranked by speed) for m1." in said("full/cpu", "int8/reference", gpu=None)
+    why = said("full/reference", "int8/reference", gpu=None, refusal="cpu: no C++ compiler")
+    assert why.endswith("all methods on cpu: reference, because cpu: no C++ compiler.")
 
 
 @pytest.mark.parametrize("rounds", [(0, 0), (1, 1), (1, 0), (3, 2)], ids=str)

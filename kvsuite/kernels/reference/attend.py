@@ -50,7 +50,7 @@ def attend(
     return out.view(q.shape)
 
 
-def read(kv: PagedKV, row: int, exact: bool = True) -> list[HeadView]:
+def read(kv: PagedKV, row: int) -> list[HeadView]:
     """What each kv head of a row holds, as `attend` sees it, in order of position: the checker's oracle."""
     views = []
     _rotate_sinks(kv, row)
@@ -61,7 +61,7 @@ def read(kv: PagedKV, row: int, exact: bool = True) -> list[HeadView]:
         for h, own in enumerate(positions.expand(held.k.shape[0], -1)):
             order = own.argsort()
             order = order[own[order] >= 0]
-            views.append(HeadView(held.k[h, order], held.v[h, order], own[order].clone(), slots[order], exact))
+            views.append(HeadView(held.k[h, order], held.v[h, order], own[order].clone(), slots[order]))
     return views
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvsuite.kernels.paged import KVStore, PagedKV
-from kvsuite.kernels.quantspec import PAGE
+from kvsuite.kernels.quantspec import PAGE, QuantSpec
 
 KeepIndices = Sequence[Tensor]
 """Which tokens or slots each kv head keeps: int64 (n,), in order of position; heads may be ragged."""
@@ -203,6 +203,14 @@ def _encode(kv: PagedKV, store: KVStore, rows: np.ndarray, heads: np.ndarray, fi
     blocks = x.view(len(x), -1, block, x.shape[2])
     for pool, encoded in zip(store.pools, store.spec.encode(blocks, fitted), strict=True):
         pool.flatten(0, 1).index_copy_(0, units, encoded.flatten(0, 1))
+
+
+def moved(spec: QuantSpec, x: Tensor) -> Tensor:
+    """What a plain codec does to the numbers themselves (jitter's noise): x (..., head_dim), in the dtype of pages.
+    For backends that write numbers as they are."""
+    if spec.layout != "plain":
+        return x
+    return spec.encode(x.reshape(1, -1, 1, x.shape[-1]), ())[0].view(x.shape)
 
 
 def keep_sinks(kv: PagedKV, row: int, heads: np.ndarray) -> None:

@@ -20,9 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kvsuite.kernels.paged import KVStore, PagedKV
-from kvsuite.kernels.quantspec import PAGE, QuantSpec
+from kvsuite.kernels.quantspec import PAGE
 from kvsuite.kernels.reference import store as reference
-from kvsuite.kernels.reference.store import KeepIndices
+from kvsuite.kernels.reference.store import KeepIndices, moved
 from kvsuite.kernels.triton.launch import launch
 
 
@@ -34,7 +34,7 @@ def fill(
     heads, length, dim = k.shape
     counts = np.full(heads, length) if keep is None else np.array([len(index) for index in keep])
     kv.admit(row, counts, length)
-    k, v = _moved(kv.k.spec, k), _moved(kv.v.spec, v)
+    k, v = moved(kv.k.spec, k), moved(kv.v.spec, v)
     index = None if keep is None else torch.nn.utils.rnn.pad_sequence(list(keep), batch_first=True)
     n = length if index is None else index.shape[1]
     ragged = None if (counts == n).all() else torch.from_numpy(counts.astype(np.int32)).to(k.device)
@@ -66,7 +66,7 @@ def append(kv: PagedKV, k: Tensor, v: Tensor, rows: Sequence[int | None]) -> Non
         for row in kv.mapping.rows:
             kv.upload(row)
         return
-    k, v = _moved(kv.k.spec, k[:, :, 0]), _moved(kv.v.spec, v[:, :, 0])
+    k, v = moved(kv.k.spec, k[:, :, 0]), moved(kv.v.spec, v[:, :, 0])
     arguments, constants = _cache(kv)
     arguments |= {"rows_ptr": kv.rows_on_device(rows), "k_ptr": k, "v_ptr": v}
     arguments |= {"k_stride_b": k.stride(0), "k_stride_h": k.stride(1)}
@@ -111,13 +111,6 @@ def evict(kv: PagedKV, rows: Sequence[int | None], slots: Tensor) -> None:
     if kv.by_token:
         kv.free_slot[at] = torch.where(due, slots.int(), kv.free_slot[at])
     kv.num_tokens[at] -= due.int()
-
-
-def _moved(spec: QuantSpec, x: Tensor) -> Tensor:
-    """What a plain codec does to the numbers themselves (jitter's noise): x (..., head_dim)."""
-    if spec.layout != "plain":
-        return x
-    return spec.encode(x.reshape(1, -1, 1, x.shape[-1]), ())[0].view(x.shape)
 
 
 def _cache(kv: PagedKV) -> tuple[dict[str, Any], dict[str, Any]]:

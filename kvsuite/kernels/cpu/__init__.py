@@ -1,0 +1,104 @@
+"""The backend in C++ for CPUs: attention over codes as they are stored, compiled at first use for this very CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvsuite.kernels.context import AttentionParams, HeadView, LayerContext, Needs
+from kvsuite.kernels.cpu.build import BuildError
+from kvsuite.kernels.cpu.mass import column_mass
+from kvsuite.kernels.cpu.native import DTYPES, LAYOUTS, compiled, native
+from kvsuite.kernels.paged import PagedKV
+from kvsuite.kernels.quantspec import PAGE, QuantSpec
+from kvsuite.kernels.reference import compact, evict, release_empty
+from kvsuite.kernels.reference.attend import PageIndices
+from kvsuite.kernels.reference.attend import read as stored
+from kvsuite.kernels.reference.store import KeepIndices, keep_sinks
+
+__all__ = ["NAME", "append", "attend", "column_mass", "compact", "evict", "fill", "read", "release_empty", "supports"]
+
+NAME = "cpu"
+ARENA = True
+"""Consecutive pages are what a CPU reads fastest."""
+
+
+def supports(layer: LayerContext, k: QuantSpec, v: QuantSpec, needs: Needs) -> str:
+    """Why it cannot do this layer, in a few words; empty if it can."""
+    if layer.device.type != "cpu":
+        return "the cache is not in the CPU's memory"
+    for spec in (k, v):
+        if reason := _unreadable(layer, spec):
+            return reason
+    if k.layout == "token" and k.group != layer.head_dim:
+        return "keys with more than one scale per token"
+    if v.layout == "channel":
+        return "values with a scale per channel"
+    if needs.reads_some:
+        return "a reader"
+    if needs.rerotated_sinks > PAGE:
+        return "more sinks than a page holds"
+    try:
+        compiled(layer, k, v)
+    except BuildError as error:
+        return str(error)
+    return ""
+
+
+def _unreadable(layer: LayerContext, spec: QuantSpec) -> str:
+    dim = layer.head_dim
+    if spec.layout not in LAYOUTS:
+        return "no kernel for this codec"
+    if spec.rotation:
+        return "no kernel for rotated K and V"
+    if spec.fitted(dim, layer.kv_dtype):
+        return "no kernel for a codec that is fitted to each prompt"
+    if not {layer.dtype, spec.stored_dtype(dim, layer.kv_dtype)} <= DTYPES.keys():
+        return f"no kernel for {layer.dtype} over {layer.kv_dtype}"
+    if spec.layout in ("token", "channel") and (spec.group % PAGE or spec.block not in (1, PAGE)):
+        return f"groups of {spec.group}; {PAGE} or more are computed on"
+    if spec.residual % PAGE:
+        return f"a residual of {spec.residual}, which is no multiple of {PAGE}"
+    bits = spec.stored_dtype(dim, layer.kv_dtype).itemsize * 8 if spec.layout == "plain" else spec.bits
+    if dim * bits % 128 or dim > 512:
+        return f"head dimension {dim} with {bits} bits"
+    return ""
+
+
+def fill(
+    kv: PagedKV, row: int, k: Tensor, v: Tensor, keep: KeepIndices | None = None, accumulated: Tensor | None = None
+) -> None:
+    """As the reference's, with the same bits."""
+    heads, length = k.shape[:2]
+    kv.admit(row, np.full(heads, length) if keep is None else np.array([len(index) for index in keep]), length)
+    native(kv).fill(row, k, v, keep, accumulated)
+    keep_sinks(kv, row, np.arange(heads))
+
+
+def append(kv: PagedKV, k: Tensor, v: Tensor, rows: Sequence[int | None]) -> None:
+    """As the reference's, with the same bits."""
+    native(kv).append(k, v, rows)
+
+
+def attend(
+    kv: PagedKV, q: Tensor, rows: Sequence[int | None], params: AttentionParams, pages: PageIndices | None = None
+) -> Tensor:
+    """As the reference's. Codes are multiplied as they are: queries and weights are rounded to 16-bit integers, sums
+    are exact."""
+    assert pages is None
+    if q.shape[2] > 1 and (kv.accumulated_attention is not None or kv.newest_attention is not None):
+        raise ValueError("attention is accumulated query by query")
+    return native(kv).attend(q, rows, params)
+
+
+def read(kv: PagedKV, row: int) -> list[HeadView]:
+    """As the reference's, which rounds what it decodes to the compute dtype; these kernels do not."""
+    dtype, specs = kv.layer.dtype, (kv.k.spec, kv.v.spec)
+    same = all(torch.promote_types(dtype, store.residual.dtype) == dtype for store in (kv.k, kv.v))
+    exact = same and all(spec.layout == "plain" for spec in specs)
+    integers = any(spec.layout in ("token", "channel") for spec in specs)
+    return [dataclasses.replace(view, exact=exact, integers=integers) for view in stored(kv, row)]

@@ -1,0 +1,203 @@
+// Vectors of W 32-bit lanes: 16 with AVX-512, 8 with AVX2, else 4, which compilers map to what the machine has.
+#pragma once
+#include "kv.h"
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+enum { LANES = 16, REGISTERS = 32 };
+#define WIDE 512
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+enum { LANES = 8, REGISTERS = 16 };
+#define WIDE 256
+#else
+enum { LANES = 4, REGISTERS = 16 };
+#define WIDE 0
+#endif
+#if WIDE
+#include <immintrin.h>
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float F4 __attribute__((vector_size(16)));
+typedef float F8 __attribute__((vector_size(32)));
+typedef float F16 __attribute__((vector_size(64)));
+typedef int32_t I4 __attribute__((vector_size(16)));
+typedef int32_t I8 __attribute__((vector_size(32)));
+typedef int32_t I16 __attribute__((vector_size(64)));
+template <int W> struct Vector;
+template <> struct Vector<4> { typedef F4 F; typedef I4 I; };
+template <> struct Vector<8> { typedef F8 F; typedef I8 I; };
+template <> struct Vector<16> { typedef F16 F; typedef I16 I; };
+template <int W> using Float = typename Vector<W>::F;
+template <int W> using Int = typename Vector<W>::I;
+
+template <class T> INLINE T load(const void* p) {
+  T x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+template <class T> INLINE void store(void* p, T x) { memcpy(p, &x, sizeof x); }
+template <int W> INLINE Int<W> splat(int32_t x) { return Int<W>{} + x; }
+template <int W> INLINE Float<W> splat(float x) {
+  int32_t bits;
+  memcpy(&bits, &x, 4);
+  return (Float<W>)splat<W>(bits);
+}
+template <int W> INLINE Float<W> select(Int<W> mask, Float<W> yes, Float<W> no) {
+  return (Float<W>)((mask & (Int<W>)yes) | (~mask & (Int<W>)no));
+}
+template <int W> INLINE Int<W> lane_numbers() {
+  Int<W> x;
+  for (int i = 0; i < W; i++) x[i] = i;
+  return x;
+}
+template <int W> INLINE Float<W> permute(Float<W> x, Int<W> from) {  // lane i gets x[from[i] % W]
+#ifdef __clang__
+  Float<W> y;
+  for (int i = 0; i < W; i++) y[i] = x[from[i] & (W - 1)];
+  return y;
+#else
+  return __builtin_shuffle(x, from);
+#endif
+}
+
+// W numbers as 16-bit ones; `pairs`: each four of them, a b c d, in the order a c b d.
+INLINE void narrow(I4 x, int16_t* to, bool pairs) {
+  for (int i = 0; i < 4; i++) to[i] = int16_t(x[pairs ? (i & 1) * 2 + (i >> 1) : i]);
+}
+// dot16: c + a.low * b.low + a.high * b.high of each lane's signed 16-bit halves. The 32- and 64-bit interleavings and
+// low16, high16 work within blocks of four lanes.
+#if WIDE
+INLINE F4 fma(F4 a, F4 b, F4 c) { return _mm_fmadd_ps(a, b, c); }
+INLINE F8 fma(F8 a, F8 b, F8 c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE F4 maximum(F4 a, F4 b) { return _mm_max_ps(a, b); }
+INLINE F8 maximum(F8 a, F8 b) { return _mm256_max_ps(a, b); }
+INLINE I4 rounded(F4 x) { return (I4)_mm_cvtps_epi32(x); }
+INLINE I8 rounded(F8 x) { return (I8)_mm256_cvtps_epi32(x); }
+INLINE F4 to_float(I4 x) { return _mm_cvtepi32_ps((__m128i)x); }
+INLINE F8 to_float(I8 x) { return _mm256_cvtepi32_ps((__m256i)x); }
+INLINE void halves(const void* p, F4& x) { x = _mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p)); }
+INLINE void halves(const void* p, F8& x) { x = _mm256_cvtph_ps(load<__m128i>(p)); }
+#define INTERLEAVE(name, op)                                                                       \
+  INLINE I4 name(I4 a, I4 b) { return (I4)_mm_unpack##op((__m128i)a, (__m128i)b); }                \
+  INLINE I8 name(I8 a, I8 b) { return (I8)_mm256_unpack##op((__m256i)a, (__m256i)b); }
+#define INTERLEAVE_WIDE(name, op) \
+  INLINE I16 name(I16 a, I16 b) { return (I16)_mm512_unpack##op((__m512i)a, (__m512i)b); }
+INTERLEAVE(low16, lo_epi16) INTERLEAVE(high16, hi_epi16) INTERLEAVE(low32, lo_epi32)
+INTERLEAVE(high32, hi_epi32) INTERLEAVE(low64, lo_epi64) INTERLEAVE(high64, hi_epi64)
+#if WIDE == 512
+INTERLEAVE_WIDE(low16, lo_epi16) INTERLEAVE_WIDE(high16, hi_epi16) INTERLEAVE_WIDE(low32, lo_epi32)
+INTERLEAVE_WIDE(high32, hi_epi32) INTERLEAVE_WIDE(low64, lo_epi64) INTERLEAVE_WIDE(high64, hi_epi64)
+INLINE F16 fma(F16 a, F16 b, F16 c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE F16 maximum(F16 a, F16 b) { return _mm512_max_ps(a, b); }
+INLINE I16 rounded(F16 x) { return (I16)_mm512_cvtps_epi32(x); }
+INLINE F16 to_float(I16 x) { return _mm512_cvtepi32_ps((__m512i)x); }
+INLINE void halves(const void* p, F16& x) { x = _mm512_cvtph_ps(load<__m256i>(p)); }
+#endif
+#if defined(__AVX512VNNI__) && WIDE == 512
+INLINE I4 dot16(I4 c, I4 a, I4 b) { return (I4)_mm_dpwssd_epi32((__m128i)c, (__m128i)a, (__m128i)b); }
+INLINE I8 dot16(I8 c, I8 a, I8 b) { return (I8)_mm256_dpwssd_epi32((__m256i)c, (__m256i)a, (__m256i)b); }
+INLINE I16 dot16(I16 c, I16 a, I16 b) { return (I16)_mm512_dpwssd_epi32((__m512i)c, (__m512i)a, (__m512i)b); }
+#else
+INLINE I4 dot16(I4 c, I4 a, I4 b) { return c + (I4)_mm_madd_epi16((__m128i)a, (__m128i)b); }
+INLINE I8 dot16(I8 c, I8 a, I8 b) { return c + (I8)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+#if WIDE == 512
+INLINE I16 dot16(I16 c, I16 a, I16 b) { return c + (I16)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
+#endif
+#endif
+INLINE __m128i paired(__m128i x) { return _mm_shuffle_epi8(x, _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15)); }
+INLINE void narrow(I8 x, int16_t* to, bool pairs) {
+  __m128i y = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+  store(to, pairs ? paired(y) : y);
+}
+#if WIDE == 512
+INLINE void narrow(I16 x, int16_t* to, bool pairs) {
+  narrow((I8)_mm512_castsi512_si256((__m512i)x), to, pairs);
+  narrow((I8)_mm512_extracti64x4_epi64((__m512i)x, 1), to + 8, pairs);
+}
+#endif
+// Rows' pieces of 16 bytes: four lanes each of W tokens, so that after the interleavings lane i is token i's.
+INLINE void pieces(const uint8_t* p, int64_t row, I4* x) {
+  for (int i = 0; i < 4; i++) x[i] = load<I4>(p + i * row);
+}
+INLINE void pieces(const uint8_t* p, int64_t row, I8* x) {
+  for (int i = 0; i < 4; i++)
+    x[i] = (I8)_mm256_inserti128_si256(_mm256_castsi128_si256(load<__m128i>(p + i * row)), load<__m128i>(p + (i + 4) * row), 1);
+}
+#if WIDE == 512
+INLINE void pieces(const uint8_t* p, int64_t row, I16* x) {
+  for (int i = 0; i < 4; i++) {
+    __m512i y = _mm512_castsi128_si512(load<__m128i>(p + i * row));
+    y = _mm512_mask_broadcast_i32x4(y, 0x00F0, load<__m128i>(p + (i + 4) * row));  // loads, needs no shuffle
+    y = _mm512_mask_broadcast_i32x4(y, 0x0F00, load<__m128i>(p + (i + 8) * row));
+    x[i] = (I16)_mm512_mask_broadcast_i32x4(y, 0xF000, load<__m128i>(p + (i + 12) * row));
+  }
+}
+#endif
+#else
+INLINE F4 fma(F4 a, F4 b, F4 c) { return a * b + c; }
+INLINE F4 maximum(F4 a, F4 b) { return select<4>((I4)(a > b), a, b); }
+INLINE I4 rounded(F4 x) {
+  I4 y;
+  for (int i = 0; i < 4; i++) y[i] = int32_t(lrintf(x[i]));
+  return y;
+}
+INLINE F4 to_float(I4 x) {
+  F4 y;
+  for (int i = 0; i < 4; i++) y[i] = float(x[i]);
+  return y;
+}
+INLINE void halves(const void* p, F4& x) {
+  for (int i = 0; i < 4; i++) x[i] = from_half(static_cast<const uint16_t*>(p)[i]);
+}
+INLINE I4 low16(I4 a, I4 b) {
+  return I4{(a[0] & 0xFFFF) | b[0] << 16, int32_t(uint32_t(a[0]) >> 16) | (b[0] & ~0xFFFF), (a[1] & 0xFFFF) | b[1] << 16,
+            int32_t(uint32_t(a[1]) >> 16) | (b[1] & ~0xFFFF)};
+}
+INLINE I4 high16(I4 a, I4 b) { return low16(I4{a[2], a[3], 0, 0}, I4{b[2], b[3], 0, 0}); }
+INLINE I4 low32(I4 a, I4 b) { return I4{a[0], b[0], a[1], b[1]}; }
+INLINE I4 high32(I4 a, I4 b) { return I4{a[2], b[2], a[3], b[3]}; }
+INLINE I4 low64(I4 a, I4 b) { return I4{a[0], a[1], b[0], b[1]}; }
+INLINE I4 high64(I4 a, I4 b) { return I4{a[2], a[3], b[2], b[3]}; }
+INLINE I4 dot16(I4 c, I4 a, I4 b) { return c + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16); }
+INLINE void pieces(const uint8_t* p, int64_t row, I4* x) {
+  for (int i = 0; i < 4; i++) x[i] = load<I4>(p + i * row);
+}
+#endif
+
+// Four 32-bit columns of W rows that are `row` bytes apart, a row in each lane.
+template <int W> INLINE void columns(const uint8_t* p, int64_t row, Int<W>* x) {
+  Int<W> r[4];
+  pieces(p, row, r);
+  Int<W> a = low32(r[0], r[1]), b = high32(r[0], r[1]), c = low32(r[2], r[3]), d = high32(r[2], r[3]);
+  x[0] = low64(a, c), x[1] = high64(a, c), x[2] = low64(b, d), x[3] = high64(b, d);
+}
+template <int W> INLINE Float<W> halves(const uint16_t* p) {
+  Float<W> x;
+  halves(p, x);
+  return x;
+}
+// Over all lanes, in a fixed order.
+template <int W> INLINE float largest(Float<W> x) {
+  for (int s = W / 2; s; s /= 2) x = maximum(x, permute<W>(x, lane_numbers<W>() ^ s));
+  return x[0];
+}
+template <int W> INLINE float total(Float<W> x) {
+  for (int s = W / 2; s; s /= 2) x = x + permute<W>(x, lane_numbers<W>() ^ s);
+  return x[0];
+}
+// e^x, error below 2e-7 of it; 0 for x < -87.
+template <int W> INLINE Float<W> exponential(Float<W> x) {
+  Int<W> in_range = (Int<W>)(x >= splat<W>(-87.f));
+  x = maximum(x, splat<W>(-87.f));
+  Int<W> n = rounded(x * splat<W>(1.44269504f));
+  Float<W> f = to_float(n);
+  Float<W> r = fma(f, splat<W>(-0.693359375f), x);
+  r = fma(f, splat<W>(2.12194440e-4f), r);
+  Float<W> p = splat<W>(1.9875691500e-4f);
+  p = fma(p, r, splat<W>(1.3981999507e-3f));
+  p = fma(p, r, splat<W>(8.3334519073e-3f));
+  p = fma(p, r, splat<W>(4.1665795894e-2f));
+  p = fma(p, r, splat<W>(1.6666665459e-1f));
+  p = fma(p, r, splat<W>(5.0000001201e-1f));
+  p = fma(r * r, p, r + splat<W>(1.f));
+  return (Float<W>)(((Int<W>)p + (n << 23)) & in_range);
+}
