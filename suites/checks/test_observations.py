@@ -10,7 +10,7 @@ from kvsuite.cache.observations import AttentionMass, ExtraPass, HiddenStates, L
 from kvsuite.cache.prefill import PrefillCache
 from kvsuite.engines.request import Request
 from kvsuite.engines.transformers import TransformersEngine
-from kvsuite.kernels import reference
+from kvsuite.kernels.backends import for_prefill
 from kvsuite.methods import parse
 from suites.checks import naive
 from suites.checks.test_models import build, given
@@ -113,13 +113,14 @@ def test_an_extra_pass_is_the_most_that_the_repeated_context_looks_back(seen):
 
 def test_a_method_pays_for_its_own_observations_only(monkeypatch, tiny_llama):
     """The observation is made slow; only what asked for it is told to have prefilled for long."""
-    slow, real = 0.2, reference.column_mass
+    slow, backend = 0.2, for_prefill("cpu")
+    real = backend.column_mass
 
     def column_mass(*args, **more):
         time.sleep(slow)
         return real(*args, **more)
 
-    monkeypatch.setattr(reference, "column_mass", column_mass)
+    monkeypatch.setattr(backend, "column_mass", column_mass)
     engine = TransformersEngine(tiny_llama, None)
     prompt = engine.prefill(Request("x", "", "", 2), list(range(60)), [], parse("h2o:budget=20").observes)
     spent = {}
