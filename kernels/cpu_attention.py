@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import random
 import statistics
 import sys
 import time
@@ -136,11 +137,11 @@ def multiply_adds(count: int, rounds: int = 1 << 20) -> float:
 
 def measure(candidates: list[Candidate], read: Callable[[], float], rounds: int) -> float:
     """Seconds of each candidate, round by round; the median bandwidth. Torch's slow ways end after three rounds."""
-    speeds = []
+    speeds, order = [], random.Random(0)
     for i in range(rounds + 1):
         speeds.append(read())
         best = min((statistics.median(x.seconds) for x in candidates if x.seconds), default=0)
-        for one in candidates:
+        for one in order.sample(candidates, len(candidates)):  # what comes after another may profit from it, or suffer
             if i > 3 and one.name.startswith("torch") and statistics.median(one.seconds) > 8 * best:
                 continue
             start = time.perf_counter()
@@ -159,8 +160,10 @@ def interval(ratios: list[float]) -> tuple[float, float, float]:
 
 def summary(cell: str, candidates: list[Candidate], layers: int, read: float) -> dict[str, object]:
     medians = {x.name: statistics.median(x.seconds) for x in candidates}
-    plain = min((x for x in candidates if x.name.startswith(("torch", "full"))), key=lambda x: medians[x.name])
-    torch_best = min((x for x in candidates if x.name.startswith("torch")), key=lambda x: medians[x.name])
+    plain = min(
+        (x for x in candidates if x.name.startswith("torch") or x.name == "full"), key=lambda x: medians[x.name]
+    )
+    torch_best = min((x for x in candidates if x.name.startswith("torch sdpa")), key=lambda x: medians[x.name])
     rows = []
     for one in candidates:
         versus = [[a / b for a, b in zip(base.seconds, one.seconds, strict=False)] for base in (plain, torch_best)]

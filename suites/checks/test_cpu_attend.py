@@ -188,6 +188,23 @@ def test_sinks_are_turned_on_to_where_the_cache_has_them(text, dtype):
     assert not torch.allclose(unturned[0], right[0], rtol=0.03, atol=0.03)
 
 
+@cases
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_no_number_is_not_hidden(text, dim, group, dtype, kv_dtype, bad):
+    """As one number of a prompt's K or V, or of a step's."""
+    q, params = numbers((1, KV_HEADS * group, 1, dim), dtype, 9), AttentionParams(dim**-0.5)
+    for at in ("k", "v"):
+        if bad == float("inf") and (at == "k" or text.startswith("fp8")):
+            continue  # a score of -inf is one; fp8 saturates
+        kv = cache(text, dim, group, dtype, kv_dtype, [4])
+        x = {name: numbers((KV_HEADS, 200, dim), dtype, i) for i, name in enumerate("kv")}
+        x[at][0, 20, 5] = bad
+        cpu.fill(kv, 0, x["k"][:, :60], x["v"][:, :60])
+        out = cpu.attend(kv, q, [0], params)
+        assert not out[:, :group].isfinite().all()
+        assert out[:, group:].isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("text", "dim", "reason"),
     [

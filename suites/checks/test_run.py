@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kvsuite.records import Answer, Timing, read
 
-SCORED = "kvsuite.cache.layer.LayerCache/reference"
+SCORED = "kvsuite.cache.layer.LayerCache/cpu, kvsuite.cache.layer.LayerCache/reference"
+"""KIVI's rows are too short here for the cpu backend."""
 ROOT = Path(__file__).parents[2]
 METHODS = "full,jitter,int8,h2o:budget=64"
 SMALL = [
@@ -88,7 +89,9 @@ def test_a_run_leaves_records_and_a_report(run):
         *((name, phase) for name in names for phase in ("decode", "prefill")),
         ("transformers", "decode"),
     }
-    assert {a.cache for a in answers} == {t.cache for t in timings if t.method != "transformers"} == {SCORED}
+    caches = {(t.method, t.cache) for t in timings if t.method != "transformers"}
+    assert {(a.method, a.cache) for a in answers} == caches
+    assert {cache for _, cache in caches} == set(SCORED.split(", "))
     assert all(t.checked is not None and t.checked <= 1 for t in timings if t.method != "transformers")
     assert all(len(t.seconds) == len(t.baseline_seconds) == (2 if t.phase == "decode" else 3) for t in timings)
     facts = read(Path("left")).facts
@@ -99,7 +102,7 @@ def test_a_run_leaves_records_and_a_report(run):
     assert "partial" not in report
     for said in ("## decode", "## prefill", "## needle", "## chat", f"Scored and timed: the same {SCORED}."):
         assert said in report
-    result.stdout.fnmatch_lines([f"Scored and timed: the same {SCORED}.", "*records and report: left*"])
+    result.stdout.fnmatch_lines(["Scored and timed: the same *", "*records and report: left*"])
 
 
 def test_workers_leave_the_same_records(run):

@@ -55,12 +55,12 @@ template <class S, int N> struct Keys {
       }
     }
   }
-  void scores(const Store& store, int64_t page, float* out, int stride) {
+  void scores(const Store& store, int64_t page, float* out, int stride, const Ahead& ahead) {
     constexpr int W = LANES;
     if constexpr (by_channel) fold_scales(store, page);
     const uint8_t* rows = store.codes + page * PAGE * R::bytes;
-    if constexpr (R::integer) page_dots<R, N>(operands, rows, out, stride);
-    else page_dots<R, N>(q, rows, out, stride);
+    if constexpr (R::integer) page_dots<R, N>(operands, rows, out, stride, ahead);
+    else page_dots<R, N>(q, rows, out, stride, ahead);
     for (int n = 0; n < N; n++)
       for (int t = 0; t < PAGE; t += W) {
         float* to = out + n * stride + t;
@@ -106,7 +106,7 @@ template <class S, int N> struct Values {
     memset(zeros, 0, sizeof zeros);
   }
   // Two pages at a time: `counts` of their tokens are in pages[i] (of the pool), none where it is -1.
-  void add(const Store& store, const float* p, const int64_t* pages, const int* counts) {
+  void add(const Store& store, const float* p, const int64_t* pages, const int* counts, const Ahead* ahead) {
     if constexpr (R::integer) {
       alignas(64) int16_t weights[N][groups][BLOCK];
       float unit[N][groups];
@@ -114,7 +114,7 @@ template <class S, int N> struct Values {
       int even[2];
       weigh(store, p, pages, counts, weights, unit);
       for (int i = 0; i < 2; i++) rows[i] = store.codes + pages[i] * PAGE * R::bytes, even[i] = (counts[i] + 1) & ~1;
-      add_codes<R, N, groups>(weights, unit, rows, even, sums);
+      add_codes<R, N, groups>(weights, unit, rows, even, sums, ahead);
     } else {
       for (int i = 0; i < 2; i++) {
         if (!counts[i]) continue;
@@ -127,7 +127,7 @@ template <class S, int N> struct Values {
             for (int t = 0; t < counts[i]; t++) scaled[n][t] = own[n * CHUNK + t] * scale[t];
           own = scaled[0], stride = PAGE;
         }
-        add_rows<R, N>(own, stride, store.codes + pages[i] * PAGE * R::bytes, counts[i], sums);
+        add_rows<R, N>(own, stride, store.codes + pages[i] * PAGE * R::bytes, counts[i], sums, ahead[i]);
       }
     }
   }
@@ -170,7 +170,7 @@ template <class S, int N> struct Values {
       for (int t = 0; t < PAGE; t++) to[k * BLOCK + t] = x[t * groups + k];
   }
   void add_recent(const float* p, const void* rows, int count) {
-    add_rows<Recent, N>(p, CHUNK, static_cast<const uint8_t*>(rows), count, recent);
+    add_rows<Recent, N>(p, CHUNK, static_cast<const uint8_t*>(rows), count, recent, {nullptr, 0});
   }
   void result(const Store& store, float (*out)[DIM]) {
     const float tensor_scale = S::layout == FP8 && !S::token_scale ? store.tensor_scale : 1.f;
@@ -215,6 +215,11 @@ template <class S> INLINE const uint8_t* recent_rows(const Cache& c, const Store
   int64_t own = (at.row * c.kv_heads + at.head) * S::residual + s % (S::residual ? S::residual : 1);
   return static_cast<const uint8_t*>(store.residual) + own * DIM * S::number_bytes;
 }
+// The codes of a page, where there are any.
+template <class S> INLINE Ahead codes_of(const Store& store, const Piece& at, int64_t slot) {
+  if (slot >= S::encoded(at.slots)) return {nullptr, 0};
+  return {store.codes + int64_t(at.table[slot / PAGE]) * PAGE * S::row_bytes, PAGE * S::row_bytes};
+}
 INLINE float cap(float x, float softcap) { return softcap * tanhf(x / softcap); }
 
 // N queries of one position over a piece: out (N, 2 + DIM) gets largest score, sum of weights, weighted sum of values.
@@ -237,8 +242,9 @@ static void attend_piece(const Cache& c, const Attend& a, const Piece& at, const
       continue;
     }
     const int64_t slot = at.first + page * PAGE;
-    if (slot < k_done) keys.scores(c.k, at.table[slot / PAGE], to, CHUNK);
-    else page_dots<FloatRow<K::dtype>, N>(q, recent_rows<K>(c, c.k, at, slot), to, CHUNK);
+    const Ahead ahead = codes_of<V>(c.v, at, slot);
+    if (slot < k_done) keys.scores(c.k, at.table[slot / PAGE], to, CHUNK, ahead);
+    else page_dots<FloatRow<K::dtype>, N>(q, recent_rows<K>(c, c.k, at, slot), to, CHUNK, ahead);
     if (sinks && slot < c.sinks)
       for (int n = 0; n < N; n++)
         for (int t = 0; t < PAGE && slot + t < c.sinks; t++) {
@@ -272,7 +278,9 @@ static void attend_piece(const Cache& c, const Attend& a, const Piece& at, const
   for (int page = 0; page < at.pages; page += 2) {
     int64_t pools[2] = {0, 0};
     int counts[2] = {0, 0};
+    Ahead ahead[2];
     for (int i = 0; i < 2; i++) {
+      ahead[i] = codes_of<K>(c.k, at, at.first + CHUNK + (page + i) * PAGE);
       if (!live[page + i]) continue;
       const int64_t slot = at.first + (page + i) * PAGE, end = slot + PAGE < at.slots ? slot + PAGE : at.slots;
       const int64_t done = v_done < slot ? slot : v_done < end ? v_done : end;
@@ -281,7 +289,7 @@ static void attend_piece(const Cache& c, const Attend& a, const Piece& at, const
       if (done < end)
         values.add_recent(p + (page + i) * PAGE + counts[i], recent_rows<V>(c, c.v, at, done), int(end - done));
     }
-    if (counts[0] || counts[1]) values.add(c.v, p + page * PAGE, pools, counts);
+    if (counts[0] || counts[1]) values.add(c.v, p + page * PAGE, pools, counts, ahead);
   }
   alignas(64) float result[N][DIM];
   values.result(c.v, result);
@@ -329,7 +337,7 @@ static void rotate_sinks(const Cache& c, const Piece& at, int64_t by, int64_t dt
 struct Job {
   const Cache& c;
   const Attend& a;
-  int64_t chunks;                // of the longest (sequence, kv head)
+  int64_t chunks, run;           // of the longest (sequence, kv head); chunks that a thread takes one after another
   std::atomic<int64_t> next;
   std::atomic<int32_t>* finished;  // (items, kv_heads): chunks that are done
   float *partial, *weights;      // (items, kv_heads, chunks, queries, GROUP, 2 + DIM); (…, chunks, GROUP, CHUNK) or null
@@ -420,7 +428,9 @@ static Piece piece_of(const Job& job, int64_t item, int64_t head, int64_t chunk)
 static void work(void* argument) {
   Job& job = *static_cast<Job*>(argument);
   const int64_t heads = job.c.kv_heads, tasks = job.a.items * heads * job.chunks;
-  for (int64_t i; (i = job.next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+  for (int64_t i = 0, left = 0;; i++, left--) {
+    if (left == 0) i = job.next.fetch_add(job.run, std::memory_order_relaxed), left = job.run;
+    if (i >= tasks) break;
     const int64_t chunk = i % job.chunks, head = i / job.chunks % heads, item = i / job.chunks / heads;
     if (job.a.rows[item] < 0) continue;
     const Piece at = piece_of(job, item, head, chunk);
@@ -459,7 +469,8 @@ static void attend(const Cache& c, const Attend& a, const Threads& threads) {
   char* memory = static_cast<char*>(scratch.of(partial + (keeps ? p : 0) + size_t(heads) * 4 + 256));
   float* weights = reinterpret_cast<float*>(memory + (partial + 63) / 64 * 64);
   char* counters = keeps ? reinterpret_cast<char*>(weights) + p : reinterpret_cast<char*>(weights);
-  Job job{c, a, chunks, {0}, reinterpret_cast<std::atomic<int32_t>*>(counters), reinterpret_cast<float*>(memory), keeps ? weights : nullptr};
+  const int64_t run = heads * chunks / (8 * threads.count);
+  Job job{c, a, chunks, run < 1 ? 1 : run, {0}, reinterpret_cast<std::atomic<int32_t>*>(counters), reinterpret_cast<float*>(memory), keeps ? weights : nullptr};
   for (int64_t i = 0; i < heads; i++) new (job.finished + i) std::atomic<int32_t>(0);
   const bool share = threads.parallel && threads.count > 1 && slots * a.queries > 1024;
   if (share) threads.parallel(work, &job, unsigned(threads.count), 0);

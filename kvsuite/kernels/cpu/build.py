@@ -50,13 +50,13 @@ def library(source: str, macros: Mapping[str, str | int]) -> ctypes.CDLL:
 @functools.cache
 def compiler() -> str:
     """The version line of the compiler that `library` uses. Raises BuildError."""
-    return _run([*_command(), "--version"]).stdout.partition("\n")[0]
+    return _run([*executable(), "--version"]).stdout.partition("\n")[0]
 
 
 @functools.cache
 def _once(source: str, macros: tuple[str, ...]) -> ctypes.CDLL | BuildError:
     try:
-        command, options = _command(), [*FLAGS.split(), *_words("KVSUITE_CPU_FLAGS"), *macros]
+        command, options = executable(), [*FLAGS.split(), *_words("KVSUITE_CPU_FLAGS"), *macros]
         name = f"{Path(source).stem}-{_key(source, command, options)}.so"
         for shared in (True, False):
             try:
@@ -77,7 +77,7 @@ def _words(variable: str) -> list[str]:
         raise BuildError(f"${variable} cannot be read: {error}") from error
 
 
-def _command() -> list[str]:
+def executable() -> list[str]:
     """The compiler and the user's arguments for it."""
     command = _words("CXX") or [name for name in ("c++", "g++", "clang++") if shutil.which(name)][:1]
     if not command or os.name != "posix":

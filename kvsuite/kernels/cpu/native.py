@@ -29,7 +29,12 @@ def running() -> Threads:
 
 def compiled(layer: LayerContext, k: QuantSpec, v: QuantSpec) -> ctypes.CDLL:
     """The library for a layer and its formats. Raises BuildError."""
-    macros = {"HEAD_DIM": layer.head_dim, "GROUP": layer.heads // layer.kv_heads}
+    return library("layer.cpp", macros(layer, k, v))
+
+
+def macros(layer: LayerContext, k: QuantSpec, v: QuantSpec) -> dict[str, int]:
+    """What layer.cpp is told of them."""
+    made = {"HEAD_DIM": layer.head_dim, "GROUP": layer.heads // layer.kv_heads}
     for name, spec in (("K", k), ("V", v)):
         group = spec.group if spec.layout in ("token", "channel") else 1
         own = {
@@ -41,8 +46,8 @@ def compiled(layer: LayerContext, k: QuantSpec, v: QuantSpec) -> ctypes.CDLL:
             "DTYPE": DTYPES[spec.stored_dtype(layer.head_dim, layer.kv_dtype)],
             "TOKEN_SCALE": int(spec.layout == "fp8" and spec.scale is None),
         }
-        macros |= {f"{name}_{key}": value for key, value in own.items()}
-    return library("layer.cpp", macros)
+        made |= {f"{name}_{key}": value for key, value in own.items()}
+    return made
 
 
 class Native:

@@ -13,7 +13,8 @@ template <Number N> struct FloatRow {
     if (N == BFLOAT16) return (Float<W>)(i ? x & int32_t(0xFFFF0000) : x << 16);
     x = i ? x >> 16 : x;
     Float<W> size = (Float<W>)((x & 0x7FFF) << 13) * splat<W>(5192296858534827628530496329220096.f);  // 2^112
-    return (Float<W>)((Int<W>)size | (x & 0x8000) << 16);
+    const Int<W> beyond = (Int<W>)(size >= splat<W>(65536.f));  // infinite or not a number: not a number
+    return (Float<W>)((Int<W>)size | (x & 0x8000) << 16 | beyond);
   }
 };
 struct Fp8Row {  // e4m3
@@ -22,11 +23,13 @@ struct Fp8Row {  // e4m3
   typedef float Operand;
   static constexpr int operand(int column, int part) { return column * parts + part; }
   template <int W> INLINE Float<W> part(Int<W> x, int i) {
-    x = x >> (8 * i);
-    Int<W> size = (x & 0x7F) << 20;  // exponent and mantissa where float32 has them, but for its larger bias
-    Float<W> small = (Float<W>)(size + (121 << 23)) - splat<W>(0.015625f);  // subnormal: mantissa * 2^-9
-    Float<W> y = select<W>((Int<W>)(size < (1 << 23)), small, (Float<W>)(size + (120 << 23)));
-    return (Float<W>)((Int<W>)y | (x & 0x80) << 24);
+    // Exponent and mantissa where float32 has them, and the difference of the biases. That makes 1.m * 2^-7 of a
+    // subnormal 0.m * 2^-6, which twice the number less 2^-6 is; of normal numbers it is the larger of both.
+    Int<W> size = (i < 3 ? x << (20 - 8 * i) : x >> 4) & 0x07F00000;
+    Float<W> y = (Float<W>)(size + (120 << 23));
+    y = minimum(y, fma(y, splat<W>(2.f), splat<W>(-0.015625f)));
+    const Int<W> unknown = (Int<W>)(size == splat<W>(0x07F00000));
+    return (Float<W>)((Int<W>)y | ((x << (24 - 8 * i)) & int32_t(0x80000000)) | unknown);
   }
 };
 template <int BITS> struct CodeRow {
@@ -60,13 +63,24 @@ template <int W> INLINE Int<W> add_product(Int<W> c, Int<W> a, int32_t b) { retu
 template <int W> INLINE Float<W> as_float(Float<W> x) { return x; }
 template <int W> INLINE Float<W> as_float(Int<W> x) { return to_float(x); }
 
+// Memory that is needed next: asked for in small portions between products, since many requests at once are waited for.
+struct Ahead {
+  const uint8_t* p;
+  int bytes;
+  INLINE void fetch(const Ahead& a, int portion, int portions) {
+    const int lines = (a.bytes / 64 + portions - 1) / portions;
+    for (int i = 0; i < lines; i++) __builtin_prefetch(a.p + (portion * lines + i) * 64, 0, 2);
+  }
+};
 // The products of N queries with the rows of a page's tokens: q (N, columns * parts), out (N, stride).
 template <class R, int N>
-static void page_dots(const typename R::Operand (*q)[R::columns * R::parts], const uint8_t* rows, float* out, int stride) {
-  constexpr int W = LANES, TILES = REGISTERS == 32 ? 2 : 1;
+static void page_dots(const typename R::Operand (*q)[R::columns * R::parts], const uint8_t* rows, float* out, int stride,
+                      const Ahead& ahead) {
+  constexpr int W = LANES, TILES = REGISTERS == 32 ? 2 : 1, PORTIONS = PAGE / (W * TILES) * (R::columns / 4);
   for (int t = 0; t < PAGE; t += W * TILES) {
     decltype(R::template part<W>(Int<W>{}, 0)) sums[2][N] = {};  // two chains each: by tile, or by part
     for (int c = 0; c < R::columns; c += 4) {
+      Ahead::fetch(ahead, t / (W * TILES) * (R::columns / 4) + c / 4, PORTIONS);
       Int<W> x[TILES][4];
       for (int s = 0; s < TILES; s++) columns<W>(rows + (t + s * W) * R::bytes + c * 4, R::bytes, x[s]);
 #pragma GCC unroll 4
@@ -90,7 +104,8 @@ static void page_dots(const typename R::Operand (*q)[R::columns * R::parts], con
 }
 
 // Weighted sums of rows of numbers: p (N, stride) weights of `count` tokens; sums (N, columns * parts) grow.
-template <class R, int N> static void add_rows(const float* p, int stride, const uint8_t* rows, int count, float (*sums)[DIM]) {
+template <class R, int N> static void add_rows(const float* p, int stride, const uint8_t* rows, int count, float (*sums)[DIM],
+                                                  const Ahead& ahead) {
   constexpr int W = width(R::columns, LANES), ONCE = at_once(R::parts, N);
   for (int c = 0; c < R::columns; c += W)
     for (int first = 0; first < R::parts; first += ONCE) {
@@ -98,6 +113,7 @@ template <class R, int N> static void add_rows(const float* p, int stride, const
       for (int n = 0; n < N; n++)
         for (int i = 0; i < ONCE; i++) sum[n][i] = load<Float<W>>(&sums[n][c * R::parts + (first + i) * W]);
       for (int t = 0; t < count; t++) {
+        if (c == 0 && first == 0) Ahead::fetch(ahead, t, PAGE);
         Int<W> x = load<Int<W>>(rows + t * R::bytes + c * 4);
 #pragma GCC unroll 4
         for (int i = 0; i < ONCE; i++) {
@@ -125,7 +141,7 @@ template <class R, int GROUPS> static constexpr int code_width() {
 // unit (N, GROUPS); even counts. sums (N, DIM) grow.
 template <class R, int N, int GROUPS>
 static void add_codes(const int16_t (*weights)[GROUPS][2 * PAGE], const float (*unit)[GROUPS], const uint8_t* const* pages,
-                      const int* counts, float (*sums)[DIM]) {
+                      const int* counts, float (*sums)[DIM], const Ahead* ahead) {
   constexpr int W = code_width<R, GROUPS>(), ONCE = at_once(R::parts, N);
   for (int c = 0; c < R::columns; c += W)
     for (int half = 0; half < 2; half++)
@@ -135,6 +151,7 @@ static void add_codes(const int16_t (*weights)[GROUPS][2 * PAGE], const float (*
         for (int i = 0; i < ONCE; i++) group[i] = R::channel(c * 4, first + i) / (DIM / GROUPS);
         for (int page = 0; page < 2; page++)
           for (int t = 0; t < counts[page]; t += 2) {
+            if (c == 0 && half == 0 && first == 0) Ahead::fetch(ahead[page], t / 2, PAGE / 2);
             const uint8_t* row = pages[page] + t * R::bytes + c * 4;
             Int<W> a = load<Int<W>>(row), b = load<Int<W>>(row + R::bytes), x = half ? high16(a, b) : low16(a, b);
 #pragma GCC unroll 8

@@ -70,6 +70,8 @@ INLINE F4 fma(F4 a, F4 b, F4 c) { return _mm_fmadd_ps(a, b, c); }
 INLINE F8 fma(F8 a, F8 b, F8 c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE F4 maximum(F4 a, F4 b) { return _mm_max_ps(a, b); }
 INLINE F8 maximum(F8 a, F8 b) { return _mm256_max_ps(a, b); }
+INLINE F4 minimum(F4 a, F4 b) { return _mm_min_ps(a, b); }
+INLINE F8 minimum(F8 a, F8 b) { return _mm256_min_ps(a, b); }
 INLINE I4 rounded(F4 x) { return (I4)_mm_cvtps_epi32(x); }
 INLINE I8 rounded(F8 x) { return (I8)_mm256_cvtps_epi32(x); }
 INLINE F4 to_float(I4 x) { return _mm_cvtepi32_ps((__m128i)x); }
@@ -88,6 +90,7 @@ INTERLEAVE_WIDE(low16, lo_epi16) INTERLEAVE_WIDE(high16, hi_epi16) INTERLEAVE_WI
 INTERLEAVE_WIDE(high32, hi_epi32) INTERLEAVE_WIDE(low64, lo_epi64) INTERLEAVE_WIDE(high64, hi_epi64)
 INLINE F16 fma(F16 a, F16 b, F16 c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE F16 maximum(F16 a, F16 b) { return _mm512_max_ps(a, b); }
+INLINE F16 minimum(F16 a, F16 b) { return _mm512_min_ps(a, b); }
 INLINE I16 rounded(F16 x) { return (I16)_mm512_cvtps_epi32(x); }
 INLINE F16 to_float(I16 x) { return _mm512_cvtepi32_ps((__m512i)x); }
 INLINE void halves(const void* p, F16& x) { x = _mm512_cvtph_ps(load<__m256i>(p)); }
@@ -135,6 +138,7 @@ INLINE void pieces(const uint8_t* p, int64_t row, I16* x) {
 #else
 INLINE F4 fma(F4 a, F4 b, F4 c) { return a * b + c; }
 INLINE F4 maximum(F4 a, F4 b) { return select<4>((I4)(a > b), a, b); }
+INLINE F4 minimum(F4 a, F4 b) { return select<4>((I4)(a < b), a, b); }
 INLINE I4 rounded(F4 x) {
   I4 y;
   for (int i = 0; i < 4; i++) y[i] = int32_t(lrintf(x[i]));
@@ -148,11 +152,14 @@ INLINE F4 to_float(I4 x) {
 INLINE void halves(const void* p, F4& x) {
   for (int i = 0; i < 4; i++) x[i] = from_half(static_cast<const uint16_t*>(p)[i]);
 }
+INLINE int32_t lower(int32_t a, int32_t b) { return int32_t((uint32_t(a) & 0xFFFF) | uint32_t(b) << 16); }
+INLINE int32_t upper(int32_t a, int32_t b) { return int32_t(uint32_t(a) >> 16 | (uint32_t(b) & 0xFFFF0000)); }
 INLINE I4 low16(I4 a, I4 b) {
-  return I4{(a[0] & 0xFFFF) | b[0] << 16, int32_t(uint32_t(a[0]) >> 16) | (b[0] & ~0xFFFF), (a[1] & 0xFFFF) | b[1] << 16,
-            int32_t(uint32_t(a[1]) >> 16) | (b[1] & ~0xFFFF)};
+  return I4{lower(a[0], b[0]), upper(a[0], b[0]), lower(a[1], b[1]), upper(a[1], b[1])};
 }
-INLINE I4 high16(I4 a, I4 b) { return low16(I4{a[2], a[3], 0, 0}, I4{b[2], b[3], 0, 0}); }
+INLINE I4 high16(I4 a, I4 b) {
+  return I4{lower(a[2], b[2]), upper(a[2], b[2]), lower(a[3], b[3]), upper(a[3], b[3])};
+}
 INLINE I4 low32(I4 a, I4 b) { return I4{a[0], b[0], a[1], b[1]}; }
 INLINE I4 high32(I4 a, I4 b) { return I4{a[2], b[2], a[3], b[3]}; }
 INLINE I4 low64(I4 a, I4 b) { return I4{a[0], a[1], b[0], b[1]}; }
@@ -184,9 +191,9 @@ template <int W> INLINE float total(Float<W> x) {
   for (int s = W / 2; s; s /= 2) x = x + permute<W>(x, lane_numbers<W>() ^ s);
   return x[0];
 }
-// e^x, error below 2e-7 of it; 0 for x < -87.
+// e^x, error below 2e-7 of it; 0 for x < -87; not a number stays that.
 template <int W> INLINE Float<W> exponential(Float<W> x) {
-  Int<W> in_range = (Int<W>)(x >= splat<W>(-87.f));
+  Int<W> in_range = (Int<W>)(x >= splat<W>(-87.f)), unknown = (Int<W>)(x != x);
   x = maximum(x, splat<W>(-87.f));
   Int<W> n = rounded(x * splat<W>(1.44269504f));
   Float<W> f = to_float(n);
@@ -199,5 +206,5 @@ template <int W> INLINE Float<W> exponential(Float<W> x) {
   p = fma(p, r, splat<W>(1.6666665459e-1f));
   p = fma(p, r, splat<W>(5.0000001201e-1f));
   p = fma(r * r, p, r + splat<W>(1.f));
-  return (Float<W>)(((Int<W>)p + (n << 23)) & in_range);
+  return (Float<W>)((((Int<W>)p + (n << 23)) & in_range) | unknown);
 }

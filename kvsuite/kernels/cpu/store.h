@@ -74,12 +74,16 @@ static inline uint16_t half_towards(float x, bool up) {
   return uint16_t(sign << 15 | (below + uint32_t(more & (up != (sign != 0)))));
 }
 
+// The least and the largest of N numbers; none where one of them is not finite.
 template <int N> static void extremes(const float* x, float& low, float& high) {
-  low = high = x[0];
+  float finite = low = high = x[0];
+  finite *= 0;
   for (int i = 1; i < N; i++) {
     low = x[i] < low ? x[i] : low;
     high = x[i] > high ? x[i] : high;
+    finite += x[i] * 0;
   }
+  low += finite, high += finite;
 }
 
 // ---- codes: kvsuite/kernels/quantize.py
@@ -153,12 +157,15 @@ template <class S> static void encode(const Store& store, int64_t place, const v
       uint16_t* zeros = store.zero + place / unit * ranges;
       float low[ranges], high[ranges];
       if constexpr (S::layout == CHANNEL) {
-        for (int d = 0; d < DIM; d++) low[d] = high[d] = x[0][d];
+        float finite[DIM];
+        for (int d = 0; d < DIM; d++) low[d] = high[d] = x[0][d], finite[d] = x[0][d] * 0;
         for (int i = 1; i < unit; i++)
           for (int d = 0; d < DIM; d++) {
             low[d] = low[d] < x[i][d] ? low[d] : x[i][d];
             high[d] = high[d] > x[i][d] ? high[d] : x[i][d];
+            finite[d] += x[i][d] * 0;
           }
+        for (int d = 0; d < DIM; d++) low[d] += finite[d], high[d] += finite[d];
       } else {
         for (int g = 0; g < ranges; g++) extremes<S::group>(x[0] + g * S::group, low[g], high[g]);
       }
