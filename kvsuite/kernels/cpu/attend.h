@@ -384,7 +384,7 @@ static void merge(const Job& job, int64_t item, Piece at, int64_t chunks) {
       for (int64_t n = 0; n < chunks; n++) top = fmaxf(top, x[n * stride]);
       if (top > -INFINITY) sum = expf(sink - top);
       for (int64_t n = 0; n < chunks; n++) {
-        if (x[n * stride] == -INFINITY) continue;
+        if (x[n * stride + 1] == 0) continue;  // nothing was read; a sum that is no number goes on
         const float w = expf(x[n * stride] - top);
         sum += w * x[n * stride + 1];
         for (int d = 0; d < DIM; d++) total[d] += w * x[n * stride + 2 + d];
