@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvsuite.analysis.latency import BreakEven, break_even, fit
 from kvsuite.analysis.resample import DRAWS, Design, Floats
 from kvsuite.analysis.stats import LEVEL, Estimate, Interval, Ratio, estimate, log_ratio_interval
 from kvsuite.analysis.verdict import POWER
@@ -81,6 +82,22 @@ def speed_rows(timings: Sequence[Timing]) -> list[SpeedRow]:
             )
         )
     return rows
+
+
+def break_evens(timings: Sequence[Timing]) -> dict[tuple[str, int], BreakEven]:
+    """By method and width: from which context on, or up to which, a decode step takes less time than the baseline's,
+    which ran in turn with it; where three lengths or more were timed."""
+    lines: dict[tuple[str, int], list[tuple[int, float]]] = {}
+    for t in timings:
+        if t.phase == "decode" and t.status != "failed" and t.method != "full":
+            pairs = zip(t.seconds, t.baseline_seconds, strict=False)  # a run may end between the two
+            own = [(t.length, (mine - base) * t.width / t.tokens) for mine, base in pairs]
+            lines.setdefault((t.method, t.width), []).extend(own)
+    return {
+        who: break_even(fit(*zip(*points, strict=True), degree=1))
+        for who, points in lines.items()
+        if len({length for length, _ in points}) > 2
+    }
 
 
 def log_speeds(timing: Timing) -> list[float]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
+from kvsuite.analysis.latency import BreakEven
 from kvsuite.analysis.length import LengthRow, length_rows
 from kvsuite.analysis.runs import dtypes
 from kvsuite.analysis.samples import SampleRow, sample_rows
 from kvsuite.analysis.shortfall import Share, Who, interrupted, shares, timed
-from kvsuite.analysis.speed import OURS, REFERENCE, SpeedRow, speed_rows
+from kvsuite.analysis.speed import OURS, REFERENCE, SpeedRow, break_evens, speed_rows
 from kvsuite.analysis.stats import Interval
 from kvsuite.readers.run import answers as task_answers
 from kvsuite.records import Agreement, Answer, Record, Run, Timing
@@ -114,6 +116,7 @@ def _speed(phase: str, rows: Sequence[SpeedRow], run: Run) -> Table:
         )
     else:
         notes += _by_what(rows, run.facts["environment"]["gpu"])
+        notes += _break_evens([r for r in run.records if isinstance(r, Timing)])
     notes += _dtypes(run)
     if any(r.method == "transformers" for r in rows):
         notes.append(
@@ -153,6 +156,25 @@ def _by_what(rows: Sequence[SpeedRow], gpu: str | None) -> list[str]:
     else:
         said = f"Steps and attention are Triton kernels{but}."
     return [said, *because]
+
+
+def _break_evens(timings: Sequence[Timing]) -> list[str]:
+    """From which context on a method's step is the faster one, width by width."""
+    notes = []
+    for width in sorted({t.width for t in timings}):
+        found = {method: _break_even(x) for (method, own), x in break_evens(timings).items() if own == width}
+        said = "; ".join(f"{method} {words}" for method, words in found.items() if method != "transformers")
+        if said:
+            notes.append(f"A step is faster than full's, by the line through the lengths, at batch {width}: {said}.")
+    return notes
+
+
+def _break_even(found: BreakEven) -> str:
+    if found.length is None:
+        return {"everywhere": "at every length", "nowhere": "at no length"}[found.faster]
+    bounds = [f"{low:,.0f} to {'∞' if high == math.inf else f'{high:,.0f}'}" for low, high in found.pieces]
+    where = f"{found.length:,.0f} tokens ({' or '.join(bounds)})"
+    return f"from {where} on" if found.faster == "longer" else f"up to {where}"
 
 
 def _dtypes(run: Run) -> list[str]:

@@ -9,6 +9,7 @@ from kvsuite.cache.layer import LayerCache
 from kvsuite.cache.observations import AttentionMass, LastQueries
 from kvsuite.cache.prefill import PrefilledLayer
 from kvsuite.kernels.context import AttentionParams, LayerContext
+from kvsuite.kernels.cpu.build import BuildError, compiler
 from kvsuite.kernels.reference.mass import column_mass
 from kvsuite.kernels.rope import Rope
 from kvsuite.methods import Method, names, parse
@@ -68,6 +69,14 @@ RAGGED = [text for text in METHODS if "ada" in text]
 
 HEADS, KV_HEADS, DIM = 4, 2, 32
 SCALE = DIM**-0.5
+
+
+def has_compiler() -> bool:
+    """Whether the cpu backend can be compiled here."""
+    try:
+        return bool(compiler())
+    except BuildError:
+        return False
 
 
 def layer(dtype: torch.dtype = torch.bfloat16, index: int = 0, kv_dtype: torch.dtype | None = None) -> LayerContext:

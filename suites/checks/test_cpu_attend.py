@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from kvsuite.cache.checker import error
 from kvsuite.kernels import cpu, reference
 from kvsuite.kernels.context import AttentionParams, LayerContext, Needs
-from kvsuite.kernels.cpu.build import BuildError, compiler
 from kvsuite.kernels.paged import PagedKV
 from kvsuite.kernels.rope import Rope
 from kvsuite.methods import parse
+from suites.checks.table import has_compiler
+
+pytestmark = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
 
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 CASES = [  # codec, head dimension, queries per kv head, compute dtype, K/V dtype
@@ -37,14 +39,6 @@ KV_HEADS = 2
 cases = pytest.mark.parametrize(
     ("text", "dim", "group", "dtype", "kv_dtype"), CASES, ids=lambda x: str(x).removeprefix("torch.")
 )
-
-
-@pytest.fixture(autouse=True)
-def a_compiler():
-    try:
-        compiler()
-    except BuildError as error:
-        pytest.skip(str(error))
 
 
 def numbers(shape, dtype, seed, exponent=0.0):

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from kvsuite.kernels import cpu
 from kvsuite.kernels.context import LayerContext, Needs
-from kvsuite.kernels.cpu.build import BuildError, compiler
 from kvsuite.kernels.paged import PagedKV
 from kvsuite.kernels.quantspec import PAGE
 from kvsuite.kernels.reference import store as reference
@@ -17,6 +16,9 @@ from kvsuite.methods.codecs.fp8 import E4M3
 from kvsuite.methods.codecs.full import Plain
 from kvsuite.methods.codecs.int8 import PerToken
 from kvsuite.methods.codecs.kivi import PerChannel
+from suites.checks.table import has_compiler
+
+pytestmark = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
 
 ROWS, KV_HEADS = 3, 2
 POISON = 0xA5
@@ -44,14 +46,6 @@ FORMATS = [
     *[(name, 32, dtype) for name, dtype in zip(OWN, (BFLOAT16, FLOAT32, FLOAT16, FLOAT32), strict=True)],
 ]
 formats = pytest.mark.parametrize(("text", "dim", "kv_dtype"), FORMATS, ids=lambda x: str(x).removeprefix("torch."))
-
-
-@pytest.fixture(autouse=True)
-def a_compiler():
-    try:
-        compiler()
-    except BuildError as error:
-        pytest.skip(str(error))
 
 
 def on(threads):

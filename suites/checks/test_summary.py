@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -142,6 +143,25 @@ def test_a_method_without_a_kernel_is_named():
     assert "not to be ranked by speed) for m1." in said("full/cpu", "int8/reference", gpu=None)
     why = said("full/reference", "int8/reference", gpu=None, refusal="cpu: no C++ compiler")
     assert why.endswith("all methods on cpu: reference, because cpu: no C++ compiler.")
+
+
+def test_the_length_from_which_a_method_pays_is_told():
+    def cells(name, fixed, slope):
+        """A step of full takes 10 + length / 1,000 ms."""
+        noise = (0.9999, 1.0, 1.0001)
+        for length in (1000, 4000, 8000):
+            base = [(10 + length / 1000) / 1000 * 2 * x for x in noise]
+            mine = [(10 + fixed + length * slope / 1000) / 1000 * 2 * x for x in reversed(noise)]
+            yield replace(timing(seconds=mine, baseline_seconds=base, tokens=4), method=name, length=length, width=2)
+
+    every = [*cells("later", 2, 0.5), *cells("always", -1, 0.5), *cells("never", 1, 1.5), *cells("short", -3, 2)]
+    (said,) = [note for note in tables(run(every))[0].notes if "by the line" in note]
+    found = re.match(r".*batch 2: later from ([\d,]+) tokens \(([\d,]+) to ([\d,]+)\) on; (.*)\.", said)
+    at, low, high = (int(x.replace(",", "")) for x in found.groups()[:3])
+    assert 3950 < low < 4000 < high < 4050
+    assert abs(at - 4000) < 10
+    assert found[4].startswith("always at every length; never at no length; short up to 3,0")
+    assert not any("by the line" in note for table in tables(run(every[:2])) for note in table.notes)
 
 
 @pytest.mark.parametrize("rounds", [(0, 0), (1, 1), (1, 0), (3, 2)], ids=str)
