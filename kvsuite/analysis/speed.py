@@ -94,7 +94,7 @@ def break_evens(timings: Sequence[Timing]) -> dict[tuple[str, int], BreakEven]:
             own = [(t.length, (mine - base) * t.width / t.tokens) for mine, base in pairs]
             lines.setdefault((t.method, t.width), []).extend(own)
     return {
-        who: break_even(fit(*zip(*points, strict=True), degree=1))
+        who: break_even(fit([x for x, _ in points], [y for _, y in points], 1))
         for who, points in lines.items()
         if len({length for length, _ in points}) > 2
     }

@@ -34,12 +34,12 @@ class Letters:
         return "".join(chr(32 + i % 90) for i in ids)
 
 
-def engine_of(model, dtype=torch.float32):
+def engine_of(model, dtype=torch.float32, backend="auto"):
     model = type(model)(model.config).to(dtype).eval()
     torch.manual_seed(3)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
-    engine = TransformersEngine(model, Letters())
+    engine = TransformersEngine(model, Letters(), backend=backend)
     engine.stop = frozenset(range(5, 128, 12))
     return engine
 
@@ -103,7 +103,7 @@ def test_stop_tokens_and_the_cap_end_an_answer(tiny_llama):
 
 
 def test_a_failing_method_costs_itself_only(tiny_llama, monkeypatch):
-    engine, asked = engine_of(tiny_llama), requests(5)
+    engine, asked = engine_of(tiny_llama, backend="reference"), requests(5)  # which encodes in Python
     from kvsuite.methods.codecs import int8
 
     expected = {r.id: r.tokens for r in engine.generate(asked, [parse("full")], width=2)}

@@ -176,7 +176,7 @@ int8.PerToken.encode = slow
 
 def test_a_method_far_slower_than_the_baseline_costs_itself(run, pytester):
     pytester.makepyfile(slow=SLOW)
-    result = run("throughput or samples", "-p", "slow", "--kv-timeout", "1")
+    result = run("throughput or samples", "-p", "slow", "--kv-timeout", "1", "--kv-backend", "reference")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     late = [r for r in left(Answer) + left(Timing) if "TimeoutError: took more than " in r.error]
     assert {r.method for r in late} == {"int8"}

@@ -57,13 +57,13 @@ class Native:
         layer, host = kv.layer, kv.host
         self.kv, self.library = kv, compiled(layer, kv.k.spec, kv.v.spec)
         rope = layer.rope if kv.needs.rerotated_sinks else None
-        self.frequency = None if rope is None else rope.inverse_frequency.float().contiguous()
+        self.frequency = None if rope is None else rope.inverse_frequency.float().contiguous().numpy()
         self.cache = Cache(
             *kv.page_table.shape, kv.page_table.data_ptr(), host.slots.ctypes.data, host.tokens.ctypes.data,
             host.seen.ctypes.data, _pointer(kv.positions), _pointer(kv.accumulated_attention),
-            _pointer(kv.newest_attention), _store(kv.k), _store(kv.v), _pointer(self.frequency),
-            0 if self.frequency is None else len(self.frequency), 0 if rope is None else kv.needs.rerotated_sinks,
-            _pointer(kv.original_sinks),
+            _pointer(kv.newest_attention), _store(kv.k), _store(kv.v),
+            *((None, 0) if self.frequency is None else (self.frequency.ctypes.data, len(self.frequency))),
+            0 if rope is None else kv.needs.rerotated_sinks, _pointer(kv.original_sinks),
         )  # fmt: skip
         self.batch: tuple[int | None, ...] = ()
         self.items, self.rows, self.all_rows = (np.zeros(0, dtype=np.int64) for _ in range(3))
