@@ -235,10 +235,12 @@ class PagedKV:
         """Count ``n`` tokens more in each row before a step writes them, and allocate their pages."""
         host = self.host
         slots = host.slots[rows]
-        again = (host.tokens[rows] < slots) & (self.by_token and n == 1)
-        after = np.where(again, slots, slots + n)
+        after, first = slots + n, slots
+        if self.needs.evicts and self.by_token and n == 1:
+            again = host.tokens[rows] < slots
+            after, first = np.where(again, slots, after), np.where(again, host.free_slot[rows], slots)
         self._refuse_overflow(rows, after)
-        self.mapping = SlotMapping(rows, np.where(again, host.free_slot[rows], slots))
+        self.mapping = SlotMapping(rows, first)
         whole = [r for r, rolling in ((x.spec.residual, x.spec.rolling) for x in (self.k, self.v)) if r and not rolling]
         self.encodes = any(bool((after // r > slots // r).any()) for r in whole)
         self.layout = None
@@ -340,6 +342,17 @@ class PagedKV:
             k, v = (tuple([view(pool) for pool in store.pools]) for store in (self.k, self.v))
             self.known_views[key] = Views(k, v, *[None if x is None else view(x) for x in own])
         return self.known_views[key]
+
+    def slots_of(self, field: Tensor, rows: list[int], columns: int) -> Tensor:
+        """A field of single slots, (pages, PAGE), of the first ``columns`` of some rows: (rows, kv_heads, columns *
+        PAGE). In an arena of equal heads it is a view for all rows; a page that was given back lies there, too."""
+        heads, all_columns = self.table.shape[1:]
+        if self.arena and self.pages_per_row == heads * all_columns:
+            first = int(self.needs.positions)
+            whole = field[first:].view(len(self.host.seen), heads, -1)[..., : columns * PAGE]
+            return whole if rows == list(range(len(whole))) else whole[rows]
+        at = torch.tensor(rows, device=self.page_table.device)
+        return field[self.page_table[at][:, :, :columns].long()].flatten(2)
 
     def pages(self, rows: int | list[int], heads: int | slice, columns: slice | np.ndarray) -> Tensor:
         """The pages in these columns of the table, int64 on the device."""

@@ -38,7 +38,8 @@ def rounding(
     """The largest error, (Q, D), of an attention with float64 weights ``p`` that keeps scores and sums in float32 and
     rounds the weights, with their sum, and the result to q's dtype. A score's error acts on a weight and on the sum.
     With ``integers`` queries and weights are multiplied by codes in steps of a 32766th of the largest; rounding to them
-    is uniform, and 8 standard deviations are allowed. Unless ``exact``, keys and values are rounded to q's dtype, too."""
+    is uniform, and 8 standard deviations are allowed. Unless ``exact``, keys
+    and values are rounded, too."""
     unit, single = torch.finfo(q.dtype).eps / 2, torch.finfo(torch.float32).eps / 2
     score = float((q.double().abs() @ k.double().abs().T).max()) * scale * (q.shape[-1] + 4) * single
     values: Tensor | float = 0.0

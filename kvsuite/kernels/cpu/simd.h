@@ -113,8 +113,9 @@ INLINE void narrow(I8 x, int16_t* to, bool pairs) {
 }
 #if WIDE == 512
 INLINE void narrow(I16 x, int16_t* to, bool pairs) {
-  narrow((I8)_mm512_castsi512_si256((__m512i)x), to, pairs);
-  narrow((I8)_mm512_extracti64x4_epi64((__m512i)x, 1), to + 8, pairs);
+  __m256i y = _mm512_cvtepi32_epi16((__m512i)x);
+  const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+  store(to, pairs ? _mm256_shuffle_epi8(y, _mm256_broadcastsi128_si256(order)) : y);
 }
 #endif
 // Rows' pieces of 16 bytes: four lanes each of W tokens, so that after the interleavings lane i is token i's.
