@@ -189,7 +189,8 @@ class Fast:
 
 def speeds(run: Run, margins: Margins) -> Fast:
     """Decode speed of every method at the widest, longest cell that was measured, as a multiple of ``full``'s; of
-    servers, time per token in the last load (tokens per second would reward long answers). What ran without a kernel,
+    servers, time per token in the last load (tokens per second would reward long answers). A control's speed is that of
+    making noise. What ran without a kernel,
     and what is broken, is not judged by its speed."""
     served = served_rows(run)
     if served:
@@ -204,7 +205,7 @@ def speeds(run: Run, margins: Margins) -> Fast:
         ]
         return Fast(found, [(row.method, "FAILED") for row in judged if "tpot" not in row.ratios], last)
     rows = [row for row in speed_rows([r for r in run.records if isinstance(r, Timing)]) if row.phase == "decode"]
-    rows = [row for row in rows if row.method != "transformers"]
+    rows = [row for row in rows if row.method != "transformers" and not run.is_control(row.method)]
     whole = [row for row in rows if row.speedup is not None]
     if not any(_is_kernel(row.path) for row in whole):
         return Fast([], [])
@@ -220,7 +221,8 @@ def speeds(run: Run, margins: Margins) -> Fast:
         for m, row in here.items()
         if row.speedup is not None and _is_kernel(row.path)
     ]
-    known = dict.fromkeys([*here, *(run.facts["methods"] if unfinished else [])])
+    methods = [name for name in run.facts["methods"] if not run.is_control(name)]
+    known = dict.fromkeys([*here, *(methods if unfinished else [])])
     lost = [(m, "missing") for m in known if m not in here and m != FULL]
     lost += [(m, "FAILED" if r.failed else "not measured") for m, r in here.items() if r.speedup is None]
     return Fast(found, lost, f"batch {width}, {length} tokens")

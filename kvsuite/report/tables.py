@@ -116,7 +116,7 @@ def _speed(phase: str, rows: Sequence[SpeedRow], run: Run) -> Table:
         )
     else:
         notes += _by_what(rows, run.facts["environment"]["gpu"])
-        notes += _break_evens([r for r in run.records if isinstance(r, Timing)])
+        notes += _break_evens([r for r in run.records if isinstance(r, Timing) and not run.is_control(r.method)])
     notes += _dtypes(run)
     if any(r.method == "transformers" for r in rows):
         notes.append(
