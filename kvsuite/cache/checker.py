@@ -85,8 +85,9 @@ def error(
         products += 8 * unit / 3**0.5 * float((k.square() @ q.double().square()).max().sqrt()) * scale
     values = 0.0
     if held.integers:  # steps of a 32766th of the largest, times codes that span at most twice a token's largest number
-        deviation = 8 / 12**0.5 / 32766
-        products += deviation * q.shape[-1] ** 0.5 * float(q.abs().max()) * scale * 2 * float(k.abs().max())
+        deviation = 8 / 12**0.5 / (32766 if q.shape[-1] <= 256 else 16383)
+        largest = float(held.k.double().abs().max())  # also of what the window hides: it may share a scale
+        products += deviation * q.shape[-1] ** 0.5 * float(q.abs().max()) * scale * 2 * largest
         values = deviation * 64**0.5 * float(p @ (2 * v.abs().amax(1)))
     allowed = (2 * products + (3 + (not held.exact)) * unit + (len(k) + 8) * single) * (p @ v.abs())
     allowed = allowed + values + torch.finfo(q.dtype).tiny * 2 * unit * (1 + v.abs().sum(0))

@@ -36,6 +36,8 @@ def supports(layer: LayerContext, k: QuantSpec, v: QuantSpec, needs: Needs) -> s
             return reason
     if k.layout == "token" and k.group != layer.head_dim:
         return "keys with more than one scale per token"
+    if k.residual and k.rolling:
+        return "keys that leave the residual one by one"
     if v.layout == "channel":
         return "values with a scale per channel"
     if needs.reads_some:
@@ -60,7 +62,7 @@ def _unreadable(layer: LayerContext, spec: QuantSpec) -> str:
     if not {layer.dtype, spec.stored_dtype(dim, layer.kv_dtype)} <= DTYPES.keys():
         return f"no kernel for {layer.dtype} over {layer.kv_dtype}"
     if spec.layout in ("token", "channel") and (spec.group % PAGE or spec.block not in (1, PAGE)):
-        return f"groups of {spec.group}; {PAGE} or more are computed on"
+        return f"groups of {spec.group}, which is no multiple of {PAGE}"
     if spec.residual % PAGE:
         return f"a residual of {spec.residual}, which is no multiple of {PAGE}"
     bits = spec.stored_dtype(dim, layer.kv_dtype).itemsize * 8 if spec.layout == "plain" else spec.bits
@@ -75,13 +77,13 @@ def fill(
     """As the reference's, with the same bits."""
     heads, length = k.shape[:2]
     kv.admit(row, np.full(heads, length) if keep is None else np.array([len(index) for index in keep]), length)
-    native(kv).fill(row, k, v, keep, accumulated)
+    native(kv).fill(kv, row, k, v, keep, accumulated)
     keep_sinks(kv, row, np.arange(heads))
 
 
 def append(kv: PagedKV, k: Tensor, v: Tensor, rows: Sequence[int | None]) -> None:
     """As the reference's, with the same bits."""
-    native(kv).append(k, v, rows)
+    native(kv).append(kv, k, v, rows)
 
 
 def attend(
@@ -92,7 +94,7 @@ def attend(
     assert pages is None
     if q.shape[2] > 1 and (kv.accumulated_attention is not None or kv.newest_attention is not None):
         raise ValueError("attention is accumulated query by query")
-    return native(kv).attend(q, rows, params)
+    return native(kv).attend(kv, q, rows, params)
 
 
 def evict(kv: PagedKV, rows: Sequence[int | None], slots: Tensor) -> None:

@@ -267,7 +267,7 @@ static void attend_piece(const Cache& c, const Attend& a, const Piece& at, const
     Float<W> sum = {};
     for (int page = 0; page < at.pages; page++)
       for (int t = page * PAGE; live[page] && t < page * PAGE + PAGE; t += W) {
-        Float<W> x = exponential<W>(load<Float<W>>(p + n * CHUNK + t) - splat<W>(top));
+        Float<W> x = exponential<W>(load<Float<W>>(p + n * CHUNK + t) - splat<W>(top > -INFINITY ? top : 0));
         sum = sum + x;
         store(p + n * CHUNK + t, x);
       }

@@ -70,8 +70,13 @@ static inline float from_bfloat(uint16_t h) {
   return x;
 }
 template <Number N> static inline float number(const void* p, int64_t i) {
-  if (N == FLOAT32) return static_cast<const float*>(p)[i];
-  uint16_t h = static_cast<const uint16_t*>(p)[i];
+  if (N == FLOAT32) {
+    float x;
+    memcpy(&x, static_cast<const uint8_t*>(p) + i * 4, 4);
+    return x;
+  }
+  uint16_t h;
+  memcpy(&h, static_cast<const uint8_t*>(p) + i * 2, 2);
   return N == FLOAT16 ? from_half(h) : from_bfloat(h);
 }
 static inline uint16_t to_bfloat(float x) {  // to the nearest, ties to even
@@ -97,6 +102,9 @@ static inline uint16_t to_half(float x) {  // to the nearest, ties to even; beyo
   return sign | uint16_t((u + 0xFFF + (u >> 13 & 1) - 0x38000000) >> 13);
 }
 template <Number N> static inline void put(void* p, int64_t i, float x) {
-  if (N == FLOAT32) static_cast<float*>(p)[i] = x;
-  else static_cast<uint16_t*>(p)[i] = N == FLOAT16 ? to_half(x) : to_bfloat(x);
+  if (N == FLOAT32) memcpy(static_cast<uint8_t*>(p) + i * 4, &x, 4);
+  else {
+    const uint16_t h = N == FLOAT16 ? to_half(x) : to_bfloat(x);
+    memcpy(static_cast<uint8_t*>(p) + i * 2, &h, 2);
+  }
 }

@@ -102,7 +102,7 @@ static void add_part(const Job& job, int64_t head, int64_t part, float* strip, f
 static void add(void* argument) {
   Job& job = *static_cast<Job*>(argument);
   const Mass& m = job.m;
-  float* strip = static_cast<float*>(aligned_alloc(64, size_t(ROWS) * (job.padded + m.dim + 16) * 4));
+  float* strip = static_cast<float*>(aligned_alloc(64, (size_t(ROWS) * (job.padded + m.dim) * 4 + 63) / 64 * 64));
   if (!strip) abort();
   for (int64_t i; (i = job.next.fetch_add(1)) < m.kv_heads * m.parts;)
     add_part(job, i / m.parts, i % m.parts, strip, strip + ROWS * job.padded);

@@ -51,11 +51,11 @@ def macros(layer: LayerContext, k: QuantSpec, v: QuantSpec) -> dict[str, int]:
 
 
 class Native:
-    """One cache and the library for it. Its tensors and the host's counts keep their places."""
+    """A cache's places and the library for it. Its tensors and the host's counts never move."""
 
     def __init__(self, kv: PagedKV) -> None:
         layer, host = kv.layer, kv.host
-        self.kv, self.library = kv, compiled(layer, kv.k.spec, kv.v.spec)
+        self.library = compiled(layer, kv.k.spec, kv.v.spec)
         rope = layer.rope if kv.needs.rerotated_sinks else None
         self.frequency = None if rope is None else rope.inverse_frequency.float().contiguous().numpy()
         self.cache = Cache(
@@ -68,9 +68,11 @@ class Native:
         self.batch: tuple[int | None, ...] = ()
         self.items, self.rows, self.all_rows = (np.zeros(0, dtype=np.int64) for _ in range(3))
 
-    def fill(self, row: int, k: Tensor, v: Tensor, keep: KeepIndices | None, accumulated: Tensor | None) -> None:
+    def fill(
+        self, kv: PagedKV, row: int, k: Tensor, v: Tensor, keep: KeepIndices | None, accumulated: Tensor | None
+    ) -> None:
         """Write a prompt into a row that was admitted."""
-        k, v = self._written(k, v)
+        k, v = _written(kv, k, v)
         kept, counts = None, None
         if keep is not None:
             keep = [index.contiguous() for index in keep]
@@ -84,22 +86,22 @@ class Native:
         )  # fmt: skip
         self._run(self.library.kv_fill, call)
 
-    def append(self, k: Tensor, v: Tensor, rows: Sequence[int | None]) -> None:
+    def append(self, kv: PagedKV, k: Tensor, v: Tensor, rows: Sequence[int | None]) -> None:
         """Write the tokens that were counted."""
         self._bind(rows)
-        k, v = self._written(k, v)
+        k, v = _written(kv, k, v)
         call = Append(
             k.data_ptr(), v.data_ptr(), k.stride()[:3], v.stride()[:3], DTYPES[k.dtype], len(self.items), k.shape[2],
-            self.items.ctypes.data, self.rows.ctypes.data, self.kv.mapping.slots.ctypes.data,
+            self.items.ctypes.data, self.rows.ctypes.data, kv.mapping.slots.ctypes.data,
         )  # fmt: skip
         self._run(self.library.kv_append, call)
 
-    def attend(self, q: Tensor, rows: Sequence[int | None], params: AttentionParams) -> Tensor:
+    def attend(self, kv: PagedKV, q: Tensor, rows: Sequence[int | None], params: AttentionParams) -> Tensor:
         """Attention of the newest tokens; q and the result (len(rows), heads, Q, head_dim)."""
         self._bind(rows)
         items, heads, queries, dim = q.shape
         out = q.new_empty(items, queries, heads, dim).transpose(1, 2)  # as the model goes on with it
-        if len(self.items) < items:
+        if len(self.items) < items or not kv.host.slots[self.rows].all():
             out.zero_()
         sinks = None if params.sink_logits is None else params.sink_logits.float().contiguous()
         q = q if q.stride(3) == 1 else q.contiguous()
@@ -118,16 +120,6 @@ class Native:
             self.items = np.flatnonzero(self.all_rows >= 0)
             self.rows = self.all_rows[self.items]
 
-    def _written(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V as they are to be written, each token's numbers side by side, both of one dtype."""
-        stores = self.kv.k, self.kv.v
-        if any(store.spec.layout == "plain" for store in stores):
-            pairs = zip(stores, (k, v), strict=True)
-            moves = [moved(store.spec, x.to(store.residual.dtype)) for store, x in pairs]
-            k, v = moves if moves[0].dtype == moves[1].dtype else [x.float() for x in moves]
-        k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
-        return k, v
-
     def _run(self, function: Any, call: ctypes.Structure) -> None:
         function(ctypes.byref(self.cache), ctypes.byref(call), ctypes.byref(running()))
 
@@ -138,6 +130,17 @@ def native(kv: PagedKV) -> Native:
         kv.native = Native(kv)
     made: Native = kv.native
     return made
+
+
+def _written(kv: PagedKV, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """K and V as they are to be written, each token's numbers side by side, both of one dtype."""
+    stores = kv.k, kv.v
+    if any(store.spec.layout == "plain" for store in stores):
+        pairs = zip(stores, (k, v), strict=True)
+        moves = [moved(store.spec, x.to(store.residual.dtype)) for store, x in pairs]
+        k, v = moves if moves[0].dtype == moves[1].dtype else [x.float() for x in moves]
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    return k, v
 
 
 def _pointer(x: Tensor | None) -> int | None:

@@ -133,9 +133,10 @@ template <class R> INLINE int channel_of_sum(int at) {
   return (c + l) * R::parts + i;
 }
 
-// No wider than a group, whose codes one scale is for.
+// No wider than what divides a group, whose codes one scale is for.
 template <class R, int GROUPS> static constexpr int code_width() {
-  return width(R::columns, GROUPS > 1 && DIM / GROUPS / 4 < LANES ? DIM / GROUPS / 4 : LANES);
+  const int columns = DIM / GROUPS / 4, most = columns & -columns;
+  return width(R::columns, GROUPS > 1 && most < LANES ? most : LANES);
 }
 // Weighted sums of rows of codes, of up to two pages: weights (N, GROUPS, 2 * PAGE) as 16-bit numbers, in units of
 // unit (N, GROUPS); even counts. sums (N, DIM) grow.

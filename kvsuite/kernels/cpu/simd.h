@@ -61,7 +61,9 @@ template <int W> INLINE Float<W> permute(Float<W> x, Int<W> from) {  // lane i g
 
 // W numbers as 16-bit ones; `pairs`: each four of them, a b c d, in the order a c b d.
 INLINE void narrow(I4 x, int16_t* to, bool pairs) {
-  for (int i = 0; i < 4; i++) to[i] = int16_t(x[pairs ? (i & 1) * 2 + (i >> 1) : i]);
+  int16_t y[4];
+  for (int i = 0; i < 4; i++) y[i] = int16_t(x[pairs ? (i & 1) * 2 + (i >> 1) : i]);
+  memcpy(to, y, sizeof y);
 }
 // dot16: c + a.low * b.low + a.high * b.high of each lane's signed 16-bit halves. The 32- and 64-bit interleavings and
 // low16, high16 work within blocks of four lanes.

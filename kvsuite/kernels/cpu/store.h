@@ -65,7 +65,7 @@ template <class S> static const void* new_row(const Tokens& t, int64_t i, void* 
 static inline uint16_t half_towards(float x, bool up) {
   uint32_t u;
   memcpy(&u, &x, 4);
-  const uint32_t sign = u >> 31, all = u & 0x7FFFFFFF, beyond = all < 0x7F800000 ? 0x477FE001 : 0x47800000;  // 65504+, ∞
+  const uint32_t sign = u >> 31, all = u & 0x7FFFFFFF, beyond = all < 0x7F800000 ? 0x477FE001 : all == 0x7F800000 ? 0x47800000 : 0x47C00000;
   const uint32_t size = all < beyond ? all : beyond;
   const bool normal = size >= 0x38800000;
   const float units = normal ? 0 : fabsf(x) * 16777216.f;  // 2^24: of subnormal numbers
@@ -143,11 +143,15 @@ template <class S> static void encode(const Store& store, int64_t place, const v
     for (int i = 0; i < unit; i++)
       for (int d = 0; d < DIM; d++) x[i][d] = number<S::dtype>(rows[i], d);
     if constexpr (S::layout == FP8) {
-      float scale = store.tensor_scale, low, high;
+      float scale = store.tensor_scale;
       if (S::token_scale) {
-        extremes<DIM>(x[0], low, high);
-        const float largest = -low > high ? -low : high;
-        scale = largest > 0 ? largest / 448 : 1;
+        float largest = 0, unknown = 0;
+        for (int d = 0; d < DIM; d++) {
+          const float size = fabsf(x[0][d]);
+          largest = size > largest ? size : largest;
+          unknown += size != size;
+        }
+        scale = unknown == 0 && largest > 0 ? largest / 448 : 1;
         static_cast<float*>(store.scale)[place] = scale;
       }
       for (int d = 0; d < DIM; d++) codes[d] = to_e4m3(x[0][d] / scale);
