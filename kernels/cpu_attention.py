@@ -156,13 +156,13 @@ def multiply_adds(count: int, rounds: int = 1 << 20) -> float:
 
 
 def measure(candidates: list[Candidate], read: Callable[[], float], rounds: int, cached: bool) -> float:
-    """Seconds of each candidate, round by round; the median bandwidth. Torch's slow ways end after three rounds."""
+    """Seconds of each candidate, round by round; the median bandwidth. Torch's slow ways end after three."""
     speeds, order = [], random.Random(0)
     for i in range(rounds + 1):
         speeds.append(read())
-        best = min((statistics.median(x.seconds) for x in candidates if x.seconds), default=0)
+        own = [statistics.median(x.seconds) for x in candidates if x.name.startswith("torch sdpa") and x.seconds]
         for one in order.sample(candidates, len(candidates)):  # what comes after another may profit from it, or suffer
-            if i > 3 and one.name.startswith("torch") and statistics.median(one.seconds) > 5 * best:
+            if i > 3 and one.name.startswith("torch") and statistics.median(one.seconds) > 1.2 * min(own):
                 continue
             if cached:
                 one.run()

@@ -231,7 +231,11 @@ class LayerCache:
             columns = int(kv.host.columns[at].max())
         state = self._state(at, columns)
         scores = self.eviction.score(state)  # type: ignore[union-attr]
-        slots = _lowest(torch.where(state.positions < 0, float("inf"), scores))
+        scores = torch.where(state.positions < 0, float("inf"), scores)
+        if self.prepared or scores.device.type != "cpu":
+            slots = scores.argmin(dim=-1)
+        else:
+            slots = torch.from_numpy(scores.numpy().argmin(axis=-1))  # eight times as fast
         self.backend.evict(kv, at, slots)
         if self.reader is not None:
             for row, own in zip(at, slots.cpu().numpy(), strict=True):
@@ -303,13 +307,6 @@ class LayerCache:
             pages = kv.pages(row, head, own)
             for field, value in zip(kv.summaries, self.reader.summarise(*page_keys(kv, row, head, own)), strict=True):
                 field[pages] = value.to(field.dtype)
-
-
-def _lowest(scores: Tensor) -> Tensor:
-    """Where the last dimension is least, the first of equals: int64."""
-    if scores.device.type != "cpu":
-        return scores.argmin(dim=-1)
-    return torch.from_numpy(scores.numpy().argmin(axis=-1))  # eight times as fast as PyTorch's
 
 
 def highest(scores: Tensor, counts: Sequence[int], positions: Tensor | None = None) -> KeepIndices:
