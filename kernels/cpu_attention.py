@@ -230,7 +230,7 @@ def candidates_of(
         found += [ours(text, layer, batch, length, needs, f"{text}, {name}") for text in formats[:2]]
     if dtype == torch.bfloat16:
         found += torchs(layer, batch, length)
-    for _ in range(layers):  # in turn, because where memory comes to lie makes up to a quarter of the speed
+    for _ in range(layers):  # in turn, because where memory comes to lie matters
         for one in found:
             one.layers.append(one.layer())
     return found, layers

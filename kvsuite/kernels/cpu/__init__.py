@@ -15,7 +15,7 @@ from kvsuite.kernels.cpu.mass import column_mass
 from kvsuite.kernels.cpu.native import DTYPES, LAYOUTS, compiled, native
 from kvsuite.kernels.paged import PagedKV
 from kvsuite.kernels.quantspec import PAGE, QuantSpec
-from kvsuite.kernels.reference import compact, release_empty
+from kvsuite.kernels.reference import compact, evict, release_empty
 from kvsuite.kernels.reference.attend import PageIndices
 from kvsuite.kernels.reference.attend import read as stored
 from kvsuite.kernels.reference.store import KeepIndices, keep_sinks
@@ -95,24 +95,6 @@ def attend(
     if q.shape[2] > 1 and (kv.accumulated_attention is not None or kv.newest_attention is not None):
         raise ValueError("attention is accumulated query by query")
     return native(kv).attend(kv, q, rows, params)
-
-
-def evict(kv: PagedKV, rows: Sequence[int | None], slots: Tensor) -> None:
-    """As the reference's, on the host's own view of the memory."""
-    items = [b for b, row in enumerate(rows) if row is not None]
-    at, host = np.array([rows[b] for b in items], dtype=np.int64), kv.host
-    i, head = np.nonzero(host.tokens[at] > host.budget[at])
-    if not i.size:
-        return
-    assert kv.positions is not None
-    row, slot = at[i], slots.numpy()[np.array(items)[i], head]
-    if kv.original_sinks is not None:
-        complete = host.tokens[row, head] == host.seen[row]
-        for one in set(row[complete].tolist()):
-            keep_sinks(kv, one, head[complete & (row == one)])
-    kv.positions.numpy()[kv.table[row, head, slot // PAGE], slot % PAGE] = -1
-    if kv.by_token:
-        host.free_slot[row, head] = slot
 
 
 def read(kv: PagedKV, row: int) -> list[HeadView]:

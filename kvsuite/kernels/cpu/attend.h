@@ -105,7 +105,7 @@ template <class S, int N> struct Values {
     memset(recent, 0, sizeof recent);
     memset(zeros, 0, sizeof zeros);
   }
-  // Two pages at a time: `counts` of their tokens are in pages[i] (of the pool), none where it is -1.
+  // Two pages at a time: `counts` of their tokens are in pages[i] of the pool.
   void add(const Store& store, const float* p, const int64_t* pages, const int* counts, const Ahead* ahead) {
     if constexpr (R::integer) {
       alignas(64) int16_t weights[N][groups][BLOCK];
@@ -212,8 +212,7 @@ static bool readable(const Cache& c, const Piece& at, int page, int64_t position
 }
 // A page's slots from s on, in a residual.
 template <class S> INLINE const uint8_t* recent_rows(const Cache& c, const Store& store, const Piece& at, int64_t s) {
-  int64_t own = (at.row * c.kv_heads + at.head) * S::residual + s % (S::residual ? S::residual : 1);
-  return static_cast<const uint8_t*>(store.residual) + own * DIM * S::number_bytes;
+  return residual_row<S>(store, at.row * c.kv_heads + at.head, s);
 }
 // The codes of a page, where there are any.
 template <class S> INLINE Ahead codes_of(const Store& store, const Piece& at, int64_t slot) {
@@ -350,9 +349,6 @@ static void attend_group(const Job& job, const Piece& at, const float (*q)[DIM],
   if constexpr (LEFT > N)
     attend_group<LEFT - N>(job, at, q + N, position, sinks, job.weights ? p + N * CHUNK : p, out + N * (2 + DIM));
 }
-static float from(const void* p, int64_t dtype, int64_t i) {
-  return dtype == FLOAT32 ? number<FLOAT32>(p, i) : dtype == FLOAT16 ? number<FLOAT16>(p, i) : number<BFLOAT16>(p, i);
-}
 static void one_chunk(const Job& job, int64_t item, Piece at, int64_t chunk) {
   const Cache& c = job.c;
   const Attend& a = job.a;
@@ -363,7 +359,7 @@ static void one_chunk(const Job& job, int64_t item, Piece at, int64_t chunk) {
   for (int64_t i = 0; i < a.queries; i++) {
     for (int g = 0; g < GROUP; g++) {
       const int64_t first = item * a.q_stride[0] + (at.head * GROUP + g) * a.q_stride[1] + i * a.q_stride[2];
-      for (int d = 0; d < DIM; d++) q[g][d] = from(a.q, a.dtype, first + d) * a.scale;
+      for (int d = 0; d < DIM; d++) q[g][d] = number(a.q, a.dtype, first + d) * a.scale;
     }
     float* p = job.weights ? job.weights + index * GROUP * CHUNK : own;
     attend_group<GROUP>(job, at, q, at.seen - a.queries + i, turned && !c.original_sinks ? sinks : nullptr, p,
@@ -469,10 +465,9 @@ static void attend(const Cache& c, const Attend& a, const Threads& threads) {
   char* memory = static_cast<char*>(scratch.of(partial + (keeps ? p : 0) + size_t(heads) * 4 + 256));
   float* weights = reinterpret_cast<float*>(memory + (partial + 63) / 64 * 64);
   char* counters = keeps ? reinterpret_cast<char*>(weights) + p : reinterpret_cast<char*>(weights);
-  const int64_t run = heads * chunks / (8 * threads.count);
-  Job job{c, a, chunks, run < 1 ? 1 : run, {0}, reinterpret_cast<std::atomic<int32_t>*>(counters), reinterpret_cast<float*>(memory), keeps ? weights : nullptr};
+  const int64_t in_turn = heads * chunks / (8 * threads.count);
+  Job job{c, a, chunks, in_turn < 1 ? 1 : in_turn, {0}, reinterpret_cast<std::atomic<int32_t>*>(counters), reinterpret_cast<float*>(memory), keeps ? weights : nullptr};
   for (int64_t i = 0; i < heads; i++) new (job.finished + i) std::atomic<int32_t>(0);
-  const bool share = threads.parallel && threads.count > 1 && slots * a.queries > 1024;
-  if (share) threads.parallel(work, &job, unsigned(threads.count), 0);
-  else work(&job);
+  if (slots * a.queries > 1024) run(work, &job, threads);
+  else work(&job);  // faster than waking others
 }

@@ -51,6 +51,15 @@ struct Cache {
 };
 typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel of the runtime that torch uses
 struct Threads { Parallel parallel; int64_t count; };                  // null: the calling thread alone
+static inline void run(void (*work)(void*), void* job, const Threads& t) {  // on all threads, which share the job out
+  if (t.parallel && t.count > 1) t.parallel(work, job, unsigned(t.count), 0);
+  else work(job);
+}
+// A (row, kv head)'s slot in its residual.
+template <class S> static inline uint8_t* residual_row(const Store& store, int64_t pair, int64_t slot) {
+  const int64_t row = pair * S::residual + slot % (S::residual ? S::residual : 1);
+  return static_cast<uint8_t*>(store.residual) + row * DIM * S::number_bytes;
+}
 
 static inline float from_half(uint16_t h) {
   uint32_t sign = uint32_t(h & 0x8000) << 16, rest = uint32_t(h & 0x7FFF) << 13;
@@ -78,6 +87,9 @@ template <Number N> static inline float number(const void* p, int64_t i) {
   uint16_t h;
   memcpy(&h, static_cast<const uint8_t*>(p) + i * 2, 2);
   return N == FLOAT16 ? from_half(h) : from_bfloat(h);
+}
+static inline float number(const void* p, int64_t dtype, int64_t i) {  // of a dtype that is known at run time
+  return dtype == FLOAT32 ? number<FLOAT32>(p, i) : dtype == FLOAT16 ? number<FLOAT16>(p, i) : number<BFLOAT16>(p, i);
 }
 static inline uint16_t to_bfloat(float x) {  // to the nearest, ties to even
   uint32_t u;

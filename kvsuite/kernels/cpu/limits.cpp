@@ -37,17 +37,13 @@ static void multiply(void* argument) {
     }
   for (auto& sum : sums) job.sum += sum[0];
 }
-static void share(void (*work)(void*), void* job, const Threads& t) {
-  if (t.parallel && t.count > 1) t.parallel(work, job, unsigned(t.count), 0);
-  else work(job);
-}
 #define EXPORT extern "C" __attribute__((visibility("default")))
 EXPORT void read_memory(const uint8_t* p, int64_t bytes, const Threads* t) {
   Read job{p, bytes, {0}, {0}};
-  share(read, &job, *t);
+  run(read, &job, *t);
 }
 EXPORT int64_t multiply_add(int64_t rounds, const Threads* t) {  // how many were done
   Multiply job{rounds, {0}};
-  share(multiply, &job, *t);
+  run(multiply, &job, *t);
   return rounds * 8 * LANES * 2 * t->count;
 }

@@ -3,6 +3,7 @@
 #define HEAD_DIM 64
 #define GROUP 1
 #include <atomic>
+#include <initializer_list>
 #include <stdlib.h>
 #include "simd.h"
 
@@ -24,9 +25,6 @@ struct Job {
   int64_t padded;
   std::atomic<int64_t> next;
 };
-static float from(const void* p, int64_t dtype, int64_t i) {
-  return dtype == FLOAT32 ? number<FLOAT32>(p, i) : dtype == FLOAT16 ? number<FLOAT16>(p, i) : number<BFLOAT16>(p, i);
-}
 static void pack(void* argument) {
   Job& job = *static_cast<Job*>(argument);
   const Mass& m = job.m;
@@ -35,7 +33,7 @@ static void pack(void* argument) {
     for (int64_t t = 0; t < PANEL; t++) {
       const int64_t head = i / panels, key = i % panels * PANEL + t;
       for (int64_t d = 0; d < m.dim; d++)
-        m.panels[(i * m.dim + d) * PANEL + t] = key < m.length ? from(m.k, m.dtype, head * m.k_stride[0] + key * m.k_stride[1] + d) : 0;
+        m.panels[(i * m.dim + d) * PANEL + t] = key < m.length ? number(m.k, m.dtype, head * m.k_stride[0] + key * m.k_stride[1] + d) : 0;
     }
 }
 // Scores of ROWS queries (dim, ROWS) with a panel's keys into out (ROWS, stride).
@@ -87,7 +85,7 @@ static void add_part(const Job& job, int64_t head, int64_t part, float* strip, f
       const int64_t at = m.first + block * ROWS, count = m.length - at < ROWS ? m.length - at : ROWS, own = head * m.group + g;
       for (int64_t r = 0; r < ROWS; r++)
         for (int64_t d = 0; d < m.dim; d++)
-          q[d * ROWS + r] = r < count ? from(m.q, m.dtype, own * m.q_stride[0] + (at + r) * m.q_stride[1] + d) * m.scale : 0;
+          q[d * ROWS + r] = r < count ? number(m.q, m.dtype, own * m.q_stride[0] + (at + r) * m.q_stride[1] + d) * m.scale : 0;
       const int64_t start = (m.window && at >= m.window ? at - m.window + 1 : 0) / PANEL * PANEL;
       const int64_t end = (at + count + PANEL - 1) / PANEL * PANEL, keys = end - start;
       for (int64_t t = start; t < end; t += PANEL)
@@ -108,17 +106,14 @@ static void add(void* argument) {
     add_part(job, i / m.parts, i % m.parts, strip, strip + ROWS * job.padded);
   free(strip);
 }
-static void run(void (*work)(void*), const Mass& m, const Threads& t) {
-  Job job{m, (m.length + PANEL - 1) / PANEL * PANEL, {0}};
-  if (t.parallel && t.count > 1) t.parallel(work, &job, unsigned(t.count), 0);
-  else work(&job);
-}
 #define EXPORT extern "C" __attribute__((visibility("default")))
 EXPORT int64_t panel_size() { return PANEL; }
 EXPORT void column_mass(const Mass* m, const Threads* t) {
-  run(pack, *m, *t);
-  run(add, *m, *t);
   const int64_t padded = (m->length + PANEL - 1) / PANEL * PANEL;
+  for (auto work : {pack, add}) {
+    Job job{*m, padded, {0}};
+    run(work, &job, *t);
+  }
   for (int64_t head = 0; head < m->kv_heads; head++)
     for (int64_t key = 0; key < m->length; key++) {
       float sum = 0;

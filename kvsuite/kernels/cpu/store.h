@@ -40,11 +40,6 @@ struct Place {  // a (row, head) of the cache
 
 // ---- numbers
 
-template <class S> static const void* kept_row(const Store& store, int64_t pair, int64_t slot) {
-  const int64_t row = pair * S::residual + slot % (S::residual ? S::residual : 1);
-  return static_cast<const uint8_t*>(store.residual) + row * DIM * S::number_bytes;
-}
-
 template <Number TO, Number FROM> static void convert(const void* from, void* to) {
   for (int d = 0; d < DIM; d++) put<TO>(to, d, number<FROM>(from, d));
 }
@@ -65,7 +60,8 @@ template <class S> static const void* new_row(const Tokens& t, int64_t i, void* 
 static inline uint16_t half_towards(float x, bool up) {
   uint32_t u;
   memcpy(&u, &x, 4);
-  const uint32_t sign = u >> 31, all = u & 0x7FFFFFFF, beyond = all < 0x7F800000 ? 0x477FE001 : all == 0x7F800000 ? 0x47800000 : 0x47C00000;
+  const uint32_t sign = u >> 31, all = u & 0x7FFFFFFF;
+  const uint32_t beyond = all < 0x7F800000 ? 0x477FE001 : all == 0x7F800000 ? 0x47800000 : 0x47C00000;  // 65504+, ∞, NaN
   const uint32_t size = all < beyond ? all : beyond;
   const bool normal = size >= 0x38800000;
   const float units = normal ? 0 : fabsf(x) * 16777216.f;  // 2^24: of subnormal numbers
@@ -196,14 +192,14 @@ template <class S> static void write(const Store& store, const Place& place, int
     const void* rows[unit];
     for (int i = 0; i < unit; i++) {
       const int64_t s = slot + i;
-      rows[i] = s < first ? kept_row<S>(store, place.pair, s) : new_row<S>(t, s - first, own[i]);
+      rows[i] = s < first ? residual_row<S>(store, place.pair, s) : new_row<S>(t, s - first, own[i]);
     }
     encode<S>(store, place.of(slot), rows);
   }
   if constexpr (S::residual > 0) {  // the reference's step puts even a token there that completes it, its prompt does not
     const int64_t stay = step || target < first ? first : target;
     for (int64_t slot = stay; slot < end; slot++)
-      memcpy(const_cast<void*>(kept_row<S>(store, place.pair, slot)), new_row<S>(t, slot - first, own[0]), sizeof own[0]);
+      memcpy(residual_row<S>(store, place.pair, slot), new_row<S>(t, slot - first, own[0]), sizeof own[0]);
   }
 }
 
@@ -218,8 +214,7 @@ template <class Body> static void share(const Threads& threads, int64_t n, int64
       for (int64_t i; (i = job.next.fetch_add(1, std::memory_order_relaxed)) < job.n;) (*job.body)(i);
     }
   } job{&body, n, {0}};
-  const int64_t count = threads.count < n ? threads.count : n;
-  if (threads.parallel && count > 1 && numbers >= 16384) threads.parallel(Job::run, &job, unsigned(count), 0);
+  if (numbers >= 16384) ::run(Job::run, &job, threads);
   else Job::run(&job);
 }
 
