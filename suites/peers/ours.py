@@ -17,6 +17,7 @@ import transformers  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 import kvsuite  # noqa: E402
+from kvsuite.cache.observations import AttentionMass  # noqa: E402
 from kvsuite.engines.request import Request, Response  # noqa: E402
 from kvsuite.engines.transformers import TransformersEngine  # noqa: E402
 from kvsuite.methods import parse_all  # noqa: E402
@@ -104,8 +105,8 @@ def compared(job: dict[str, Any], folder: Path) -> dict[str, Any]:
             tokens = method.tokens(len(context))
             kept = method.budget.allot([method.selector.score(one, tokens) for one in seen], tokens)
             tensors[f"{name} kept"] = torch.stack([torch.as_tensor(layer) for layer in kept])
-        if mass := [one.mass for one in seen if one.mass is not None]:
-            tensors["mass"] = torch.stack(mass)
+        if AttentionMass() in seen[0].observed:
+            tensors["mass"] = torch.stack([one[AttentionMass()] for one in seen])
     save_file({key: value.clone().contiguous() for key, value in tensors.items()}, str(folder / "ours.safetensors"))
     text = answer(engine, [request], ["full"], 1)[1][0].text
     return {"context": context, "question": suffix, "full": text, "share": share(0.2, len(context))}

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
-TARGETS = {"8 arms": 5.0, "24 arms": 8.0}
+TARGETS = {"8 arms": 6.0, "24 arms": 12.0}
 SAME = {"StreamingLLMPress"}
 """Presses whose choice must be ours, token by token."""
 WITHIN = 5e-6
