@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 import time
 import warnings
 from collections.abc import Generator, Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from kvsuite.analysis.shortfall import interrupted
 from kvsuite.errors import UsageError
 from kvsuite.plugin import hooks, options
 from kvsuite.plugin.local import Local
@@ -23,7 +25,7 @@ from kvsuite.report import markdown, terminal
 
 EVALUATIONS = ("throughput", "length", "samples", "tools")
 SESSION = pytest.StashKey[Session]()
-ALONE = "speed is timed alone: run -m throughput without -n"
+ALONE = "speed is timed alone: run -m throughput without -n or --kv-executor"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -95,6 +97,16 @@ def pytest_configure_node(node: Any) -> None:
     node.workerinput["kv_run"] = str(node.config.stash[SESSION].folder.absolute())
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Refuse to go on with another run, before workers start or anything is loaded."""
+    run = session.config.stash[SESSION]
+    if run.options.resume is not None and not run.worker:
+        try:
+            run.check_resumed()
+        except UsageError as error:
+            raise pytest.UsageError(str(error)) from error
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test per method, server, task, batch and length where a test asks for them; tasks are those of its
     evaluation."""
@@ -129,7 +141,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if _evaluates(item):
             item.add_marker(pytest.mark.filterwarnings("default"))
-        if session.worker and item.get_closest_marker("throughput"):
+        beside = session.worker or session.options.executor != "here"
+        if beside and item.get_closest_marker("throughput"):
             item.add_marker(pytest.mark.skip(reason=ALONE))
 
 
@@ -147,10 +160,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         _refuse_untimed(config, evaluations)
         with _lenient():
             run = config.stash[SESSION]
-            if not run.worker:
-                run.timed_cells = sum(
-                    {"kv_local", "benchmark"} <= set(getattr(item, "fixturenames", ())) for item in chosen
-                )
+            run.choose(chosen)
             run.fetch(sorted(tasks), evaluations)
             alone = not run.worker and getattr(config.option, "dist", "no") == "no"
             line = run.announce(chosen) if alone else ""
@@ -158,6 +168,18 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         raise pytest.UsageError(str(error)) from error
     if line:
         config.get_terminal_writer().line(line)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """A test of an arm's answers took as long as its jobs, whichever test they were done for."""
+    report = yield
+    run = item.config.stash[SESSION]
+    report.duration -= run.sharing
+    run.sharing = 0.0
+    if call.when == "call" and (spec := getattr(item, "callspec", None)):
+        report.duration += run.took.pop((str(spec.params.get("kv_arm")), str(spec.params.get("kv_task"))), 0.0)
+    return report
 
 
 @pytest.hookimpl(wrapper=True)
@@ -171,6 +193,14 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     finally:
         if plan is not None:
             plan.end()
+
+
+def _again(config: pytest.Config, folder: Path) -> str:
+    """The command that resumes a run."""
+    words = iter(config.invocation_params.args)
+    kept = [str(w) for w in words if not (str(w) in ("--kv-run", "--kv-resume") and next(words, ""))]
+    kept = [w for w in kept if not w.startswith(("--kv-run=", "--kv-resume="))]
+    return shlex.join(["pytest", *kept, "--kv-resume", str(folder)])
 
 
 def _evaluates(item: pytest.Item) -> bool:
@@ -201,6 +231,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if session.worker or not (session.folder / "run.json").is_file():
         return
     session.run.join()
+    if interrupted(read(session.folder)):
+        terminalreporter.write_line(f"interrupted; go on with: {_again(config, session.folder)}", bold=True)
     try:
         with _lenient():
             config.hook.pytest_kv_report(run=read(session.folder), terminalreporter=terminalreporter)

@@ -46,6 +46,9 @@ HELP = {
     "triton; where one refuses, the reference does, and records say why",
     "margins": "how much worse a method may be before it counts as harmful",
     "run": "the folder this run leaves (default: runs/ and the time)",
+    "resume": "the folder of a run that was interrupted: what it has recorded is not done again, failures are",
+    "executor": "who answers: here (this process, or pytest-xdist's workers with -n), or ray (the GPUs of a cluster)",
+    "ray-address": "the Ray cluster's address (default: one is started on this machine)",
     **servers.HELP,
 }
 CHOICES = {
@@ -54,6 +57,7 @@ CHOICES = {
     "dtype": ("auto", "bfloat16", "float32"),
     "device": ("cpu", "cuda"),
     "backend": ("auto", *BACKENDS),
+    "executor": ("here", "ray"),
 }
 FRAME = 96
 """Tokens a chat template and an answer need beside a prompt."""
@@ -84,6 +88,9 @@ class Options:
     device: str
     backend: str
     run: Path | None
+    resume: Path | None
+    executor: str
+    ray_address: str
     margins: Margins
     servers: servers.Servers | None
     """What is compared instead of methods, if anything."""
@@ -117,7 +124,7 @@ class Options:
         return own if self.servers is None else own | self.servers.settings()
 
 
-METHODS_ONLY = ("methods", "compress", "dtype", "device", "backend", "memory")
+METHODS_ONLY = ("methods", "compress", "dtype", "device", "backend", "memory", "executor", "ray-address")
 """Options that would do nothing to a server: refused on a command line, overlooked in a file that serves both."""
 
 
@@ -128,7 +135,7 @@ def add(parser: pytest.Parser) -> None:
         default = (SMOKE | servers.DEFAULTS).get(key, "smoke")
         shown = (
             ""
-            if key in ("model", "methods", "run", "memory") or not default or "default" in text
+            if key in ("model", "methods", "run", "resume", "memory") or not default or "default" in text
             else f" (default: {default})"
         )
         how = "append" if key == "variant" else "store"
@@ -143,7 +150,10 @@ def read(config: pytest.Config) -> Options:
     here = {key: value for key in HELP if (value := config.getoption(f"kv_{key}")) is not None}
     if {"baseline", "variant"} & {*given, *here} and (own := [key for key in METHODS_ONLY if key in here]):
         raise UsageError(f"--kv-{own[0]} is about methods in this process; servers are configured by their own options")
-    return check(given | here)
+    options = check(given | here)
+    if not hasattr(config, "workerinput"):  # a worker of pytest-xdist that replaces another finds its records
+        _check_folders(options)
+    return options
 
 
 def check(given: Mapping[str, Any]) -> Options:
@@ -172,6 +182,9 @@ def check(given: Mapping[str, Any]) -> Options:
         timeout=_number("timeout", raw["timeout"]),
         memory=_number("memory", raw["memory"]) if raw["memory"] else environment.memory() / 4,
         run=Path(str(raw["run"])) if raw["run"] else None,
+        resume=Path(str(raw["resume"])) if raw["resume"] else None,
+        executor=raw["executor"],
+        ray_address=str(raw["ray-address"]),
         margins=Margins.parse(str(raw["margins"])),
         servers=servers.check(raw, _number),
         **{key: _whole(key, raw[key], 0 if key == "seed" else 1) for key in ("samples", "cap", "rounds", "seed")},
@@ -190,8 +203,18 @@ def _check_sizes(options: Options) -> None:
     limit = _limit(options)
     if limit is not None and longest + FRAME > limit:
         raise UsageError(f"--kv-length {longest} does not fit the model's context of {limit} tokens")
+
+
+def _check_folders(options: Options) -> None:
     if options.run is not None and any(options.run.glob("records*.jsonl")):
-        raise UsageError(f"--kv-run {str(options.run)!r} already holds a run; name another folder")
+        raise UsageError(f"--kv-run {str(options.run)!r} already holds a run; name another folder, or --kv-resume it")
+    if options.resume is not None:
+        if options.run is not None:
+            raise UsageError("--kv-run names a new run's folder, --kv-resume an old one's: give one of them")
+        if options.servers is not None:
+            raise UsageError("--kv-resume: a comparison of servers cannot be resumed, since its legs belong together")
+        if not (options.resume / "run.json").is_file():
+            raise UsageError(f"--kv-resume {str(options.resume)!r} is not a run folder")
 
 
 def _limit(options: Options) -> int | None:

@@ -23,6 +23,9 @@ SMOKE: dict[str, Any] = {
     "backend": "auto",
     "margins": "quality=0.01,broken=0.01,length=0.03,speed=0",
     "run": "",
+    "resume": "",
+    "executor": "here",
+    "ray-address": "",
 }
 STANDARD = SMOKE | {
     "methods": SMOKE["methods"]

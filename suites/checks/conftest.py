@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from suites.checks.tiny import go, run, world  # noqa: F401  (fixtures)
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
