@@ -83,7 +83,7 @@ class Local(Session):
     @property
     def model_folder(self) -> Path:
         """The model's folder, fetched if it is the default."""
-        return self.options.model or models.default_model()
+        return models.located(self.options.model) if self.options.model else models.default_model()
 
     @cached_property
     def engine(self) -> TransformersEngine:
@@ -177,7 +177,7 @@ class Local(Session):
     def request(self, task: Task, sample: Sample) -> Request:
         """What the engine is asked for a sample."""
         cap = sample.max_new_tokens
-        return Request(sample.id, sample.context, sample.question, min(cap, self.options.cap))
+        return Request(sample.id, sample.context, sample.question, min(cap, self.options.cap), sample.before)
 
     def text(self, length: int) -> list[int]:
         """``length`` tokens of presidential messages: what speed is measured on."""

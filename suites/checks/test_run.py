@@ -1,6 +1,7 @@
 """Whole runs on a tiny random model: what is left behind, alone, in parallel, and when a cell breaks."""
 
 import json
+import os
 import string
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def run(pytester, monkeypatch, world):
     """Run this checkout's evaluations in an empty folder."""
     monkeypatch.setenv("KVSUITE_CACHE", str(world / "cache"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PYTHONPATH", str(pytester.path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(pytester.path), str(ROOT)]))
 
     def go(marker, *arguments):
         here = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
