@@ -2,6 +2,8 @@
 
 import pytest
 
+from suites.checks import examples  # noqa: F401
+
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)], scope="session")
 def device(request):

@@ -8,23 +8,27 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvsuite import records
+from kvsuite import records, registry
 from kvsuite.errors import UsageError
 from kvsuite.margins import Margins
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0, or 2 after one sentence about bad input."""
+    """Run one command. Returns 0, 2 after one sentence about bad input, or pytest's exit code."""
     asked = _parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show ×
     try:
-        asked.run(asked)
+        for file in getattr(asked, "kv_plugin", []):
+            registry.load(Path(file))
+        code: int | None = asked.run(asked)
         sys.stdout.flush()
+        return code or 0
     except BrokenPipeError:  # the reader has seen enough: head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UsageError as error:
@@ -36,7 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kvsuite", description="Is a KV-cache compression method worth deploying?")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    running = commands.add_parser("run", help="an evaluation: throughput, length, samples, or several of them")
+    running.add_argument(
+        "marker", metavar="EVALUATION", help='as after pytest\'s -m, e.g. samples or "samples or length"'
+    )
+    running.add_argument("pytest", nargs=argparse.REMAINDER, metavar="OPTION", help="options of pytest and --kv-…")
+    running.set_defaults(run=_run)
     listing = commands.add_parser("methods", help="list the parts of methods: selectors, budgets, codecs, readers")
+    _plugin_option(listing)
     listing.add_argument("--json", action="store_true", help="a list of {name, kind, stores, source}")
     listing.set_defaults(run=_methods)
     fetching = commands.add_parser("fetch", help="download all that default runs need, and convert the model")
@@ -46,6 +57,16 @@ def _parser() -> argparse.ArgumentParser:
     _plan_options(commands.add_parser("plan", help="how many prompts and minutes decide a margin, from a run's noise"))
     _negatives_options(commands.add_parser("negatives", help="which samples methods break, from scores you have"))
     return parser
+
+
+def _plugin_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kv-plugin",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a Python file of yours with methods or readers",
+    )
 
 
 def _negatives_options(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +81,7 @@ def _negatives_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--inclusive", action="store_true", help="scores of exactly (1 - θ) × baseline count, too")
     parser.add_argument("--allow-missing", action="store_true", help="compare the samples that all have")
     _margins_option(parser)
+    _plugin_option(parser)
     parser.add_argument("--json", action="store_true", help="print figures for a program")
     parser.set_defaults(run=_negatives)
 
@@ -75,6 +97,7 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("after", metavar="RUN_B", help="the later one, of the same kind")
     parser.add_argument("--allow-missing", action="store_true", help="compare the samples that both have")
     _margins_option(parser)
+    _plugin_option(parser)
     parser.set_defaults(run=_compare)
 
 
@@ -87,6 +110,17 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
 def _margins_option(parser: argparse.ArgumentParser) -> None:
     known = ",".join(f"{f.name}={f.default:g}" for f in dataclasses.fields(Margins))
     parser.add_argument("--margins", default="", help=f"how much worse a method may be (default: {known})")
+
+
+def _run(asked: argparse.Namespace) -> int:
+    """pytest in a process of its own, as an interrupted run has to end in its own way."""
+    command = [sys.executable, "-m", "pytest", "--pyargs", "kvsuite.suites", "-m", asked.marker, *asked.pytest]
+    with subprocess.Popen(command) as process:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:  # which pytest has got, too
+                continue
 
 
 def _negatives(asked: argparse.Namespace) -> None:
@@ -187,7 +221,8 @@ def _fetch(asked: argparse.Namespace) -> None:
     from kvsuite import models, tasks
 
     for name in tasks.names():
-        print(f"{name}: {next(iter(tasks.task(name).fetch())).parent}", flush=True)
+        for file in [*tasks.task(name).fetch()][:1]:
+            print(f"{name}: {file.parent}", flush=True)
     print(f"model as GGUF: {models.default_gguf()}", flush=True)
     try:
         print(f"model: {models.default_model()}")

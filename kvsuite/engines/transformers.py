@@ -83,15 +83,18 @@ class TransformersEngine:
         """Context and suffix as token ids. The prompt is tokenized as a whole, so both ways of compressing answer the
         same tokens; with ``compress="context"`` it is split before the first token of the question. Raises UsageError
         where the tokenizer or the template does not tell where that is."""
-        message = [{"role": "user", "content": request.context + request.question}]
+        said = [*request.before, ("user", request.context + request.question)]
+        messages = [{"role": role, "content": text} for role, text in said]
         if "MistralCommon" in type(self.tokenizer).__name__:  # its text holds control tokens that it does not read back
             text, plain = "", False
-            encoded = self.tokenizer.apply_chat_template(message, tokenize=True, return_dict=True)
+            encoded = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
         else:
             plain = not getattr(self.tokenizer, "chat_template", None)
-            text = message[0]["content"]
+            text = messages[-1]["content"]
+            if plain and request.before:
+                raise UsageError(f"sample {request.id} has several messages, but the model has no chat template")
             if not plain:
-                text = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+                text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             encoded = self.tokenizer(text, add_special_tokens=plain)
         ids = list(encoded["input_ids"])
         if not ids:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kvsuite.records import Run
+if TYPE_CHECKING:
+    from kvsuite.records import Run
 
 
 def pytest_kv_report(run: Run, terminalreporter: Any) -> None:

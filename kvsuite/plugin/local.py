@@ -106,7 +106,7 @@ class Local(Session):
     @property
     def model_folder(self) -> Path:
         """The model's folder, fetched if it is the default."""
-        return self.options.model or models.default_model()
+        return models.located(self.options.model) if self.options.model else models.default_model()
 
     @cached_property
     def here(self) -> Here:

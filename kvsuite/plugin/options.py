@@ -11,46 +11,17 @@ from typing import Any, Literal
 
 import pytest
 
-from kvsuite import environment, models, tasks
+from kvsuite import environment, models, registry, tasks
 from kvsuite.errors import UsageError, unknown
 from kvsuite.kernels import BACKENDS
 from kvsuite.margins import Margins
 from kvsuite.methods import Method, parse, parse_all
 from kvsuite.plugin import servers
-from kvsuite.plugin.presets import PRESETS, SMOKE
+from kvsuite.plugin.declared import HELP
+from kvsuite.plugin.presets import PRESETS
 
 BASELINE = parse("full")
 CONTROL = parse("jitter")
-HELP = {
-    "preset": f"how much is done: {', '.join(PRESETS)}; the defaults of all other options",
-    "model": "a model folder in Hugging Face's layout (default: SmolLM2-135M-Instruct, fetched once)",
-    "methods": "methods, comma-separated, e.g. kivi:bits=4,h2o:budget=256+int8; full and jitter always take part",
-    "compress": "what is compressed: the whole prompt, or the context, the question being fed through the cache",
-    "batch": "widths of decoding batches, comma-separated; answers are decoded at the largest, on a CPU all methods "
-    "together in steps of 8 times as many rows",
-    "length": "prompt lengths in tokens, comma-separated",
-    "tasks": "tasks, comma-separated",
-    "samples": "samples per task",
-    "cap": "most tokens of a chat answer",
-    "temperature": "of chat answers; 0 is greedy",
-    "rounds": "pairs of rounds per timed cell",
-    "timeout": "seconds a method may take for a task or a cell beyond 10 times what the baseline takes; seconds a "
-    "server has for an answer",
-    "memory": "GiB that the caches of all methods may reserve; fewer sequences are decoded together where it is scarce "
-    "(default: a quarter of this machine's)",
-    "seed": "seed of samples and noise",
-    "dtype": "what the model computes in: auto (what is measured to be fast here), bfloat16 or float32; K and V are "
-    "stored in the checkpoint's own",
-    "device": "cpu or cuda",
-    "backend": "who computes on the caches: auto (the fastest that supports a method), reference (PyTorch) or "
-    "triton; where one refuses, the reference does, and records say why",
-    "margins": "how much worse a method may be before it counts as harmful",
-    "run": "the folder this run leaves (default: runs/ and the time)",
-    "resume": "the folder of a run that was interrupted: what it has recorded is not done again, failures are",
-    "executor": "who answers: here (this process, or pytest-xdist's workers with -n), or ray (the GPUs of a cluster)",
-    "ray-address": "the Ray cluster's address (default: one is started on this machine)",
-    **servers.HELP,
-}
 CHOICES = {
     **servers.CHOICES,
     "compress": ("prompt", "context"),
@@ -71,6 +42,7 @@ class Options:
 
     preset: str
     model: Path | None
+    """A folder, or a name on Hugging Face's hub: `models.located` says where it is."""
     methods: tuple[Method, ...]
     compress: Literal["prompt", "context"]
     batch: tuple[int, ...]
@@ -121,6 +93,7 @@ class Options:
             "backend",
         )
         own = {key: list(v) if isinstance(v := getattr(self, key), tuple) else v for key in shared}
+        own["tasks"] = [tasks.task(name).spelled for name in self.tasks]
         return own if self.servers is None else own | self.servers.settings()
 
 
@@ -128,26 +101,14 @@ METHODS_ONLY = ("methods", "compress", "dtype", "device", "backend", "memory", "
 """Options that would do nothing to a server: refused on a command line, overlooked in a file that serves both."""
 
 
-def add(parser: pytest.Parser) -> None:
-    """Declare ``--kv-…``. Defaults are filled in by `read`, so that the configuration file can come between."""
-    group = parser.getgroup("kvsuite", "KV-cache compression")
-    for key, text in HELP.items():
-        default = (SMOKE | servers.DEFAULTS).get(key, "smoke")
-        shown = (
-            ""
-            if key in ("model", "methods", "run", "resume", "memory") or not default or "default" in text
-            else f" (default: {default})"
-        )
-        how = "append" if key == "variant" else "store"
-        group.addoption(
-            f"--kv-{key}", dest=f"kv_{key}", action=how, default=None, metavar=key.upper(), help=text + shown
-        )
-
-
 def read(config: pytest.Config) -> Options:
-    """The run's options; nothing is loaded. Raises UsageError, one sentence, naming the option."""
+    """The run's options; of what they name only the user's own files are loaded. Raises UsageError, one sentence,
+    naming the option."""
     given = _configured(config.rootpath / "pyproject.toml")
     here = {key: value for key in HELP if (value := config.getoption(f"kv_{key}")) is not None}
+    own = _items("plugin", given.pop("plugin")) if "plugin" in given else []
+    for file in [*(config.rootpath / name for name in own), *map(Path, here.pop("plugin", []))]:
+        registry.load(file)
     if {"baseline", "variant"} & {*given, *here} and (own := [key for key in METHODS_ONLY if key in here]):
         raise UsageError(f"--kv-{own[0]} is about methods in this process; servers are configured by their own options")
     options = check(given | here)
@@ -161,7 +122,7 @@ def check(given: Mapping[str, Any]) -> Options:
     preset = str(given.get("preset", "smoke"))
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
-    raw = PRESETS[preset] | servers.DEFAULTS | {key: value for key, value in given.items() if key != "preset"}
+    raw = PRESETS[preset] | {key: value for key, value in given.items() if key != "preset"}
     for key, known in CHOICES.items():
         if raw[key] not in known:
             raise unknown(f"value of --kv-{key}", str(raw[key]), known)

@@ -26,6 +26,18 @@ SMOKE: dict[str, Any] = {
     "resume": "",
     "executor": "here",
     "ray-address": "",
+    "plugin": [],
+    "baseline": "",
+    "variant": [],
+    "profile": "",
+    "serve": "alone",
+    "arrivals": "closed",
+    "workload": "",
+    "prefix": "cold",
+    "end": "natural",
+    "requests": 0,
+    "goodput": "",
+    "startup": 600,
 }
 STANDARD = SMOKE | {
     "methods": SMOKE["methods"]

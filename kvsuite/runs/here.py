@@ -99,7 +99,8 @@ class Here:
 
     def request(self, sample: Sample) -> Request:
         """What the engine is asked for a sample."""
-        return Request(sample.id, sample.context, sample.question, min(sample.max_new_tokens, self.setting.cap))
+        cap = min(sample.max_new_tokens, self.setting.cap)
+        return Request(sample.id, sample.context, sample.question, cap, sample.before)
 
 
 def record(task: Task, sample: Sample, r: Response, cap: int) -> Answer:
