@@ -70,7 +70,7 @@ def run(pytester, monkeypatch, world):
             "-m",
             marker,
             "-k",
-            "not core and not adds and not overhead",
+            "not core and not adds",
         ]
         return pytester.runpytest_subprocess(*here, *where, *chosen, *arguments)
 
