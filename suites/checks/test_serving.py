@@ -215,7 +215,7 @@ def test_servers_are_compared_without_torch(command, tmp_path):
         (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('blocked', name={name!r})")
     with Server() as base:
         words, environment = command("throughput or length or samples", "--kv-baseline", base.url, "--kv-rounds", "1")
-        words = [word for word in words if word not in EVALUATIONS] + [str(ROOT / "suites"), "-k", "not overhead"]
+        words = [word for word in words if word not in EVALUATIONS] + [str(ROOT / "suites")]
         result = go((words, environment | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}))
     assert result.returncode == 0, result.stdout[-3000:]
     assert (tmp_path / "left" / "report.md").is_file()
