@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from kvsuite.analysis.report import analyse
 from kvsuite.errors import UsageError
 from kvsuite.plugin import hooks, options
 from kvsuite.plugin.local import Local
@@ -203,7 +204,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     session.run.join()
     try:
         with _lenient():
-            config.hook.pytest_kv_report(run=read(session.folder), terminalreporter=terminalreporter)
+            config.hook.pytest_kv_report(report=analyse(read(session.folder)), terminalreporter=terminalreporter)
     except UsageError as error:
         terminalreporter.write_line(f"no report of {session.folder}: {error}", red=True, bold=True)
 
