@@ -88,7 +88,9 @@ def _negatives_options(parser: argparse.ArgumentParser) -> None:
 
 def _report_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="RUN", help="a run folder")
-    parser.add_argument("--markdown", action="store_true", help="as report.md holds it")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="as report.md holds it")
+    form.add_argument("--json", action="store_true", help="every cell as numbers, for a program")
     parser.set_defaults(run=_report)
 
 
@@ -126,8 +128,9 @@ def _run(asked: argparse.Namespace) -> int:
 def _negatives(asked: argparse.Namespace) -> None:
     from kvsuite import readers
     from kvsuite.analysis.samples import Broken
+    from kvsuite.analysis.tables import negatives
     from kvsuite.columns import align
-    from kvsuite.report import negatives, terminal
+    from kvsuite.report import terminal
 
     rule = Broken(asked.theta, asked.benign, asked.inclusive)
     margins = Margins.parse(asked.margins)
@@ -146,38 +149,39 @@ def _negatives(asked: argparse.Namespace) -> None:
 
 def _compare(asked: argparse.Namespace) -> None:
     from kvsuite import readers
+    from kvsuite.analysis.tables import changes
     from kvsuite.columns import align, kinds
-    from kvsuite.report import compare, terminal
+    from kvsuite.report import terminal
 
     margins = Margins.parse(asked.margins)
     folders = [Path(x) for x in (asked.before, asked.after)]
     if all(f.is_dir() for f in folders):
         one, other = map(records.read, folders)
-        tables = compare.runs(one, other, margins)
+        tables = changes.runs(one, other, margins)
     else:
         before, after = readers.read(asked.before), readers.read(asked.after)
         if isinstance(before, readers.Load) and isinstance(after, readers.Load):
-            tables = compare.loads(before, after)
+            tables = changes.loads(before, after)
         else:
             arms, left_out = align([readers.arm(asked.before), readers.arm(asked.after)], asked.allow_missing)
-            tables = [table for one, other in kinds(arms) for table in compare.arms(one, other, margins, False)]
-            tables[0].notes.extend(left_out)
+            tables = [changes.arms(one, other, margins, left_out) for one, other in kinds(arms)]
     terminal.write(tables, sys.stdout, shutil.get_terminal_size().columns)
 
 
 def _report(asked: argparse.Namespace) -> None:
-    from kvsuite.report import markdown, tables, terminal
+    from kvsuite.analysis.report import analyse
+    from kvsuite.report import as_json, markdown, terminal
 
-    run = records.read(Path(asked.folder))
-    if asked.markdown:
-        print(markdown.render(run), end="")
+    report = analyse(records.read(Path(asked.folder)))
+    if asked.markdown or asked.json:
+        print((markdown if asked.markdown else as_json).render(report), end="")
     else:
-        last = tables.provenance(run.records)
-        terminal.write(tables.tables(run), sys.stdout, shutil.get_terminal_size().columns, last)
+        terminal.write(report.tables, sys.stdout, shutil.get_terminal_size().columns, report.notes)
 
 
 def _plan(asked: argparse.Namespace) -> None:
-    from kvsuite.report import plan, terminal
+    from kvsuite.analysis.tables import plan
+    from kvsuite.report import terminal
 
     margins = Margins.parse(asked.margins)
     table = plan.plan(records.read(Path(asked.folder)), margins)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from kvsuite import environment
+from kvsuite.analysis.report import analyse
 from kvsuite.analysis.shortfall import interrupted
 from kvsuite.errors import UsageError
 from kvsuite.plugin import EVALUATIONS, SESSION, evaluates, options
@@ -229,9 +230,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     session.run.join()
     try:
         with _lenient():
-            run = read(session.folder)
-            config.hook.pytest_kv_report(run=run, terminalreporter=terminalreporter)
-        if isinstance(session, Local) and interrupted(run):
+            report = analyse(read(session.folder))
+            config.hook.pytest_kv_report(report=report, terminalreporter=terminalreporter)
+        if isinstance(session, Local) and interrupted(report.run):
             terminalreporter.write_line(f"interrupted; go on with: {_again(config, session.folder)}", bold=True)
     except UsageError as error:
         terminalreporter.write_line(f"no report of {session.folder}: {error}", red=True, bold=True)

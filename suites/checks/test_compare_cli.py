@@ -12,10 +12,11 @@ import pytest
 from kvsuite.cli import main
 from kvsuite.records import Answer, RunFolder, Timing, encode, read
 from kvsuite.report import terminal
+from suites.checks.drawn import words
 
 FACTS = {
     "model": {"name": "tiny", "fingerprint": "1"}, "texts": {"chat": "2"}, "settings": {"cap": 200, "temperature": 0},
-    "environment": {"cpu": "one"},
+    "environment": {"cpu": "one", "cores": 2, "threads": 2},
 }  # fmt: skip
 LENGTHS = np.random.default_rng(0).integers(20, 150, 60)
 NOISY = np.clip(LENGTHS + np.random.default_rng(1).integers(-9, 10, 60), 1, 200)
@@ -113,9 +114,34 @@ def test_seconds_of_full_are_compared_on_one_machine_only(told):
     before, after = (timing("full", *x) for x in ([0.1, 0.11, 0.1], [0.3, 0.31, 0.3]))
     left("a", before, timing("m", 0.1, 0.1))
     left("b", after, timing("m", 0.1, 0.1))
-    left("elsewhere", after, timing("m", 0.1, 0.1), facts=FACTS | {"environment": {"cpu": "another"}})
     assert "full, decode 8 · 512 speed" in told("compare", "a", "b")[1], "shown, but no verdict"
-    assert "full, decode" not in told("compare", "a", "elsewhere")[1]
+
+
+KNOWN = {"gpu": "a GPU", "cpu": "one", "cores": 2, "threads": 2}
+
+
+@pytest.mark.parametrize(
+    ("device", "first", "second", "why"),
+    [
+        ("cuda", {}, {}, ""),
+        ("cpu", {}, {"gpu": None}, ""),
+        ("cpu", {}, {"cpu": "another"}, "of different hardware"),
+        ("cpu", {"cpu": ""}, {"cpu": ""}, "on what hardware a and b ran is not known"),
+        ("cpu", {}, {"threads": None}, "on what hardware b ran is not known"),
+        ("cuda", {}, {"gpu": "another GPU"}, "of different hardware"),
+        ("cuda", {"gpu": None}, {"gpu": None}, "on what hardware a and b ran is not known"),
+        ("cpu", {}, {"kv_dtype": "float32"}, "number formats"),
+    ],
+)
+def test_seconds_on_unknown_hardware_are_compared_with_none(told, device, first, second, why):
+    for name, environment, seconds in (("a", first, [0.1, 0.11, 0.1]), ("b", second, [0.3, 0.31, 0.3])):
+        settings = {"settings": FACTS["settings"] | {"device": device}, "environment": KNOWN | environment}
+        left(name, timing("full", *seconds), timing("m", 0.1, 0.1), facts=FACTS | settings)
+    _, out, _ = told("compare", "a", "b")
+    assert "m, decode" in out
+    assert ("full, decode" in out) == (not why)
+    assert ("The speed of full itself is not compared: " in out) == bool(why)
+    assert why in out
 
 
 @pytest.mark.parametrize(
@@ -285,5 +311,4 @@ def test_every_cell_can_be_read(told, monkeypatch, command, columns):
         mixed[3] *= run == "a"
         left(run, *(a for name, x in zip(names, mixed, strict=True) for a in needles(name, x)))
     _, out, _ = told(command, *(["a", "b"] if command == "compare" else ["a"]))
-    shown = {word for t in drawn for row in [t.columns, *t.rows] for cell in row for word in cell.split()}
-    assert shown - set(out.split()) == set()
+    assert set(words(drawn)) - set(out.split()) == set()
