@@ -118,6 +118,12 @@ def run_of(config: pytest.Config) -> Session:
     return config.stash[SESSION]
 
 
+def untold(config: pytest.Config) -> bool:
+    """Whether this is a worker of pytest-xdist whose controller did not know that there is an evaluation."""
+    worker = getattr(config, "workerinput", None)
+    return worker is not None and "kv_run" not in worker
+
+
 def evaluates(item: pytest.Item) -> bool:
     """Whether a test is one of an evaluation; a marker of that name may be another project's own."""
     marked = any(item.get_closest_marker(name) for name in EVALUATIONS)
@@ -135,10 +141,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="session")
 def kv_session(pytestconfig: pytest.Config) -> Session:
     """The run: its options, and what has been answered so far, whoever answers."""
-    run = run_of(pytestconfig)
-    if run.worker and "kv_run" not in pytestconfig.workerinput:  # type: ignore[attr-defined]
+    if untold(pytestconfig):
         pytest.fail(UNTOLD, pytrace=False)
-    return run
+    return run_of(pytestconfig)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from kvsuite import environment
 from kvsuite.analysis.report import analyse
 from kvsuite.analysis.shortfall import interrupted
 from kvsuite.errors import UsageError
-from kvsuite.plugin import EVALUATIONS, SESSION, evaluates, options
+from kvsuite.plugin import EVALUATIONS, SESSION, evaluates, options, untold
 from kvsuite.plugin.local import Local
 from kvsuite.plugin.serving import Serving
 from kvsuite.plugin.session import Session
@@ -145,7 +145,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Fetch what the chosen evaluations need before the first one starts."""
     config = session.config
     chosen = [item for item in session.items if evaluates(item)]
-    if config.option.collectonly or not chosen:
+    if config.option.collectonly or untold(config) or not chosen:
         return
     params = [getattr(item, "callspec", None) for item in chosen]
     tasks = {str(p.params["kv_task"]) for p in params if p is not None and "kv_task" in p.params}
