@@ -36,7 +36,6 @@ class SpeedRow:
     error: str
     rate: float | None = None
     """Tokens per second, all sequences, median round."""
-    seconds: float | None = None
     speedup: Estimate | None = None
     rounds: int = 0
     nbytes: int = 0
@@ -59,9 +58,8 @@ def speed_rows(timings: Sequence[Timing]) -> list[SpeedRow]:
         if not failed:
             row = replace(row, nbytes=t.nbytes, nbytes_read=t.nbytes_read, checked=t.checked)
         if not failed and len(logs := log_speeds(t)) > 1:
-            median = statistics.median(t.seconds)
-            speed = log_ratio_interval(logs)
-            row = replace(row, rate=t.tokens / median, seconds=median, speedup=speed, rounds=len(logs))
+            rate = t.tokens / statistics.median(t.seconds)
+            row = replace(row, rate=rate, speedup=log_ratio_interval(logs), rounds=len(logs))
         rows.append(row)
     return rows
 

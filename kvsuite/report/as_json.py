@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from kvsuite.analysis.report import Report
@@ -72,5 +73,5 @@ def _finite(value: float | str | None) -> float | str | None:
     return value if isinstance(value, str) or value is None or math.isfinite(value) else None
 
 
-def _notes(notes: Any) -> list[dict[str, str]]:
+def _notes(notes: Sequence[Note]) -> list[dict[str, str]]:
     return [{"text": note.text, "severity": note.severity} for note in notes]

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvsuite.analysis import stats
 from kvsuite.cli import main
 from kvsuite.records import Answer, RunFolder, Timing, encode, read
 from kvsuite.report import terminal
@@ -99,6 +100,15 @@ def test_a_change_is_found_and_named(told):
     _, out, _ = told("compare", "b", "a")
     assert out.count("not worse") >= 3, "a gain is no harm"
     assert "m: quality; m: length" in out
+
+
+def test_what_both_answered_is_resampled_once(told, monkeypatch):
+    calls, bootstrap = [], stats.bootstrap
+    monkeypatch.setattr(stats, "bootstrap", lambda *given: calls.append(given) or bootstrap(*given))
+    left("a", *chats("full"), *chats("m"), *needles("m"))
+    left("b", *chats("full"), *chats("m", NOISY), *needles("m", RIGHT[::-1]))
+    assert told("compare", "a", "b")[0] == 0
+    assert len(calls) == 2, "chats and tasks of m; full's answers are the same"
 
 
 def test_noise_is_no_change(told):

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from kvsuite.records import Answer, Timing, read
-from suites.checks.test_run import world  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
 PLUGIN = {"kvsuite", "kvsuite.plugin", "kvsuite.plugin.declared", "kvsuite.plugin.hooks", "kvsuite.plugin.presets"}
@@ -45,7 +44,7 @@ def installed(wheel):
 
 
 @pytest.fixture
-def go(installed, world, tmp_path):  # noqa: F811
+def go(installed, world, tmp_path):
     """Run a module in a folder of its own, with the wheel installed and nothing of this checkout in sight."""
     home = tmp_path / "home"
     home.mkdir()
@@ -87,7 +86,7 @@ def test_the_wheel_holds_what_is_imported_and_the_evaluations(wheel):
     assert not (ROOT / "kernels" / "__init__.py").exists(), "it would shadow a package that transformers imports"
 
 
-def test_from_an_empty_folder_with_a_model_of_the_hubs_cache(go, world, tmp_path):  # noqa: F811
+def test_from_an_empty_folder_with_a_model_of_the_hubs_cache(go, world, tmp_path):
     snapshot = tmp_path / "hub" / "models--org--tiny" / "snapshots" / "abc"
     shutil.copytree(world / "model", snapshot)
     (snapshot.parents[1] / "refs").mkdir()
@@ -146,7 +145,7 @@ run = "left"
 
 
 @pytest.fixture
-def project(go, world):  # noqa: F811
+def project(go, world):
     """A user's project: a test of its own, and one line for kvsuite's."""
     (go.home / "tests").mkdir()
     (go.home / "tests" / "test_own.py").write_text("def test_own():\n    pass\n")
@@ -323,15 +322,15 @@ def read(spec, path, which):
     return arm.arm()
 """,
     "headline": """
-def pytest_kv_report(run, terminalreporter):
-    terminalreporter.write_line(f"headline: {len(run.records)} records")
+def pytest_kv_report(report, terminalreporter):
+    terminalreporter.write_line(f"headline: {len(report.run.records)} records")
 """,
 }
 GROUPS = {"newest": "methods", "counting": "tasks", "plain": "readers", "headline": "reports"}
 
 
 @pytest.mark.parametrize("how", ["file", "entry point"])
-def test_parts_from_outside(go, world, installed, how):  # noqa: F811
+def test_parts_from_outside(go, world, installed, how):
     folder = go.home / "outside"
     folder.mkdir()
     for name, text in PARTS.items():

@@ -106,6 +106,11 @@ def test_a_report_shows_the_command_as_it_can_be_run_again(tmp_path):
     assert shlex.split(shown) == words
 
 
+@pytest.mark.parametrize("file", sorted(REPORTS.rglob("report.md")), ids=lambda file: file.parent.name)
+def test_a_published_report_is_what_its_run_shows(file):
+    assert file.read_text() == render(analyse(read(file.parent)))
+
+
 def published():
     """Every file under reports/, and of records what is not a model's own words."""
     for file in sorted(f for f in REPORTS.rglob("*") if f.is_file()):

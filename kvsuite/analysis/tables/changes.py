@@ -82,7 +82,7 @@ def loads(one: Load, other: Load) -> list[Table]:
     answered, failed = ("{1:,} and {0:,}".format(*x) for x in (found.answered, found.failed))
     said = [
         f"Requests answered: {answered}; failed: {failed}.",
-        "95 %: (–) with too few requests; tokens per second are one figure a test, which has none.",
+        "95 %: – with too few requests, or one figure a test. On what hardware both ran is not known to be the same.",
         *(f"{note[0].upper()}{note[1:]}." for note in found.notes),
     ]
     columns = [Column("change", "change, ×", "×"), Column("change", "95 %", "×", "ends")]

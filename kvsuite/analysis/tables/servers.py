@@ -161,7 +161,7 @@ def served(run: Run) -> list[Table]:
     if not found:
         return []
     columns = [Column("engine", "engine"), Column("kv", "KV cache"), Column("room", "room, tokens", "tokens")]
-    columns += [Column("hits", "prefix hits, %", "%"), Column("preempted", "preempted")]
+    columns += [Column("hits", "prefix hits"), Column("preempted", "preempted")]
     columns.append(Column("compression", "compression"))
     late = max((s.counters.get("late", 0.0) for s in found), default=0.0)
     notes = [f"{s.method} stores {s.proof}." for s in found if s.proof]
@@ -190,7 +190,7 @@ def _said(server: ServerReport) -> dict[str, Cell]:
         "engine": Cell(engine),
         "kv": Cell(str(facts["kv_dtype"]) if "kv_dtype" in facts else None),
         "room": Cell(tokens if isinstance(tokens, int) else None),
-        "hits": Cell(100 * hits / queries if queries else None),
+        "hits": Cell(100 * hits / queries if queries else None, unit="%"),
         "preempted": Cell(round(counts["preemptions"]) if "preemptions" in counts else None),
         "compression": Cell(shown),
     }
