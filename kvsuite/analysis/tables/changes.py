@@ -38,11 +38,6 @@ def runs(one: Run, other: Run, margins: Margins) -> list[Table]:
     """Every method that both runs measured. Raises UsageError for runs of different models, texts or settings."""
     if reason := records.refusal(one, other):
         raise UsageError(reason)
-    for run in (one, other):
-        if run.torn:
-            raise UsageError(
-                f"{run.folder}/records.jsonl is cut off at its end: {run.torn} line; remove that line to go on"
-            )
     shared = changes(one, other)
     for part in shared:
         for arm in part.methods.values():
@@ -52,6 +47,7 @@ def runs(one: Run, other: Run, margins: Margins) -> list[Table]:
     effects = [(row.method, e) for row in answers for e in distinct(row)]
     notes = infos([f"The same answers in both: {', '.join(dict.fromkeys(alike.values()))}."] if alike else [])
     notes += errors([f"partial: {run.folder} was interrupted." for run in (one, other) if interrupted(run)])
+    notes += errors([_torn(run) for run in (one, other) if run.torn])
     notes += [Note(said, "warning") for said in (*lost(one, other), *lost(other, one))]
     notes += errors(
         [f"BROKEN {arm}: in {run.folder} its answers are no answers." for run in (one, other) for arm in broken(run)]
@@ -62,6 +58,11 @@ def runs(one: Run, other: Run, margins: Margins) -> list[Table]:
     if speeds:
         notes += infos([SPEED, *elsewhere(one, other)])
     return [_table(f"{other.folder} against {one.folder}", effects + speeds, margins, notes)]
+
+
+def _torn(run: Run) -> str:
+    lines = "1 line" if run.torn == 1 else f"{run.torn} lines"
+    return f"partial: {lines} of {run.folder}/records.jsonl was cut off while being written."
 
 
 def arms(one: Arm, other: Arm, margins: Margins, left_out: Sequence[str] = ()) -> Table:
