@@ -238,7 +238,7 @@ def test_broken_and_partial_cells_of_a_run(tmp_path):
     garbage = [r for b in range(3) for h in (0, 1) for r in servers.leg("m", b, h)]
     garbage = [dataclasses.replace(r, text="�#%" * 40) for r in garbage]
     whole = [r for b in range(3) for h in (0, 1) for r in servers.leg("baseline", b, h)]
-    run = servers.run([*whole, *again, *garbage], tmp_path, model={"name": "tiny"})
+    run = servers.run([*whole, *again, *garbage], tmp_path, model={"name": "tiny"}, started="today")
     cells, shown = states(run, "served")
     assert (cells["c", "m", "rate"], cells["c", "baseline", "rate"]) == ("broken", "ok")
     assert "BROKEN" in shown
