@@ -4,6 +4,7 @@ Where an evaluation is asked for, `kvsuite.plugin.evaluation` does the rest."""
 from __future__ import annotations
 
 import re
+from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,8 +50,6 @@ def pytest_configure(config: pytest.Config) -> None:
     used, chosen = _used(config), _chosen(config.option.markexpr)
     if used:
         _refuse_unknown_marker(config)
-    if chosen and config.getini("kv_suites") and config.args_source is not config.ArgsSource.ARGS:
-        config.args.append(str(SUITES))
     if chosen and used and hasattr(config.option, "benchmark_quiet"):
         config.option.benchmark_quiet = True  # the report has the figures of pytest-benchmark's table, in pairs
     if chosen or _given(config) or (used and getattr(config.option, "dist", "no") != "no"):
@@ -107,6 +106,22 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """Leave out the evaluations that ``-m`` rules out: their imports take seconds."""
     ours = collection_path.parent == SUITES and collection_path.is_dir()
     return True if ours and ruled_out(config, collection_path.name) else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Collect the evaluations beside what a project with ``kv_suites`` collects, unless a path is named. They are no
+    argument of pytest: in a virtual environment inside the project it would overlook them."""
+    report, config = (yield), collector.config
+    if isinstance(collector, pytest.Session) and report.passed and config.getini("kv_suites"):
+        named = config.args_source is config.ArgsSource.ARGS
+        if _chosen(config.option.markexpr) and not named:
+            collector._initialpaths |= {SUITES}  # names of tests begin there
+            proxy = collector.gethookproxy(SUITES.parent)
+            report.result.append(proxy.pytest_collect_directory(path=SUITES, parent=collector))
+    return report
 
 
 def run_of(config: pytest.Config) -> Session:

@@ -193,12 +193,15 @@ def test_evaluations_are_collected_where_they_are_asked_for_and_once(project, in
         plain = collected(project(*show))
         assert [x.rpartition("/")[2] for x in plain] == ["test_own.py::test_own"]
     assert collected(project(*show, "tests", "-m", "length")) == [], "who names what is collected gets that"
+    project.configure()
     inside = project.home / ".venv" / "lib"
     shutil.copytree(installed, inside)
     (project.home / ".venv" / "pyvenv.cfg").touch()
     found = collected(project(*show, "-m", "length", PYTHONPATH=str(inside)))
     assert [x.rpartition("/")[2] for x in found] == wanted
     assert ".venv" in found[0]
+    found = collected(project("kvsuite", "run", "length", "--collect-only", "-q", PYTHONPATH=str(inside)))
+    assert [x.rpartition("/")[2] for x in found] == wanted
 
 
 UNRELATED = """
