@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvsuite.analysis.report import Report
-from kvsuite.analysis.table import Cell, Row, Table
+from kvsuite.analysis.table import Cell, Note, Row, Table
 
 SCHEMA = 1
 """Version of the document's shape; grows when a reader would have to change."""
