@@ -1,10 +1,10 @@
 """A report is computed once; whoever draws it shows the same figures, and what is missing is loud."""
 
-import dataclasses
 import io
 import json
 import math
 import re
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
@@ -195,7 +195,7 @@ def red(table):
         patch.setenv("FORCE_COLOR", "1")
         patch.setenv("TERM", "xterm")
         terminal.write([table], file, 160)
-    return [said.strip() for said in re.findall(r"\x1b\[31m(.*?)\x1b\[0m", file.getvalue())]
+    return [shown.strip() for shown in re.findall(r"\x1b\[31m(.*?)\x1b\[0m", file.getvalue())]
 
 
 STATES = {"failed": "FAILED", "missing": "missing", "broken": "BROKEN", "not measured": "not measured", "ok": "-"}
@@ -235,8 +235,7 @@ def test_failed_and_missing_cells_of_a_run():
 
 def test_broken_and_partial_cells_of_a_run(tmp_path):
     again = [r for b in range(3) for h in (0, 1) for r in servers.leg("baseline again", b, h)]
-    garbage = [r for b in range(3) for h in (0, 1) for r in servers.leg("m", b, h)]
-    garbage = [dataclasses.replace(r, text="�#%" * 40) for r in garbage]
+    garbage = [replace(r, text="�#%" * 40) for b in range(3) for h in (0, 1) for r in servers.leg("m", b, h)]
     whole = [r for b in range(3) for h in (0, 1) for r in servers.leg("baseline", b, h)]
     run = servers.run([*whole, *again, *garbage], tmp_path, model={"name": "tiny"}, started="today")
     cells, shown = states(run, "served")
