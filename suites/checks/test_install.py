@@ -117,7 +117,7 @@ def test_from_an_empty_folder_with_a_model_of_the_hubs_cache(go, world, tmp_path
 @pytest.mark.parametrize(
     ("marker", "said"),
     [
-        ("sampels", "unknown marker 'sampels' in -m: did you mean 'samples'?"),
+        ("sample", "unknown marker 'sample' in -m: did you mean 'samples'?"),
         ("samples and", "Wrong expression passed to '-m'"),
     ],
 )
