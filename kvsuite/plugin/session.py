@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvsuite import environment, tasks
+from kvsuite import environment, registry, tasks
 from kvsuite.plugin.options import Options
 from kvsuite.plugin.progress import Progress
 from kvsuite.records import Answer, Record, RunFolder
@@ -89,6 +89,7 @@ class Session:
                 "preset": o.preset,
                 "methods": list(o.arms),
                 "texts": {task.name: environment.fingerprint(task.fetch()) for task in self.tasks},
+                "plugins": {file.name: environment.fingerprint([file]) for file in registry.loaded()},
                 "settings": o.settings(),
                 "margins": vars(o.margins),
                 "expected": self.expected(),
