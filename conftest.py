@@ -1,4 +1,4 @@
-"""This checkout's pytest set-up: what is said of checks and of evidence about kernels, and of neither's evaluations."""
+"""This checkout's pytest set-up: what is asked of checks and of evidence about kernels alone."""
 
 import os
 from pathlib import Path

@@ -1,6 +1,7 @@
 """What evidence about kernels shares: the device a test runs on."""
 
 import contextlib
+
 import pytest
 
 with contextlib.suppress(ModuleNotFoundError):  # pytest reads this for evaluations, too, which need no hypothesis

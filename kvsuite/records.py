@@ -412,7 +412,7 @@ def refusal(one: Run, other: Run) -> str:
 def changed(before: dict[str, Any], now: dict[str, Any]) -> str:
     """Why a run cannot go on, in a sentence; empty if it can: the same model, texts, settings, versions and machine.
     What ``now`` does not say is not compared."""
-    for key in ("model", "texts", "settings", "environment"):
+    for key in ("model", "texts", "plugins", "settings", "environment"):
         a, b = before.get(key), now.get(key)
         if isinstance(a, dict) and isinstance(b, dict) and key == "environment":
             a = {name: a.get(name) for name in b}

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvsuite import environment, tasks
+from kvsuite import environment, registry, tasks
 from kvsuite.errors import UsageError
 from kvsuite.plugin.options import Options
 from kvsuite.plugin.progress import Progress
@@ -100,6 +100,7 @@ class Session:
         o = self.options
         return {
             "texts": {task.name: environment.fingerprint(task.fetch()) for task in self.tasks},
+            "plugins": {file.name: environment.fingerprint([file]) for file in registry.loaded()},
             "settings": o.settings(),
             "environment": environment.describe(),
         }

@@ -117,7 +117,7 @@ def test_from_an_empty_folder_with_a_model_of_the_hubs_cache(go, world, tmp_path
 @pytest.mark.parametrize(
     ("marker", "said"),
     [
-        ("sample", "unknown marker 'sample' in -m: did you mean 'samples'?"),
+        ("throughputs", "unknown marker 'throughputs' in -m: did you mean 'throughput'?"),
         ("samples and", "Wrong expression passed to '-m'"),
     ],
 )
@@ -356,6 +356,7 @@ def test_parts_from_outside(go, world, installed, how):
         ("counting", method) for method in ("full", "jitter", "newest:budget=32")
     }
     assert f"headline: {len(run.records)} records" in result.stdout
+    assert run.facts["plugins"].keys() == {f"{name}.py" for name in PARTS if given}
     for name, scores in (("a", "1 1 1 1"), ("b", "1 0 1 0")):
         (go.home / name).write_text(scores)
     asked = ["kvsuite", "negatives", "--baseline", "plain:a", "--candidate", "m=plain:b", "--json", *given]
