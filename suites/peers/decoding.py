@@ -30,7 +30,7 @@ class OpenVino:
         config.ignore_eos = True
         tensor = openvino.Tensor(np.array([ids]))
         self.handles = [self.model.pipeline.add_request(n + 1, tensor, config) for n in range(batch)]
-        while not all([self._came(handle) for handle in self.handles]):
+        while 0 in [self._came(handle) for handle in self.handles]:
             self.model.pipeline.step()
         self.facts = {
             name: self.model.facts[name] for name in ("kv_dtype", "kv_bytes_per_token", "threads", "features")
