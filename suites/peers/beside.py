@@ -8,7 +8,6 @@ import json
 import multiprocessing
 import statistics
 import time
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -88,8 +87,7 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
     for arm in found:
         rows.setdefault(arm.engine, {})[arm.name] = arm.row(wall)
     how = {name: getattr(asked, name) for name in ("batch", "length", "threads", "steps")}
-    versions = {engine: metadata.version(engine) for engine in rows}
-    return {**how, "environment": describe(), "engines": versions, "rows": rows}
+    return {**how, "environment": describe(), "rows": rows}
 
 
 def interval(ratios: list[float]) -> tuple[float, float, float]:
