@@ -83,6 +83,8 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
         for arm in found[:: 1 if number % 2 else -1]:
             arm.turn(asked.steps)
     wall = time.perf_counter() - start
+    for arm in found:
+        arm.pipe.send(0)
     rows: dict[str, dict[str, Any]] = {}
     for arm in found:
         rows.setdefault(arm.engine, {})[arm.name] = arm.row(wall)
