@@ -102,31 +102,18 @@ def interval(ratios: list[float]) -> tuple[float, float, float]:
 def draw(console: Console, cell: dict[str, Any], short: dict[str, Any]) -> None:
     """One length's table. ``context``: what a step takes longer than one of ``short``, the cell of fewest tokens."""
     table = Table(title=f"{cell['batch']} × {cell['length']} tokens, {cell['threads']} threads")
-    for name in (
-        "",
-        "cache",
-        "bytes a token",
-        "ms a step",
-        "tok/s",
-        "× plain",
-        "context, ms",
-        "of the step",
-        "× plain",
-    ):
+    for name in ("", "cache", "bytes a token", "ms a step", "tok/s", "× plain", "context, ms", "of the step"):
         table.add_column(name, justify="right", no_wrap=True)
     for engine, arms in cell["rows"].items():
         step = {name: statistics.median(row["seconds"]) for name, row in arms.items()}
         plain = min(PLAIN & set(arms), key=lambda name: step[name])
-        context = {name: step[name] - statistics.median(short["rows"][engine][name]["seconds"]) for name in arms}
         for name, row in arms.items():
             pairs = zip(arms[plain]["seconds"], row["seconds"], strict=True)
-            whole = "{:.2f} [{:.2f}, {:.2f}]".format(*interval([a / b for a, b in pairs]))
-            speed = f"{1e3 * step[name]:.1f}", f"{cell['batch'] / step[name]:.0f}", whole
-            parts = ("-",) * 3
-            if cell is not short:
-                share = f"{context[name] / step[name]:.0%}"
-                parts = f"{1e3 * context[name]:.1f}", share, f"{context[plain] / context[name]:.2f}"
-            table.add_row(engine, name, f"{row['kv_bytes_per_token']:,.0f}", *speed, *parts)
+            ratio = "{:.2f} [{:.2f}, {:.2f}]".format(*interval([a / b for a, b in pairs]))
+            context = step[name] - statistics.median(short["rows"][engine][name]["seconds"])
+            parts = ("-", "-") if cell is short else (f"{1e3 * context:.1f}", f"{context / step[name]:.0%}")
+            speed = f"{1e3 * step[name]:.1f}", f"{cell['batch'] / step[name]:.0f}"
+            table.add_row(engine, name, f"{row['kv_bytes_per_token']:,.0f}", *speed, ratio, *parts)
     console.print(table)
 
 
