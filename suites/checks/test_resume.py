@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from kvsuite.records import Agreement, Answer, Timing, decode, read
+from suites.checks.depth import depth
 
-KILLS = 20 if os.environ.get("KVSUITE_NIGHTLY") else 3
+KILLS = depth(3, 20)
 SECONDS = ("prefill_seconds", "decode_seconds", "decode_share", "seconds", "baseline_seconds")
 
 

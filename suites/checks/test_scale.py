@@ -6,6 +6,8 @@ import sys
 
 import numpy as np
 
+from suites.checks.depth import only_nightly
+
 COMMAND = """
 import json, os, resource, sys
 from kvsuite.cli import main
@@ -37,6 +39,7 @@ def cost(folder, samples, methods=10, datasets=14):
     return json.loads(done.stderr.splitlines()[-1])
 
 
+@only_nightly
 def test_a_hundred_thousand_samples_of_ten_methods(tmp_path):
     small, large = cost(tmp_path / "small", 20_000), cost(tmp_path / "large", 100_000)
     print(f"20,000 samples: {small}, 100,000: {large}")
