@@ -62,8 +62,8 @@ class Row:
 
 
 def widened(low: float, high: float, draws: int, thin: int) -> tuple[float, float]:
-    """Bounds of a share in ``draws`` for those in ``thin`` times as many. They lie 2.6 standard errors from a share that
-    is as promised; a standard error is larger in fewer draws."""
+    """Bounds of a share in ``draws`` for those in ``thin`` times as many. They lie 2.6 standard errors from a share
+    that is as promised; a standard error is larger in fewer draws."""
     more = 2.6 * (1 - thin**-0.5) / math.sqrt(draws)
     return low - more * math.sqrt(max(0, low * (1 - low))), high + more * math.sqrt(max(0, high * (1 - high)))
 
