@@ -62,8 +62,8 @@ class Row:
 
 
 def widened(low: float, high: float, draws: int, thin: int) -> tuple[float, float]:
-    """Bounds of a share in ``draws`` for those in ``thin`` times as many. They lie 2.6 standard errors from a share that
-    is as promised; a standard error is larger in fewer draws."""
+    """Bounds of a share in ``draws`` for those in ``thin`` times as many. They lie 2.6 standard errors from a share
+    that is as promised; a standard error is larger in fewer draws."""
     more = 2.6 * (1 - thin**-0.5) / math.sqrt(draws)
     return low - more * math.sqrt(max(0, low * (1 - low))), high + more * math.sqrt(max(0, high * (1 - high)))
 
@@ -428,7 +428,9 @@ def garbage(thin: int = 1) -> list[Row]:
 
     def row(figure: str, low: float, high: float, draws: int, *what: Any) -> Row:
         seeds = range(-(-draws // thin))
-        return Row("called BROKEN", figure, sum(called(seed, *what) for seed in seeds) / len(seeds), low, high, len(seeds))
+        return Row(
+            "called BROKEN", figure, sum(called(seed, *what) for seed in seeds) / len(seeds), low, high, len(seeds)
+        )
 
     rows = [row(f"sane, {n} chats", 0.0, 0.03, 100, n) for n in (12, 24, 48)]  # at 1 %, 3 of 100 are hardly exceeded
     rows.append(row("sane, 80 chats, beside a control of the same letters", 0.0, 0.03, 50, 80, "", 0.0, True))
