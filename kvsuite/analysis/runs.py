@@ -264,7 +264,7 @@ def elsewhere(one: Run, other: Run) -> list[str]:
         why = "the two runs are of different hardware or number formats"
     else:
         return []
-    return [f"The speed of {one.baseline} itself is not compared: {why}, which methods' own ratios may show, too."]
+    return [f"The speed of {one.baseline} itself is not compared: {why}. Methods' ratios may differ for that, too."]
 
 
 def _machine(run: Run) -> tuple[object, ...] | None:
