@@ -47,6 +47,7 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024}
 # Llama 3.1 8B, bfloat16; few rows and pages: what is compiled depends on neither
 HEADS, KV_HEADS, DIM, ROWS, PAGES = 32, 8, 128, 3, 5
 
+
 @dataclass(frozen=True)
 class Case:
     """``call`` starts kernels on CPU tensors. ``reads``: argument -> bytes per load and thread, 0 for no loads; a
