@@ -1,5 +1,5 @@
 """100,000 scored samples and 10 methods, all intervals: at most 60 seconds of one core and 4 GB, growing linearly. By
-day a tenth of them, with as little memory for each."""
+day a tenth of them, in as little memory for each."""
 
 import json
 import subprocess

@@ -60,7 +60,7 @@ def go(pytester, monkeypatch, world):
         where = [str(ROOT / "suites" / name) for name in ("samples", "length", "throughput")]
         folder = [] if {"--kv-run", "--kv-resume"} & set(arguments) else ["--kv-run", "left"]
         chosen = [*SMALL, "--kv-model", str(world / "model"), *folder, "-m", marker]
-        return [*here, *where, *chosen, "-k", "not core and not adds", *arguments]
+        return [*here, *where, *chosen, *arguments]
 
     return command
 
