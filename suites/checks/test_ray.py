@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from kvsuite.records import read
+from suites.checks.depth import depth
 from suites.checks.test_resume import results
 
 pytest.importorskip("ray")
@@ -23,7 +24,7 @@ Here.answers = once
 """
 
 
-@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("killed", depth([True], [False, True]))
 def test_the_same_records_whoever_answers(run, pytester, killed):
     assert run("samples or length", "-k", "test_answers", "--kv-run", "alone").ret == 0
     if killed:

@@ -98,9 +98,10 @@ def test_what_a_run_tells_of_its_servers(command, tmp_path):
     variants.append(
         f"--kv-variant=absent={shlex.quote(sys.executable)} -c 'raise SystemExit(\"no such device\")' {{port}}"
     )
-    result = go(
-        command("throughput or length or samples", f"--kv-baseline={SCRIPTED}", *variants, "--kv-serve", "together")
-    )
+    (tmp_path / "hurry.py").write_text("from kvsuite.engines import openai\nopenai.BACKOFF = 0.01\n")
+    marker, together = "throughput or length or samples", ("--kv-serve", "together")
+    words, environment = command(marker, f"--kv-baseline={SCRIPTED}", *variants, *together, "-p", "hurry")
+    result = go((words, environment | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}))
     report = (tmp_path / "left" / "report.md").read_text()
     assert result.returncode == pytest.ExitCode.TESTS_FAILED, result.stdout[-3000:]
     headlines = report[report.index("## headlines") : report.index("## verdicts")]
@@ -295,7 +296,7 @@ def test_a_trace_is_asked_as_it_stands(command, tmp_path):
 
 
 def test_goodput_is_searched_for_in_every_arm(command, tmp_path):
-    with Server(itl=0.01) as base, Server(itl=0.01, cache_dtype="fp8", kv_tokens=93184) as other:
+    with Server(itl=0.001) as base, Server(itl=0.001, cache_dtype="fp8", kv_tokens=93184) as other:
         urls = ["--kv-baseline", base.url, "--kv-variant", f"fp8={other.url}"]
         result = go(command("throughput", *urls, "--kv-goodput", "ttft=1,itl=0.5", "--kv-rounds", "1"))
     assert result.returncode == 0, result.stdout[-3000:]

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kvsuite.records import read
+from suites.checks import forked
 
 ROOT = Path(__file__).parents[2]
 METHODS = "full,jitter,int8,h2o:budget=64"
@@ -60,7 +61,7 @@ def go(pytester, monkeypatch, world):
         where = [str(ROOT / "suites" / name) for name in ("samples", "length", "throughput")]
         folder = [] if {"--kv-run", "--kv-resume"} & set(arguments) else ["--kv-run", "left"]
         chosen = [*SMALL, "--kv-model", str(world / "model"), *folder, "-m", marker]
-        return [*here, *where, *chosen, "-k", "not core and not adds", *arguments]
+        return [*here, *where, *chosen, *arguments]
 
     return command
 
@@ -68,7 +69,7 @@ def go(pytester, monkeypatch, world):
 @pytest.fixture
 def run(pytester, go):
     """Run them."""
-    return lambda *arguments: pytester.runpytest_subprocess(*go(*arguments))
+    return lambda *arguments: forked.run(go(*arguments), pytester.path)
 
 
 def left(kind):
