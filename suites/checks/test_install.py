@@ -237,7 +237,7 @@ WORDS = [["-m", "lengthy"], ["-n", "2"], *depth([], [[], ["-m", "not length"]])]
 def test_an_unrelated_project_notices_nothing(go, words):
     (go.home / "test_unrelated.py").write_text(UNRELATED)
     (go.home / "conftest.py").write_text(SPY)
-    (go.home / "pytest.ini").write_text("[pytest]\nmarkers =\n    length: of a list\n    lengthy: takes long\n")
+    (go.home / "pytest.ini").write_text("[pytest]\nmarkers =\n    length: of a list\n")
     command = ["pytest", "-q", "-p", "no:cacheprovider", *words]
     result, without = go(*command), go(*command, "-p", "no:kvsuite.plugin")
     assert (go.home / "modules.txt").read_text() == "", "the second run knew nothing of it"
