@@ -22,7 +22,7 @@ class Job(NamedTuple):
     its ``run.json``."""
 
     evaluation: str
-    """samples, length or throughput."""
+    """samples, length, divergence or throughput."""
     arm: str
     task: str
     """Of a timed cell its phase."""
@@ -176,6 +176,22 @@ class Served(Answer):
 
 
 @dataclass(frozen=True)
+class Forced(Answer):
+    """One arm's next-token distributions on a document's own continuation, which was fed to it token by token behind the
+    document. Its answer is one token, of no use."""
+
+    kind: ClassVar[str] = "forced"
+
+    evaluation: str = "divergence"
+    kl: list[float] = field(default_factory=list)
+    """KL of the baseline's distribution against this arm's at each position, nats."""
+    flips: list[int] = field(default_factory=list)
+    """1 where the most likely token is another than the baseline's."""
+    logs: list[float] = field(default_factory=list)
+    """Log probability of the token that follows, nats."""
+
+
+@dataclass(frozen=True)
 class Probe(Record):
     """What a server said of itself around one leg: on ``/metrics``, in its log, in its own words."""
 
@@ -242,7 +258,7 @@ def cell_name(width: int, length: int) -> str:
     return f"b{width} l{length}"
 
 
-KINDS: dict[str, type[Record]] = {kind.kind: kind for kind in (Answer, Served, Probe, Agreement, Timing)}
+KINDS: dict[str, type[Record]] = {kind.kind: kind for kind in (Answer, Served, Forced, Probe, Agreement, Timing)}
 
 
 def encode(record: Record) -> str:

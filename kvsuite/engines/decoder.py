@@ -30,6 +30,8 @@ class Decoder:
         self.model, self.workers, self.sampling, self.stop = model, workers, sampling, stop
         self.width = padded_width(width)
         self.cache = KVCache(*(worker.member for worker in workers))
+        self.logits = torch.empty(0)
+        """(width, vocabulary), of the last step."""
         self.graph: StepGraph | None = None
         if len(workers) == 1 and workers[0].backend == "triton" and model.device.type == "cuda":
             self.graph = StepGraph(model, self.cache, workers[0].caches, self.width)
@@ -72,7 +74,7 @@ class Decoder:
         before = [worker.member.seconds for worker in self.workers]
         items = self._lay_out()
         fed = [[0 if s is None else (s.forced or s.response.tokens[-1:])[0]] for _, _, s in items]
-        logits = self._logits(fed, [[0 if s is None else s.position] for _, _, s in items])
+        self.logits = logits = self._logits(fed, [[0 if s is None else s.position] for _, _, s in items])
         _wait(logits)
         self._book(time.perf_counter() - start, before)
         best, greedy = logits.topk(2).values.tolist(), logits.argmax(-1).tolist()

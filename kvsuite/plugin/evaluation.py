@@ -20,11 +20,13 @@ from kvsuite.analysis.shortfall import interrupted
 from kvsuite.errors import UsageError
 from kvsuite.plugin import EVALUATIONS, SESSION, evaluates, options, untold
 from kvsuite.plugin.local import Local
+from kvsuite.plugin.options import Options
 from kvsuite.plugin.serving import Serving
 from kvsuite.plugin.session import Session
 from kvsuite.records import read
 from kvsuite.registry import Registry, function
 from kvsuite.report import markdown, terminal
+from kvsuite.tasks import Task
 
 ALONE = "speed is timed alone: run -m throughput without -n or --kv-executor"
 REPORTS = Registry("report", "reports", function("pytest_kv_report"))
@@ -106,7 +108,7 @@ def parametrize(metafunc: pytest.Metafunc, session: Session) -> None:
     """One test per method, server, task, batch and length where a test asks for them; tasks are those of its
     evaluation."""
     asked, own = session.options, {m.name for m in metafunc.definition.iter_markers()}
-    tasks = [task.name for task in session.tasks if task.evaluation in own]
+    tasks = [task.name for task in session.tasks if _marker(task, asked) in own]
     values: dict[str, tuple[Any, Any]] = {
         "kv_method": (asked.methods if asked.servers is None else (), lambda method: method.name),
         "kv_arm": (asked.arms, lambda name: name.replace(" ", "-")),
@@ -120,6 +122,13 @@ def parametrize(metafunc: pytest.Metafunc, session: Session) -> None:
     for name, (parameters, identify) in values.items():
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, parameters, ids=identify)
+
+
+def _marker(task: Task, asked: Options) -> str:
+    """The evaluation that a task is part of. Nothing can be forced through a server's cache."""
+    if task.evaluation == "divergence":
+        return "samples" if asked.servers is None else ""
+    return task.evaluation
 
 
 @pytest.hookimpl(tryfirst=True)

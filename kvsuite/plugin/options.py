@@ -30,8 +30,8 @@ CHOICES = {
     "backend": ("auto", *BACKENDS),
     "executor": ("here", "ray"),
 }
-FRAME = 96
-"""Tokens a chat template and an answer need beside a prompt."""
+FRAME = 160
+"""Tokens that a chat template and an answer need beside a prompt, or a document's continuation."""
 SHORTEST = 256
 """Tokens below which no task can be told."""
 
@@ -48,7 +48,8 @@ class Options:
     batch: tuple[int, ...]
     length: tuple[int, ...]
     tasks: tuple[str, ...]
-    samples: int
+    samples: Mapping[str, int]
+    """How many of each task; of one that is not named, as many as under the empty name."""
     cap: int
     temperature: float
     rounds: int
@@ -148,7 +149,8 @@ def check(given: Mapping[str, Any]) -> Options:
         ray_address=str(raw["ray-address"]),
         margins=Margins.parse(str(raw["margins"])),
         servers=servers.check(raw, _number),
-        **{key: _whole(key, raw[key], 0 if key == "seed" else 1) for key in ("samples", "cap", "rounds", "seed")},
+        **{key: _whole(key, raw[key], 0 if key == "seed" else 1) for key in ("cap", "rounds", "seed")},
+        samples=_counts(raw["samples"]),
     )
     _check_sizes(options)
     return options
@@ -215,6 +217,19 @@ def _whole(key: str, value: Any, least: int) -> int:
     if number < least:
         raise UsageError(f"--kv-{key} must be at least {least}, not {number}")
     return number
+
+
+def _counts(value: Any) -> dict[str, int]:
+    """Of ``48,chat=8``: a number for all tasks, others for some of them."""
+    found = {}
+    for item in _items("samples", value):
+        name, equals, number = item.rpartition("=")
+        if equals and name not in tasks.names() and name not in tasks.made():
+            raise unknown("task in --kv-samples", name, [*tasks.names(), *tasks.made()])
+        found[name] = _whole("samples", number, 1)
+    if "" not in found:
+        raise UsageError(f"--kv-samples {value}: begin with a number for all tasks, such as 8,chat=4")
+    return found
 
 
 def _number(key: str, value: Any) -> float:

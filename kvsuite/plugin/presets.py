@@ -6,12 +6,12 @@ from typing import Any
 
 SMOKE: dict[str, Any] = {
     "model": "",
-    "methods": "full,jitter,jitter:seed=1,int8,kivi:bits=4,kivi:bits=2,streaming-llm:budget=128,h2o:budget=128",
+    "methods": "full,jitter,jitter:seed=1,int8,fp8,kivi:bits=4,int4,kivi:bits=2,streaming-llm:budget=128,h2o:budget=128",
     "compress": "prompt",
     "batch": "1,8",
     "length": "512,1024",
-    "tasks": "needle,chat",
-    "samples": 8,
+    "tasks": "document,needle,chat",
+    "samples": "48,chat=8,document=16",
     "cap": 96,
     "temperature": 1.0,
     "rounds": 6,

@@ -75,7 +75,8 @@ class Session:
         """The run's samples of a task."""
         if task.name not in self._samples:
             o = self.options
-            self._samples[task.name] = task.samples(o.samples, o.length, o.seed, self.count_tokens)
+            count = o.samples.get(task.name, o.samples[""])
+            self._samples[task.name] = task.samples(count, o.length, o.seed, self.count_tokens)
         return self._samples[task.name]
 
     def count_tokens(self, text: str) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvsuite import models
 from kvsuite.engines.request import Request, Response
-from kvsuite.records import Answer, Job
+from kvsuite.records import Answer, Forced, Job
 from kvsuite.runs.setting import Setting
 from kvsuite.tasks import Sample, Task
 
@@ -74,6 +74,9 @@ class Here:
         self, task: Task, samples: Sequence[Sample], jobs: Collection[Job], before: Mapping[Job, float]
     ) -> Iterator[Answer]:
         """See `Executor.answers`: one prefill of a sample serves all arms whose answers are missing."""
+        if task.evaluation == "divergence":
+            yield from self._forced(task, samples, jobs)
+            return
         for repeat in sorted({job.repeat for job in jobs}):
             yield from self._pass(task, samples, {job for job in jobs if job.repeat == repeat}, before, repeat)
 
@@ -96,6 +99,28 @@ class Here:
         ):  # fmt: skip
             sample = named[response.id]
             yield record(task, sample, response, self.request(sample).max_new_tokens)
+
+    def _forced(self, task: Task, samples: Sequence[Sample], jobs: Collection[Job]) -> Iterator[Forced]:
+        """The samples' references, forced through the caches of all arms that miss one."""
+        from kvsuite.engines.forcing import Continued, Forcing
+
+        s, arms, named = self.setting, {job.arm for job in jobs}, {sample.id: sample for sample in samples}
+        documents = []
+        for sample in samples:
+            context = self.tokenizer(sample.context)["input_ids"]
+            forced = self.tokenizer(sample.reference, add_special_tokens=False)["input_ids"]
+            request = Request(sample.id, sample.context, "", max_new_tokens=1)
+            documents.append(Continued(request, context, forced[: sample.max_new_tokens + 1]))
+        methods = [m for m in s.methods if m.name in arms or m is s.methods[0]]
+        forcing = Forcing(self.engine, methods, documents, s.timeout, s.memory)
+        for found in forcing.run({(job.item, job.arm) for job in jobs}):
+            sample = named[found.response.id]
+            answer = record(task, sample, found.response, sample.max_new_tokens)
+            if answer.status == "ok":
+                kl, logs = ([float(f"{x:.6g}") for x in column] for column in (found.kl, found.logs))
+                yield Forced(**vars(answer), kl=kl, flips=found.flips, logs=logs)
+            else:
+                yield Forced(**vars(answer))
 
     def request(self, sample: Sample) -> Request:
         """What the engine is asked for a sample."""

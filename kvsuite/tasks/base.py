@@ -10,7 +10,9 @@ from typing import Literal
 from kvsuite.errors import UsageError
 from kvsuite.registry import Registry, classes
 
-Type = Literal["qa", "summarization", "few-shot", "synthetic", "code", "chat"]
+Type = Literal["qa", "summarization", "few-shot", "synthetic", "code", "chat", "text"]
+
+Evaluation = Literal["samples", "length", "divergence", "throughput"]
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,9 @@ class Task:
 
     name: str
     type: Type
-    evaluation: Literal["samples", "length", "throughput"] = "samples"
-    """What its answers are for: their scores, their lengths, or the time they take."""
+    evaluation: Evaluation = "samples"
+    """What its answers are for: their scores, their lengths, or the time they take; *divergence*: there is no answer,
+    the reference is forced through every arm's cache."""
 
     @property
     def spelled(self) -> str:
@@ -63,6 +66,11 @@ _FILES: dict[str, Task] = {}
 def names() -> list[str]:
     """All tasks that need no file of the user's."""
     return sorted(TASKS.names())
+
+
+def made() -> list[str]:
+    """The tasks that were made of the user's prompts."""
+    return list(_FILES)
 
 
 def task(name: str) -> Task:

@@ -11,11 +11,11 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from kvsuite import scorers
 from kvsuite.errors import UsageError, unknown
-from kvsuite.tasks.base import Sample, Task, Type
+from kvsuite.tasks.base import Evaluation, Sample, Task, Type
 
 LONGEST = 1 << 16
 """Tokens of an answer: the run's cap decides."""
@@ -30,7 +30,7 @@ class Jsonl(Task):
         self.file, self.scorer, self._rows = file, scorer, rows
         self.name = file.stem
         self.type = cast(Type, scorers.BY_NAME[scorer][1]) if scorer else "chat"
-        self.evaluation: Literal["samples", "length", "throughput"] = "samples" if scorer else "length"
+        self.evaluation: Evaluation = "samples" if scorer else "length"
 
     @classmethod
     def parse(cls, spec: str) -> Jsonl:
