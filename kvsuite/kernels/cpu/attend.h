@@ -5,9 +5,9 @@
 #include <atomic>
 #include <new>
 #include <stdlib.h>
-#include "rows.h"
-
-enum { CHUNK_PAGES = 16, CHUNK = CHUNK_PAGES * PAGE, BLOCK = 2 * PAGE };
+#include "scores.h"
+#include "sinks.h"
+#include "values.h"
 
 struct Attend {
   const void* q;                    // (items, kv_heads * GROUP, queries, DIM) of `dtype`, by strides in elements
@@ -20,180 +20,6 @@ struct Attend {
   const float* sink_logits;         // (heads,) or null
 };
 
-template <class S> static constexpr float code_limit() {  // so that no sum of products leaves 32 bits
-  return DIM * ((1 << S::bits) - 1) * 32766ll < (1ll << 31) ? 32766.f : 16383.f;
-}
-// x (DIM) as 16-bit numbers in units of what is returned, in the order of CodeRow's operands.
-template <class S> static float quantize_query(const float* x, int32_t* operands) {
-  constexpr int W = DIM % LANES ? 4 : LANES;
-  Float<W> top = splat<W>(1e-30f);
-  for (int d = 0; d < DIM; d += W) {
-    Float<W> y = load<Float<W>>(x + d);
-    top = maximum(top, maximum(y, -y));
-  }
-  float unit = largest<W>(top) / code_limit<S>();
-  for (int d = 0; d < DIM; d += W)
-    narrow(rounded(load<Float<W>>(x + d) * splat<W>(1.f / unit)), reinterpret_cast<int16_t*>(operands) + d, true);
-  return unit;
-}
-
-// Scores of N queries with a page's keys. q: (N, DIM), scaled.
-template <class S, int N> struct Keys {
-  typedef typename RowOf<S>::type R;
-  static constexpr bool by_channel = S::layout == CHANNEL;
-  const float (*q)[DIM];
-  alignas(64) int32_t operands[N][R::columns * R::parts];
-  float unit[N], sum[N];
-
-  Keys(const float (*queries)[DIM], const Store& store) : q(queries) {
-    for (int n = 0; n < N; n++) {
-      unit[n] = S::layout == FP8 && !S::token_scale ? store.tensor_scale : 1.f;
-      if constexpr (R::integer && !by_channel) {
-        unit[n] = quantize_query<S>(q[n], operands[n]);
-        sum[n] = 0;
-        for (int d = 0; d < DIM; d++) sum[n] += q[n][d];
-      }
-    }
-  }
-  void scores(const Store& store, int64_t page, float* out, int stride, const Ahead& ahead) {
-    constexpr int W = LANES;
-    if constexpr (by_channel) fold_scales(store, page);
-    const uint8_t* rows = store.codes + page * PAGE * R::bytes;
-    if constexpr (R::integer) page_dots<R, N>(operands, rows, out, stride, ahead);
-    else page_dots<R, N>(q, rows, out, stride, ahead);
-    for (int n = 0; n < N; n++)
-      for (int t = 0; t < PAGE; t += W) {
-        float* to = out + n * stride + t;
-        Float<W> x = load<Float<W>>(to) * splat<W>(unit[n]);
-        if constexpr (by_channel) x = x + splat<W>(sum[n]);
-        else if constexpr (R::integer) {
-          const uint16_t* scale = static_cast<const uint16_t*>(store.scale) + page * PAGE + t;
-          x = fma(halves<W>(store.zero + page * PAGE + t), splat<W>(sum[n]), x * halves<W>(scale));
-        } else if constexpr (S::token_scale)
-          x = x * load<Float<W>>(static_cast<const float*>(store.scale) + page * PAGE + t);
-        ::store(to, x);
-      }
-  }
-  // A page's scale and zero of each channel go into the query: sum over channels of q * (code * scale + zero).
-  void fold_scales(const Store& store, int64_t page) {
-    constexpr int W = DIM % LANES ? 4 : LANES;
-    const uint16_t *scale = static_cast<const uint16_t*>(store.scale) + page * DIM, *zero = store.zero + page * DIM;
-    alignas(64) float x[DIM];
-    for (int n = 0; n < N; n++) {
-      Float<W> zeros = {};
-      for (int d = 0; d < DIM; d += W) {
-        Float<W> y = load<Float<W>>(q[n] + d);
-        ::store(x + d, y * halves<W>(scale + d));
-        zeros = fma(y, halves<W>(zero + d), zeros);
-      }
-      unit[n] = quantize_query<S>(x, operands[n]);
-      sum[n] = total<W>(zeros);
-    }
-  }
-};
-
-// Weighted sums of values, chunk by chunk. p: (N, CHUNK).
-template <class S, int N> struct Values {
-  typedef typename RowOf<S>::type R;
-  typedef FloatRow<S::dtype> Recent;
-  static constexpr int groups = R::integer ? S::groups : 1;
-  alignas(64) float sums[N][DIM], recent[N][DIM];
-  float zeros[N][groups];
-
-  Values() {
-    memset(sums, 0, sizeof sums);
-    memset(recent, 0, sizeof recent);
-    memset(zeros, 0, sizeof zeros);
-  }
-  // Two pages at a time: `counts` of their tokens are in pages[i] of the pool.
-  void add(const Store& store, const float* p, const int64_t* pages, const int* counts, const Ahead* ahead) {
-    if constexpr (R::integer) {
-      alignas(64) int16_t weights[N][groups][BLOCK];
-      float unit[N][groups];
-      const uint8_t* rows[2];
-      int even[2];
-      weigh(store, p, pages, counts, weights, unit);
-      for (int i = 0; i < 2; i++) rows[i] = store.codes + pages[i] * PAGE * R::bytes, even[i] = (counts[i] + 1) & ~1;
-      add_codes<R, N, groups>(weights, unit, rows, even, sums, ahead);
-    } else {
-      for (int i = 0; i < 2; i++) {
-        if (!counts[i]) continue;
-        const float* own = p + i * PAGE;
-        int stride = CHUNK;
-        alignas(64) float scaled[N][PAGE];
-        if constexpr (S::token_scale) {
-          const float* scale = static_cast<const float*>(store.scale) + pages[i] * PAGE;
-          for (int n = 0; n < N; n++)
-            for (int t = 0; t < counts[i]; t++) scaled[n][t] = own[n * CHUNK + t] * scale[t];
-          own = scaled[0], stride = PAGE;
-        }
-        add_rows<R, N>(own, stride, store.codes + pages[i] * PAGE * R::bytes, counts[i], sums, ahead[i]);
-      }
-    }
-  }
-  // Each token's weight times its group's scale as 16-bit numbers, in units of their largest / 32766.
-  void weigh(const Store& store, const float* p, const int64_t* pages, const int* counts,
-             int16_t (*weights)[groups][BLOCK], float (*unit)[groups]) {
-    constexpr int W = LANES;
-    alignas(64) float scale[groups][BLOCK], zero[groups][BLOCK], product[BLOCK];
-    for (int i = 0; i < 2; i++) {
-      const int64_t first = pages[i] * PAGE * groups;
-      spread(static_cast<const uint16_t*>(store.scale) + first, counts[i], &scale[0][i * PAGE]);
-      spread(store.zero + first, counts[i], &zero[0][i * PAGE]);
-    }
-    for (int n = 0; n < N; n++)
-      for (int k = 0; k < groups; k++) {
-        Float<W> top = splat<W>(1e-30f), sum = {};
-        for (int t = 0; t < BLOCK; t += W) {
-          Float<W> x = load<Float<W>>(p + n * CHUNK + t), y = x * load<Float<W>>(&scale[k][t]);
-          sum = fma(x, load<Float<W>>(&zero[k][t]), sum);
-          top = maximum(top, y);
-          ::store(product + t, y);
-        }
-        zeros[n][k] += total<W>(sum);
-        unit[n][k] = largest<W>(top) / 32766.f;
-        Float<W> inverse = splat<W>(1.f / unit[n][k]);
-        for (int t = 0; t < BLOCK; t += W) narrow(rounded(load<Float<W>>(product + t) * inverse), &weights[n][k][t], false);
-      }
-  }
-  // A page's (tokens, groups) float16 numbers as (groups, BLOCK) float32; 0 from `count` tokens on, where any bits may be.
-  static void spread(const uint16_t* from, int count, float* to) {
-    constexpr int W = LANES;
-    if (!count) {
-      for (int k = 0; k < groups; k++) memset(to + k * BLOCK, 0, PAGE * 4);
-      return;
-    }
-    alignas(64) float x[PAGE * groups];
-    for (int i = 0; i < PAGE * groups; i += W) ::store(x + i, halves<W>(from + i));
-    for (int i = count * groups; i < PAGE * groups; i++) x[i] = 0;
-    for (int k = 0; k < groups; k++)
-      for (int t = 0; t < PAGE; t++) to[k * BLOCK + t] = x[t * groups + k];
-  }
-  void add_recent(const float* p, const void* rows, int count) {
-    add_rows<Recent, N>(p, CHUNK, static_cast<const uint8_t*>(rows), count, recent, {nullptr, 0});
-  }
-  void result(const Store& store, float (*out)[DIM]) {
-    const float tensor_scale = S::layout == FP8 && !S::token_scale ? store.tensor_scale : 1.f;
-    for (int n = 0; n < N; n++) {
-      for (int i = 0; i < DIM; i++) {
-        if constexpr (R::integer) {
-          int d = channel_of_code_sum<R, groups>(i);
-          out[n][d] = sums[n][i] + zeros[n][d / (DIM / groups)];
-        } else
-          out[n][channel_of_sum<R>(i)] = sums[n][i] * tensor_scale;
-      }
-      if (S::residual)
-        for (int i = 0; i < DIM; i++) out[n][channel_of_sum<Recent>(i)] += recent[n][i];
-    }
-  }
-};
-
-// One chunk of one (sequence, kv head).
-struct Piece {
-  int64_t row, head, slots, seen, first;  // first: of the chunk's slots
-  const int32_t* table;                   // its pages, from column 0
-  int pages;                              // of the chunk, the last one perhaps partly filled
-};
 // Which slots of a page a query at `position` reads: all lanes set. Returns whether there are any.
 static bool readable(const Cache& c, const Piece& at, int page, int64_t position, int64_t window, int32_t* mask) {
   constexpr int W = LANES;
@@ -209,10 +35,6 @@ static bool readable(const Cache& c, const Piece& at, int page, int64_t position
   for (int i = 0; i < W; i++)
     if (any[i]) return true;
   return false;
-}
-// A page's slots from s on, in a residual.
-template <class S> INLINE const uint8_t* recent_rows(const Cache& c, const Store& store, const Piece& at, int64_t s) {
-  return residual_row<S>(store, at.row * c.kv_heads + at.head, s);
 }
 // The codes of a page, where there are any.
 template <class S> INLINE Ahead codes_of(const Store& store, const Piece& at, int64_t slot) {
@@ -293,44 +115,6 @@ static void attend_piece(const Cache& c, const Attend& a, const Piece& at, const
   alignas(64) float result[N][DIM];
   values.result(c.v, result);
   for (int n = 0; n < N; n++) memcpy(out + n * (2 + DIM) + 2, result[n], sizeof result[n]);
-}
-
-// One number of a key as attention reads it: decoded and rounded to the compute dtype.
-static float rounded_to(int64_t dtype, float x) {
-  return dtype == FLOAT32 ? x : dtype == FLOAT16 ? from_half(to_half(x)) : from_bfloat(to_bfloat(x));
-}
-static float decoded_key(const Cache& c, const Piece& at, int64_t slot, int d, int64_t dtype) {
-  if (slot >= K::encoded(at.slots)) return number<K::dtype>(recent_rows<K>(c, c.k, at, slot), d);
-  const int64_t token = int64_t(at.table[slot / PAGE]) * PAGE + slot % PAGE;
-  const uint8_t* row = c.k.codes + token * K::row_bytes;
-  if (K::layout == PLAIN) return number<K::dtype>(row, d);
-  if (K::layout == FP8) {
-    float x = Fp8Row::part<4>(splat<4>(int32_t(row[d])), 0)[0];
-    return rounded_to(dtype, x * (K::token_scale ? static_cast<const float*>(c.k.scale)[token] : c.k.tensor_scale));
-  }
-  const int code = row[d % K::row_bytes] >> (K::bits * (d / K::row_bytes)) & ((1 << K::bits) - 1);
-  const int64_t i = K::layout == TOKEN ? token : token / PAGE * DIM + d;
-  const float scale = from_half(static_cast<const uint16_t*>(c.k.scale)[i]);
-  return rounded_to(dtype, from_half(c.k.zero[i]) + float(code) * scale);
-}
-// The first keys where the cache has them: turned on by as many positions as were evicted behind them. Into pages where
-// these hold them as numbers, else into out (sinks, DIM). kvsuite/kernels/rope.py: Rope.rotate.
-static void rotate_sinks(const Cache& c, const Piece& at, int64_t by, int64_t dtype, float* out) {
-  const int half = int(c.rotary_half), heads = int(c.kv_heads);
-  for (int64_t s = 0; s < c.sinks && s < at.slots; s++) {
-    float x[DIM];
-    for (int d = 0; d < DIM; d++)
-      x[d] = c.original_sinks ? number<K::dtype>(c.original_sinks, ((at.row * heads + at.head) * c.sinks + s) * DIM + d)
-                              : decoded_key(c, at, s, d, dtype);
-    for (int d = 0; d < half; d++) {
-      const float angle = float(by) * c.inverse_frequency[d], cosine = cosf(angle), sine = sinf(angle), a = x[d], b = x[d + half];
-      x[d] = a * cosine - b * sine, x[d + half] = b * cosine + a * sine;
-    }
-    for (int d = 0; d < DIM; d++) {
-      if (c.original_sinks) put<K::dtype>(c.k.codes, (int64_t(at.table[s / PAGE]) * PAGE + s % PAGE) * DIM + d, x[d]);
-      else out[s * DIM + d] = d < 2 * half ? rounded_to(dtype, x[d]) : x[d];
-    }
-  }
 }
 
 struct Job {
