@@ -36,18 +36,17 @@ static void page_dots(const typename R::Operand (*q)[R::columns * R::parts], con
 template <class S> static constexpr float code_limit() {  // so that no sum of products leaves 32 bits
   return DIM * ((1 << S::bits) - 1) * 32766ll < (1ll << 31) ? 32766.f : 16383.f;
 }
+enum { QUERY_LANES = DIM % LANES ? 4 : LANES, QUERY_VECTORS = DIM / QUERY_LANES };
 // x (DIM) as 16-bit numbers in units of what is returned, in the order of CodeRow's operands.
-template <class S> static float quantize_query(const float* x, int32_t* operands) {
-  constexpr int W = DIM % LANES ? 4 : LANES;
+template <class S> static float quantize_query(const Float<QUERY_LANES>* x, int32_t* operands) {
+  constexpr int W = QUERY_LANES;
   Float<W> top = splat<W>(1e-30f);
-  for (int d = 0; d < DIM; d += W) {
-    Float<W> y = load<Float<W>>(x + d);
-    top = maximum(top, maximum(y, -y));
-  }
-  float unit = largest<W>(top) / code_limit<S>();
-  for (int d = 0; d < DIM; d += W)
-    narrow(rounded(load<Float<W>>(x + d) * splat<W>(1.f / unit)), reinterpret_cast<int16_t*>(operands) + d, true);
-  return unit;
+  for (int i = 0; i < QUERY_VECTORS; i++) top = maximum(top, magnitude(x[i]));
+  const float most = largest<W>(top);
+  const Float<W> inverse = splat<W>(code_limit<S>() / most);
+  for (int i = 0; i < QUERY_VECTORS; i++)
+    narrow(rounded(x[i] * inverse), reinterpret_cast<int16_t*>(operands) + i * W, true);
+  return most * (1 / code_limit<S>());
 }
 
 // Scores of N queries with a page's keys. q: (N, DIM), scaled.
@@ -62,9 +61,10 @@ template <class S, int N> struct Keys {
     for (int n = 0; n < N; n++) {
       unit[n] = S::layout == FP8 && !S::token_scale ? store.tensor_scale : 1.f;
       if constexpr (R::integer && !by_channel) {
-        unit[n] = quantize_query<S>(q[n], operands[n]);
-        sum[n] = 0;
-        for (int d = 0; d < DIM; d++) sum[n] += q[n][d];
+        Float<QUERY_LANES> x[QUERY_VECTORS], all = {};
+        for (int i = 0; i < QUERY_VECTORS; i++) x[i] = load<Float<QUERY_LANES>>(q[n] + i * QUERY_LANES), all = all + x[i];
+        unit[n] = quantize_query<S>(x, operands[n]);
+        sum[n] = total<QUERY_LANES>(all);
       }
     }
   }
@@ -89,15 +89,18 @@ template <class S, int N> struct Keys {
   }
   // A page's scale and zero of each channel go into the query: sum over channels of q * (code * scale + zero).
   void fold_scales(const Store& store, int64_t page) {
-    constexpr int W = DIM % LANES ? 4 : LANES;
-    const uint16_t *scale = static_cast<const uint16_t*>(store.scale) + page * DIM, *zero = store.zero + page * DIM;
-    alignas(64) float x[DIM];
+    constexpr int W = QUERY_LANES;
+    Float<W> scale[QUERY_VECTORS], zero[QUERY_VECTORS];
+    for (int i = 0; i < QUERY_VECTORS; i++) {
+      scale[i] = halves<W>(static_cast<const uint16_t*>(store.scale) + page * DIM + i * W);
+      zero[i] = halves<W>(store.zero + page * DIM + i * W);
+    }
     for (int n = 0; n < N; n++) {
-      Float<W> zeros = {};
-      for (int d = 0; d < DIM; d += W) {
-        Float<W> y = load<Float<W>>(q[n] + d);
-        ::store(x + d, y * halves<W>(scale + d));
-        zeros = fma(y, halves<W>(zero + d), zeros);
+      Float<W> x[QUERY_VECTORS], zeros = {};
+      for (int i = 0; i < QUERY_VECTORS; i++) {
+        const Float<W> y = load<Float<W>>(q[n] + i * W);
+        x[i] = y * scale[i];
+        zeros = fma(y, zero[i], zeros);
       }
       unit[n] = quantize_query<S>(x, operands[n]);
       sum[n] = total<W>(zeros);

@@ -192,6 +192,10 @@ template <int W> INLINE Float<W> halves(const uint16_t* p) {
   halves(p, x);
   return x;
 }
+template <class F> INLINE F magnitude(F x) {
+  typedef decltype(x < x) I;
+  return (F)((I)x & 0x7FFFFFFF);
+}
 // Over all lanes, in a fixed order.
 template <int W> INLINE float largest(Float<W> x) {
   for (int s = W / 2; s; s /= 2) x = maximum(x, permute<W>(x, lane_numbers<W>() ^ s));
