@@ -92,7 +92,7 @@ template <class S, int N> struct Values {
   typedef FloatRow<S::dtype> Recent;
   static constexpr int groups = R::integer ? S::groups : 1;
   alignas(64) float sums[N][DIM], recent[N][DIM];
-  float zeros[N][groups];
+  Float<LANES> zeros[N][groups];  // to be summed over all lanes
 
   Values() {
     memset(sums, 0, sizeof sums);
@@ -129,7 +129,7 @@ template <class S, int N> struct Values {
   void weigh(const Store& store, const float* p, const int64_t* pages, const int* counts,
              int16_t (*weights)[groups][BLOCK], float (*unit)[groups]) {
     constexpr int W = LANES;
-    alignas(64) float scale[groups][BLOCK], zero[groups][BLOCK], product[BLOCK];
+    alignas(64) float scale[groups][BLOCK], zero[groups][BLOCK];
     for (int i = 0; i < 2; i++) {
       const int64_t first = pages[i] * PAGE * groups;
       spread(static_cast<const uint16_t*>(store.scale) + first, counts[i], &scale[0][i * PAGE]);
@@ -137,31 +137,28 @@ template <class S, int N> struct Values {
     }
     for (int n = 0; n < N; n++)
       for (int k = 0; k < groups; k++) {
-        Float<W> top = splat<W>(1e-30f), sum = {};
-        for (int t = 0; t < BLOCK; t += W) {
-          Float<W> x = load<Float<W>>(p + n * CHUNK + t), y = x * load<Float<W>>(&scale[k][t]);
-          sum = fma(x, load<Float<W>>(&zero[k][t]), sum);
-          top = maximum(top, y);
-          ::store(product + t, y);
+        Float<W> x[BLOCK / W], top = splat<W>(1e-30f);
+        for (int i = 0; i < BLOCK / W; i++) {
+          const Float<W> weight = load<Float<W>>(p + n * CHUNK + i * W);
+          x[i] = weight * load<Float<W>>(&scale[k][i * W]);
+          zeros[n][k] = fma(weight, load<Float<W>>(&zero[k][i * W]), zeros[n][k]);
+          top = maximum(top, x[i]);
         }
-        zeros[n][k] += total<W>(sum);
-        unit[n][k] = largest<W>(top) / 32766.f;
-        Float<W> inverse = splat<W>(1.f / unit[n][k]);
-        for (int t = 0; t < BLOCK; t += W) narrow(rounded(load<Float<W>>(product + t) * inverse), &weights[n][k][t], false);
+        const float most = largest<W>(top);
+        const Float<W> inverse = splat<W>(32766.f / most);
+        unit[n][k] = most * (1 / 32766.f);
+        for (int i = 0; i < BLOCK / W; i++) narrow(rounded(x[i] * inverse), &weights[n][k][i * W], false);
       }
   }
   // A page's (tokens, groups) float16 numbers as (groups, BLOCK) float32; 0 from `count` tokens on, where any bits may be.
   static void spread(const uint16_t* from, int count, float* to) {
-    constexpr int W = LANES;
-    if (!count) {
-      for (int k = 0; k < groups; k++) memset(to + k * BLOCK, 0, PAGE * 4);
-      return;
-    }
-    alignas(64) float x[PAGE * groups];
-    for (int i = 0; i < PAGE * groups; i += W) ::store(x + i, halves<W>(from + i));
-    for (int i = count * groups; i < PAGE * groups; i++) x[i] = 0;
+    alignas(64) uint16_t x[groups][PAGE];
     for (int k = 0; k < groups; k++)
-      for (int t = 0; t < PAGE; t++) to[k * BLOCK + t] = x[t * groups + k];
+      for (int t = 0; t < PAGE; t++) x[k][t] = from[t * groups + k];
+    for (int k = 0; k < groups; k++) {
+      for (int t = count; t < PAGE; t++) x[k][t] = 0;
+      for (int t = 0; t < PAGE; t += LANES) ::store(to + k * BLOCK + t, halves<LANES>(x[k] + t));
+    }
   }
   void add_recent(const float* p, const void* rows, int count) {
     add_rows<Recent, N>(p, CHUNK, static_cast<const uint8_t*>(rows), count, recent, {nullptr, 0});
@@ -169,10 +166,12 @@ template <class S, int N> struct Values {
   void result(const Store& store, float (*out)[DIM]) {
     const float tensor_scale = S::layout == FP8 && !S::token_scale ? store.tensor_scale : 1.f;
     for (int n = 0; n < N; n++) {
+      float zero[groups];
+      for (int k = 0; k < groups; k++) zero[k] = total<LANES>(zeros[n][k]);
       for (int i = 0; i < DIM; i++) {
         if constexpr (R::integer) {
           int d = channel_of_code_sum<R, groups>(i);
-          out[n][d] = sums[n][i] + zeros[n][d / (DIM / groups)];
+          out[n][d] = sums[n][i] + zero[d / (DIM / groups)];
         } else
           out[n][channel_of_sum<R>(i)] = sums[n][i] * tensor_scale;
       }
