@@ -43,8 +43,8 @@ template <class S> INLINE Ahead codes_of(const Store& store, const Piece& at, in
 }
 INLINE float cap(float x, float softcap) { return softcap * tanhf(x / softcap); }
 
-// N queries of one position over a piece: out (N, 2 + DIM) gets largest score, sum of weights, weighted sum of values.
-// p (N, CHUNK): the weights, relative to the largest score.
+// N queries of one position over a piece: out (N, 2 + DIM) gets largest score, sum of weights, weighted sum of
+// values in the order of `Values.channel`. p (N, CHUNK): the weights, relative to the largest score.
 template <int N>
 static void attend_piece(const Cache& c, const Attend& a, const Piece& at, const float (*q)[DIM], int64_t position,
                          const float* sinks, float* p, float* out) {
@@ -112,9 +112,7 @@ static void attend_piece(const Cache& c, const Attend& a, const Piece& at, const
     }
     if (counts[0] || counts[1]) values.add(c.v, p + page * PAGE, pools, counts, ahead);
   }
-  alignas(64) float result[N][DIM];
-  values.result(c.v, result);
-  for (int n = 0; n < N; n++) memcpy(out + n * (2 + DIM) + 2, result[n], sizeof result[n]);
+  for (int n = 0; n < N; n++) values.result(c.v, n, out + n * (2 + DIM) + 2);
 }
 
 struct Job {
@@ -173,9 +171,10 @@ static void merge(const Job& job, int64_t item, Piece at, int64_t chunks) {
       const int64_t to = item * a.out_stride[0] + (at.head * GROUP + g) * a.out_stride[1] + i * a.out_stride[2];
       for (int d = 0; d < DIM; d++) {
         const float y = total[d] * inverse;
-        if (a.dtype == FLOAT32) put<FLOAT32>(a.out, to + d, y);
-        else if (a.dtype == FLOAT16) put<FLOAT16>(a.out, to + d, y);
-        else put<BFLOAT16>(a.out, to + d, y);
+        const int64_t place = to + Values<V, 1>::channel(d);
+        if (a.dtype == FLOAT32) put<FLOAT32>(a.out, place, y);
+        else if (a.dtype == FLOAT16) put<FLOAT16>(a.out, place, y);
+        else put<BFLOAT16>(a.out, place, y);
       }
       tops[g] = top, share[g] = inverse / GROUP;
     }

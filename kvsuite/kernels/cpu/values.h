@@ -37,7 +37,7 @@ template <class R, int N> static void add_rows(const float* p, int stride, const
     }
 }
 // The channel of each of those sums.
-template <class R> INLINE int channel_of_sum(int at) {
+template <class R> static constexpr int channel_of_sum(int at) {
   constexpr int W = width(R::columns, LANES);
   int c = at / (W * R::parts) * W, i = at / W % R::parts, l = at % W;
   return (c + l) * R::parts + i;
@@ -80,7 +80,7 @@ static void add_codes(const int16_t (*weights)[GROUPS][2 * PAGE], const float (*
           }
       }
 }
-template <class R, int GROUPS> INLINE int channel_of_code_sum(int at) {
+template <class R, int GROUPS> static constexpr int channel_of_code_sum(int at) {
   constexpr int W = code_width<R, GROUPS>();
   int l = at % W, i = at / W % R::parts, half = at / (W * R::parts) % 2, c = at / (2 * W * R::parts) * W;
   return R::channel(c * 4 + l / 4 * 16 + half * 8 + l % 4 * 2, i);  // high16 and low16 take blocks of 16 bytes
@@ -93,6 +93,7 @@ template <class S, int N> struct Values {
   static constexpr int groups = R::integer ? S::groups : 1;
   alignas(64) float sums[N][DIM], recent[N][DIM];
   Float<LANES> zeros[N][groups];  // to be summed over all lanes
+  bool has_recent = false;
 
   Values() {
     memset(sums, 0, sizeof sums);
@@ -161,22 +162,27 @@ template <class S, int N> struct Values {
     }
   }
   void add_recent(const float* p, const void* rows, int count) {
+    has_recent = true;
     add_rows<Recent, N>(p, CHUNK, static_cast<const uint8_t*>(rows), count, recent, {nullptr, 0});
   }
-  void result(const Store& store, float (*out)[DIM]) {
+  // The channel of a result's i-th number.
+  static constexpr int channel(int i) {
+    if constexpr (R::integer) return channel_of_code_sum<R, groups>(i);
+    else return channel_of_sum<R>(i);
+  }
+  void result(const Store& store, int n, float* out) const {
     const float tensor_scale = S::layout == FP8 && !S::token_scale ? store.tensor_scale : 1.f;
-    for (int n = 0; n < N; n++) {
-      float zero[groups];
-      for (int k = 0; k < groups; k++) zero[k] = total<LANES>(zeros[n][k]);
-      for (int i = 0; i < DIM; i++) {
-        if constexpr (R::integer) {
-          int d = channel_of_code_sum<R, groups>(i);
-          out[n][d] = sums[n][i] + zero[d / (DIM / groups)];
-        } else
-          out[n][channel_of_sum<R>(i)] = sums[n][i] * tensor_scale;
+    if constexpr (R::integer) {
+      constexpr int W = code_width<R, groups>();
+      for (int i = 0; i < DIM; i += W) {  // W sums are of one group
+        const Float<LANES> zero = zeros[n][channel(i) / (DIM / groups)];
+        ::store(out + i, load<Float<W>>(&sums[n][i]) + splat<W>(total<LANES>(zero)));
       }
-      if (S::residual)
-        for (int i = 0; i < DIM; i++) out[n][channel_of_sum<Recent>(i)] += recent[n][i];
-    }
+    } else
+      for (int i = 0; i < DIM; i++) out[i] = sums[n][i] * tensor_scale;
+    if (!has_recent) return;
+    float x[DIM];
+    for (int i = 0; i < DIM; i++) x[channel_of_sum<Recent>(i)] = recent[n][i];
+    for (int i = 0; i < DIM; i++) out[i] += x[channel(i)];
   }
 };
