@@ -20,10 +20,12 @@ struct Attend {
   const float* sink_logits;         // (heads,) or null
 };
 
-// Which slots of a page a query at `position` reads: all lanes set. Returns whether there are any.
-static bool readable(const Cache& c, const Piece& at, int page, int64_t position, int64_t window, int32_t* mask) {
+enum Reads { NONE, SOME, ALL };  // of a page's slots
+// Which slots of a page a query at `position` reads. For SOME, `mask` has all lanes set where it does.
+static Reads readable(const Cache& c, const Piece& at, int page, int64_t position, int64_t window, int32_t* mask) {
   constexpr int W = LANES;
   const int64_t first = at.first + page * PAGE, oldest = window && position >= window ? position - window + 1 : 0;
+  if (!c.positions && first >= oldest && first + PAGE <= at.slots && first + PAGE <= position + 1) return ALL;
   Int<W> any = {}, lowest = splat<W>(int32_t(oldest)), highest = splat<W>(int32_t(position));
   for (int t = 0; t < PAGE; t += W) {
     Int<W> slot = lane_numbers<W>() + int32_t(first + t), where = slot;
@@ -33,8 +35,8 @@ static bool readable(const Cache& c, const Piece& at, int page, int64_t position
     store(mask + t, yes);
   }
   for (int i = 0; i < W; i++)
-    if (any[i]) return true;
-  return false;
+    if (any[i]) return SOME;
+  return NONE;
 }
 // The codes of a page, where there are any.
 template <class S> INLINE Ahead codes_of(const Store& store, const Piece& at, int64_t slot) {
@@ -43,75 +45,97 @@ template <class S> INLINE Ahead codes_of(const Store& store, const Piece& at, in
 }
 INLINE float cap(float x, float softcap) { return softcap * tanhf(x / softcap); }
 
+// Scores p (N, CHUNK) of N queries of one position with a page's keys, -inf in slots that are not read; `tops` grow to
+// the largest.
+template <int N>
+static Reads score_page(const Cache& c, const Attend& a, const Piece& at, Keys<K, N>& keys, int page, int64_t position,
+                        const float* sinks, float* p, Float<LANES>* tops) {
+  constexpr int W = LANES;
+  alignas(64) int32_t mask[PAGE];
+  const Reads reads = readable(c, at, page, position, a.window, mask);
+  if (reads == NONE) {
+    for (int n = 0; n < N; n++) memset(p + n * CHUNK, 0, PAGE * 4);
+    return NONE;
+  }
+  const int64_t slot = at.first + page * PAGE;
+  const Ahead ahead = codes_of<V>(c.v, at, slot);
+  if (slot < K::encoded(at.slots)) keys.scores(c.k, at.table[slot / PAGE], p, CHUNK, ahead);
+  else page_dots<FloatRow<K::dtype>, N>(keys.q, recent_rows<K>(c, c.k, at, slot), p, CHUNK, ahead);
+  if (sinks && slot < c.sinks)
+    for (int n = 0; n < N; n++)
+      for (int t = 0; t < PAGE && slot + t < c.sinks; t++) {
+        float x = 0;
+        for (int d = 0; d < DIM; d++) x += keys.q[n][d] * sinks[(slot + t) * DIM + d];
+        p[n * CHUNK + t] = x;
+      }
+  for (int n = 0; n < N; n++)
+    for (int t = 0; t < PAGE; t += W) {
+      float* to = p + n * CHUNK + t;
+      if (a.softcap)
+        for (int i = 0; i < W; i++) to[i] = cap(to[i], a.softcap);
+      Float<W> x = load<Float<W>>(to);
+      if (reads == SOME) {
+        x = select<W>(load<Int<W>>(mask + t), x, splat<W>(-INFINITY));
+        store(to, x);
+      }
+      tops[n] = maximum(tops[n], x);
+    }
+  return reads;
+}
+// Scores become weights relative to the largest; out (N, 2 + DIM) gets that score and the sum of weights.
+template <int N> static void softmax(const Reads* reads, int pages, const Float<LANES>* tops, float* p, float* out) {
+  constexpr int W = LANES;
+  Float<W> top[N], sum[N] = {};
+  for (int n = 0; n < N; n++) {
+    const float most = out[n * (2 + DIM)] = largest<W>(tops[n]);
+    top[n] = splat<W>(most > -INFINITY ? most : 0);
+  }
+  for (int page = 0; page < pages; page++) {
+    if (reads[page] == NONE) continue;
+    for (int n = 0; n < N; n++)
+      for (int t = 0; t < PAGE; t += W) {
+        float* to = p + n * CHUNK + page * PAGE + t;
+        const Float<W> x = exponential<W>(load<Float<W>>(to) - top[n]);
+        sum[n] = sum[n] + x;
+        store(to, x);
+      }
+  }
+  for (int n = 0; n < N; n++) out[n * (2 + DIM) + 1] = total<W>(sum[n]);
+}
+// Values of a pair of pages, times their weights p (N, CHUNK).
+template <int N>
+static void add_pages(const Cache& c, const Piece& at, Values<V, N>& values, int page, const Reads* reads, const float* p) {
+  const int64_t encoded = V::encoded(at.slots);
+  int64_t pools[2] = {0, 0};
+  int counts[2] = {0, 0};
+  Ahead ahead[2];
+  for (int i = 0; i < 2; i++) {
+    ahead[i] = codes_of<K>(c.k, at, at.first + CHUNK + (page + i) * PAGE);
+    if (reads[i] == NONE) continue;
+    const int64_t slot = at.first + (page + i) * PAGE, end = slot + PAGE < at.slots ? slot + PAGE : at.slots;
+    const int64_t done = encoded < slot ? slot : encoded < end ? encoded : end;
+    counts[i] = int(done - slot);
+    if (counts[i]) pools[i] = at.table[slot / PAGE];
+    if (done < end)
+      values.add_recent(p + i * PAGE + counts[i], recent_rows<V>(c, c.v, at, done), int(end - done));
+  }
+  if (counts[0] || counts[1]) values.add(c.v, p, pools, counts, ahead);
+}
 // N queries of one position over a piece: out (N, 2 + DIM) gets largest score, sum of weights, weighted sum of
 // values in the order of `Values.channel`. p (N, CHUNK): the weights, relative to the largest score.
 template <int N>
 static void attend_piece(const Cache& c, const Attend& a, const Piece& at, const float (*q)[DIM], int64_t position,
                          const float* sinks, float* p, float* out) {
-  constexpr int W = LANES;
-  alignas(64) int32_t mask[CHUNK_PAGES][PAGE];
-  bool live[CHUNK_PAGES + 1] = {};
-  Float<W> tops[N];
-  for (auto& top : tops) top = splat<W>(-INFINITY);
+  Reads reads[CHUNK_PAGES + 1] = {};
+  Float<LANES> tops[N];
+  for (auto& top : tops) top = splat<LANES>(-INFINITY);
   Keys<K, N> keys(q, c.k);
-  const int64_t k_done = K::encoded(at.slots), v_done = V::encoded(at.slots);
-  for (int page = 0; page < at.pages; page++) {
-    float* to = p + page * PAGE;
-    live[page] = readable(c, at, page, position, a.window, mask[page]);
-    if (!live[page]) {
-      for (int n = 0; n < N; n++) memset(to + n * CHUNK, 0, PAGE * 4);
-      continue;
-    }
-    const int64_t slot = at.first + page * PAGE;
-    const Ahead ahead = codes_of<V>(c.v, at, slot);
-    if (slot < k_done) keys.scores(c.k, at.table[slot / PAGE], to, CHUNK, ahead);
-    else page_dots<FloatRow<K::dtype>, N>(q, recent_rows<K>(c, c.k, at, slot), to, CHUNK, ahead);
-    if (sinks && slot < c.sinks)
-      for (int n = 0; n < N; n++)
-        for (int t = 0; t < PAGE && slot + t < c.sinks; t++) {
-          float x = 0;
-          for (int d = 0; d < DIM; d++) x += q[n][d] * sinks[(slot + t) * DIM + d];
-          to[n * CHUNK + t] = x;
-        }
-    for (int n = 0; n < N; n++)
-      for (int t = 0; t < PAGE; t += W) {
-        if (a.softcap)
-          for (int i = t; i < t + W; i++) to[n * CHUNK + i] = cap(to[n * CHUNK + i], a.softcap);
-        Float<W> x = select<W>(load<Int<W>>(mask[page] + t), load<Float<W>>(to + n * CHUNK + t), splat<W>(-INFINITY));
-        tops[n] = maximum(tops[n], x);
-        store(to + n * CHUNK + t, x);
-      }
-  }
-  Values<V, N> values;
-  for (int n = 0; n < N; n++) {
-    float top = largest<W>(tops[n]);
-    Float<W> sum = {};
-    for (int page = 0; page < at.pages; page++)
-      for (int t = page * PAGE; live[page] && t < page * PAGE + PAGE; t += W) {
-        Float<W> x = exponential<W>(load<Float<W>>(p + n * CHUNK + t) - splat<W>(top > -INFINITY ? top : 0));
-        sum = sum + x;
-        store(p + n * CHUNK + t, x);
-      }
-    out[n * (2 + DIM)] = top;
-    out[n * (2 + DIM) + 1] = total<W>(sum);
-  }
+  for (int page = 0; page < at.pages; page++)
+    reads[page] = score_page<N>(c, a, at, keys, page, position, sinks, p + page * PAGE, tops);
+  softmax<N>(reads, at.pages, tops, p, out);
   for (int n = 0; at.pages & 1 && n < N; n++) memset(p + n * CHUNK + at.pages * PAGE, 0, PAGE * 4);
-  for (int page = 0; page < at.pages; page += 2) {
-    int64_t pools[2] = {0, 0};
-    int counts[2] = {0, 0};
-    Ahead ahead[2];
-    for (int i = 0; i < 2; i++) {
-      ahead[i] = codes_of<K>(c.k, at, at.first + CHUNK + (page + i) * PAGE);
-      if (!live[page + i]) continue;
-      const int64_t slot = at.first + (page + i) * PAGE, end = slot + PAGE < at.slots ? slot + PAGE : at.slots;
-      const int64_t done = v_done < slot ? slot : v_done < end ? v_done : end;
-      counts[i] = int(done - slot);
-      if (counts[i]) pools[i] = at.table[slot / PAGE];
-      if (done < end)
-        values.add_recent(p + (page + i) * PAGE + counts[i], recent_rows<V>(c, c.v, at, done), int(end - done));
-    }
-    if (counts[0] || counts[1]) values.add(c.v, p + page * PAGE, pools, counts, ahead);
-  }
+  Values<V, N> values;
+  for (int page = 0; page < at.pages; page += 2) add_pages<N>(c, at, values, page, reads + page, p + page * PAGE);
   for (int n = 0; n < N; n++) values.result(c.v, n, out + n * (2 + DIM) + 2);
 }
 
