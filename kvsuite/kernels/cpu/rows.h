@@ -42,6 +42,8 @@ template <int BITS> struct CodeRow {
   }
   static constexpr int channel(int byte, int part) { return byte + part / codes + part % codes * bytes; }
   template <int W> INLINE Int<W> part(Int<W> x, int i) {
+    typedef uint16_t Words __attribute__((vector_size(4 * W)));
+    if (i == parts - 1) return (Int<W>)((Words)x >> (16 - BITS));  // no other bits are left
     return (x >> (BITS * i)) & int32_t(0x10001 * ((1 << BITS) - 1));
   }
 };

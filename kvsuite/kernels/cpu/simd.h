@@ -205,6 +205,29 @@ template <int W> INLINE float total(Float<W> x) {
   for (int s = W / 2; s; s /= 2) x = x + permute<W>(x, lane_numbers<W>() ^ s);
   return x[0];
 }
+// a's and b's blocks of four lanes become those of even and those of odd place.
+#if WIDE
+INLINE void split_blocks(I8& a, I8& b) {
+  const __m256i x = (__m256i)a, y = (__m256i)b;
+  a = (I8)_mm256_permute2x128_si256(x, y, 0x20), b = (I8)_mm256_permute2x128_si256(x, y, 0x31);
+}
+#endif
+#if WIDE == 512
+INLINE void split_blocks(I16& a, I16& b) {
+  const __m512i x = (__m512i)a, y = (__m512i)b;
+  a = (I16)_mm512_shuffle_i32x4(x, y, 0x88), b = (I16)_mm512_shuffle_i32x4(x, y, 0xDD);
+}
+#endif
+// BLOCKS numbers of 32 bits, each in all lanes of a block of W / BLOCKS.
+template <int W, int BLOCKS> INLINE Int<W> each_in_block(const void* p) {
+  if constexpr (BLOCKS == 1) return splat<W>(load<int32_t>(p));
+#if WIDE
+  else if constexpr (W == 8) return (I8)_mm256_permutevar8x32_epi32(_mm256_castsi128_si256(_mm_loadl_epi64((const __m128i*)p)), _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
+#endif
+#if WIDE == 512
+  else return (I16)_mm512_permutexvar_epi32(_mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3), _mm512_castsi128_si512(load<__m128i>(p)));
+#endif
+}
 // p * 2^n, n whole and the result no smaller than 2^-126.
 INLINE F4 times_two_to(F4 p, F4 n) { return (F4)((I4)p + (rounded(n) << 23)); }
 #if WIDE

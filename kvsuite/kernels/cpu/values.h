@@ -48,42 +48,51 @@ template <class R, int GROUPS> static constexpr int code_width() {
   const int columns = DIM / GROUPS / 4, most = columns & -columns;
   return width(R::columns, GROUPS > 1 && most < LANES ? most : LANES);
 }
+// How many pairs of tokens a vector holds: rows of 16 bytes would fill a part of it.
+template <class R> static constexpr int pairs_in_vector() { return R::columns == 4 ? LANES / 4 : 1; }
+template <class R, int GROUPS> static constexpr int sum_width() {
+  return pairs_in_vector<R>() > 1 ? int(LANES) : code_width<R, GROUPS>();
+}
 // Weighted sums of rows of codes, of up to two pages: weights (N, GROUPS, 2 * PAGE) as 16-bit numbers, in units of
-// unit (N, GROUPS); even counts. sums (N, DIM) grow.
-template <class R, int N, int GROUPS>
+// unit (N, GROUPS), 0 from counts on. sums (N, DIM * pairs_in_vector) grow.
+template <class R, int N, int GROUPS, int SUMS>
 static void add_codes(const int16_t (*weights)[GROUPS][2 * PAGE], const float (*unit)[GROUPS], const uint8_t* const* pages,
-                      const int* counts, float (*sums)[DIM], const Ahead* ahead) {
-  constexpr int W = code_width<R, GROUPS>(), ONCE = at_once(R::parts, N);
-  for (int c = 0; c < R::columns; c += W)
+                      const int* counts, float (*sums)[SUMS], const Ahead* ahead) {
+  constexpr int PAIRS = pairs_in_vector<R>(), W = sum_width<R, GROUPS>(), COLUMNS = W / PAIRS, ONCE = at_once(R::parts, N);
+  for (int c = 0; c < R::columns; c += COLUMNS)
     for (int half = 0; half < 2; half++)
       for (int first = 0; first < R::parts; first += ONCE) {
         Int<W> sum[N][ONCE] = {};
         int group[ONCE];
         for (int i = 0; i < ONCE; i++) group[i] = R::channel(c * 4, first + i) / (DIM / GROUPS);
         for (int page = 0; page < 2; page++)
-          for (int t = 0; t < counts[page]; t += 2) {
-            if (c == 0 && half == 0 && first == 0) Ahead::fetch(ahead[page], t / 2, PAGE / 2);
+          for (int t = 0; t < counts[page]; t += 2 * PAIRS) {
+            if (c == 0 && half == 0 && first == 0) Ahead::fetch(ahead[page], t / (2 * PAIRS), PAGE / (2 * PAIRS));
             const uint8_t* row = pages[page] + t * R::bytes + c * 4;
-            Int<W> a = load<Int<W>>(row), b = load<Int<W>>(row + R::bytes), x = half ? high16(a, b) : low16(a, b);
+            Int<W> a = load<Int<W>>(row), b = load<Int<W>>(row + (PAIRS > 1 ? W * 4 : R::bytes));
+            if constexpr (PAIRS > 1) split_blocks(a, b);
+            const Int<W> x = half ? high16(a, b) : low16(a, b);
 #pragma GCC unroll 8
             for (int i = 0; i < ONCE; i++) {
               Int<W> y = R::template part<W>(x, first + i);
 #pragma GCC unroll 4
               for (int n = 0; n < N; n++)
-                sum[n][i] = add_product<W>(sum[n][i], y, load<int32_t>(&weights[n][group[i]][page * PAGE + t]));
+                sum[n][i] = dot16(sum[n][i], y, each_in_block<W, PAIRS>(&weights[n][group[i]][page * PAGE + t]));
             }
           }
         for (int n = 0; n < N; n++)
           for (int i = 0; i < ONCE; i++) {
-            float* to = &sums[n][((c / W * 2 + half) * R::parts + first + i) * W];
+            float* to = &sums[n][((c / COLUMNS * 2 + half) * R::parts + first + i) * W];
             store(to, fma(to_float(sum[n][i]), splat<W>(unit[n][group[i]]), load<Float<W>>(to)));
           }
       }
 }
+// The channel of each of those sums; several pairs' lie beside each other, four channels each.
 template <class R, int GROUPS> static constexpr int channel_of_code_sum(int at) {
-  constexpr int W = code_width<R, GROUPS>();
+  constexpr int W = sum_width<R, GROUPS>();
   int l = at % W, i = at / W % R::parts, half = at / (W * R::parts) % 2, c = at / (2 * W * R::parts) * W;
-  return R::channel(c * 4 + l / 4 * 16 + half * 8 + l % 4 * 2, i);  // high16 and low16 take blocks of 16 bytes
+  int block = pairs_in_vector<R>() > 1 ? 0 : l / 4;
+  return R::channel(c * 4 + block * 16 + half * 8 + l % 4 * 2, i);  // high16 and low16 take blocks of 16 bytes
 }
 
 // Weighted sums of values, chunk by chunk. p: (N, CHUNK).
@@ -91,7 +100,8 @@ template <class S, int N> struct Values {
   typedef typename RowOf<S>::type R;
   typedef FloatRow<S::dtype> Recent;
   static constexpr int groups = R::integer ? S::groups : 1;
-  alignas(64) float sums[N][DIM], recent[N][DIM];
+  static constexpr int pairs = R::integer ? pairs_in_vector<R>() : 1;
+  alignas(64) float sums[N][DIM * pairs], recent[N][DIM];
   Float<LANES> zeros[N][groups];  // to be summed over all lanes
   bool has_recent = false;
 
@@ -108,7 +118,7 @@ template <class S, int N> struct Values {
       const uint8_t* rows[2];
       int even[2];
       weigh(store, p, pages, counts, weights, unit);
-      for (int i = 0; i < 2; i++) rows[i] = store.codes + pages[i] * PAGE * R::bytes, even[i] = (counts[i] + 1) & ~1;
+      for (int i = 0; i < 2; i++) rows[i] = store.codes + pages[i] * PAGE * R::bytes, even[i] = (counts[i] + 2 * pairs - 1) & -(2 * pairs);
       add_codes<R, N, groups>(weights, unit, rows, even, sums, ahead);
     } else {
       for (int i = 0; i < 2; i++) {
@@ -167,16 +177,18 @@ template <class S, int N> struct Values {
   }
   // The channel of a result's i-th number.
   static constexpr int channel(int i) {
-    if constexpr (R::integer) return channel_of_code_sum<R, groups>(i);
+    if constexpr (R::integer) return channel_of_code_sum<R, groups>(i / 4 * 4 * pairs + i % 4);
     else return channel_of_sum<R>(i);
   }
   void result(const Store& store, int n, float* out) const {
     const float tensor_scale = S::layout == FP8 && !S::token_scale ? store.tensor_scale : 1.f;
     if constexpr (R::integer) {
-      constexpr int W = code_width<R, groups>();
-      for (int i = 0; i < DIM; i += W) {  // W sums are of one group
-        const Float<LANES> zero = zeros[n][channel(i) / (DIM / groups)];
-        ::store(out + i, load<Float<W>>(&sums[n][i]) + splat<W>(total<LANES>(zero)));
+      float zero[groups];
+      for (int k = 0; k < groups; k++) zero[k] = total<LANES>(zeros[n][k]);
+      for (int i = 0; i < DIM; i += 4) {  // always of one group
+        Float<4> x = splat<4>(zero[channel(i) / (DIM / groups)]);
+        for (int pair = 0; pair < pairs; pair++) x = x + load<Float<4>>(&sums[n][(i * pairs + pair * 4)]);
+        ::store(out + i, x);
       }
     } else
       for (int i = 0; i < DIM; i++) out[i] = sums[n][i] * tensor_scale;
