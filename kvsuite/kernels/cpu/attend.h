@@ -38,10 +38,16 @@ static Reads readable(const Cache& c, const Piece& at, int page, int64_t positio
     if (any[i]) return SOME;
   return NONE;
 }
-// The codes of a page, where there are any.
+// The codes of a page, where there are any; scales are few and asked for at once.
 template <class S> INLINE Ahead codes_of(const Store& store, const Piece& at, int64_t slot) {
   if (slot >= S::encoded(at.slots)) return {nullptr, 0};
-  return {store.codes + int64_t(at.table[slot / PAGE]) * PAGE * S::row_bytes, PAGE * S::row_bytes};
+  constexpr int scales = 2 * (S::layout == TOKEN ? PAGE * S::groups : S::layout == CHANNEL ? DIM : 0);
+  const int64_t page = at.table[slot / PAGE];
+  for (int i = 0; i < scales; i += 64) {
+    __builtin_prefetch(static_cast<const uint8_t*>(store.scale) + page * scales + i, 0, 2);
+    __builtin_prefetch(reinterpret_cast<const uint8_t*>(store.zero) + page * scales + i, 0, 2);
+  }
+  return {store.codes + page * PAGE * S::row_bytes, PAGE * S::row_bytes};
 }
 INLINE float cap(float x, float softcap) { return softcap * tanhf(x / softcap); }
 
@@ -87,7 +93,7 @@ template <int N> static void softmax(const Reads* reads, int pages, const Float<
   constexpr int W = LANES;
   Float<W> top[N], sum[N] = {};
   for (int n = 0; n < N; n++) {
-    const float most = out[n * (2 + DIM)] = largest<W>(tops[n]);
+    const float most = out[n * (2 + DIM)] = largest(tops[n]);
     top[n] = splat<W>(most > -INFINITY ? most : 0);
   }
   for (int page = 0; page < pages; page++) {
@@ -100,7 +106,7 @@ template <int N> static void softmax(const Reads* reads, int pages, const Float<
         store(to, x);
       }
   }
-  for (int n = 0; n < N; n++) out[n * (2 + DIM) + 1] = total<W>(sum[n]);
+  for (int n = 0; n < N; n++) out[n * (2 + DIM) + 1] = total(sum[n]);
 }
 // Values of a pair of pages, times their weights p (N, CHUNK).
 template <int N>

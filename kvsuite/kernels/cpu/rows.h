@@ -17,12 +17,32 @@ template <Number N> struct FloatRow {
     return (Float<W>)((Int<W>)size | (x & 0x8000) << 16 | beyond);
   }
 };
+// The two bytes of each e4m3 number's size in bfloat16.
+struct E4m3Sizes {
+  alignas(64) uint8_t high[128] = {}, low[128] = {};
+  constexpr E4m3Sizes() {
+    for (int code = 0; code < 128; code++) {
+      const bool normal = code > 7;
+      int exponent = normal ? code >> 3 : 1, mantissa = normal ? 8 + code % 8 : code;
+      for (; mantissa > 0 && mantissa < 8; mantissa *= 2) exponent--;
+      const int bits = code == 127 ? 0x7FC0 : mantissa ? (exponent + 120) << 7 | (mantissa & 7) << 4 : 0;
+      high[code] = uint8_t(bits >> 8), low[code] = uint8_t(bits);
+    }
+  }
+};
+static constexpr E4m3Sizes E4M3;
 struct Fp8Row {  // e4m3
   static constexpr bool integer = false;
   static constexpr int bytes = DIM, columns = bytes / 4, parts = 4;
   typedef float Operand;
   static constexpr int operand(int column, int part) { return column * parts + part; }
   template <int W> INLINE Float<W> part(Int<W> x, int i) {
+#ifdef LOOKUP
+    const Int<W> high = lookup(E4M3.high, x) | (x & int32_t(0x80808080)), low = lookup(E4M3.low, x);
+    const Int<W> pair = i & 1 ? (high & int32_t(0xFF00FF00)) | (low >> 8 & 0x00FF00FF)
+                              : (high << 8 & int32_t(0xFF00FF00)) | (low & 0x00FF00FF);
+    return FloatRow<BFLOAT16>::part<W>(pair, i / 2);
+#else
     // Exponent and mantissa where float32 has them, and the difference of the biases. That makes 1.m * 2^-7 of a
     // subnormal 0.m * 2^-6, which twice the number less 2^-6 is; of normal numbers it is the larger of both.
     Int<W> size = (i < 3 ? x << (20 - 8 * i) : x >> 4) & 0x07F00000;
@@ -30,6 +50,7 @@ struct Fp8Row {  // e4m3
     y = minimum(y, fma(y, splat<W>(2.f), splat<W>(-0.015625f)));
     const Int<W> unknown = (Int<W>)(size == splat<W>(0x07F00000));
     return (Float<W>)((Int<W>)y | ((x << (24 - 8 * i)) & int32_t(0x80000000)) | unknown);
+#endif
   }
 };
 template <int BITS> struct CodeRow {

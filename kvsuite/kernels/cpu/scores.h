@@ -42,7 +42,7 @@ template <class S> static float quantize_query(const Float<QUERY_LANES>* x, int3
   constexpr int W = QUERY_LANES;
   Float<W> top = splat<W>(1e-30f);
   for (int i = 0; i < QUERY_VECTORS; i++) top = maximum(top, magnitude(x[i]));
-  const float most = largest<W>(top);
+  const float most = largest(top);
   const Float<W> inverse = splat<W>(code_limit<S>() / most);
   for (int i = 0; i < QUERY_VECTORS; i++)
     narrow(rounded(x[i] * inverse), reinterpret_cast<int16_t*>(operands) + i * W, true);
@@ -64,7 +64,7 @@ template <class S, int N> struct Keys {
         Float<QUERY_LANES> x[QUERY_VECTORS], all = {};
         for (int i = 0; i < QUERY_VECTORS; i++) x[i] = load<Float<QUERY_LANES>>(q[n] + i * QUERY_LANES), all = all + x[i];
         unit[n] = quantize_query<S>(x, operands[n]);
-        sum[n] = total<QUERY_LANES>(all);
+        sum[n] = total(all);
       }
     }
   }
@@ -103,7 +103,7 @@ template <class S, int N> struct Keys {
         zeros = fma(y, zero[i], zeros);
       }
       unit[n] = quantize_query<S>(x, operands[n]);
-      sum[n] = total<W>(zeros);
+      sum[n] = total(zeros);
     }
   }
 };

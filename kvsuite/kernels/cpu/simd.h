@@ -99,6 +99,19 @@ INLINE I16 rounded(F16 x) { return (I16)_mm512_cvtps_epi32(x); }
 INLINE F16 whole(F16 x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE F16 to_float(I16 x) { return _mm512_cvtepi32_ps((__m512i)x); }
 INLINE void halves(const void* p, F16& x) { x = _mm512_cvtph_ps(load<__m256i>(p)); }
+#ifdef __AVX512VBMI__
+#define LOOKUP
+// table[b & 127] for each byte b; table (128,), aligned.
+INLINE I16 lookup(const uint8_t* table, I16 x) {
+  return (I16)_mm512_permutex2var_epi8(load<__m512i>(table), (__m512i)x, load<__m512i>(table + 64));
+}
+INLINE I8 lookup(const uint8_t* table, I8 x) {
+  return (I8)_mm512_castsi512_si256((__m512i)lookup(table, (I16)_mm512_castsi256_si512((__m256i)x)));
+}
+INLINE I4 lookup(const uint8_t* table, I4 x) {
+  return (I4)_mm512_castsi512_si128((__m512i)lookup(table, (I16)_mm512_castsi128_si512((__m128i)x)));
+}
+#endif
 #endif
 #if defined(__AVX512VNNI__) && WIDE == 512
 INLINE I4 dot16(I4 c, I4 a, I4 b) { return (I4)_mm_dpwssd_epi32((__m128i)c, (__m128i)a, (__m128i)b); }
@@ -196,15 +209,27 @@ template <class F> INLINE F magnitude(F x) {
   typedef decltype(x < x) I;
   return (F)((I)x & 0x7FFFFFFF);
 }
-// Over all lanes, in a fixed order.
-template <int W> INLINE float largest(Float<W> x) {
-  for (int s = W / 2; s; s /= 2) x = maximum(x, permute<W>(x, lane_numbers<W>() ^ s));
+// Over all lanes, in a fixed order: the halves of a vector first, as the narrower is as quick.
+INLINE float largest(F4 x) {
+  for (int s = 2; s; s /= 2) x = maximum(x, permute<4>(x, lane_numbers<4>() ^ s));
   return x[0];
 }
-template <int W> INLINE float total(Float<W> x) {
-  for (int s = W / 2; s; s /= 2) x = x + permute<W>(x, lane_numbers<W>() ^ s);
+INLINE float total(F4 x) {
+  for (int s = 2; s; s /= 2) x = x + permute<4>(x, lane_numbers<4>() ^ s);
   return x[0];
 }
+#if WIDE
+INLINE F4 high_half(F8 x) { return _mm256_extractf128_ps(x, 1); }
+INLINE F4 low_half(F8 x) { return _mm256_castps256_ps128(x); }
+INLINE float largest(F8 x) { return largest(maximum(low_half(x), high_half(x))); }
+INLINE float total(F8 x) { return total(low_half(x) + high_half(x)); }
+#endif
+#if WIDE == 512
+INLINE F8 high_half(F16 x) { return _mm512_extractf32x8_ps(x, 1); }
+INLINE F8 low_half(F16 x) { return _mm512_castps512_ps256(x); }
+INLINE float largest(F16 x) { return largest(maximum(low_half(x), high_half(x))); }
+INLINE float total(F16 x) { return total(low_half(x) + high_half(x)); }
+#endif
 // a's and b's blocks of four lanes become those of even and those of odd place.
 #if WIDE
 INLINE void split_blocks(I8& a, I8& b) {

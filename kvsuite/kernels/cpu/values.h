@@ -139,36 +139,37 @@ template <class S, int N> struct Values {
   // Each token's weight times its group's scale as 16-bit numbers, in units of their largest / 32766.
   void weigh(const Store& store, const float* p, const int64_t* pages, const int* counts,
              int16_t (*weights)[groups][BLOCK], float (*unit)[groups]) {
-    constexpr int W = LANES;
-    alignas(64) float scale[groups][BLOCK], zero[groups][BLOCK];
+    constexpr int W = LANES, VECTORS = BLOCK / W;
+    alignas(64) uint16_t scales[groups][BLOCK], starts[groups][BLOCK];
     for (int i = 0; i < 2; i++) {
       const int64_t first = pages[i] * PAGE * groups;
-      spread(static_cast<const uint16_t*>(store.scale) + first, counts[i], &scale[0][i * PAGE]);
-      spread(store.zero + first, counts[i], &zero[0][i * PAGE]);
+      spread(static_cast<const uint16_t*>(store.scale) + first, counts[i], &scales[0][i * PAGE]);
+      spread(store.zero + first, counts[i], &starts[0][i * PAGE]);
     }
-    for (int n = 0; n < N; n++)
-      for (int k = 0; k < groups; k++) {
-        Float<W> x[BLOCK / W], top = splat<W>(1e-30f);
-        for (int i = 0; i < BLOCK / W; i++) {
+    for (int k = 0; k < groups; k++) {
+      Float<W> scale[VECTORS], zero[VECTORS];
+      for (int i = 0; i < VECTORS; i++) scale[i] = halves<W>(&scales[k][i * W]), zero[i] = halves<W>(&starts[k][i * W]);
+      for (int n = 0; n < N; n++) {
+        Float<W> x[VECTORS], top = splat<W>(1e-30f), all = zeros[n][k];
+        for (int i = 0; i < VECTORS; i++) {
           const Float<W> weight = load<Float<W>>(p + n * CHUNK + i * W);
-          x[i] = weight * load<Float<W>>(&scale[k][i * W]);
-          zeros[n][k] = fma(weight, load<Float<W>>(&zero[k][i * W]), zeros[n][k]);
+          x[i] = weight * scale[i];
+          all = fma(weight, zero[i], all);
           top = maximum(top, x[i]);
         }
-        const float most = largest<W>(top);
+        zeros[n][k] = all;
+        const float most = largest(top);
         const Float<W> inverse = splat<W>(32766.f / most);
         unit[n][k] = most * (1 / 32766.f);
-        for (int i = 0; i < BLOCK / W; i++) narrow(rounded(x[i] * inverse), &weights[n][k][i * W], false);
+        for (int i = 0; i < VECTORS; i++) narrow(rounded(x[i] * inverse), &weights[n][k][i * W], false);
       }
+    }
   }
-  // A page's (tokens, groups) float16 numbers as (groups, BLOCK) float32; 0 from `count` tokens on, where any bits may be.
-  static void spread(const uint16_t* from, int count, float* to) {
-    alignas(64) uint16_t x[groups][PAGE];
-    for (int k = 0; k < groups; k++)
-      for (int t = 0; t < PAGE; t++) x[k][t] = from[t * groups + k];
+  // A page's (tokens, groups) numbers as (groups, BLOCK); 0 from `count` tokens on, where any bits may be.
+  static void spread(const uint16_t* from, int count, uint16_t* to) {
     for (int k = 0; k < groups; k++) {
-      for (int t = count; t < PAGE; t++) x[k][t] = 0;
-      for (int t = 0; t < PAGE; t += LANES) ::store(to + k * BLOCK + t, halves<LANES>(x[k] + t));
+      for (int t = 0; t < PAGE; t++) to[k * BLOCK + t] = from[t * groups + k];
+      for (int t = count; t < PAGE; t++) to[k * BLOCK + t] = 0;
     }
   }
   void add_recent(const float* p, const void* rows, int count) {
@@ -184,7 +185,7 @@ template <class S, int N> struct Values {
     const float tensor_scale = S::layout == FP8 && !S::token_scale ? store.tensor_scale : 1.f;
     if constexpr (R::integer) {
       float zero[groups];
-      for (int k = 0; k < groups; k++) zero[k] = total<LANES>(zeros[n][k]);
+      for (int k = 0; k < groups; k++) zero[k] = total(zeros[n][k]);
       for (int i = 0; i < DIM; i += 4) {  // always of one group
         Float<4> x = splat<4>(zero[channel(i) / (DIM / groups)]);
         for (int pair = 0; pair < pairs; pair++) x = x + load<Float<4>>(&sums[n][(i * pairs + pair * 4)]);
