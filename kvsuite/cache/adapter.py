@@ -62,25 +62,28 @@ class _Layer(AttendingLayer):
     def attend(self, q: Tensor, scale: float, window: int | None, softcap: float | None, aux: Tensor | None) -> Tensor:
         assert self._staged is not None
         (k, v), self._staged = self._staged, None
-        if len(self.members) == 1 and len(self.members[0].rows) == len(q):
+        sizes = [len(member.rows) for member in self.members]
+        if sizes == [len(q)]:
             return self._member(self.members[0], k, v, q, scale, window, softcap, aux)
-        out, start = torch.zeros_like(q), 0
-        for member in self.members:
-            at = slice(start, start + len(member.rows))
-            if member.rows:
-                out[at] = self._member(member, k[at], v[at], q[at], scale, window, softcap, aux)
-            start = at.stop
-        return out
+        sizes.append(len(q) - sum(sizes))
+        *parts, idle = zip(*(x.split_with_sizes(sizes) for x in (k, v, q)), strict=True)
+        out = [
+            self._member(member, *own, scale, window, softcap, aux)
+            for member, own in zip(self.members, parts, strict=True)
+            if member.rows
+        ]
+        return torch.cat([*out, torch.zeros_like(idle[2])])
 
     def _member(self, member: Member, k: Tensor, v: Tensor, q: Tensor, *how: Any) -> Tensor:
         """One member's items: k, v (items, kv_heads, Q, head_dim), q (items, heads, Q, head_dim) -> q's shape."""
         if member.error is not None:
             return torch.zeros_like(q)
         start = time.perf_counter()
-        width = 1 if member.caches[self.index].stepwise else max(1, q.shape[2])
-        try:  # a cache that evicts sees token by token what it would see decoding
-            spans = [slice(i, i + width) for i in range(0, q.shape[2], width)]
-            parts = [self._one(member, k[:, :, at], v[:, :, at], q[:, :, at], *how) for at in spans]
+        tokens = [(k, v, q)]
+        if member.caches[self.index].stepwise and q.shape[2] > 1:  # it sees token by token what it would see decoding
+            tokens = list(zip(*(x.split_with_sizes([1] * q.shape[2], 2) for x in (k, v, q)), strict=True))
+        try:
+            parts = [self._one(member, *own, *how) for own in tokens]
         except Exception as error:
             if not member.isolated:
                 raise

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
-from kvsuite.cache.observations import Observation
+from kvsuite.cache.observations import AttentionMass, NewestAttention, Observation
 
 if TYPE_CHECKING:  # selectors are listed without importing torch
     import torch
@@ -56,6 +57,38 @@ class Eviction(Protocol):
 
     def score(self, state: DecodeState) -> Tensor:
         """float32 (…, kv_heads, n): the lowest is evicted, the highest stay. Empty slots' scores do not count."""
+
+
+@dataclass(frozen=True)
+class LowestEviction:
+    """After each step evicts the token with the lowest value of a field, but neither the first nor the most recent
+    tokens. A backend may do it by itself (`kvsuite.kernels.cpu.evict_lowest`)."""
+
+    field: Literal["positions", "accumulated_attention", "newest_attention"]
+    first: int = 0
+    """Tokens at positions below it stay."""
+    recent: Callable[[int], int] | None = None
+    """How many of the most recent tokens stay, by the length of the context; None: not even the newest."""
+    rerotated_sinks: int = 0
+    every: ClassVar[int] = 1
+
+    @property
+    def observes(self) -> tuple[Observation, ...]:
+        """Where the field comes from."""
+        sources = {"accumulated_attention": AttentionMass(), "newest_attention": NewestAttention()}
+        return (sources[self.field],) if self.field in sources else ()
+
+    def parameters(self, length: int) -> tuple[int, ...]:
+        """How many of the most recent tokens stay, where some do."""
+        return () if self.recent is None else (self.recent(length),)
+
+    def score(self, state: DecodeState) -> Tensor:
+        """The field, infinite for tokens that stay."""
+        values: Tensor = getattr(state, self.field)
+        stays = state.positions < self.first
+        for recent in state.parameters:
+            stays = stays | (state.positions >= state.num_seen - recent)
+        return values.float().masked_fill(stays, float("inf"))
 
 
 class PageReader(Protocol):

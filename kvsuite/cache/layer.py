@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvsuite.cache.decoding import DecodeState, Eviction, PageReader
+from kvsuite.cache.decoding import DecodeState, Eviction, LowestEviction, PageReader
 from kvsuite.cache.observations import AttentionMass, LastQueries, NewestAttention
 from kvsuite.cache.prefill import PrefilledLayer
 from kvsuite.errors import UsageError
@@ -65,6 +66,11 @@ class LayerCache:
         self.backend, self.refusal = choose(layer, *specs, needs, backend)
         """Who computes, and why others were not taken; empty where none was asked."""
         self.kv = PagedKV.empty(layer, specs, rows, slots, needs, pages=pages, arena=self.backend.ARENA)
+        self.evict_lowest: Callable[[Items], None] | None = None
+        """The backend's own way of evicting, where it has one for this eviction. It counts what it evicts."""
+        if isinstance(eviction, LowestEviction) and hasattr(self.backend, "evict_lowest"):
+            values = getattr(self.kv, eviction.field)
+            self.evict_lowest = partial(self.backend.evict_lowest, self.kv, values=values, first=eviction.first)
         self.prepared = False
         """Whether `advance` and `settle` are called around a step, not by it: a graph replays what lies between."""
         self.pages_read: PageIndices | None = None
@@ -146,24 +152,21 @@ class LayerCache:
 
     def advance(self, rows: Items, n: int = 1) -> None:
         """Count n tokens for every row and allocate their pages, before a step stores them."""
-        self.kv.advance([row for row in rows if row is not None], n)
+        self.backend.advance(self.kv, rows, n)
 
     def settle(self, rows: Items) -> None:
         """Count what a step evicted; from time to time compact a row, or give its empty pages back."""
         if self.eviction is None:
             return
-        host, at = self.kv.host, [row for row in rows if row is not None]
-        host.steps[at] += 1
+        at = [row for row in rows if row is not None]
         if self.eviction.every > 1:
-            for row in at:
-                if host.steps[row] % self.eviction.every == 0:
-                    self._compact(row)
+            for row in self._due(at, self.eviction.every):
+                self._compact(row)
             return
-        self.kv.count_evicted(at)
-        if not self.kv.by_token:
-            due = [row for row in at if host.steps[row] % RELEASE_EVERY == 0]
-            if due:
-                self.backend.release_empty(self.kv, due)
+        if self.evict_lowest is None:
+            self.kv.count_evicted(at)
+        if not self.kv.by_token and (due := self._due(at, RELEASE_EVERY)):
+            self.backend.release_empty(self.kv, due)
 
     def read(self, row: int = 0) -> list[HeadView]:
         """What each kv head of a row holds, as `attend` sees it, in order of position: the checker's oracle."""
@@ -219,8 +222,16 @@ class LayerCache:
         new = q[own.int().argmax(1), :, 0]
         kv.recent_queries[every, :, ring] = torch.where(own.any(1)[:, None, None], new, old)
 
+    def _due(self, rows: list[int], every: int) -> list[int]:
+        """Those of these rows whose steps since the prompt are a multiple of ``every``."""
+        seen, prompt = self.kv.host.seen, self.kv.host.prompt
+        return [row for row in rows if (seen[row] - prompt[row]) % every == 0]
+
     def _evict(self, rows: Items) -> None:
         """One token of every (row, head) beyond its budget. In a graph: of all rows, with the same shapes each time."""
+        if self.evict_lowest is not None:
+            self.evict_lowest(rows)
+            return
         kv = self.kv
         at = [row for row in rows if row is not None]
         if self.prepared:

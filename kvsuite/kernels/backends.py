@@ -23,7 +23,8 @@ Items = Sequence[int | None]
 
 class Backend(Protocol):
     """The operations on a `PagedKV`: a package of `kvsuite.kernels` with these functions. What they do is said by
-    those of `kvsuite.kernels.reference`, which take the same arguments."""
+    those of `kvsuite.kernels.reference`, which take the same arguments. One may have `evict_lowest`, too, as
+    `kvsuite.kernels.cpu` does; with others `LayerCache` takes scores and `evict`."""
 
     NAME: str
     ARENA: bool
@@ -45,8 +46,12 @@ class Backend(Protocol):
         """Put a prefilled prompt, or what is kept of it, into an empty row."""
 
     @staticmethod
+    def advance(kv: PagedKV, rows: Items, n: int = 1) -> None:
+        """Count tokens and allocate their pages before they are written."""
+
+    @staticmethod
     def append(kv: PagedKV, k: Tensor, v: Tensor, rows: Items) -> None:
-        """Write the tokens that `PagedKV.advance` counted."""
+        """Write the tokens that `advance` counted."""
 
     @staticmethod
     def attend(

@@ -94,8 +94,8 @@ class Rows:
     """In an arena: the first of its consecutive pages."""
     budget: np.ndarray
     """Tokens that may stay while decoding."""
-    steps: np.ndarray
-    """(rows,): decoding steps since the prompt."""
+    prompt: np.ndarray
+    """(rows,): of those that have passed, how many came with the prompt."""
 
     @classmethod
     def empty(cls, rows: int, heads: int) -> Rows:
@@ -228,8 +228,8 @@ class PagedKV:
         self._refuse_overflow([row], counts[None])
         self.known_views = {key: views for key, views in self.known_views.items() if key[0] != row}
         self.layout = None
-        host.slots[row], host.tokens[row], host.seen[row], host.steps[row] = counts, counts, seen, 0
-        self._allocate([row])
+        host.slots[row], host.tokens[row], host.seen[row], host.prompt[row] = counts, counts, seen, seen
+        self.allocate([row])
 
     def advance(self, rows: list[int], n: int = 1) -> None:
         """Count ``n`` tokens more in each row before a step writes them, and allocate their pages."""
@@ -247,7 +247,21 @@ class PagedKV:
         host.slots[rows] = after
         host.tokens[rows] += n
         host.seen[rows] += n
-        self._allocate(rows)
+        self.allocate(rows)
+
+    def allocate(self, rows: list[int]) -> None:
+        """Pages for the slots that the host has counted."""
+        needed, have = self.num_pages(self.host.slots[rows]), self.host.columns[rows]
+        if not (needed > have).any():
+            return
+        for i, head in np.argwhere(needed > have).tolist():
+            row = rows[i]
+            for column in range(int(have[i, head]), int(needed[i, head])):
+                home = int(self.host.home[row, head]) + column
+                page = self.allocator.claim(home) if self.arena else self.allocator.take()
+                self.table[row, head, column] = page
+        self.host.columns[rows] = np.maximum(needed, have)
+        self._upload_table([rows[i] for i in np.flatnonzero((needed > have).any(1))])
 
     def rows_on_device(self, rows: Sequence[int | None]) -> Tensor:
         """A batch's rows as kernels take them: int32, -1 for an idle item."""
@@ -410,20 +424,6 @@ class PagedKV:
             i, head = (int(x[0]) for x in np.nonzero(over))
             limit = int(self.host.limit[rows[i], head])
             raise ValueError(f"row {rows[i]} is full: {slots[i, head]} tokens per head do not fit into {limit} slots")
-
-    def _allocate(self, rows: list[int]) -> None:
-        """Pages for the slots that the host has counted."""
-        needed, have = self.num_pages(self.host.slots[rows]), self.host.columns[rows]
-        if not (needed > have).any():
-            return
-        for i, head in np.argwhere(needed > have).tolist():
-            row = rows[i]
-            for column in range(int(have[i, head]), int(needed[i, head])):
-                home = int(self.host.home[row, head]) + column
-                page = self.allocator.claim(home) if self.arena else self.allocator.take()
-                self.table[row, head, column] = page
-        self.host.columns[rows] = np.maximum(needed, have)
-        self._upload_table([rows[i] for i in np.flatnonzero((needed > have).any(1))])
 
     def _upload_table(self, rows: list[int]) -> None:
         if self.page_table.device.type != "cpu":  # elsewhere it is the host's own memory

@@ -47,6 +47,11 @@ class QuantSpec:
     """An orthonormal rotation of head_dim that is applied before encoding and undone by ``decode``. A backend with a
     kernel for it may rotate q (for K) and the output (for V) instead; the triton backend has none yet."""
 
+    @property
+    def verbatim(self) -> bool:
+        """Whether the numbers that are stored are the very numbers that came."""
+        return False
+
     def fields(self, head_dim: int, kv_dtype: torch.dtype) -> Sequence[tuple[Shape, torch.dtype]]:
         """Shape and dtype of what one unit stores, field by field."""
         raise NotImplementedError

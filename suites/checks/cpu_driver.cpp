@@ -38,10 +38,12 @@ int main() {
   const int64_t pages = ROWS * HEADS * COLUMNS;
   std::vector<int32_t> table(pages);
   std::vector<int64_t> slots(ROWS * HEADS), tokens(ROWS * HEADS), seen(ROWS);
+  std::vector<int64_t> free_slot(ROWS * HEADS), limit(ROWS * HEADS, LIMIT), used(ROWS * HEADS, COLUMNS), budget(ROWS * HEADS);
   for (int64_t i = 0; i < pages; i++) table[size_t(i)] = int32_t(pages - 1 - i);
   std::vector<float> frequency(DIM / 2, 0.01f);
   Cache c{};
   c.rows = ROWS, c.kv_heads = HEADS, c.columns = COLUMNS, c.page_table = table.data(), c.slots = slots.data();
+  c.free_slot = free_slot.data(), c.limit = limit.data(), c.used_columns = used.data(), c.budget = budget.data();
   c.tokens = tokens.data(), c.seen = seen.data(), c.k = store_of<K>(pages, ROWS, HEADS), c.v = store_of<V>(pages, ROWS, HEADS);
   c.positions = memory<int32_t>(size_t(pages * PAGE));
   c.accumulated = memory<float>(size_t(pages * PAGE)), c.newest = memory<float>(size_t(pages * PAGE));
@@ -65,8 +67,8 @@ int main() {
     } else if (slots[size_t(row * HEADS)] < LIMIT) {
       const int64_t item = 0;
       std::vector<int64_t> at(HEADS);
-      for (size_t h = 0; h < HEADS; h++) at[h] = slots[size_t(row) * HEADS + h]++, tokens[size_t(row) * HEADS + h]++;
-      seen[size_t(row)]++;
+      const Advance count{&row, 1, 1, 0, at.data()};
+      if (kv_advance(&c, &count) != ENOUGH) return printf("step %d: no room\n", step), 1;
       std::vector<float> k = numbers(HEADS * DIM), v = numbers(HEADS * DIM);
       const Append a{k.data(), v.data(), {HEADS * DIM, DIM, DIM}, {HEADS * DIM, DIM, DIM}, FLOAT32, 1, 1, &item, &row, at.data()};
       kv_append(&c, &a, &alone);
@@ -83,12 +85,12 @@ int main() {
       if (!(x == x) || fabsf(x) > 1e3f) return printf("step %d: %f\n", step, double(x)), 1;
       checksum += double(fabsf(x));
     }
-    for (int64_t i = 0; i < ROWS; i++)  // evict a token of each head, not the newest
-      for (int64_t h = 0; seen[size_t(i)] > 8 && h < HEADS; h++) {
-        const int64_t own = i * HEADS + h, slot = 4 + below(int(slots[size_t(own)]) - 5);
-        int32_t& position = c.positions[table[size_t(own * COLUMNS + slot / PAGE)] * PAGE + slot % PAGE];
-        tokens[size_t(own)] -= position >= 0, position = -1;
-      }
+    for (size_t own = 0; own < tokens.size(); own++) budget[own] = tokens[own] > 8 ? tokens[own] - 1 : tokens[own];
+    const std::vector<int64_t> every{0, 1, 2};
+    const std::vector<int32_t> recent(ROWS, 1);
+    const int which = below(3);
+    const Evict e{every.data(), ROWS, which == 0 ? nullptr : which == 1 ? c.accumulated : c.newest, 4, recent.data()};
+    kv_evict(&c, &e, &alone);
   }
   for (void* p : {(void*)c.k.codes, c.k.scale, (void*)c.k.zero, c.k.residual, (void*)c.v.codes, c.v.scale, (void*)c.v.zero,
                   c.v.residual, (void*)c.positions, (void*)c.accumulated, (void*)c.newest})

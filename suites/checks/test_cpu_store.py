@@ -79,6 +79,16 @@ def assert_same(one, other):
         x, y = getattr(one, name), getattr(other, name)
         assert (x is None) == (y is None)
         assert x is None or torch.equal(x.view(torch.uint8), y.view(torch.uint8)), name
+    assert_counted_alike(one, other)
+
+
+def assert_counted_alike(one, other):
+    """On the host, pages included."""
+    for name in ("slots", "tokens", "seen", "free_slot", "columns", "gaps"):
+        assert (getattr(one.host, name) == getattr(other.host, name)).all(), name
+    assert (one.table == other.table).all()
+    assert one.mapping.rows == other.mapping.rows
+    assert (one.mapping.slots == other.mapping.slots).all()
 
 
 KINDS = "normal", "channels", "constant", "zero", "-0.0", "zeros of both signs", "positive", "halves"
@@ -156,8 +166,8 @@ def test_what_is_stored_is_what_the_reference_stores(text, dim, kv_dtype, data, 
         at = [row for row in rows if row is not None]
         if not at:
             return
-        for kv in kvs:
-            kv.advance(at, n)
+        reference.advance(one, rows, n)
+        theirs.advance(other, rows, n)
         reference.append(one, k, v, rows)
         theirs.append(other, k, v, rows)
         if evicts:
@@ -192,8 +202,8 @@ def test_a_long_generation_is_stored_alike(text, dim, kv_dtype):
     for step in range(300):
         rows = [0, 1] if step % 3 else [2, None, 0]
         k, v = (numbers((len(rows), KV_HEADS, 1, dim), BFLOAT16, 2 * step + i, "channels", 0) for i in range(2))
-        for kv in (one, other):
-            kv.advance([row for row in rows if row is not None])
+        reference.advance(one, rows)
+        theirs.advance(other, rows)
         reference.append(one, k, v, rows)
         theirs.append(other, k, v, rows)
     assert_same(one, other)
@@ -207,6 +217,17 @@ def test_threads_store_alike(text, dim, kv_dtype, threads):
     reference.fill(one, 0, k, v)
     on(threads).fill(other, 0, k, v)
     assert_same(one, other)
+
+
+@pytest.mark.parametrize("text", ["full", "int8", "kivi:bits=4,group=16,residual=32"])
+def test_a_full_row_is_refused_and_nothing_is_counted(text):
+    one, other = caches(text, 32, FLOAT32, FLOAT32, 2 * PAGE, Needs())
+    for advance, kv in ((reference.advance, one), (cpu.advance, other)):
+        advance(kv, [0, 1], 60)
+        advance(kv, [1, 2], 4)
+        with pytest.raises(ValueError, match="row 1 is full: 65 tokens per head do not fit into 64 slots"):
+            advance(kv, [None, 0, 1])
+    assert_counted_alike(one, other)
 
 
 @pytest.mark.parametrize("text", ["full", "fp8", "fp8:k_scale=0.3,v_scale=7.1", "fp8:per=token", "int8", "int4"])

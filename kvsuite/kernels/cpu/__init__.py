@@ -20,7 +20,20 @@ from kvsuite.kernels.reference.attend import PageIndices
 from kvsuite.kernels.reference.attend import read as stored
 from kvsuite.kernels.reference.store import KeepIndices, keep_sinks
 
-__all__ = ["NAME", "append", "attend", "column_mass", "compact", "evict", "fill", "read", "release_empty", "supports"]
+__all__ = [
+    "NAME",
+    "advance",
+    "append",
+    "attend",
+    "column_mass",
+    "compact",
+    "evict",
+    "evict_lowest",
+    "fill",
+    "read",
+    "release_empty",
+    "supports",
+]
 
 NAME = "cpu"
 ARENA = True
@@ -81,6 +94,11 @@ def fill(
     keep_sinks(kv, row, np.arange(heads))
 
 
+def advance(kv: PagedKV, rows: Sequence[int | None], n: int = 1) -> None:
+    """As the reference's."""
+    native(kv).advance(kv, rows, n)
+
+
 def append(kv: PagedKV, k: Tensor, v: Tensor, rows: Sequence[int | None]) -> None:
     """As the reference's, with the same bits."""
     native(kv).append(kv, k, v, rows)
@@ -95,6 +113,14 @@ def attend(
     if q.shape[2] > 1 and (kv.accumulated_attention is not None or kv.newest_attention is not None):
         raise ValueError("attention is accumulated query by query")
     return native(kv).attend(kv, q, rows, params)
+
+
+def evict_lowest(kv: PagedKV, rows: Sequence[int | None], values: Tensor, first: int) -> None:
+    """Of every (row, kv head) that holds more tokens than its budget evict the one with the lowest of ``values``,
+    `PagedKV.positions` or attention, as `LowestEviction` scores them; the host counts it as gone.
+
+    Tokens at positions below ``first`` stay, and as many recent ones as the sequence's parameter says."""
+    native(kv).evict_lowest(kv, rows, values, first)
 
 
 def read(kv: PagedKV, row: int) -> list[HeadView]:

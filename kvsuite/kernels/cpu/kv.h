@@ -41,7 +41,9 @@ struct Store {               // K or V: kvsuite/kernels/paged.py: KVStore
 struct Cache {
   int64_t rows, kv_heads, columns;
   const int32_t* page_table;                 // (rows, kv_heads, columns); 0 where a page was given back and positions are kept
-  const int64_t *slots, *tokens, *seen;      // (rows, kv_heads), the same, (rows,): counted on the host, the step included
+  int64_t *slots, *tokens, *seen;            // (rows, kv_heads), the same, (rows,): counted on the host, the step included
+  int64_t* free_slot;                        // (rows, kv_heads), as are the next three: see kvsuite/kernels/paged.py: Rows
+  const int64_t *limit, *used_columns, *budget;
   int32_t* positions;                        // (pages, PAGE), -1 for an empty slot; null where slot and position are the same
   float *accumulated, *newest;               // (pages, PAGE) or null
   Store k, v;

@@ -20,7 +20,8 @@ class Cache(ctypes.Structure):
 
     _fields_ = [
         ("rows", Whole), ("kv_heads", Whole), ("columns", Whole), ("page_table", Pointer), ("slots", Pointer),
-        ("tokens", Pointer), ("seen", Pointer), ("positions", Pointer), ("accumulated", Pointer), ("newest", Pointer),
+        ("tokens", Pointer), ("seen", Pointer), ("free_slot", Pointer), ("limit", Pointer), ("used_columns", Pointer),
+        ("budget", Pointer), ("positions", Pointer), ("accumulated", Pointer), ("newest", Pointer),
         ("k", Store), ("v", Store), ("inverse_frequency", Pointer), ("rotary_half", Whole), ("sinks", Whole),
         ("original_sinks", Pointer),
     ]  # fmt: skip
@@ -33,6 +34,22 @@ class Attend(ctypes.Structure):
         ("q", Pointer), ("out", Pointer), ("q_stride", Whole * 3), ("out_stride", Whole * 3), ("dtype", Whole),
         ("items", Whole), ("queries", Whole), ("rows", Pointer), ("scale", Real), ("softcap", Real), ("window", Whole),
         ("sink_logits", Pointer),
+    ]  # fmt: skip
+
+
+class Advance(ctypes.Structure):
+    """count.h: Advance."""
+
+    _fields_ = [
+        ("rows", Pointer), ("items", Whole), ("tokens", Whole), ("evicts", Whole), ("slots", Pointer)
+    ]  # fmt: skip
+
+
+class Evict(ctypes.Structure):
+    """count.h: Evict."""
+
+    _fields_ = [
+        ("rows", Pointer), ("items", Whole), ("values", Pointer), ("first", Whole), ("recent", Pointer)
     ]  # fmt: skip
 
 

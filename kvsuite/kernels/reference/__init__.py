@@ -6,9 +6,21 @@ from kvsuite.kernels.context import LayerContext, Needs
 from kvsuite.kernels.quantspec import QuantSpec
 from kvsuite.kernels.reference.attend import attend, read
 from kvsuite.kernels.reference.mass import column_mass
-from kvsuite.kernels.reference.store import append, compact, evict, fill, release_empty
+from kvsuite.kernels.reference.store import advance, append, compact, evict, fill, release_empty
 
-__all__ = ["NAME", "append", "attend", "column_mass", "compact", "evict", "fill", "read", "release_empty", "supports"]
+__all__ = [
+    "NAME",
+    "advance",
+    "append",
+    "attend",
+    "column_mass",
+    "compact",
+    "evict",
+    "fill",
+    "read",
+    "release_empty",
+    "supports",
+]
 
 NAME = "reference"
 ARENA = True

@@ -46,6 +46,11 @@ def fill(
     keep_sinks(kv, row, np.arange(heads))
 
 
+def advance(kv: PagedKV, rows: Sequence[int | None], n: int = 1) -> None:
+    """Count n tokens more in every row and allocate their pages, before a step writes them; None: an idle item."""
+    kv.advance([row for row in rows if row is not None], n)
+
+
 def append(kv: PagedKV, k: Tensor, v: Tensor, rows: Sequence[int | None]) -> None:
     """Write the tokens that `PagedKV.advance` counted: k, v (len(rows), kv_heads, n, head_dim); None: an idle item."""
     items = [b for b, row in enumerate(rows) if row is not None]
@@ -208,7 +213,7 @@ def _encode(kv: PagedKV, store: KVStore, rows: np.ndarray, heads: np.ndarray, fi
 def moved(spec: QuantSpec, x: Tensor) -> Tensor:
     """What a plain codec does to the numbers themselves (jitter's noise): x (..., head_dim), in the dtype of pages.
     For backends that write numbers as they are."""
-    if spec.layout != "plain":
+    if spec.layout != "plain" or spec.verbatim:
         return x
     return spec.encode(x.reshape(1, -1, 1, x.shape[-1]), ())[0].view(x.shape)
 

@@ -8,14 +8,26 @@ import dataclasses
 from kvsuite.kernels.context import HeadView, LayerContext, Needs
 from kvsuite.kernels.paged import PagedKV
 from kvsuite.kernels.quantspec import PAGE, QuantSpec
-from kvsuite.kernels.reference import compact, release_empty
+from kvsuite.kernels.reference import advance, compact, release_empty
 from kvsuite.kernels.reference.attend import read as stored
 from kvsuite.kernels.triton.attend import attend, readable
 from kvsuite.kernels.triton.launch import interpreting
 from kvsuite.kernels.triton.mass import column_mass
 from kvsuite.kernels.triton.store import append, evict, fill
 
-__all__ = ["NAME", "append", "attend", "column_mass", "compact", "evict", "fill", "read", "release_empty", "supports"]
+__all__ = [
+    "NAME",
+    "advance",
+    "append",
+    "attend",
+    "column_mass",
+    "compact",
+    "evict",
+    "fill",
+    "read",
+    "release_empty",
+    "supports",
+]
 
 NAME = "triton"
 ARENA = False

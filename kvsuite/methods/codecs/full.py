@@ -40,6 +40,10 @@ class Plain(QuantSpec):
     dtype: str = "auto"
     """auto: the K/V dtype; else the name of torch's."""
 
+    @property
+    def verbatim(self) -> bool:
+        return type(self).encode is Plain.encode
+
     def fields(self, head_dim: int, kv_dtype: torch.dtype) -> list[tuple[Shape, torch.dtype]]:
         import torch
 

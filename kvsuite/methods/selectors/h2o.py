@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvsuite.cache.decoding import LowestEviction
 from kvsuite.cache.observations import AttentionMass, Observation
 from kvsuite.errors import UsageError
 from kvsuite.methods.base import Selector, check_share, share
@@ -12,7 +13,7 @@ from kvsuite.methods.base import Selector, check_share, share
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvsuite.cache.decoding import DecodeState, Eviction
+    from kvsuite.cache.decoding import Eviction
     from kvsuite.cache.prefill import PrefilledLayer
 
 
@@ -52,27 +53,9 @@ class H2O(Selector):
 
     @property
     def eviction(self) -> Eviction:
-        return H2OEviction(self)
+        return LowestEviction("accumulated_attention", recent=self.protected)
 
     def score(self, seen: PrefilledLayer, tokens: int) -> Tensor:
         scores: Tensor = seen[AttentionMass()].clone()
         scores[:, -self.protected(scores.shape[1]) :] = float("inf")
         return scores
-
-
-@dataclass(frozen=True)
-class H2OEviction:
-    """Evicts the token with the least accumulated attention that is not recent."""
-
-    selector: H2O
-    every: int = 1
-    rerotated_sinks: int = 0
-    observes: tuple[Observation, ...] = (AttentionMass(),)
-
-    def parameters(self, length: int) -> tuple[int, ...]:
-        return (self.selector.protected(length),)
-
-    def score(self, state: DecodeState) -> Tensor:
-        assert state.accumulated_attention is not None
-        (protected,) = state.parameters
-        return state.accumulated_attention.masked_fill(state.positions >= state.num_seen - protected, float("inf"))

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from kvsuite.cache.decoding import LowestEviction
 from kvsuite.errors import UsageError
 from kvsuite.methods.base import Selector, check_share, share
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvsuite.cache.decoding import DecodeState, Eviction
-    from kvsuite.cache.observations import Observation
+    from kvsuite.cache.decoding import Eviction
     from kvsuite.cache.prefill import PrefilledLayer
 
 
@@ -58,20 +58,5 @@ class StreamingLLM(Selector):
 
     @property
     def eviction(self) -> Eviction:
-        return SinkWindowEviction(self.sinks, self.sinks if self.positions == "cache" else 0)
-
-
-@dataclass(frozen=True)
-class SinkWindowEviction:
-    """Evicts the oldest token that is not a sink."""
-
-    sinks: int
-    rerotated_sinks: int
-    every: int = 1
-    observes: tuple[Observation, ...] = ()
-
-    def parameters(self, length: int) -> tuple[int, ...]:
-        return ()
-
-    def score(self, state: DecodeState) -> Tensor:
-        return state.positions.float().masked_fill(state.positions < self.sinks, float("inf"))
+        rerotated = self.sinks if self.positions == "cache" else 0
+        return LowestEviction("positions", first=self.sinks, rerotated_sinks=rerotated)
