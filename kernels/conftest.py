@@ -1,6 +1,11 @@
 """What evidence about kernels shares: the device a test runs on."""
 
+import contextlib
+
 import pytest
+
+with contextlib.suppress(ModuleNotFoundError):  # pytest reads this for evaluations, too, which need no hypothesis
+    from suites.checks import examples  # noqa: F401
 
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)], scope="session")

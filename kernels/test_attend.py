@@ -4,6 +4,7 @@ import inspect
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
+from itertools import product
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from kvsuite.methods.codecs.full import Plain
 from kvsuite.methods.codecs.int8 import PerToken
 from kvsuite.methods.codecs.kivi import PerChannel
 from suites.checks import naive
+from suites.checks.depth import NIGHTLY, depth
 
 fused = import_module("kvsuite.kernels.triton.attend")  # its package has a function of that name
 
@@ -256,7 +258,7 @@ lengths = st.integers(1, 3).flatmap(
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_kernel_and_its_reference_are_attention(name, device):
-    @settings(max_examples=12)  # the interpreter takes half a second each
+    @settings(max_examples=depth(4, 12))  # the interpreter takes half a second each
     @given(
         lengths=lengths,
         group=st.sampled_from([1, 3, 4]),
@@ -303,14 +305,19 @@ def test_a_window_begins_where_it_begins(device):
         check("plain", Shape([[length]], 64, 1, asked=frozenset({"window"}), tile=32), length, device)
 
 
-@pytest.mark.parametrize("name", ["plain", "int4", "kivi-4"])
-@pytest.mark.parametrize("queries", [5, 30])
-@pytest.mark.parametrize("asked", [(), ("window",), ("sink_logits", "softcap")], ids="+".join)
+SEVERAL = [
+    case
+    for case in product(("plain", "int4", "kivi-4"), (5, 30), ((), ("window",), ("sink_logits", "softcap")))
+    if NIGHTLY or case[1] == 5 or case == ("kivi-4", 30, ("window",))  # 30 are two tiles: seconds in the interpreter
+]
+
+
+@pytest.mark.parametrize(("name", "queries", "asked"), SEVERAL, ids=str)
 def test_several_queries_are_causal_among_themselves(name, queries, asked, device):
     check(name, Shape([[170, 40], [65, 33]], 64, 3, queries, asked=frozenset(asked)), 1, device)
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", depth(["kivi-2 in groups of 16"], BLOCKS))
 @pytest.mark.parametrize("mass", [False, True])
 @pytest.mark.parametrize("gaps", [0.5, 1.0])
 def test_pages_that_were_given_back_hold_nothing(name, mass, gaps, device):

@@ -17,6 +17,7 @@ from kvsuite.kernels.reference.mass import column_mass
 from kvsuite.kernels.rope import Rope
 from kvsuite.methods import parse
 from kvsuite.methods.codecs.full import Plain
+from suites.checks.depth import depth
 from suites.checks.table import DIM, HEADS, KV_HEADS, METHODS, SCALE, sizes, tokens
 
 CPU = torch.device("cpu")
@@ -77,9 +78,21 @@ def counted(cache, row):
 
 
 SHARES = ["h2o:budget=0.4", "h2o:budget=50"]  # a budget of each row's own, and one that is never reached
+QUICK = [  # every codec's layout, every way of choosing what stays
+    "jitter",
+    "int8",
+    "fp8:per=token",
+    "kivi:bits=2,group=8,residual=16",
+    "random:budget=20 + uniform",
+    "h2o:budget=16 + int4",
+    "streaming-llm:budget=24",
+    "snapkv:budget=24,window=8 + ada + kivi:bits=4,group=16,residual=32",
+    "redundant:budget=24,every=16",
+    "h2o:budget=0.4",
+]
 
 
-@pytest.mark.parametrize("text", [text for text in [*METHODS, *SHARES] if text not in REFUSED])
+@pytest.mark.parametrize("text", depth(QUICK, [text for text in [*METHODS, *SHARES] if text not in REFUSED]))
 def test_a_method_by_kernels_is_the_method(text, device):
     """What is held is the same bit for bit at every step, what is attended is right by the checker of the timings, and
     bytes, lengths and room are counted alike."""
@@ -305,15 +318,15 @@ def test_a_full_cache_refuses_before_it_writes(device):
 
 
 BLOCKS = [
-    "h2o:budget=12 + kivi:bits=4,group=16,residual=16",
     "streaming-llm:budget=20,positions=absolute + kivi:bits=2,group=8,residual=16",
+    *depth([], ["h2o:budget=12 + kivi:bits=4,group=16,residual=16"]),
 ]
 
 
 @pytest.mark.parametrize("text", BLOCKS)
 def test_pages_without_a_token_go_back_and_what_is_attended_stays_right(text, device):
     """Longer than any page is needed: both backends give the same columns back, and take pages again."""
-    steps, rows = 100, (0, None, 1)
+    steps, rows = depth(70, 100), (0, None, 1)
     caches = [build(*what[:1], text, (45, 20), steps, what[1]) for what in (("reference", CPU), ("triton", device))]
     theirs, ours = caches
     held, checker = [], AttentionChecker(1)

@@ -3,6 +3,8 @@
 ``python kernels/test_compiled.py`` prints what the checks look at as JSON, with ``--table`` it rewrites README.md.
 """
 
+import fcntl
+import hashlib
 import json
 import os
 import re
@@ -13,7 +15,6 @@ from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,9 @@ import torch
 import triton
 import triton.language as tl
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it is to find the suites
+
+import kvsuite
 from kvsuite.kernels import triton as kernels
 from kvsuite.kernels.context import AttentionParams, LayerContext, Needs
 from kvsuite.kernels.paged import PagedKV
@@ -33,6 +37,7 @@ from kvsuite.methods.codecs.full import Full
 from kvsuite.methods.codecs.int4 import Int4
 from kvsuite.methods.codecs.int8 import Int8
 from kvsuite.methods.codecs.kivi import Kivi
+from suites.checks.depth import depth
 
 README = Path(__file__).with_name("README.md")
 MARKS = "<!-- kernels/test_compiled.py --table -->\n", "<!-- end -->\n"
@@ -41,9 +46,6 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024}
 
 # Llama 3.1 8B, bfloat16; few rows and pages: what is compiled depends on neither
 HEADS, KV_HEADS, DIM, ROWS, PAGES = 32, 8, 128, 3, 5
-
-# one worker compiles for all checks
-pytestmark = [pytest.mark.xdist_group("compiled")] if find_spec("xdist") else []
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,18 @@ CASES = {
     "mass": scoring(),
     "mass, window": scoring(window=64),
 }
+QUICK = [  # every kernel, every layout
+    "attend full, h2o",
+    "attend fp8:per=token",
+    "attend kivi:bits=2",
+    "append int4, h2o",
+    "append kivi:bits=4",
+    "flush kivi:bits=2",
+    "fill int8",
+    "fill kivi:bits=4",
+    "mass, window",
+]
+CHECKED = depth(QUICK, [*CASES])
 
 
 @triton.jit
@@ -186,19 +200,18 @@ TOYS = {
 """Cases and what is wrong with them."""
 
 
-def compile_all():
-    """Case -> compute capability -> its kernels as JSON has them, or why there are none."""
-    found = {}
-    for name, case in {**CASES, **{name: case for name, (case, _) in TOYS.items()}}.items():
+def compile_all(names):
+    """Case -> compute capability -> its kernels as JSON has them, or why there are none. Toys are among the cases."""
+    cases, built = {name: CASES[name] for name in names} | {name: case for name, (case, _) in TOYS.items()}, {}
+    for call in dict.fromkeys(case.call for case in cases.values()):
         for capability in SHARED:
             try:
                 with recording() as launches:
-                    case.call()
-                built = [asdict(compile_for(started, capability)) for started in launches]
+                    call()
+                built[call, capability] = [asdict(compile_for(started, capability)) for started in launches]
             except Exception:
-                built = traceback.format_exc()
-            found.setdefault(name, {})[capability] = built
-    return found
+                built[call, capability] = traceback.format_exc()
+    return {name: {capability: built[case.call, capability] for capability in SHARED} for name, case in cases.items()}
 
 
 def restore(text):
@@ -269,17 +282,35 @@ def row(case, kernel):
     return [f"`{kernel.name}`", str(kernel.registers), shared, *(text or "–" for text in texts)]
 
 
+def key():
+    """Of all that decides what comes out: the cases, the sources, and the compiler."""
+    rooms = [Path(kvsuite.__file__).with_name(name) for name in ("kernels", "methods")]
+    sources = [Path(__file__), *sorted(source for room in rooms for source in room.rglob("*.py"))]
+    what = [f"{CHECKED} {sys.version} {torch.__version__} {triton.__version__}".encode()]
+    return hashlib.sha256(b"".join([*what, *(source.read_bytes() for source in sources)])).hexdigest()[:16]
+
+
 @pytest.fixture(scope="session")
-def compiled():
-    """All kernels, compiled where nothing is interpreted."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    ran = subprocess.run([sys.executable, __file__], env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return restore(ran.stdout)
+def compiled(request):
+    """All kernels, compiled where nothing is interpreted: by the first worker for all, and kept for the next run."""
+    folder = request.config.cache.mkdir("compiled")
+    kept = folder / f"{key()}.json"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.exists():
+            for old in folder.glob("*.json"):
+                old.unlink()
+            environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+            command = [sys.executable, __file__, *CHECKED]
+            ran = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+            kept.with_suffix(".new").write_text(ran.stdout)
+            kept.with_suffix(".new").replace(kept)
+        return restore(kept.read_text())
 
 
 @pytest.mark.parametrize("capability", SHARED)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CHECKED)
 def test_a_kernel_loads_widely_and_does_not_spill(name, capability, compiled):
     built = compiled[name][capability]
     assert not isinstance(built, str), built
@@ -308,13 +339,17 @@ def test_the_loop_over_pages_is_found(compiled):
 
 def test_the_table_names_the_kernels_there_are(compiled):
     rows = re.findall(r"^\| (.+?) \| `(\w+)` \|", README.read_text(), re.M)
-    assert rows == [(name, kernel.name) for name in CASES for kernel in compiled[name][90]]
+    assert [*dict.fromkeys(name for name, _ in rows)] == [*CASES]
+    there = [(name, kernel.name) for name in CASES if name in CHECKED for kernel in compiled[name][90]]
+    assert [row for row in rows if row[0] in CHECKED] == there
 
 
 def main(arguments):
+    """Compile the cases that are named, or all."""
+    whole = arguments == ["--table"]
     with redirect_stdout(sys.stderr):  # Triton prints a program that it cannot assemble
-        found = json.dumps(compile_all(), indent=1)
-    if arguments == ["--table"]:
+        found = json.dumps(compile_all(CASES if whole else arguments or CASES), indent=1)
+    if whole:
         before, _, rest = README.read_text().partition(MARKS[0])
         after = rest.partition(MARKS[1])[2]
         README.write_text(before + MARKS[0] + table(restore(found)) + MARKS[1] + after)

@@ -18,15 +18,10 @@ from kvsuite.kernels.quantspec import PAGE
 from kvsuite.kernels.triton import launch
 from kvsuite.methods import parse
 from kvsuite.methods.selectors.h2o import H2O
+from suites.checks.depth import depth
 
-METHODS = [
-    "full",
-    "jitter",
-    "kivi:bits=2,group=16,residual=16",
-    "h2o:budget=12 + int4",
-    "h2o:budget=12 + kivi:bits=4,group=16,residual=16",
-    "streaming-llm:budget=12",
-]
+QUICK = ["jitter", "h2o:budget=12 + kivi:bits=4,group=16,residual=16", "streaming-llm:budget=12"]
+METHODS = [*QUICK, *depth([], ["full", "kivi:bits=2,group=16,residual=16", "h2o:budget=12 + int4"])]
 
 
 class Tape(TorchDispatchMode):
@@ -80,7 +75,7 @@ class Tape(TorchDispatchMode):
 def model():
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=depth(1, 2), num_attention_heads=2,
         num_key_value_heads=1, head_dim=32, max_position_embeddings=512,
     )  # fmt: skip
     made = LlamaForCausalLM(config).to(torch.bfloat16).eval()
@@ -161,7 +156,7 @@ def test_replayed_steps_are_the_steps(model, text, device):
 LONG = {
     # steps, and whether a page is given back on the way
     "int4": (20, False),
-    "h2o:budget=12 + kivi:bits=4,group=16,residual=16": (24, False),
+    **depth({}, {"h2o:budget=12 + kivi:bits=4,group=16,residual=16": (24, False)}),
     "streaming-llm:budget=8,sinks=0,positions=absolute + kivi:bits=4,group=16,residual=16": (42, True),
 }
 

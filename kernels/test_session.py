@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from suites.checks.depth import only_nightly
+
 HERE = Path(__file__).parent
 SECTIONS = {"copy", "libraries", "decode", "h2o", "ragged", "step", "graph", "append", "fill", "prefill mass", "sweep"}
 
 
+@only_nightly
 def test_the_whole_session_on_tiny_shapes(tmp_path):
     environment = {**os.environ, "TINY": "1", "PYTHON": sys.executable}
     command = ["bash", str(HERE / "gpu_session.sh"), str(tmp_path)]
@@ -37,6 +40,14 @@ def session(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_a_cell_of_every_section_runs(session, tmp_path, monkeypatch):
+    whole = session.Bench.plan
+    monkeypatch.setattr(session.Bench, "plan", lambda bench: [*{c.section: c for c in whole(bench)[::-1]}.values()])
+    assert session.main(["--tiny", "--out", str(tmp_path)]) == 0
+    cells = json.loads((tmp_path / "kernels.json").read_text())["cells"].values()
+    assert {cell["section"]: cell["state"] for cell in cells} == dict.fromkeys(SECTIONS, "done")
 
 
 def test_a_cell_that_throws_is_recorded_and_the_others_go_on(session, tmp_path, monkeypatch, capsys):

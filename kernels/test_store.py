@@ -22,6 +22,7 @@ from kvsuite.methods.codecs.fp8 import E4M3
 from kvsuite.methods.codecs.full import Plain
 from kvsuite.methods.codecs.int8 import PerToken
 from kvsuite.methods.codecs.kivi import PerChannel
+from suites.checks.depth import depth
 
 CPU = torch.device("cpu")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -263,7 +264,7 @@ class Both:
         return (self.expected.host.slots[rows] + n > self.expected.host.limit[rows]).any()
 
 
-@settings(max_examples=30)
+@settings(max_examples=depth(12, 30))
 @given(data=st.data())
 @pytest.mark.parametrize("pair", PAIRS, ids=" and ".join)
 def test_kernels_write_what_the_reference_writes(device, pair, data):

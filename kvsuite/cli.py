@@ -8,23 +8,27 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvsuite import records
+from kvsuite import records, registry
 from kvsuite.errors import UsageError
 from kvsuite.margins import Margins
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0, or 2 after one sentence about bad input."""
+    """Run one command. Returns 0, 2 after one sentence about bad input, or pytest's exit code."""
     asked = _parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show ×
     try:
-        asked.run(asked)
+        for file in getattr(asked, "kv_plugin", []):
+            registry.load(Path(file))
+        code: int | None = asked.run(asked)
         sys.stdout.flush()
+        return code or 0
     except BrokenPipeError:  # the reader has seen enough: head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UsageError as error:
@@ -36,7 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kvsuite", description="Is a KV-cache compression method worth deploying?")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    running = commands.add_parser("run", help="an evaluation: throughput, length, samples, or several of them")
+    running.add_argument(
+        "marker", metavar="EVALUATION", help='as after pytest\'s -m, e.g. samples or "samples or length"'
+    )
+    running.add_argument("pytest", nargs=argparse.REMAINDER, metavar="OPTION", help="options of pytest and --kv-…")
+    running.set_defaults(run=_run)
     listing = commands.add_parser("methods", help="list the parts of methods: selectors, budgets, codecs, readers")
+    _plugin_option(listing)
     listing.add_argument("--json", action="store_true", help="a list of {name, kind, stores, source}")
     listing.set_defaults(run=_methods)
     fetching = commands.add_parser("fetch", help="download all that default runs need, and convert the model")
@@ -46,6 +57,16 @@ def _parser() -> argparse.ArgumentParser:
     _plan_options(commands.add_parser("plan", help="how many prompts and minutes decide a margin, from a run's noise"))
     _negatives_options(commands.add_parser("negatives", help="which samples methods break, from scores you have"))
     return parser
+
+
+def _plugin_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kv-plugin",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a Python file of yours with methods or readers",
+    )
 
 
 def _negatives_options(parser: argparse.ArgumentParser) -> None:
@@ -60,13 +81,16 @@ def _negatives_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--inclusive", action="store_true", help="scores of exactly (1 - θ) × baseline count, too")
     parser.add_argument("--allow-missing", action="store_true", help="compare the samples that all have")
     _margins_option(parser)
+    _plugin_option(parser)
     parser.add_argument("--json", action="store_true", help="print figures for a program")
     parser.set_defaults(run=_negatives)
 
 
 def _report_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="RUN", help="a run folder")
-    parser.add_argument("--markdown", action="store_true", help="as report.md holds it")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="as report.md holds it")
+    form.add_argument("--json", action="store_true", help="every cell as numbers, for a program")
     parser.set_defaults(run=_report)
 
 
@@ -75,6 +99,7 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("after", metavar="RUN_B", help="the later one, of the same kind")
     parser.add_argument("--allow-missing", action="store_true", help="compare the samples that both have")
     _margins_option(parser)
+    _plugin_option(parser)
     parser.set_defaults(run=_compare)
 
 
@@ -89,11 +114,23 @@ def _margins_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--margins", default="", help=f"how much worse a method may be (default: {known})")
 
 
+def _run(asked: argparse.Namespace) -> int:
+    """pytest in a process of its own, as an interrupted run has to end in its own way."""
+    command = [sys.executable, "-m", "pytest", "--pyargs", "kvsuite.suites", "-m", asked.marker, *asked.pytest]
+    with subprocess.Popen(command) as process:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:  # which pytest has got, too
+                continue
+
+
 def _negatives(asked: argparse.Namespace) -> None:
     from kvsuite import readers
     from kvsuite.analysis.samples import Broken
+    from kvsuite.analysis.tables import negatives
     from kvsuite.columns import align
-    from kvsuite.report import negatives, terminal
+    from kvsuite.report import terminal
 
     rule = Broken(asked.theta, asked.benign, asked.inclusive)
     margins = Margins.parse(asked.margins)
@@ -112,38 +149,39 @@ def _negatives(asked: argparse.Namespace) -> None:
 
 def _compare(asked: argparse.Namespace) -> None:
     from kvsuite import readers
+    from kvsuite.analysis.tables import changes
     from kvsuite.columns import align, kinds
-    from kvsuite.report import compare, terminal
+    from kvsuite.report import terminal
 
     margins = Margins.parse(asked.margins)
     folders = [Path(x) for x in (asked.before, asked.after)]
     if all(f.is_dir() for f in folders):
         one, other = map(records.read, folders)
-        tables = compare.runs(one, other, margins)
+        tables = changes.runs(one, other, margins)
     else:
         before, after = readers.read(asked.before), readers.read(asked.after)
         if isinstance(before, readers.Load) and isinstance(after, readers.Load):
-            tables = compare.loads(before, after)
+            tables = changes.loads(before, after)
         else:
             arms, left_out = align([readers.arm(asked.before), readers.arm(asked.after)], asked.allow_missing)
-            tables = [table for one, other in kinds(arms) for table in compare.arms(one, other, margins, False)]
-            tables[0].notes.extend(left_out)
+            tables = [changes.arms(one, other, margins, left_out) for one, other in kinds(arms)]
     terminal.write(tables, sys.stdout, shutil.get_terminal_size().columns)
 
 
 def _report(asked: argparse.Namespace) -> None:
-    from kvsuite.report import markdown, tables, terminal
+    from kvsuite.analysis.report import analyse
+    from kvsuite.report import as_json, markdown, terminal
 
-    run = records.read(Path(asked.folder))
-    if asked.markdown:
-        print(markdown.render(run), end="")
+    report = analyse(records.read(Path(asked.folder)))
+    if asked.markdown or asked.json:
+        print((markdown if asked.markdown else as_json).render(report), end="")
     else:
-        last = tables.provenance(run.records)
-        terminal.write(tables.tables(run), sys.stdout, shutil.get_terminal_size().columns, last)
+        terminal.write(report.tables, sys.stdout, shutil.get_terminal_size().columns, report.notes)
 
 
 def _plan(asked: argparse.Namespace) -> None:
-    from kvsuite.report import plan, terminal
+    from kvsuite.analysis.tables import plan
+    from kvsuite.report import terminal
 
     margins = Margins.parse(asked.margins)
     table = plan.plan(records.read(Path(asked.folder)), margins)
@@ -187,7 +225,8 @@ def _fetch(asked: argparse.Namespace) -> None:
     from kvsuite import models, tasks
 
     for name in tasks.names():
-        print(f"{name}: {next(iter(tasks.task(name).fetch())).parent}", flush=True)
+        for file in [*tasks.task(name).fetch()][:1]:
+            print(f"{name}: {file.parent}", flush=True)
     print(f"model as GGUF: {models.default_gguf()}", flush=True)
     try:
         print(f"model: {models.default_model()}")

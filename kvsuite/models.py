@@ -90,20 +90,53 @@ def questions() -> Path:
     )
 
 
-def model_limit(folder: Path) -> int | None:
-    """The context length of a model folder, read from its config without loading anything. Raises UsageError, one
-    sentence, where the folder is not a model."""
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+"""Of a model on the hub, what transformers reads."""
+
+
+def located(model: Path, file: str = "") -> Path:
+    """Where a model is: the folder (or file) of that path, else the cached snapshot of Hugging Face's hub of that name.
+    What is not in the cache yet is fetched: ``file``, or all that the model needs. Raises UsageError, one sentence."""
+    name = model.as_posix()
+    if model.exists() or not HUB_NAME.fullmatch(name):
+        return model
+    try:
+        from huggingface_hub import constants, hf_hub_download, snapshot_download
+    except ImportError as error:
+        raise UsageError(
+            f"{name!r} is no folder here; a model on the hub needs: pip install 'kvsuite[local]'"
+        ) from error
+    try:
+        if file:
+            return Path(hf_hub_download(name, file)).parent
+        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns="*/*"))
+        if not _weights(folder):
+            snapshot_download(name, allow_patterns="pytorch_model*.bin")
+    except Exception as error:  # whatever the hub's client raises
+        offline, said = constants.HF_HUB_OFFLINE, str(error).strip().partition("\n")[0]
+        why = "HF_HUB_OFFLINE is set, and it is not in the cache" if offline else f"{type(error).__name__}: {said}"
+        raise UsageError(
+            f"{name!r} is no folder here and cannot be had from Hugging Face's hub ({why}); run `hf download {name}` "
+            "where the hub can be reached"
+        ) from error
+    if not _weights(folder):
+        raise UsageError(f"{name!r} has no weights (*.safetensors) in the hub's cache; run `hf download {name}`")
+    return folder
+
+
+def _weights(folder: Path) -> list[Path]:
+    return [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+
+
+def model_limit(model: Path) -> int | None:
+    """The context length of a model folder, or of a model on the hub, read from its config without loading anything.
+    Raises UsageError, one sentence, where it is not a model."""
+    folder = located(model, "config.json")
     if not folder.is_dir():
-        name = folder.as_posix()
-        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):  # owner/name
-            raise UsageError(
-                f"{name!r} is no folder here; if it is a model on Hugging Face's hub, run "
-                f"`hf download {name} --local-dir {folder.name}` and give --kv-model={folder.name}"
-            )
-        raise UsageError(f"model folder {name!r} does not exist")
+        raise UsageError(f"model folder {folder.as_posix()!r} does not exist")
     config = folder / "config.json"
-    weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
-    if not config.is_file() or not weights:
+    if not config.is_file() or (folder == model and not _weights(folder)):
         lacks = "weights (*.safetensors)" if config.is_file() else "config.json"
         raise UsageError(f"{str(folder)!r} is not a model folder: it has no {lacks}")
     try:

@@ -5,15 +5,30 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from kvsuite.environment import scrub
 from kvsuite.errors import UsageError
 
 SCHEMA = 1
 """Version of the record lines; a reader refuses others."""
+
+
+class Job(NamedTuple):
+    """One unit of work, which one record is the result of. What all jobs of a run share (model, seed, settings) is in
+    its ``run.json``."""
+
+    evaluation: str
+    """samples, length or throughput."""
+    arm: str
+    task: str
+    """Of a timed cell its phase."""
+    item: str
+    """A sample's id; of a timed cell its batch and length; of an agreement the other side."""
+    repeat: int = 0
 
 
 @dataclass(frozen=True)
@@ -35,6 +50,11 @@ class Record:
     """The hash of what the codec had learned of the model before."""
     width: int = 1
     """Rows of the matrix products it was decoded in, idle ones included."""
+
+    @property
+    def job(self) -> Job | None:
+        """What it is the result of; None where it is no job's alone, such as what a server said of a leg."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -77,6 +97,11 @@ class Answer(Record):
     kept: int = 0
     margins: list[float] = field(default_factory=list)
     """Gap between the two highest logits at every token."""
+
+    @property
+    def job(self) -> Job | None:
+        """One sample, answered by one arm."""
+        return Job(self.evaluation, self.method, self.task, self.sample, self.repeat)
 
     @property
     def length(self) -> int:
@@ -123,6 +148,11 @@ class Served(Answer):
     """Between chunks."""
     e2e: float = 0.0
     retries: int = 0
+
+    @property
+    def job(self) -> Job | None:
+        """None: a server's legs are measured as a whole."""
+        return None
 
     @property
     def length(self) -> int:
@@ -173,6 +203,11 @@ class Agreement(Record):
     n: int = 0
     same: int = 0
 
+    @property
+    def job(self) -> Job | None:
+        """All samples of a task, answered twice."""
+        return Job("samples", self.method, self.task, self.other)
+
 
 @dataclass(frozen=True)
 class Timing(Record):
@@ -196,6 +231,16 @@ class Timing(Record):
     checked: float | None = None
     """How far its attention was from the reference over what it holds, in units of the tolerance; None: not checked."""
 
+    @property
+    def job(self) -> Job | None:
+        """One cell."""
+        return Job("throughput", self.method, self.phase, cell_name(self.width, self.length))
+
+
+def cell_name(width: int, length: int) -> str:
+    """A timed cell among those of its phase."""
+    return f"b{width} l{length}"
+
 
 KINDS: dict[str, type[Record]] = {kind.kind: kind for kind in (Answer, Served, Probe, Agreement, Timing)}
 
@@ -207,10 +252,10 @@ def encode(record: Record) -> str:
 
 
 def decode(line: str) -> Record:
-    """The record of one line. Raises UsageError for another schema or kind."""
+    """The record of one line. Raises UsageError for another schema or kind, ValueError for what is no JSON object."""
     found = json.loads(line)
     if not isinstance(found, dict):
-        raise UsageError("this line is no record")
+        raise ValueError("this line is no record")
     if found.pop("schema", None) != SCHEMA:
         raise UsageError(f"this record is of another schema than {SCHEMA}")
     kind = KINDS.get(found.pop("kind", ""))
@@ -249,16 +294,23 @@ class RunFolder:
             line = encode(record)
         except ValueError:
             line = encode(failed(record, "a figure is not finite"))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self._file.open("a") as file:
-            file.write(line + "\n")
+        self._write(line.encode() + b"\n")
 
     def join(self) -> None:
         """Append the workers' files to ``records.jsonl`` and remove them."""
         for part in sorted(self.folder.glob("records-*.jsonl")):
-            with self._file.open("a") as file:
-                file.write(part.read_text())
+            self._write(part.read_bytes())
             part.unlink()
+
+    def _write(self, lines: bytes) -> None:
+        """Append lines; a line that was cut off before them ends where it was cut."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._file.open("a+b") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    lines = b"\n" + lines
+            file.write(lines)
 
 
 def _published(record: Record) -> Record:
@@ -305,29 +357,40 @@ class Run:
     def is_control(self, method: str) -> bool:
         """Whether an arm differs from the baseline by noise alone."""
         controls = self.facts.get("controls")
-        return method.startswith("jitter") if controls is None else method in controls
+        return is_control(method) if controls is None else method in controls
+
+
+def is_control(method: str) -> bool:
+    """Whether a method in process differs from the baseline by noise alone."""
+    return method.startswith("jitter")
 
 
 def read(folder: Path) -> Run:
     """A run folder, workers' files included: arm by arm in the order the run names them, each in the order of time.
-    Raises UsageError where it is none or a line in the middle is broken."""
+    A line that was cut off costs itself alone, and a failed job that was done again its first record. Raises UsageError
+    for a folder that is none and for a record of another version."""
     try:
         facts = json.loads((folder / "run.json").read_text())
     except (OSError, ValueError) as error:
         raise UsageError(f"{str(folder)!r} is not a run folder: {error}") from error
-    records, torn = [], 0
+    records, torn = list[Record](), 0
     for file in sorted(folder.glob("records*.jsonl")):
         lines = file.read_bytes().rstrip(b"\n").split(b"\n")  # an answer may hold what Python takes for line ends, too
         for at, line in enumerate(lines if lines != [b""] else [], start=1):
             try:
                 records.append(decode(line.decode()))
-            except (ValueError, TypeError) as error:
-                if at < len(lines):
-                    raise UsageError(f"{file} line {at}: {error}") from error
+            except (TypeError, UsageError) as error:
+                raise UsageError(f"{file} line {at}: {error}") from error
+            except ValueError:  # cut off: the beginning of a line is never JSON
                 torn += 1
     order = {method: at for at, method in enumerate(facts.get("methods", ()))}
-    records.sort(key=lambda record: order.get(record.method, len(order)))
-    return Run(folder, facts, records, torn)
+    return Run(folder, facts, sorted(_once(records), key=lambda record: order.get(record.method, len(order))), torn)
+
+
+def _once(records: list[Record]) -> list[Record]:
+    """Without the failures of jobs that were done again."""
+    again = {record.job: at for at, record in enumerate(records)}
+    return [r for at, r in enumerate(records) if r.job is None or r.status == "ok" or again[r.job] == at]
 
 
 LATER = {"end": "natural"}
@@ -346,8 +409,21 @@ def refusal(one: Run, other: Run) -> str:
     return ""
 
 
+def changed(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Why a run cannot go on, in a sentence; empty if it can: the same model, texts, settings, versions and machine.
+    What ``now`` does not say is not compared."""
+    for key in ("model", "texts", "plugins", "settings", "environment"):
+        a, b = before.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict) and key == "environment":
+            a = {name: a.get(name) for name in b}
+        if b is not None and a != b:
+            what = "machine or its versions" if key == "environment" else key
+            return f"its {what} differed ({_differing(a, b)})"
+    return ""
+
+
 def _differing(a: Any, b: Any) -> str:
     if not (isinstance(a, dict) and isinstance(b, dict)):
         return f"{a!r} and {b!r}"
     keys = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
-    return ", ".join(f"{key}: {a.get(key)!r} and {b.get(key)!r}" for key in keys)
+    return ", ".join(f"{key}: {_differing(a.get(key), b.get(key))}" for key in keys)

@@ -152,6 +152,20 @@ LONGBENCH_RULES: dict[str, Any] = {
 """Dataset of LongBench → its rule. Left out are multifieldqa_zh, dureader and vcsum."""
 
 
+BY_NAME: dict[str, tuple[Any, str]] = {
+    "qa-f1": (qa_f1, "qa"),
+    "rouge-l": (rouge_l, "summarization"),
+    "contains": (lambda answer, reference: string_match_part(answer, [reference]), "qa"),
+    "choice": (choice, "qa"),
+    "first-boxed": (first_boxed, "qa"),
+    "last-boxed": (last_boxed, "qa"),
+    "count": (count, "synthetic"),
+    "retrieval": (retrieval, "synthetic"),
+    "code-similarity": (code_similarity, "code"),
+}
+"""Scorers of an answer and one reference, and the type of task they are for."""
+
+
 def _to_brace(text: str) -> str:
     """What stands before the next ``boxed{`` and before the next ``}``."""
     return text.partition("boxed{")[0].partition("}")[0]

@@ -52,7 +52,7 @@ def length_rows(answers: Sequence[Answer], base: str = "full") -> list[LengthRow
     for arm in arms:
         errors = [a.error for a in answers if (a.method, a.repeat) == arm and a.status == "failed"]
         counts = (*arm, len(good[arm]) + len(errors), len(errors), errors[0] if errors else "")
-        pairs = [(a, baseline[a.sample]) for a in good[arm].values() if a.sample in baseline]
+        pairs = [(good[arm][sample], b) for sample, b in baseline.items() if sample in good[arm]]
         rows.append(_row(counts, pairs, itself=arm == (base, 0)))
     return rows
 

@@ -10,6 +10,7 @@ from kvsuite.analysis.serving import blocks, checks, served_rows, token_speeds
 from kvsuite.analysis.shortfall import expected, interrupted, timed
 from kvsuite.analysis.speed import REFERENCE, log_speeds, speed_rows
 from kvsuite.analysis.stats import Estimate, log_change
+from kvsuite.analysis.table import State
 from kvsuite.analysis.verdict import Effect, effect
 from kvsuite.columns import Arm, Key, align, stack
 from kvsuite.margins import Margins
@@ -181,8 +182,8 @@ class Fast:
     """What verdicts on speed rest on."""
 
     effects: list[tuple[str, Effect]]
-    lost: list[tuple[str, str]]
-    """Methods that were to be judged and have no figure: FAILED, not measured, missing."""
+    lost: list[tuple[str, State]]
+    """Methods that were to be judged and have no figure."""
     where: str = ""
     """The cell, in words."""
 
@@ -203,7 +204,7 @@ def speeds(run: Run, margins: Margins) -> Fast:
             for row in judged
             if "tpot" in row.ratios
         ]
-        return Fast(found, [(row.method, "FAILED") for row in judged if "tpot" not in row.ratios], last)
+        return Fast(found, [(row.method, "failed") for row in judged if "tpot" not in row.ratios], last)
     rows = [row for row in speed_rows([r for r in run.records if isinstance(r, Timing)]) if row.phase == "decode"]
     rows = [row for row in rows if row.method != "transformers" and not run.is_control(row.method)]
     whole = [row for row in rows if row.speedup is not None]
@@ -223,8 +224,8 @@ def speeds(run: Run, margins: Margins) -> Fast:
     ]
     methods = [name for name in run.facts["methods"] if not run.is_control(name)]
     known = dict.fromkeys([*here, *(methods if unfinished else [])])
-    lost = [(m, "missing") for m in known if m not in here and m != FULL]
-    lost += [(m, "FAILED" if r.failed else "not measured") for m, r in here.items() if r.speedup is None]
+    lost: list[tuple[str, State]] = [(m, "missing") for m in known if m not in here and m != FULL]
+    lost += [(m, "failed" if r.failed else "not measured") for m, r in here.items() if r.speedup is None]
     return Fast(found, lost, f"batch {width}, {length} tokens")
 
 
@@ -239,11 +240,10 @@ def _speed(ratio: Estimate, margins: Margins, n: int, asked: int, partial: bool)
 
 def speed_changes(one: Run, other: Run, margins: Margins) -> list[tuple[str, Effect]]:
     """Every timed cell of two runs and how its speed changed: a method's as a multiple of its baseline's, the baseline
-    itself where the machine is the same. Welch's t on the logarithms of rounds, of servers those of blocks: two runs
-    are two sessions."""
+    itself where one machine is known to have computed both. Welch's t on the logarithms of rounds, of servers those of
+    blocks: two runs are two sessions."""
     before, after = _rounds(one), _rounds(other)
-    same = _machine(one) == _machine(other)
-    left_out = broken(one) | broken(other) | (set() if same else {one.baseline})
+    left_out = broken(one) | broken(other) | ({one.baseline} if elsewhere(one, other) else set())
     found = []
     for (method, cell), rounds in before.items():
         logs = [rounds, after.get((method, cell), [])]
@@ -254,9 +254,26 @@ def speed_changes(one: Run, other: Run, margins: Margins) -> list[tuple[str, Eff
     return found
 
 
-def _machine(run: Run) -> tuple[object, ...]:
+def elsewhere(one: Run, other: Run) -> list[str]:
+    """Why the seconds of two runs' baselines are not compared; nothing for runs that one machine computed alike."""
+    machines = [_machine(run) for run in (one, other)]
+    unknown = [str(run.folder) for run, machine in zip((one, other), machines, strict=True) if machine is None]
+    if unknown:
+        why = f"on what hardware {' and '.join(dict.fromkeys(unknown))} ran is not known"
+    elif machines[0] != machines[1] or dtypes(one) != dtypes(other):
+        why = "the two runs are of different hardware or number formats"
+    else:
+        return []
+    return [f"The speed of {one.baseline} itself is not compared: {why}. Methods' ratios may differ for that, too."]
+
+
+def _machine(run: Run) -> tuple[object, ...] | None:
+    """What computed a run's answers; None where that is not known. Servers may run anywhere: what ``run.json`` says of
+    hardware is then the client's."""
     where = run.facts["environment"]
-    return (*(where.get(key) for key in ("cpu", "gpu", "cores", "threads")), *dtypes(run))
+    gpu = run.facts["settings"].get("device") == "cuda"
+    known = tuple(where.get(key) for key in ("gpu", "cpu", "cores", "threads")[not gpu :])
+    return known if all(known) and "servers" not in run.facts else None
 
 
 def dtypes(run: Run) -> tuple[str | None, str | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,9 +18,9 @@ from kvsuite.readers.base import Load
 from kvsuite.records import Timing
 
 OURS = "kvsuite.cache."
+"""Where the classes live whose answers are scored; a timing of another one is transformers' own, a row beside."""
 REFERENCE = ("/reference", "/unfused")
 """How the path of a method ends that PyTorch computed, as it is and as it was called."""
-"""Where the classes live whose answers are scored; a timing of another one is transformers' own, a row beside."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,6 @@ class SpeedRow:
     error: str
     rate: float | None = None
     """Tokens per second, all sequences, median round."""
-    seconds: float | None = None
     speedup: Estimate | None = None
     rounds: int = 0
     nbytes: int = 0
@@ -52,35 +51,16 @@ def speed_rows(timings: Sequence[Timing]) -> list[SpeedRow]:
     """One row per timed cell, in order. Raises UsageError for a timing of our cache that was never checked."""
     rows = []
     for t in timings:
-        cell = (t.method, t.phase, t.width, t.length, t.status == "failed", t.error)
-        if t.status == "failed":
-            rows.append(SpeedRow(*cell, path=t.path, refusal=t.refusal))
-            continue
-        if t.cache.startswith(OURS) and not (t.checked is not None and t.checked <= 1):
+        failed = t.status == "failed"
+        if not failed and t.cache.startswith(OURS) and not (t.checked is not None and t.checked <= 1):
             raise UsageError(f"{t.method} was timed at width {t.width} without its output being checked")
-        logs = log_speeds(t)
-        if len(logs) < 2:
-            rows.append(
-                SpeedRow(
-                    *cell, nbytes=t.nbytes, nbytes_read=t.nbytes_read, checked=t.checked, path=t.path, refusal=t.refusal
-                )
-            )
-            continue
-        median = statistics.median(t.seconds)
-        rows.append(
-            SpeedRow(
-                *cell,
-                rate=t.tokens / median,
-                seconds=median,
-                speedup=log_ratio_interval(logs),
-                rounds=len(logs),
-                nbytes=t.nbytes,
-                nbytes_read=t.nbytes_read,
-                checked=t.checked,
-                path=t.path,
-                refusal=t.refusal,
-            )
-        )
+        row = SpeedRow(t.method, t.phase, t.width, t.length, failed, t.error, path=t.path, refusal=t.refusal)
+        if not failed:
+            row = replace(row, nbytes=t.nbytes, nbytes_read=t.nbytes_read, checked=t.checked)
+        if not failed and len(logs := log_speeds(t)) > 1:
+            rate = t.tokens / statistics.median(t.seconds)
+            row = replace(row, rate=rate, speedup=log_ratio_interval(logs), rounds=len(logs))
+        rows.append(row)
     return rows
 
 

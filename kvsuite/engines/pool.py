@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from kvsuite.engines.decoder import Decoder
@@ -33,9 +33,10 @@ class DecoderPool:
         sampling: Sampling,
         timeout: float,
         memory: float,
+        done: Mapping[tuple[str, str], float],
     ) -> None:
         """``asked``: requests with their context's and suffix's tokens; ``width``: rows of each method; ``timeout`` in
-        seconds, ``memory`` in bytes, as `TransformersEngine.generate` takes them."""
+        seconds, ``memory`` in bytes, ``done`` as `TransformersEngine.generate` takes them."""
         self.timeout, self.repeat = timeout, sampling.repeat
         self.memory = memory if engine.model.device.type == "cpu" else float("inf")  # a GPU's caches are all reserved
         self.workers: dict[str, MethodWorker | str] = {}
@@ -47,14 +48,18 @@ class DecoderPool:
                 self.workers[method.name] = engine.worker(method, width, lengths, self.repeat)
             except Exception as error:
                 self.workers[method.name] = say(error)
+        for (_, name), seconds in done.items():
+            worker = self.workers.get(name)
+            if isinstance(worker, MethodWorker):
+                worker.seconds += seconds
         able = [worker for worker in self.workers.values() if isinstance(worker, MethodWorker)]
         together = [able] if engine.model.device.type == "cpu" and able else [[worker] for worker in able]
         rows = step_rows(width, engine.model.device.type)
         self.decoders = [Decoder(engine.model, group, rows, sampling, engine.stop) for group in together]
 
-    def take(self, prompt: Prompt) -> Iterator[Response]:
-        """Give a prompt to every method. Yields the answers that end meanwhile, failed ones included."""
-        for method in self.methods:
+    def take(self, prompt: Prompt, methods: Sequence[Method]) -> Iterator[Response]:
+        """Give a prompt to these methods. Yields the answers that end meanwhile, failed ones included."""
+        for method in methods:
             worker = self.workers[method.name]
             if isinstance(worker, str):
                 yield failed(method, prompt.request, worker, self.repeat)

@@ -16,6 +16,8 @@ class Request:
     context: str
     question: str
     max_new_tokens: int
+    before: tuple[tuple[str, str], ...] = ()
+    """Role and text of the messages before the user's."""
 
 
 @dataclass

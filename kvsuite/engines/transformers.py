@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,15 +87,18 @@ class TransformersEngine:
         """Context and suffix as token ids. The prompt is tokenized as a whole, so both ways of compressing answer the
         same tokens; with ``compress="context"`` it is split before the first token of the question. Raises UsageError
         where the tokenizer or the template does not tell where that is."""
-        message = [{"role": "user", "content": request.context + request.question}]
+        said = [*request.before, ("user", request.context + request.question)]
+        messages = [{"role": role, "content": text} for role, text in said]
         if "MistralCommon" in type(self.tokenizer).__name__:  # its text holds control tokens that it does not read back
             text, plain = "", False
-            encoded = self.tokenizer.apply_chat_template(message, tokenize=True, return_dict=True)
+            encoded = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
         else:
             plain = not getattr(self.tokenizer, "chat_template", None)
-            text = message[0]["content"]
+            text = messages[-1]["content"]
+            if plain and request.before:
+                raise UsageError(f"sample {request.id} has several messages, but the model has no chat template")
             if not plain:
-                text = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+                text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             encoded = self.tokenizer(text, add_special_tokens=plain)
         ids = list(encoded["input_ids"])
         if not ids:
@@ -164,28 +167,34 @@ class TransformersEngine:
         sampling: Sampling | None = None,
         timeout: float = math.inf,
         memory: float = math.inf,
+        done: Mapping[tuple[str, str], float] | None = None,
     ) -> Iterator[Response]:
         """Every method's answer to every request, as they end. A method that fails costs its own answers only; so does
         one that takes ``timeout`` seconds more than 10 times what the first method, the baseline, has taken.
 
         Each prompt is prefilled once; then every method takes it into one of its ``width`` rows. On a CPU all methods
         are decoded together, in steps of 8 × ``width`` rows whatever the methods are; on a GPU each by itself. No more
-        sequences are held than have rows, nor more than ``memory`` bytes are reserved for.
+        sequences are held than have rows, nor more than ``memory`` bytes are reserved for. ``done``: (request's id,
+        method's name) → seconds of answers that are there: they are not made again, and count for timeouts.
         """
         asked = [(request, *self.encode(request, compress)) for request in requests]
         if not asked:
             return
         self._refuse_long(asked)
-        observes = [observation for method in methods for observation in method.observes]
-        pool = DecoderPool(self, methods, asked, width, sampling or Sampling(), timeout, memory)
+        done = done or {}
+        pool = DecoderPool(self, methods, asked, width, sampling or Sampling(), timeout, memory, done)
         for request, context, suffix in asked:
+            missing = [method for method in methods if (request.id, method.name) not in done]
+            if not missing:
+                continue
+            observes = [observation for method in missing for observation in method.observes]
             try:
                 prompt = self.prefill(request, context, suffix, observes)
             except Exception as error:  # a prompt too large for this machine costs its own answers
-                for method in methods:
+                for method in missing:
                     yield failed(method, request, say(error), pool.repeat)
                 continue
-            for response in pool.take(prompt):
+            for response in pool.take(prompt, missing):
                 yield self._finished(response)
         for response in pool.drain():
             yield self._finished(response)

@@ -3,39 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import math
-import pkgutil
 import re
 import typing
 from collections.abc import Iterable, Iterator
-from functools import cache
 
 from kvsuite.errors import UsageError, unknown
-from kvsuite.methods import budgets, codecs, readers, selectors
 from kvsuite.methods.base import Budget, Codec, Component, Method, Reader, Selector
+from kvsuite.registry import Registry, classes
 
-_ROOMS = (selectors, budgets, codecs, readers)
+METHODS = Registry(
+    "method",
+    "methods",
+    classes(Component),
+    tuple(f"kvsuite.methods.{k}s" for k in ("selector", "budget", "codec", "reader")),
+)
 
 
-@cache
 def names() -> dict[str, str]:
-    """Every component's name and its module: built-in ones by file name (``streaming_llm.py`` is ``streaming-llm``),
-    those of other packages by the entry points of the group ``kvsuite.methods`` (``name = "module"``)."""
-    own = {
-        module.name.replace("_", "-"): f"{room.__name__}.{module.name}"
-        for room in _ROOMS
-        for module in pkgutil.iter_modules(room.__path__)
-    }
-    outside = importlib.metadata.entry_points(group="kvsuite.methods")
-    return own | {entry.name: entry.module for entry in outside if entry.name not in own}
+    """Every component's name and its module."""
+    return METHODS.names()
 
 
 def component(name: str) -> type[Component]:
     """The class of that name. Raises UsageError with the nearest known one."""
-    if name not in names():
-        raise unknown("method", name, names())
-    module = importlib.import_module(names()[name])
+    module = METHODS.module(name)
     for value in vars(module).values():
         if isinstance(value, type) and issubclass(value, Component) and getattr(value, "name", "") == name:
             return value

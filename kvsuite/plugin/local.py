@@ -1,8 +1,8 @@
-"""A run whose answers are made in this process."""
+"""A run whose answers are made by a transformers model, here or by other processes."""
 
 from __future__ import annotations
 
-import dataclasses
+import time
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvsuite import environment, models, tasks
-from kvsuite.engines.request import Request, Response
+from kvsuite.engines.request import Request
 from kvsuite.errors import UsageError
 from kvsuite.methods import Method, parse
 from kvsuite.plugin.options import BASELINE, Options
 from kvsuite.plugin.plan import Speeds, duration, plan
 from kvsuite.plugin.session import Session
-from kvsuite.records import Answer
+from kvsuite.records import Answer, Job, is_control, read
+from kvsuite.runs.here import Here
+from kvsuite.runs.setting import Executor, Setting
 from kvsuite.tasks import Sample, Task
 
 if TYPE_CHECKING:
@@ -28,21 +30,41 @@ FIRST = 2
 """Failures of the baseline that end a run in which it was never right."""
 
 
-CALIBRATION = 1024
-"""Tokens that a codec learns from where it must."""
-
-
 class Local(Session):
-    """A transformers model in this process, loaded once: what it has answered and timed is a record at once."""
+    """What was answered and timed is a record at once."""
 
     def __init__(self, options: Options, worker: str = "", folder: Path | None = None) -> None:
         """``worker`` is the name of a pytest-xdist worker, ``folder`` its controller's run folder."""
         super().__init__(options, worker, folder)
         self._answers: dict[str, list[Answer]] = {}
-        self._texts: dict[int, list[int]] = {}
         self._prompts: dict[int, Prompt] = {}
+        self._asked: dict[str, set[str]] = {}
+        """Task ("" for timed cells) → the arms that chosen tests ask for."""
         self._proven, self._failures = False, 0
         """Whether the baseline was ever right, and how often it failed."""
+
+    def choose(self, items: Sequence[pytest.Item]) -> None:
+        """Take note of the arms that the chosen tests ask for: no other is run, but for the baseline and controls."""
+        for item in items:
+            call = getattr(item, "callspec", None)
+            params = {} if call is None else call.params
+            arm = params["kv_method"].name if "kv_method" in params else params.get("kv_arm")
+            if arm is not None:
+                self._asked.setdefault(str(params.get("kv_task", "")), set()).add(arm)
+        self.timed_cells = sum({"kv_local", "benchmark"} <= set(getattr(i, "fixturenames", ())) for i in items)
+
+    def _taking_part(self, asked: set[str]) -> tuple[Method, ...]:
+        return tuple(m for m in self.options.methods if m.name in asked or m == BASELINE or is_control(m.name))
+
+    @cached_property
+    def methods(self) -> tuple[Method, ...]:
+        """The arms of this run, the baseline first."""
+        return self._taking_part({arm for arms in self._asked.values() for arm in arms})
+
+    @property
+    def arms(self) -> Sequence[str]:
+        """Their names."""
+        return [method.name for method in self.methods]
 
     def fetch(self, names: Sequence[str], evaluations: Sequence[str]) -> None:
         """Make sure that the model and these tasks' texts are here. Raises UsageError that says what to run."""
@@ -56,10 +78,11 @@ class Local(Session):
 
     def announce(self, items: Sequence[pytest.Item]) -> str:
         """Arms, tasks and cells, what computes, and how long it will take here, by speeds measured now."""
-        o = self.options
         parts = [f"{name} {len(self.samples(tasks.task(name)))}" for name in self.chosen]
         parts += [f"{self.timed_cells} timed cells"] if self.timed_cells else []
-        what = f"{len(o.methods)} methods on {self.model_name}: {' · '.join(parts)}"
+        what = f"{len(self.methods)} methods on {self.model_name}: {' · '.join(parts)}"
+        if self.elsewhere:
+            return f"kvsuite: {what}; {self.executor.facts()['executor']}"
         try:
             self.progress.plan = plan(self, items)
         except pytest.exit.Exception:
@@ -83,24 +106,48 @@ class Local(Session):
     @property
     def model_folder(self) -> Path:
         """The model's folder, fetched if it is the default."""
-        return self.options.model or models.default_model()
+        return models.located(self.options.model) if self.options.model else models.default_model()
 
     @cached_property
-    def engine(self) -> TransformersEngine:
-        """The model, loaded on first use. One that cannot be loaded ends the run, in a sentence."""
-        from kvsuite.engines.transformers import TransformersEngine
+    def here(self) -> Here:
+        """This process's model. A run that goes on computes in what it began with, which `auto` chose by measuring."""
+        o = self.options
+        begun = read(self.folder).facts["environment"] if o.resume is not None and o.dtype == "auto" else {}
+        return Here(
+            Setting(
+                self.model_folder, self.methods, begun.get("compute_dtype", o.dtype), o.device, o.backend, o.width,
+                o.compress, o.cap, o.temperature, o.seed, o.timeout, o.memory * 2**30,
+            )
+        )  # fmt: skip
 
+    @cached_property
+    def executor(self) -> Executor:
+        """Who answers, its model loaded. One that cannot be loaded ends the run, in a sentence."""
         try:
-            o = self.options
-            engine = TransformersEngine.load(self.model_folder, o.dtype, o.device, o.backend)
-            self.__dict__["engine"] = engine  # `text` asks for its tokenizer
-            engine.calibrate(o.methods, lambda: self.text(CALIBRATION))
-            return engine
+            if self.elsewhere:
+                from kvsuite.runs.ray import OnRay
+
+                return OnRay(self.here.setting, self.options.ray_address)
+            _ = self.here.engine
+            return self.here
         except Exception as error:
             said = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
             if self.worker:  # pytest-xdist takes a worker that exits for one that crashed
                 raise UsageError(f"the model cannot be loaded: {said}") from error
             pytest.exit(f"the model cannot be loaded: {said}", returncode=pytest.ExitCode.USAGE_ERROR)
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether other processes answer, beside which nothing is timed and no model is loaded here."""
+        return self.options.executor != "here"
+
+    @property
+    def engine(self) -> TransformersEngine:
+        """This process's model. A test that asks for it is skipped where others answer."""
+        if self.elsewhere:
+            pytest.skip("the model is not loaded here: Ray's workers answer")
+        _ = self.executor
+        return self.here.engine
 
     @property
     def exact(self) -> Method:
@@ -131,116 +178,78 @@ class Local(Session):
 
         length, width = min(self.options.length), 8
         self.prompt(length)  # the first one makes what later ones find
-        prompt = self.engine.prefill(Request("speed", "", "", 1 << 30), self.text(length), [])
+        prompt = self.engine.prefill(Request("speed", "", "", 1 << 30), self.here.text(length), [])
         cells = [DecodeCell(self.engine, BASELINE, prompt, rows, 3) for rows in (1, width)]
         for cell in cells:
             cell.check()
         one, many = (min(cell.round() for _ in range(2)) for cell in cells)
         return Speeds(prompt.seconds / length, one, max(0.0, many - one) / (width - 1))
 
+    def known(self) -> dict[str, Any]:
+        """The model, too."""
+        weights = [f for f in self.model_folder.iterdir() if f.suffix in (".safetensors", ".bin", ".json")]
+        return super().known() | {"model": {"name": self.model_name, "fingerprint": environment.fingerprint(weights)}}
+
     def facts(self) -> dict[str, Any]:
-        """The model, and how torch runs it."""
-        import torch
+        """How torch runs the model."""
+        return {"environment": self.executor.facts()}
 
-        from kvsuite.engines.precision import dtype_name
-
-        o, folder = self.options, self.model_folder
-        weights = [f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin", ".json")]
-        gpu = torch.cuda.get_device_name() if o.device == "cuda" else None
-        layer = self.engine.layers[0]
-        return {
-            "model": {"name": self.model_name, "fingerprint": environment.fingerprint(weights)},
-            "environment": {
-                "threads": torch.get_num_threads(),
-                "gpu": gpu,
-                "compute_dtype": dtype_name(layer.dtype),
-                "kv_dtype": dtype_name(layer.kv_dtype),
-                "dtype_reason": self.engine.reason,
-            },
-        }
+    def jobs(self, task: Task) -> list[Job]:
+        """What a task asks for: every arm answers every sample once. A chat is answered with sampling, and once more by
+        the baseline with other noise: its control."""
+        methods = self._taking_part(self._asked.get(task.name, set()))
+        who = [(method.name, 0) for method in methods]
+        if task.evaluation == "length" and self.options.temperature > 0:
+            who.append((BASELINE.name, 1))
+        return [Job(task.evaluation, arm, task.name, s.id, repeat) for arm, repeat in who for s in self.samples(task)]
 
     def answers(self, name: str) -> list[Answer]:
-        """Every method's answers to a task; one pass over the samples serves all methods. A chat task is answered with
-        sampling, and once more by the baseline with other noise: its control."""
+        """The answers of all jobs of a task; the first call does those that are not recorded."""
         if name not in self._answers:
-            task, o = tasks.task(name), self.options
-            sampled = task.evaluation == "length" and o.temperature > 0
-            self._answers[name] = self._pass(task, o.methods, 0)
-            if sampled:
-                self._answers[name] += self._pass(task, (BASELINE,), 1)
+            task = tasks.task(name)
+            jobs, start = self.jobs(task), time.perf_counter()
+            there = {job: r for job in jobs if isinstance(r := self.recorded.get(job), Answer)}
+            self._answers[name] = [*there.values(), *self._missing(task, jobs, there)]
+            self.sharing += time.perf_counter() - start
         return self._answers[name]
+
+    def _missing(self, task: Task, jobs: Sequence[Job], there: dict[Job, Answer]) -> list[Answer]:
+        missing, found = {job for job in jobs if job not in there}, list[Answer]()
+        if not missing:
+            return []
+        before = {job: answer.seconds for job, answer in there.items()}
+        with self.progress.over(task.name, len(missing)) as done:
+            for answer in self.executor.answers(task, self.samples(task), missing, before):
+                self.record(answer)
+                found.append(answer)
+                done(len(answer.tokens))
+                who = answer.method, task.name
+                self.took[who] = self.took.get(who, 0.0) + answer.seconds
+                if answer.method == BASELINE.name:
+                    self.baseline(answer.error)
+        return found
+
+    def skip_recorded(self, job: Job) -> None:
+        """End the running test as skipped where its job was done before the run was resumed."""
+        if job in self.recorded:
+            pytest.skip("recorded already")
 
     def count_tokens(self, text: str) -> int:
         """By the model's own tokenizer."""
-        return len(self.engine.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return len(self.here.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def request(self, task: Task, sample: Sample) -> Request:
+    def request(self, sample: Sample) -> Request:
         """What the engine is asked for a sample."""
-        cap = sample.max_new_tokens
-        return Request(sample.id, sample.context, sample.question, min(cap, self.options.cap))
+        return self.here.request(sample)
 
     def text(self, length: int) -> list[int]:
-        """``length`` tokens of presidential messages: what speed is measured on."""
-        if length not in self._texts:
-            ids: list[int] = []
-            for file in sorted(models.messages().glob("*.txt")):
-                ids += self.engine.tokenizer(file.read_text(), add_special_tokens=False)["input_ids"]
-                if len(ids) >= length:
-                    break
-            self._texts[length] = ids[:length]
-        return self._texts[length]
+        """``length`` tokens: what speed is measured on."""
+        return self.here.text(length)
 
     def prompt(self, length: int) -> Prompt:
         """That text, prefilled once, with whatever any method of the run asks to see."""
         if length not in self._prompts:
-            observes = [o for method in self.options.methods for o in method.observes]
+            observes = [o for method in self.methods for o in method.observes]
             request = Request("text", "", "", 1 << 30)
             self._prompts[length] = self.engine.prefill(request, self.text(length), [], observes)
         return self._prompts[length]
-
-    def _pass(self, task: Task, methods: Sequence[Method], repeat: int) -> list[Answer]:
-        from kvsuite.engines.sampling import Sampling
-
-        o = self.options
-        samples = {sample.id: sample for sample in self.samples(task)}
-        requests = [self.request(task, sample) for sample in samples.values()]
-        temperature = o.temperature if task.evaluation == "length" else 0.0
-        how = Sampling(temperature, o.seed, repeat)
-        found: list[Answer] = []
-        caps = {request.id: request.max_new_tokens for request in requests}
-        with self.progress.over(task.name, len(requests) * len(methods)) as done:
-            for response in self.engine.generate(
-                requests,
-                methods,
-                width=o.width,
-                compress=o.compress,
-                sampling=how,
-                timeout=o.timeout,
-                memory=o.memory * 2**30,
-            ):
-                answer = self._answer(task, samples[response.id], response, caps[response.id])
-                self.record(answer)
-                found.append(answer)
-                done(len(response.tokens))
-                if response.method == BASELINE.name:
-                    self.baseline(response.error)
-        return found
-
-    def _answer(self, task: Task, sample: Sample, r: Response, cap: int) -> Answer:
-        """A response as a record: what both have in common, and where it belongs."""
-        broken = r.finish == "error"
-        common = {f.name: getattr(r, f.name) for f in dataclasses.fields(Answer) if hasattr(r, f.name)}
-        return Answer(
-            **common
-            | {
-                "status": "failed" if broken else "ok",
-                "finish": "" if broken else r.finish,
-                "score": None if broken else task.score(sample, r.text),
-                "evaluation": task.evaluation,
-                "task": task.name,
-                "type": task.type,
-                "sample": sample.id,
-                "cluster": sample.cluster,
-                "cap": cap,
-            }
-        )

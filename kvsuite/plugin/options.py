@@ -11,49 +11,24 @@ from typing import Any, Literal
 
 import pytest
 
-from kvsuite import environment, models, tasks
+from kvsuite import environment, models, registry, tasks
 from kvsuite.errors import UsageError, unknown
 from kvsuite.kernels import BACKENDS
 from kvsuite.margins import Margins
 from kvsuite.methods import Method, parse, parse_all
 from kvsuite.plugin import servers
-from kvsuite.plugin.presets import PRESETS, SMOKE
+from kvsuite.plugin.declared import HELP
+from kvsuite.plugin.presets import PRESETS
 
 BASELINE = parse("full")
 CONTROL = parse("jitter")
-HELP = {
-    "preset": f"how much is done: {', '.join(PRESETS)}; the defaults of all other options",
-    "model": "a model folder in Hugging Face's layout (default: SmolLM2-135M-Instruct, fetched once)",
-    "methods": "methods, comma-separated, e.g. kivi:bits=4,h2o:budget=256+int8; full and jitter always take part",
-    "compress": "what is compressed: the whole prompt, or the context, the question being fed through the cache",
-    "batch": "widths of decoding batches, comma-separated; answers are decoded at the largest, on a CPU all methods "
-    "together in steps of 8 times as many rows",
-    "length": "prompt lengths in tokens, comma-separated",
-    "tasks": "tasks, comma-separated",
-    "samples": "samples per task",
-    "cap": "most tokens of a chat answer",
-    "temperature": "of chat answers; 0 is greedy",
-    "rounds": "pairs of rounds per timed cell",
-    "timeout": "seconds a method may take for a task or a cell beyond 10 times what the baseline takes; seconds a "
-    "server has for an answer",
-    "memory": "GiB that the caches of all methods may reserve; fewer sequences are decoded together where it is scarce "
-    "(default: a quarter of this machine's)",
-    "seed": "seed of samples and noise",
-    "dtype": "what the model computes in: auto (what is measured to be fast here), bfloat16 or float32; K and V are "
-    "stored in the checkpoint's own",
-    "device": "cpu or cuda",
-    "backend": "who computes on the caches: auto (the fastest that supports a method), reference (PyTorch) or "
-    "triton; where one refuses, the reference does, and records say why",
-    "margins": "how much worse a method may be before it counts as harmful",
-    "run": "the folder this run leaves (default: runs/ and the time)",
-    **servers.HELP,
-}
 CHOICES = {
     **servers.CHOICES,
     "compress": ("prompt", "context"),
     "dtype": ("auto", "bfloat16", "float32"),
     "device": ("cpu", "cuda"),
     "backend": ("auto", *BACKENDS),
+    "executor": ("here", "ray"),
 }
 FRAME = 96
 """Tokens a chat template and an answer need beside a prompt."""
@@ -67,6 +42,7 @@ class Options:
 
     preset: str
     model: Path | None
+    """A folder, or a name on Hugging Face's hub: `models.located` says where it is."""
     methods: tuple[Method, ...]
     compress: Literal["prompt", "context"]
     batch: tuple[int, ...]
@@ -84,6 +60,9 @@ class Options:
     device: str
     backend: str
     run: Path | None
+    resume: Path | None
+    executor: str
+    ray_address: str
     margins: Margins
     servers: servers.Servers | None
     """What is compared instead of methods, if anything."""
@@ -114,36 +93,28 @@ class Options:
             "backend",
         )
         own = {key: list(v) if isinstance(v := getattr(self, key), tuple) else v for key in shared}
+        own["tasks"] = [tasks.task(name).spelled for name in self.tasks]
         return own if self.servers is None else own | self.servers.settings()
 
 
-METHODS_ONLY = ("methods", "compress", "dtype", "device", "backend", "memory")
+METHODS_ONLY = ("methods", "compress", "dtype", "device", "backend", "memory", "executor", "ray-address")
 """Options that would do nothing to a server: refused on a command line, overlooked in a file that serves both."""
 
 
-def add(parser: pytest.Parser) -> None:
-    """Declare ``--kv-…``. Defaults are filled in by `read`, so that the configuration file can come between."""
-    group = parser.getgroup("kvsuite", "KV-cache compression")
-    for key, text in HELP.items():
-        default = (SMOKE | servers.DEFAULTS).get(key, "smoke")
-        shown = (
-            ""
-            if key in ("model", "methods", "run", "memory") or not default or "default" in text
-            else f" (default: {default})"
-        )
-        how = "append" if key == "variant" else "store"
-        group.addoption(
-            f"--kv-{key}", dest=f"kv_{key}", action=how, default=None, metavar=key.upper(), help=text + shown
-        )
-
-
 def read(config: pytest.Config) -> Options:
-    """The run's options; nothing is loaded. Raises UsageError, one sentence, naming the option."""
+    """The run's options; of what they name only the user's own files are loaded. Raises UsageError, one sentence,
+    naming the option."""
     given = _configured(config.rootpath / "pyproject.toml")
     here = {key: value for key in HELP if (value := config.getoption(f"kv_{key}")) is not None}
+    own = _items("plugin", given.pop("plugin")) if "plugin" in given else []
+    for file in [*(config.rootpath / name for name in own), *map(Path, here.pop("plugin", []))]:
+        registry.load(file)
     if {"baseline", "variant"} & {*given, *here} and (own := [key for key in METHODS_ONLY if key in here]):
         raise UsageError(f"--kv-{own[0]} is about methods in this process; servers are configured by their own options")
-    return check(given | here)
+    options = check(given | here)
+    if not hasattr(config, "workerinput"):  # a worker of pytest-xdist that replaces another finds its records
+        _check_folders(options)
+    return options
 
 
 def check(given: Mapping[str, Any]) -> Options:
@@ -151,7 +122,7 @@ def check(given: Mapping[str, Any]) -> Options:
     preset = str(given.get("preset", "smoke"))
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
-    raw = PRESETS[preset] | servers.DEFAULTS | {key: value for key, value in given.items() if key != "preset"}
+    raw = PRESETS[preset] | {key: value for key, value in given.items() if key != "preset"}
     for key, known in CHOICES.items():
         if raw[key] not in known:
             raise unknown(f"value of --kv-{key}", str(raw[key]), known)
@@ -172,6 +143,9 @@ def check(given: Mapping[str, Any]) -> Options:
         timeout=_number("timeout", raw["timeout"]),
         memory=_number("memory", raw["memory"]) if raw["memory"] else environment.memory() / 4,
         run=Path(str(raw["run"])) if raw["run"] else None,
+        resume=Path(str(raw["resume"])) if raw["resume"] else None,
+        executor=raw["executor"],
+        ray_address=str(raw["ray-address"]),
         margins=Margins.parse(str(raw["margins"])),
         servers=servers.check(raw, _number),
         **{key: _whole(key, raw[key], 0 if key == "seed" else 1) for key in ("samples", "cap", "rounds", "seed")},
@@ -190,8 +164,18 @@ def _check_sizes(options: Options) -> None:
     limit = _limit(options)
     if limit is not None and longest + FRAME > limit:
         raise UsageError(f"--kv-length {longest} does not fit the model's context of {limit} tokens")
+
+
+def _check_folders(options: Options) -> None:
     if options.run is not None and any(options.run.glob("records*.jsonl")):
-        raise UsageError(f"--kv-run {str(options.run)!r} already holds a run; name another folder")
+        raise UsageError(f"--kv-run {str(options.run)!r} already holds a run; name another folder, or --kv-resume it")
+    if options.resume is not None:
+        if options.run is not None:
+            raise UsageError("--kv-run names a new run's folder, --kv-resume an old one's: give one of them")
+        if options.servers is not None:
+            raise UsageError("--kv-resume: a comparison of servers cannot be resumed, since its legs belong together")
+        if not (options.resume / "run.json").is_file():
+            raise UsageError(f"--kv-resume {str(options.resume)!r} is not a run folder")
 
 
 def _limit(options: Options) -> int | None:

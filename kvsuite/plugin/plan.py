@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from kvsuite import tasks
+from kvsuite.records import Job, cell_name
 
 if TYPE_CHECKING:
     from kvsuite.plugin.local import Local
@@ -89,8 +90,10 @@ def _load(session: Local, name: str) -> Load:
     return Load(len(samples), prompt, answer)
 
 
-def _seconds(session: Local, speeds: Speeds, asked: dict[str, object], known: dict[str, Load], seen: set[str]) -> float:
+def _seconds(session: Local, speeds: Speeds, asked: Mapping[str, Any], known: dict[str, Load], seen: set[str]) -> float:
     o = session.options
+    if cell_job(asked) in session.recorded:
+        return 0.0
     if "kv_prefill" in asked:
         return (2 * max(3, o.rounds // 3) + 2) * speeds.token * int(str(asked["kv_prefill"]))
     if "kv_batch" in asked:
@@ -108,8 +111,22 @@ def _seconds(session: Local, speeds: Speeds, asked: dict[str, object], known: di
     if name in seen:  # one pass serves all arms
         return 0.0
     seen.add(name)
-    answers = load.samples * (len(o.methods) + (tasks.task(name).evaluation == "length"))
-    return load.samples * prompt * 1.5 + speeds.steps(answers * load.answer, min(answers, session.together))
+    jobs = session.jobs(tasks.task(name))
+    answers = sum(job not in session.recorded for job in jobs)
+    if not answers:
+        return 0.0
+    share = answers / len(jobs)
+    return share * load.samples * prompt * 1.5 + speeds.steps(answers * load.answer, min(answers, session.together))
+
+
+def cell_job(asked: Mapping[str, Any]) -> Job | None:
+    """The timed cell that a test with these parameters is; None for a test of another kind."""
+    arm = asked["kv_method"].name if "kv_method" in asked else "transformers"
+    if "kv_prefill" in asked:
+        return Job("throughput", arm, "prefill", cell_name(1, asked["kv_prefill"]))
+    if "kv_batch" in asked:
+        return Job("throughput", arm, "decode", cell_name(asked["kv_batch"], asked["kv_length"]))
+    return None
 
 
 def duration(seconds: float) -> str:

@@ -23,6 +23,21 @@ SMOKE: dict[str, Any] = {
     "backend": "auto",
     "margins": "quality=0.01,broken=0.01,length=0.03,speed=0",
     "run": "",
+    "resume": "",
+    "executor": "here",
+    "ray-address": "",
+    "plugin": [],
+    "baseline": "",
+    "variant": [],
+    "profile": "",
+    "serve": "alone",
+    "arrivals": "closed",
+    "workload": "",
+    "prefix": "cold",
+    "end": "natural",
+    "requests": 0,
+    "goodput": "",
+    "startup": 600,
 }
 STANDARD = SMOKE | {
     "methods": SMOKE["methods"]

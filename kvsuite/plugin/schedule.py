@@ -111,10 +111,11 @@ def _digests(cell: Cell, seed: str, count: int, options: Options, tokens: Callab
 
 
 def _ask(sample: Sample, temperature: float, options: Options, repeat: int = 0) -> Ask:
-    message = {"role": "user", "content": sample.context + sample.question}
+    said = [*sample.before, ("user", sample.context + sample.question)]
+    messages = tuple({"role": role, "content": text} for role, text in said)
     seed = random.Random(f"{options.seed} {sample.id} {repeat}").randrange(1 << 31) if temperature else None
     cap = min(sample.max_new_tokens, options.cap)
-    return Ask(sample.id, (message,), cap, temperature, seed, cluster=sample.cluster)
+    return Ask(sample.id, messages, cap, temperature, seed, cluster=sample.cluster)
 
 
 def _reordered(asks: Sequence[T], key: str) -> list[T]:

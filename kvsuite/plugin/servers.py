@@ -16,33 +16,6 @@ from kvsuite.workloads import Arrivals
 BASELINE = "baseline"
 AGAIN = "baseline again"
 """The A/A arm: the baseline asked the same in another order. What it shows is noise."""
-HELP = {
-    "baseline": "what serves the uncompressed model: a URL, openvino:kv=f16, or a command with {port} and {model}; "
-    "compares servers instead of methods",
-    "variant": "NAME=SPEC: what serves the same model with a compressed cache; may be given several times",
-    "profile": "what is known of the servers: a name or your own .toml (default: recognised by command or /metrics)",
-    "serve": "alone: one server at a time, restarted A B B A; together: all at once, used in turn",
-    "arrivals": "closed (as many at a time as --kv-batch says), constant:RATE, poisson:RATE, bursts:N@RATE or trace",
-    "workload": "what is timed: a trace (.jsonl, OpenAI messages) or ShareGPT's .json (default: texts of --kv-length)",
-    "prefix": "cold: no prompt finds itself in the prefix cache; warm: every one does",
-    "end": "natural: timed answers end where the model ends them; forced: they go on to --kv-cap (ignore_eos)",
-    "requests": "requests per timed cell and leg (default 0: twice the concurrency)",
-    "goodput": "find the highest rate that meets p95 targets in seconds, e.g. ttft=2,itl=0.2",
-    "startup": "seconds a server may take until it answers",
-}
-DEFAULTS: dict[str, Any] = {
-    "baseline": "",
-    "variant": [],
-    "profile": "",
-    "serve": "alone",
-    "arrivals": "closed",
-    "workload": "",
-    "prefix": "cold",
-    "end": "natural",
-    "requests": 0,
-    "goodput": "",
-    "startup": 600,
-}
 CHOICES = {"serve": ("alone", "together"), "prefix": ("cold", "warm"), "end": ("natural", "forced")}
 
 

@@ -58,7 +58,7 @@ class Serving(Session):
     def model(self) -> Path:
         """What ``{model}`` stands for: the model asked for, else the default one."""
         if self.options.model:
-            return self.options.model.absolute()
+            return models.located(self.options.model).absolute()
         kinds = {s.kind for s in self.asked.specs.values() if s.needs_model}
         return models.default_gguf() if kinds == {"openvino"} else models.default_model()
 
@@ -69,8 +69,8 @@ class Serving(Session):
     @cached_property
     def tokenizer(self) -> Callable[[str], int] | None:
         """The model's own, where its folder is known."""
-        known = self.options.model or (self.model() if any(s.needs_model for s in self.asked.specs.values()) else None)
-        file = known / "tokenizer.json" if known else None
+        known = self.model() if any(s.needs_model for s in self.asked.specs.values()) else self.options.model
+        file = models.located(known, "tokenizer.json") / "tokenizer.json" if known else None
         if file is None or not file.is_file() or importlib.util.find_spec("tokenizers") is None:
             return None
         from tokenizers import Tokenizer

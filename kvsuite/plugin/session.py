@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvsuite import environment, tasks
+from kvsuite import environment, registry, tasks
+from kvsuite.errors import UsageError
 from kvsuite.plugin.options import Options
 from kvsuite.plugin.progress import Progress
-from kvsuite.records import Answer, Record, RunFolder
+from kvsuite.records import Answer, Job, Record, RunFolder, changed, read
 from kvsuite.tasks import Sample, Task
 
 if TYPE_CHECKING:
@@ -24,13 +27,17 @@ class Session:
     def __init__(self, options: Options, worker: str = "", folder: Path | None = None) -> None:
         """``worker`` is the name of a pytest-xdist worker, ``folder`` its controller's run folder."""
         self.options, self.worker = options, worker
-        self.folder = folder or options.run or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
+        self.folder = folder or options.resume or options.run or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
         self.run = RunFolder(self.folder, worker)
         self.progress = Progress(quiet=bool(worker))
         self.chosen: Sequence[str] = ()
         """The tasks that the chosen tests ask for."""
         self.timed_cells = 0
         """Cells that the chosen tests time in this process."""
+        self.took: dict[tuple[str, str], float] = {}
+        """Arm and task → the seconds of its jobs since they were last asked for."""
+        self.sharing = 0.0
+        """Seconds spent so far on jobs that several tests share."""
         self._described = False
         self._samples: dict[str, list[Sample]] = {}
 
@@ -38,6 +45,21 @@ class Session:
     def tasks(self) -> list[Task]:
         """The tasks asked for."""
         return [tasks.task(name) for name in self.options.tasks]
+
+    @property
+    def arms(self) -> Sequence[str]:
+        """Names of what this run measures."""
+        return self.options.arms
+
+    @cached_property
+    def recorded(self) -> dict[Job, Record]:
+        """Jobs that need not be done: they were before a run was resumed, or by a worker that this one replaces."""
+        if not (self.folder / "run.json").is_file():
+            return {}
+        return {r.job: r for r in read(self.folder).records if r.job is not None and r.status == "ok"}
+
+    def choose(self, items: Sequence[pytest.Item]) -> None:
+        """Take note of the tests that were chosen."""
 
     def fetch(self, names: Sequence[str], evaluations: Sequence[str]) -> None:
         """Make sure that what these tasks and evaluations need is here. Raises UsageError that says what to run."""
@@ -73,27 +95,56 @@ class Session:
         """What ``run.json`` says beside what all runs say: model, environment, who is the baseline."""
         raise NotImplementedError
 
+    def known(self) -> dict[str, Any]:
+        """What ``run.json`` says of any run, and what can be told before a model is loaded."""
+        o = self.options
+        return {
+            "texts": {task.name: environment.fingerprint(task.fetch()) for task in self.tasks},
+            "plugins": {file.name: environment.fingerprint([file]) for file in registry.loaded()},
+            "settings": o.settings(),
+            "environment": environment.describe(),
+        }
+
     def record(self, record: Record) -> None:
         """Write one record; the first one is preceded by ``run.json``."""
         if not self._described:
             self.describe()
         self.run.append(record)
 
+    def check_resumed(self) -> None:
+        """Raises UsageError where the run that is to go on is another one than this."""
+        before, now = read(self.folder).facts, json.loads(json.dumps(self.known()))
+        if self.options.resume is not None and (reason := changed(before, now)):
+            raise UsageError(f"{str(self.folder)!r} cannot be resumed: {reason}; leave out --kv-resume for a new run")
+
+    def _resume(self, now: str) -> None:
+        """A run that goes on may measure more arms and tasks than before."""
+        before = read(self.folder).facts
+        was, wanted = before.get("expected", {}), self.expected()
+        expected = {**was, **wanted, "samples": {**was.get("samples", {}), **wanted["samples"]}}
+        if "timings" in was:
+            expected["timings"] = max(was["timings"], wanted.get("timings", 0))
+        methods = dict.fromkeys([*before["methods"], *self.arms])
+        self.run.amend({"resumed": now, "finished": None, "methods": list(methods), "expected": expected})
+
     def describe(self) -> None:
-        """Write ``run.json``."""
-        o, own = self.options, self.facts()
+        """Write ``run.json``, or what is new in that of a run that goes on."""
+        self._described = True
+        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        if self.options.resume is not None:
+            self._resume(now)
+            return
+        o, known, own = self.options, self.known(), self.facts()
         self.run.describe(
             {
-                "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "started": now,
                 "command": sys.argv[1:],
                 "preset": o.preset,
-                "methods": list(o.arms),
-                "texts": {task.name: environment.fingerprint(task.fetch()) for task in self.tasks},
-                "settings": o.settings(),
+                "methods": list(self.arms),
+                **known,
                 "margins": vars(o.margins),
                 "expected": self.expected(),
                 **own,
-                "environment": environment.describe() | own.get("environment", {}),
+                "environment": known["environment"] | own.get("environment", {}),
             }
         )
-        self._described = True

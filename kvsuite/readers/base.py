@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import glob
-import importlib
 import json
-import pkgutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import kvsuite.readers
 from kvsuite.columns import Arm, Floats
-from kvsuite.errors import UsageError, unknown
+from kvsuite.errors import UsageError
+from kvsuite.registry import Registry, function
 
 
 @dataclass(frozen=True)
@@ -48,10 +46,12 @@ class Load:
         return float(np.nansum(self.tokens)) / self.duration
 
 
+FORMATS = Registry("format of results", "readers", function("read"), ("kvsuite.readers",))
+
+
 def formats() -> list[str]:
-    """All formats, found by file name."""
-    found = pkgutil.iter_modules([str(Path(kvsuite.readers.__path__[0]))])
-    return sorted(m.name.replace("_", "-") for m in found if m.name != "base")
+    """All formats."""
+    return sorted(FORMATS.names())
 
 
 def read(spec: str) -> Arm | Load:
@@ -59,11 +59,8 @@ def read(spec: str) -> Arm | Load:
     name, colon, rest = spec.partition(":")
     if not colon or (name not in formats() and _is_there(_split(spec)[0])):
         name, rest = "run", spec
-    if name not in formats():
-        raise unknown("format of results", name, formats())
-    path, which = _split(rest)
-    module = importlib.import_module(f"kvsuite.readers.{name.replace('-', '_')}")
-    found: Arm | Load = module.read(spec, path, which)
+    module = FORMATS.module(name)
+    found: Arm | Load = module.read(spec, *_split(rest))
     return found
 
 

@@ -5,98 +5,124 @@ from __future__ import annotations
 import io
 import textwrap
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TextIO
 
 import rich.table
 from rich.console import Console
+from rich.text import Text as Styled
 
-from kvsuite.records import Run
-from kvsuite.report.table import RATIO, Table
-from kvsuite.report.tables import provenance, tables
+from kvsuite.analysis.report import Report
+from kvsuite.analysis.table import Note, Severity, Table
+from kvsuite.report.text import Text, body, header
 
-LOUD = ("FAILED", "BROKEN", "COMPRESSED", "MISSING", "partial")
-"""How notes and titles begin that must not be overlooked."""
+STYLES: dict[Severity, str] = {"info": "dim", "warning": "yellow", "error": "red"}
 WIDE = 100
 """Columns from which headers stay on one line."""
 NARROW = 15
 """Characters that a row's name keeps on a line."""
 
 
-def pytest_kv_report(run: Run, terminalreporter: Any) -> None:
+def pytest_kv_report(report: Report, terminalreporter: Any) -> None:
     """Print all tables of the run."""
     writer = terminalreporter._tw
-    write(tables(run), writer._file, writer.fullwidth, provenance(run.records))
-    terminalreporter.write_line(f"records and report: {run.folder}")
+    write(report.tables, writer._file, writer.fullwidth, report.notes)
+    terminalreporter.write_line(f"records and report: {report.run.folder}")
 
 
-def write(found: Sequence[Table], file: TextIO, width: int, last: str = "") -> None:
-    """Draw tables for a window of ``width`` columns."""
+def write(tables: Sequence[Table], file: TextIO, width: int, last: Sequence[Note] = ()) -> None:
+    """Draw tables, and ``last`` notes, for a window of ``width`` columns."""
     console = Console(file=file, width=width, highlight=False, markup=False, emoji=False)
-    for table in found:
+    for table in tables:
         console.print()
-        console.print(table.title, style="red" if table.title.startswith(LOUD) else "italic")
-        for part in _fitting(table, console) if table.rows else ():
-            console.print(_drawn(part, width))
+        console.print(table.title, style="italic" if table.severity == "info" else STYLES[table.severity])
+        for part in _fitting(_Grid.of(table), console) if table.rows else ():
+            console.print(part if isinstance(part, str) else _drawn(part, width))
         for note in table.notes:
-            console.print(note, style="red" if note.startswith(LOUD) else "dim")
+            console.print(note.text, style=STYLES[note.severity])
     if last:
         console.print()
-        console.print(last, style="bold")
+    for note in last:
+        console.print(note.text, style="bold" if note.severity == "info" else STYLES[note.severity])
 
 
-def _fitting(table: Table, console: Console) -> list[Table]:
-    """The table, or several of its columns at a time where it is wider than the window."""
+@dataclass(frozen=True)
+class _Grid:
+    """What is drawn of a table, or of some of its columns."""
+
+    names: list[str]
+    rows: list[list[Text]]
+    heads: int
+    """So many leading columns say what a row is; they come again where a table is too wide for its window."""
+    beside: frozenset[int]
+    """Columns that stay with the one before them."""
+
+    @classmethod
+    def of(cls, table: Table) -> _Grid:
+        beside = (at for at, column in enumerate(table.columns, len(table.heads)) if column.beside)
+        return cls(header(table), body(table), len(table.heads), frozenset(beside))
+
+    def some(self, columns: Sequence[int]) -> _Grid:
+        """These columns alone."""
+        rows = [[row[at] for at in columns] for row in self.rows]
+        beside = frozenset(place for place, at in enumerate(columns) if at in self.beside)
+        return _Grid([self.names[at] for at in columns], rows, sum(at < self.heads for at in columns), beside)
+
+    def shorter(self) -> tuple[list[str], _Grid]:
+        """What the names of all rows have in common, and the table without it; each row keeps its last name."""
+        names = [{row[at].text for row in self.rows} for at in range(self.heads - 1)]
+        common = {at: next(iter(texts)) for at, texts in enumerate(names) if len(texts) == 1}
+        rest = self.some([at for at in range(len(self.names)) if at not in common])
+        return [f"{self.names[at]}: {text}" for at, text in common.items()], rest
+
+    def folded(self, fold: int) -> _Grid:
+        """With the first of the rows' names in lines of so many characters."""
+        rows = [[Text("\n".join(textwrap.wrap(row[0].text, fold))), *row[1:]] for row in self.rows]
+        return replace(self, rows=rows)
+
+    def units(self) -> list[list[int]]:
+        """The columns after the heads, those together that must be."""
+        found: list[list[int]] = []
+        for at in range(self.heads, len(self.names)):
+            if at in self.beside:
+                found[-1].append(at)
+            else:
+                found.append([at])
+        return found
+
+
+def _fitting(grid: _Grid, console: Console) -> list[str | _Grid]:
+    """The table; where it is wider than the window what its rows have in common, then as many columns at a time as
+    fit."""
     endless = Console(file=io.StringIO(), width=10_000, markup=False, emoji=False)
 
-    def width(of: Table) -> int:
-        return endless.measure(_drawn(of, console.width)).maximum
+    def fits(some: _Grid) -> bool:
+        return endless.measure(_drawn(some, console.width)).maximum <= console.width
 
-    if width(table) <= console.width:
-        return [table]
-    folded, narrow = (_folded(table, fold) for fold in (max(NARROW, console.width // 4), NARROW))
-    for whole in (folded, narrow):
-        if width(whole) <= console.width:
-            return [whole]
-    groups: list[list[int]] = [[]]
-    for unit in _units(table):
-        if groups[-1] and width(_some(folded, [*groups[-1], *unit])) > console.width:
-            groups.append([])
-        groups[-1] += unit
-    return [_some(folded, group) for group in groups]
-
-
-def _folded(table: Table, fold: int) -> Table:
-    """The table with its rows' names in lines of so many characters."""
-    return replace(table, rows=[["\n".join(textwrap.wrap(row[0], fold)), *row[1:]] for row in table.rows])
+    if fits(grid):
+        return [grid]
+    common, grid = grid.shorter()
+    folded, narrow = (grid.folded(fold) for fold in (max(NARROW, console.width // 4), NARROW))
+    whole = next((some for some in (grid, folded, narrow) if fits(some)), None)
+    if whole:
+        return [*common, whole]
+    heads = list(range(grid.heads))
+    groups = [heads]
+    for unit in grid.units():
+        if groups[-1] != heads and not fits(folded.some([*groups[-1], *unit])):
+            groups.append(heads)
+        groups[-1] = [*groups[-1], *unit]
+    return [*common, *map(folded.some, groups)]
 
 
-def _units(table: Table) -> list[list[int]]:
-    """The columns after the keys; a ratio stays with the value before it."""
-    units: list[list[int]] = []
-    for column in range(table.keys, len(table.columns)):
-        if units and table.columns[column] == RATIO:
-            units[-1].append(column)
-        else:
-            units.append([column])
-    return units
-
-
-def _some(table: Table, columns: Sequence[int]) -> Table:
-    """The table's keys and these columns."""
-    chosen = [*range(table.keys), *columns]
-    rows = [[row[at] for at in chosen] for row in table.rows]
-    return Table("", [table.columns[at] for at in chosen], rows, keys=table.keys)
-
-
-def _drawn(table: Table, width: int) -> rich.table.Table:
+def _drawn(grid: _Grid, width: int) -> rich.table.Table:
     gap = " " if width >= WIDE else "\n"
     drawn = rich.table.Table(box=None, pad_edge=False, padding=(0, 1))
-    for at, name in enumerate(table.columns):
-        if at < table.keys:
+    for at, name in enumerate(grid.names):
+        if at < grid.heads:
             drawn.add_column(name)
         else:
             drawn.add_column(name.replace(" tok", gap + "tok"), justify="right", no_wrap=True)
-    for row in table.rows:
-        drawn.add_row(*row)
+    for row in grid.rows:
+        drawn.add_row(*(Styled(cell.text, style="red" if cell.loud else "") for cell in row))
     return drawn

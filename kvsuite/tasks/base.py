@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
-import kvsuite.tasks
-from kvsuite.errors import UsageError, unknown
+from kvsuite.errors import UsageError
+from kvsuite.registry import Registry, classes
 
 Type = Literal["qa", "summarization", "few-shot", "synthetic", "code", "chat"]
 
@@ -26,15 +24,22 @@ class Sample:
     max_new_tokens: int
     cluster: str = ""
     """The document it was made of, where several samples can be made of one: they are not independent."""
+    before: tuple[tuple[str, str], ...] = ()
+    """Role and text of the messages before the user's."""
 
 
 class Task:
     """A named set of samples with a scorer."""
 
-    name: ClassVar[str]
-    type: ClassVar[Type]
-    evaluation: ClassVar[Literal["samples", "length", "throughput"]] = "samples"
+    name: str
+    type: Type
+    evaluation: Literal["samples", "length", "throughput"] = "samples"
     """What its answers are for: their scores, their lengths, or the time they take."""
+
+    @property
+    def spelled(self) -> str:
+        """Canonical text: the name, and how answers are scored where that was chosen."""
+        return self.name
 
     def fetch(self) -> Iterable[Path]:
         """Make sure its texts are here and name their files. Raises UsageError that says what to run."""
@@ -50,18 +55,36 @@ class Task:
         raise NotImplementedError
 
 
+TASKS = Registry("task", "tasks", classes(Task), ("kvsuite.tasks",), ("base", "jsonl"))
+_FILES: dict[str, Task] = {}
+"""The tasks that were made of the user's prompts, by name."""
+
+
 def names() -> list[str]:
-    """All tasks, found by file name."""
-    found = pkgutil.iter_modules([str(Path(kvsuite.tasks.__path__[0]))])
-    return sorted(m.name.replace("_", "-") for m in found if m.name != "base")
+    """All tasks that need no file of the user's."""
+    return sorted(TASKS.names())
 
 
 def task(name: str) -> Task:
-    """The task of that name. Raises UsageError with the nearest known one."""
-    if name not in names():
-        raise unknown("task", name, names())
-    module = importlib.import_module(f"kvsuite.tasks.{name.replace('-', '_')}")
+    """The task of that name; ``jsonl:FILE`` makes one, which from then on has the name of the file. Raises UsageError
+    with the nearest known name, and for a file that is not whole."""
+    if name.startswith("jsonl:"):
+        return _from_file(name)
+    if name in _FILES:
+        return _FILES[name]
+    module = TASKS.module(name)
     for value in vars(module).values():
-        if isinstance(value, type) and issubclass(value, Task) and value.__module__ == module.__name__:
+        if isinstance(value, type) and issubclass(value, Task) and getattr(value, "name", "") == name:
             return value()
-    raise UsageError(f"{module.__name__} defines no task")
+    raise UsageError(f"{module.__name__} defines no task {name!r}")
+
+
+def _from_file(spec: str) -> Task:
+    from kvsuite.tasks.jsonl import Jsonl
+
+    made = Jsonl.parse(spec)
+    known = _FILES.get(made.name)
+    if made.name in names() or (isinstance(known, Jsonl) and (known.file, known.scorer) != (made.file, made.scorer)):
+        raise UsageError(f"--kv-tasks {spec}: there is a task {made.name!r} already; give the file another name")
+    _FILES[made.name] = made
+    return made

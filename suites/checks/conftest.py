@@ -2,9 +2,14 @@
 
 import os
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is imported
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from suites.checks import examples  # noqa: F401
+from suites.checks.tiny import go, run, world  # noqa: F401  (fixtures)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,7 +1,8 @@
 """Does the analysis keep its promises? Worlds whose truth is known, drawn thousands of times.
 
 ``python -m suites.checks.simulations`` runs all of them (minutes) and rewrites the tables of docs/statistics.md;
-test_simulations.py asserts the same bounds. Every world is seeded: the same numbers come out every time.
+test_simulations.py asserts the same bounds. Every world is seeded: the same numbers come out every time. A world may be
+asked for every ``thin``-th of its draws; its bounds are then wider.
 """
 
 from __future__ import annotations
@@ -54,9 +55,17 @@ class Row:
     high: float
     draws: int
 
-    @property
-    def holds(self) -> bool:
-        return self.low <= self.seen <= self.high
+    def holds(self, thin: int = 1) -> bool:
+        """Whether it lies in its bounds, which are for ``thin`` times as many draws."""
+        low, high = widened(self.low, self.high, self.draws, thin)
+        return low <= self.seen <= high
+
+
+def widened(low: float, high: float, draws: int, thin: int) -> tuple[float, float]:
+    """Bounds of a share in ``draws`` for those in ``thin`` times as many. They lie 2.6 standard errors from a share
+    that is as promised; a standard error is larger in fewer draws."""
+    more = 2.6 * (1 - thin**-0.5) / math.sqrt(draws)
+    return low - more * math.sqrt(max(0, low * (1 - low))), high + more * math.sqrt(max(0, high * (1 - high)))
 
 
 @dataclass(frozen=True)
@@ -136,7 +145,7 @@ EXACT = {"broken", "net harm", "churn", "longer", "shorter", "cap hits"}
 """Figures whose p is of counts: it cannot reach 5 %, only stay below."""
 
 
-def null() -> list[Row]:
+def null(thin: int = 1) -> list[Row]:
     """Three methods that do nothing: how often is something found?"""
 
     def draw(seed: int) -> dict[str, bool]:
@@ -150,7 +159,7 @@ def null() -> list[Row]:
         )
         return found | {f"interval of {e.endpoint}": not _holds(e.estimate, float(e.ratio)) for e in first.effects}
 
-    shares = _shares(draw(seed) for seed in range(DRAWS))
+    shares = _shares(draw(seed) for seed in range(DRAWS // thin))
     about = "size at nominal 5 %, no effect"
     found = []
     for name, (share, draws) in shares.items():
@@ -159,7 +168,7 @@ def null() -> list[Row]:
     return found
 
 
-def effect() -> list[Row]:
+def effect(thin: int = 1) -> list[Row]:
     """A method that loses 8 % of all answers and writes 10 % more: do the intervals hold the truth?"""
     much = {"worse": 0.08, "longer": 1.1}
     large = World(each=150_000).part(np.random.default_rng(2), **much)
@@ -173,12 +182,12 @@ def effect() -> list[Row]:
         seen |= {f.name: f.estimate for f in row.findings if f.estimate is not None}
         return {name: _holds(estimate, known[name]) for name, estimate in seen.items()}
 
-    shares = _shares(draw(seed) for seed in range(DRAWS))
+    shares = _shares(draw(seed) for seed in range(DRAWS // thin))
     about = "coverage of 95 % intervals, planted effects"
     return [Row(about, f"{name} ({known[name]:.3g})", share, *COVERAGE, n) for name, (share, n) in shares.items()]
 
 
-def few() -> list[Row]:
+def few(thin: int = 1) -> list[Row]:
     """Small samples: 5 and 12 prompts a dataset, one dataset of 8, 6 blocks."""
 
     def draw(seed: int) -> dict[str, bool]:
@@ -190,12 +199,12 @@ def few() -> list[Row]:
         found["speed, 6 blocks"] = _holds(log_ratio_interval(rng.normal(np.log(1.3), 0.1, 6)), 1.3)
         return found
 
-    shares = _shares(draw(seed) for seed in range(DRAWS))
+    shares = _shares(draw(seed) for seed in range(DRAWS // thin))
     about = "coverage of 95 % intervals, small samples (upper end open: few changes widen them)"
     return [Row(about, name, share, COVERAGE[0], 1.0, n) for name, (share, n) in shares.items()]
 
 
-def scrambler() -> list[Row]:
+def scrambler(thin: int = 1) -> list[Row]:
     """A method that gives half the prompts the level of another prompt of their dataset: as many broken as fixed."""
 
     def draw(seed: int) -> dict[str, bool]:
@@ -210,7 +219,7 @@ def scrambler() -> list[Row]:
         net = row.finding("net harm")
         return {"broken beyond noise": row.effect("broken").p < LEVEL, "net harm": net.p < LEVEL}
 
-    shares = _shares(draw(seed) for seed in range(400))
+    shares = _shares(draw(seed) for seed in range(400 // thin))
     about = "a symmetric scrambler is found by"
     limits = {"broken beyond noise": (0.8, 1.0), "net harm": (0.0, SIZE[1])}
     return [Row(about, name, share, *limits[name], n) for name, (share, n) in shares.items()]
@@ -220,15 +229,15 @@ NOISE = Path(__file__).parents[2] / "reports" / "cpu" / "noise"
 """A/A records of our own: the default model's answers under full and two controls."""
 
 
-def power() -> list[Row]:
+def power(thin: int = 1) -> list[Row]:
     """Effects planted into our own noise: does a planner say how often each verdict comes?"""
     parts = [part for part in noise(read(NOISE)) if "jitter" in part.methods]
     scored, chats = sorted(parts, key=lambda part: bool(np.isnan(part.base.score).any()))
-    found = _planned("score", scored.base, scored.methods["jitter"], 0.03, ratio=False)
-    return found + _planned("length", chats.base, chats.methods["jitter"], 0.10, ratio=True)
+    found = _planned("score", scored.base, scored.methods["jitter"], 0.03, False, PLANTED // thin)
+    return found + _planned("length", chats.base, chats.methods["jitter"], 0.10, True, PLANTED // thin)
 
 
-def _planned(about: str, base: Arm, control: Arm, margin: float, ratio: bool) -> list[Row]:
+def _planned(about: str, base: Arm, control: Arm, margin: float, ratio: bool, draws: int) -> list[Row]:
     margins = Margins(quality=margin, length=margin)
     names = [str(i) for i in range(2 * len(base))]  # each pair both ways round, as it will be drawn
     both = [replace(stack(arms), cluster=names) for arms in ((base, control), (control, base))]
@@ -248,7 +257,7 @@ def _planned(about: str, base: Arm, control: Arm, margin: float, ratio: bool) ->
             (row,) = compare([Part(one, {"": worse})], margins, draws=RESAMPLES, seed=seed)
             return next(e for e in row.effects if e.ratio == ratio).verdict == verdict
 
-        share = sum(draw(seed) for seed in range(PLANTED)) / PLANTED
+        share = sum(draw(seed) for seed in range(draws)) / draws
         figure = f"{about}, effect {effect:.0%}, {planned} prompts: {verdict}"
         rows.append(
             Row(
@@ -257,7 +266,7 @@ def _planned(about: str, base: Arm, control: Arm, margin: float, ratio: bool) ->
                 share,
                 predicted - 0.05,
                 predicted + 0.05,
-                PLANTED,
+                draws,
             )
         )
     return rows
@@ -281,7 +290,7 @@ def _redrawn(rng: np.random.Generator, base: Arm, control: Arm, n: int) -> tuple
     return arms[0], arms[1]
 
 
-def selection() -> list[Row]:
+def selection(thin: int = 1) -> list[Row]:
     """The negative benchmark on methods that do nothing: what other families chose on one replicate, scored on
     another."""
 
@@ -298,12 +307,12 @@ def selection() -> list[Row]:
         found = score(select(replicate(), jurors, "kivi:4"), *(replicate() for _ in range(3)), draws=600, seed=seed)
         return {"drop of the candidate": _holds(found.drop, 0), "drop of the control": _holds(found.floor, 0)}
 
-    shares = _shares(draw(seed) for seed in range(DRAWS))
+    shares = _shares(draw(seed) for seed in range(DRAWS // thin))
     about = "negative benchmark, methods that do nothing: the interval covers 0"
     return [Row(about, name, share, *COVERAGE, n) for name, (share, n) in shares.items()]
 
 
-def blocks() -> list[Row]:
+def blocks(thin: int = 1) -> list[Row]:
     """Speed from as many ABBA blocks as a pilot of 6 asks for."""
 
     def draw(seed: int) -> dict[str, bool]:
@@ -311,12 +320,12 @@ def blocks() -> list[Row]:
         n = blocks_needed(rng.normal(np.log(1.2), 0.03, 6), 0.02)
         return {"as many as the pilot says": _holds(log_ratio_interval(rng.normal(np.log(1.2), 0.03, n)), 1.2)}
 
-    shares = _shares(draw(seed) for seed in range(DRAWS))
+    shares = _shares(draw(seed) for seed in range(DRAWS // thin))
     about = "coverage of the speed ratio"
     return [Row(about, name, share, *COVERAGE, n) for name, (share, n) in shares.items()]
 
 
-def shuffled() -> list[Row]:
+def shuffled(thin: int = 1) -> list[Row]:
     """A predictor fitted to shuffled labels is as good as the null, which ignores all features."""
     rng = np.random.default_rng(9)
     x = rng.normal(0, 1, (200, 2))
@@ -327,7 +336,7 @@ def shuffled() -> list[Row]:
         found = np.polynomial.Polynomial.fit(features[:, 0], np.log(labels), 1)
         return lambda new: np.exp(found(new[:, 0]))
 
-    better = [held_out(x, rng.permutation(y), groups, line, draws=500, seed=seed).better for seed in range(400)]
+    better = [held_out(x, rng.permutation(y), groups, line, draws=500, seed=seed).better for seed in range(400 // thin)]
     about = "a predictor is called better than the null"
     return [
         Row(about, "shuffled labels", sum(better) / len(better), 0.0, SIZE[1], len(better)),
@@ -345,7 +354,7 @@ def _arm(names: list[tuple[str, str]], score: np.ndarray | None = None, tokens: 
     return Arm("simulated", keys, documents, *given, *flat, [None] * n, dict.fromkeys((d for d, _ in names), "-"))
 
 
-def documents() -> list[Row]:
+def documents(thin: int = 1) -> list[Row]:
     """60 documents of 5 samples that share most of their noise; a dataset of one document beside another dataset."""
     names = [("d", f"document {i // 5}") for i in range(300)]
     lone = [("one", "document")] * 200 + [("many", str(i)) for i in range(50)]
@@ -366,12 +375,12 @@ def documents() -> list[Row]:
         (row,) = compare([Part(_arm(lone, base), {"m": _arm(lone, base + moved)})], draws=RESAMPLES, seed=seed)
         return found | {"interval of quality, one dataset being one document": not _holds(row.effects[0].estimate, 0)}
 
-    shares = _shares(draw(seed) for seed in range(500))
+    shares = _shares(draw(seed) for seed in range(500 // thin))
     about = "errors at nominal 5 %, samples of documents, no effect"
     return [Row(about, name, share, 0.0, 0.07, n) for name, (share, n) in shares.items()]  # 500 draws
 
 
-def rare() -> list[Row]:
+def rare(thin: int = 1) -> list[Row]:
     """Every answer differs by a token, a few loop to the cap: true costs of 1.17, 1.08 and 1.03 must not look safe."""
 
     def draw(seed: int, n: int, share: float) -> bool:
@@ -382,11 +391,11 @@ def rare() -> list[Row]:
         (row,) = compare([Part(_arm(names, tokens=base), {"m": _arm(names, tokens=tokens)})], draws=200, seed=seed)
         return row.verdict == "within margin"
 
-    found = []
+    found, draws = [], 300 // thin
     for n, share in ((80, 0.01), (400, 0.005), (1500, 0.002)):
-        seen = sum(draw(seed, n, share) for seed in range(300)) / 300
+        seen = sum(draw(seed, n, share) for seed in range(draws)) / draws
         name = f"{share:.1%} of {n:,} answers loop"
-        found.append(Row("called within margin although a few answers loop", name, seen, 0.0, 0.05, 300))
+        found.append(Row("called within margin although a few answers loop", name, seen, 0.0, 0.05, draws))
     return found
 
 
@@ -400,7 +409,7 @@ GARBAGE: dict[str, Callable[[list[str], int, random.Random], str]] = {
 """What becomes of an answer."""
 
 
-def garbage() -> list[Row]:
+def garbage(thin: int = 1) -> list[Row]:
     """Our own noise, sane answers of a small model at temperature 1 asked up to four times, is not called broken, in
     whatever roles; garbage planted into it is. What is garbage only beside other answers is told by all of them, not
     by a third."""
@@ -418,7 +427,10 @@ def garbage() -> list[Row]:
         return check(base, replace(variant, text=text), control).broken
 
     def row(figure: str, low: float, high: float, draws: int, *what: Any) -> Row:
-        return Row("called BROKEN", figure, sum(called(seed, *what) for seed in range(draws)) / draws, low, high, draws)
+        seeds = range(-(-draws // thin))
+        return Row(
+            "called BROKEN", figure, sum(called(seed, *what) for seed in seeds) / len(seeds), low, high, len(seeds)
+        )
 
     rows = [row(f"sane, {n} chats", 0.0, 0.03, 100, n) for n in (12, 24, 48)]  # at 1 %, 3 of 100 are hardly exceeded
     rows.append(row("sane, 80 chats, beside a control of the same letters", 0.0, 0.03, 50, 80, "", 0.0, True))
@@ -461,7 +473,7 @@ def main() -> None:
         rows = [row for world in WORLDS for row in world()]
     text, _, _ = DOCUMENT.read_text().partition(MARK)
     DOCUMENT.write_text(text + MARK + "\n" + tables(rows))
-    broken = [row for row in rows if not row.holds]
+    broken = [row for row in rows if not row.holds()]
     print(f"{len(rows)} promises, {len(broken)} broken", *broken, sep="\n")
 
 

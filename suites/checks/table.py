@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from kvsuite import registry
 from kvsuite.cache.layer import LayerCache
 from kvsuite.cache.observations import AttentionMass, LastQueries
 from kvsuite.cache.prefill import PrefilledLayer
@@ -12,10 +13,10 @@ from kvsuite.kernels.context import AttentionParams, LayerContext
 from kvsuite.kernels.cpu.build import BuildError, compiler
 from kvsuite.kernels.reference.mass import column_mass
 from kvsuite.kernels.rope import Rope
-from kvsuite.methods import Method, names, parse
+from kvsuite.methods import Method, parse
 
 sys.path.append(str(Path(__file__).parent / "plugin"))  # as if it were installed: it has an entry point
-names.cache_clear()
+registry.known.cache_clear()
 
 METHODS = {
     # at sizes where every part of it acts within some 60 tokens: the same, keeping all of 100 tokens in 16 bit

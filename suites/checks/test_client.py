@@ -12,6 +12,7 @@ import pytest
 from kvsuite.engines import openai
 from kvsuite.engines.openai import Client
 from kvsuite.engines.request import Ask
+from suites.checks import client_overhead
 from suites.checks.asking import ask, user, words
 from suites.checks.scripted import TOKENS, Server
 
@@ -261,3 +262,13 @@ def test_the_scripted_server_is_a_program():
             assert process.wait(5) == 1
         finally:
             process.kill()
+
+
+def test_no_token_is_stamped_before_it_was_sent():
+    """By the client or by the bare socket reader that it is measured against, at 64 streams."""
+    with client_overhead.server() as url:
+        for (sent, came), *others in client_overhead.measure(url, 1):
+            assert others == []
+            assert sent.shape == (client_overhead.STREAMS, client_overhead.TOKENS)
+            assert (came > sent).all()
+            assert (came[:, 1:] >= came[:, :-1]).all()

@@ -10,25 +10,24 @@ from kvsuite.kernels.context import LayerContext
 from kvsuite.kernels.cpu import build
 from kvsuite.kernels.cpu.native import macros
 from kvsuite.methods import parse
+from suites.checks.depth import depth
 
 SANITIZE = ["-std=c++17", "-O1", "-g", "-w", "-ffp-contract=off", "-fsanitize=address,undefined"]
 
 
-CASES = [
+QUICK = [("full", 64, ""), ("int4", 64, "-march=native -mno-avx512f"), ("kivi:bits=4", 64, "-march=native")]
+OTHERS = [
     ("full", 64, "-march=native"),
-    ("full", 64, ""),
     ("int8", 64, "-march=native"),
     ("int4", 128, "-march=native"),
-    ("int4", 64, "-march=native -mno-avx512f"),
     ("fp8:per=token", 32, "-march=native"),
-    ("kivi:bits=4", 64, "-march=native"),
     ("kivi:bits=4", 64, ""),
     ("kivi:bits=2", 64, "-march=native -mno-avx512f"),
 ]
 """Codec, head dimension, and for which CPU: this one, as if it had AVX2 alone, or any."""
 
 
-@pytest.mark.parametrize(("text", "dim", "flags"), CASES)
+@pytest.mark.parametrize(("text", "dim", "flags"), QUICK + depth([], OTHERS))
 def test_nothing_is_read_or_written_out_of_place(tmp_path, text, dim, flags):
     try:
         command = build.executable()

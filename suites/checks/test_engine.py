@@ -144,6 +144,7 @@ def test_logits_that_are_not_finite_are_an_error(tiny_llama, monkeypatch):
     engine.stop = frozenset()
     from kvsuite.methods.codecs import full
 
+    monkeypatch.setattr(full.Plain, "verbatim", False)
     monkeypatch.setattr(full.Plain, "encode", lambda self, x, fitted: (x[:, :, 0] * float("nan"),))
     found = list(engine.generate(requests(3), [parse("full")], width=2))
     assert [r.finish for r in found] == ["error"] * 3

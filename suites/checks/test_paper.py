@@ -15,8 +15,8 @@ from kvsuite import readers
 from kvsuite.analysis import effects, paper
 from kvsuite.analysis.resample import Design
 from kvsuite.analysis.samples import Broken
+from kvsuite.analysis.tables import negatives as report
 from kvsuite.cli import main
-from kvsuite.report import negatives as report
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 SCORES = DATA / "rethink" / "scores"

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from kvsuite.analysis.effects import compare
+from kvsuite.analysis.report import analyse
 from kvsuite.analysis.runs import noise, parts, speeds
 from kvsuite.cli import main
 from kvsuite.margins import Margins
 from kvsuite.records import Answer, Run, RunFolder, Timing, read
 from kvsuite.report import markdown, terminal
-from kvsuite.report.tables import tables
+from suites.checks.drawn import tables
 
 N = 8
 HARMFUL = "harmful"
@@ -64,7 +65,7 @@ def verdict(found, method="m", endpoint="quality"):
 
 def shown(found, width=80):
     file = io.StringIO()
-    terminal.write(tables(found), file, width)
+    terminal.write(analyse(found).tables, file, width)
     return file.getvalue()
 
 
@@ -102,7 +103,7 @@ def test_failed_answers_are_missing_ones_in_every_run(more):
 def test_a_method_that_was_never_begun_has_a_row():
     found = run(*whole()[:3], **EXPECTED)
     assert verdict(found, "other") == "partial 0/8"
-    assert drawn(found)["needle"].rows[-1] == ["other (0 of 8)", *["-"] * 7]
+    assert drawn(found)["needle"].rows[-1] == ["other (0 of 8)", *["missing", "-"], *["missing"] * 5]
     assert "partial: 0–8 of 8 samples" in drawn(found)["needle"].title
     assert "other (" not in shown(run(*whole()[:3]))
 
@@ -174,7 +175,7 @@ def test_an_interrupted_run_says_so_first(capsys, tmp_path, monkeypatch):
     title, note = "partial: this run was interrupted", "partial · needle: 24 of 32 answers · chat: 0 of 40 answers"
     assert tables(found)[0].title == title
     assert tables(found)[0].notes == [f"{note} · speed: 1 of 4 timed cells."]
-    assert markdown.render(found).splitlines()[0] == f"# kvsuite report · tiny · {title}"
+    assert markdown.render(analyse(found)).splitlines()[0] == f"# kvsuite report · tiny · {title}"
     left = RunFolder(tmp_path)
     left.describe(found.facts)
     for record in found.records:
@@ -191,9 +192,9 @@ def test_it_is_red():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FORCE_COLOR", "1")
         patch.setenv("TERM", "xterm")
-        terminal.write(tables(run(*whole(), **EXPECTED)), colored, 80)
+        terminal.write(analyse(run(*whole(), **EXPECTED)).tables, colored, 80)
     assert "\x1b[31mpartial: this run was interrupted" in colored.getvalue()
-    terminal.write(tables(run(*whole())), file, 80)
+    terminal.write(analyse(run(*whole())).tables, file, 80)
     assert "partial" not in file.getvalue()
 
 
@@ -226,7 +227,7 @@ def test_a_cell_that_failed_or_is_missing_is_no_absent_one():
     assert (rows["jitter, ×"], rows["other, ×"]) == ("missing", "missing")
     assert "MISSING: 2 of the 4 cells that this run was to time." in drawn(found)["decode"].notes
     assert verdict(found, "other", "speed") == "missing"
-    assert markdown.render(found).count("MISSING: 2 of the 4 cells") == 2, "above every timed cell, too"
+    assert markdown.render(analyse(found)).count("MISSING: 2 of the 4 cells") == 2, "above every timed cell, too"
 
 
 def test_a_verdict_on_speed_is_of_the_largest_cell_or_none():
@@ -237,7 +238,7 @@ def test_a_verdict_on_speed_is_of_the_largest_cell_or_none():
     found = run(small, **GPU, expected={"timings": 4})
     assert verdict(found, "m", "speed") == "partial 2/4"
     assert verdict(run(small, **GPU, expected={}), "m", "speed") == "partial", "how many there were to be is not said"
-    assert "speed: batch 8, 512 tokens." in drawn(found)["verdicts"].notes
+    assert any("as a multiple, at batch 8, 512 tokens." in note for note in drawn(found)["verdicts"].notes)
     failed = [replace(t, length=1024, status="failed", error="out of memory", seconds=[]) for t in small]
     assert verdict(run(small, failed, **GPU), "m", "speed") == HARMFUL
     assert speeds(run([timing(path="m/unfused")]), Margins()).effects == []

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 
 from kvsuite.methods import parse
@@ -57,3 +58,21 @@ def test_sums_of_attention_are_compared_after_kvpress_mean_is_undone(tmp_path, a
     side = {"context": [1] * 10, "question": [2], "full": "yes", "share": 2}
     lines = script("shown").parity({"ours": side, "theirs": side}, tmp_path, [])
     assert [one["holds"] for one in lines] == [True, True, holds, None]
+
+
+def test_steps_are_compared_with_the_faster_plain_cache_round_by_round(monkeypatch):
+    monkeypatch.syspath_prepend(PEERS)
+
+    def cell(length, **seconds):
+        arms = {name: {"kv_bytes_per_token": 1, "seconds": times} for name, times in seconds.items()}
+        return {"batch": 8, "length": length, "threads": 2, "rows": {"openvino_genai": arms}}
+
+    short = cell(64, f16=[0.03] * 3, bf16=[0.02] * 3, u8=[0.02] * 3)
+    long = cell(1024, f16=[0.09] * 3, bf16=[0.04, 0.06, 0.08], u8=[0.02, 0.03, 0.04])
+    console = Console(width=120, record=True)
+    script("beside").draw(console, long, short)
+    rows = {line.split()[3]: line for line in console.export_text().splitlines() if "openvino_genai" in line}
+    assert "2.00 [2.00, 2.00]" in rows["u8"], "the whole step: every round's ratio is 2"
+    assert "40.0" in rows["bf16"], "of 60 ms 20 are there without a context"
+    assert "67% " in rows["bf16"]
+    assert "0.67 [0.44, 0.89]" in rows["f16"], "slower than the other plain cache"

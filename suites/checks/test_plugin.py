@@ -26,7 +26,7 @@ import pytest
 def test_it(kv_method, kv_task):
     raise AssertionError("must not run")
 """
-INI = '[pytest]\nmarkers =\n    samples: evaluation\naddopts = -m "not samples"\n'
+INI = '[pytest]\nmarkers =\n    samples: evaluation\naddopts = -p kvsuite.plugin -m "not samples"\n'
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ MISTAKES = [
         ["--kv-baseline", "http://127.0.0.1:1", "--kv-goodput", "ttft=2"],
         "write both targets in seconds, ttft=2,itl=0.2",
     ),
-    (["--kv-model=meta-llama/Llama-3.1-8B"], "run `hf download meta-llama/Llama-3.1-8B --local-dir Llama-3.1-8B` and"),
+    (["--kv-model=meta-llama/Llama-3.1-8B"], "run `hf download meta-llama/Llama-3.1-8B` where"),
     (["-m", "throughputs"], "unknown marker 'throughputs' in -m: did you mean 'throughput'?"),
     (["-m", "samples or lengths"], "unknown marker 'lengths' in -m: did you mean 'length'?"),
     (["--kv-memory", "much"], "--kv-memory must be a number of at least 0, not 'much'"),

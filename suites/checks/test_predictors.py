@@ -16,10 +16,10 @@ from kvsuite.analysis.predictors import (
     worth,
 )
 from kvsuite.errors import UsageError
+from suites.checks.depth import depth
+from suites.checks.simulations import COVERAGE, DRAWS, widened
 
-DRAWS = 2000
-LOW, HIGH = 0.937, 0.962
-"""Coverage of 95 % intervals in 2,000 draws, STATISTICS.md."""
+THIN = depth(10, 1)
 A6000 = Path(__file__).parents[3] / "shared/data/rethink/throughput/a6000.csv"
 
 
@@ -134,13 +134,14 @@ def test_intervals_cover():
     mine, theirs, true = drawn(100_000)
     a, b = closeness(mine, true).mean(), closeness(theirs, true).mean()
     hits = []
-    for seed in range(DRAWS):
+    for seed in range(DRAWS // THIN):
         found = worth(*drawn(40), groups, draws=800, seed=seed)
         pairs = ((found.accuracy, a), (found.null, b), (found.gain, a - b))
         hits.append([x.low <= value <= x.high for x, value in pairs])
     covered = np.mean(hits, axis=0)
-    assert (covered >= LOW).all(), covered
-    assert (covered <= HIGH).all(), covered
+    low, high = widened(*COVERAGE, len(hits), THIN)
+    assert (covered >= low).all(), covered
+    assert (covered <= high).all(), covered
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kvsuite.analysis.report import analyse
 from kvsuite.environment import scrub
 from kvsuite.records import Answer, Probe, RunFolder, Timing, read
 from kvsuite.report.markdown import render
@@ -91,7 +92,7 @@ def test_no_file_of_a_run_tells_who_and_where(tmp_path):
     run.append(Probe("baseline", status="failed", error=f"ended:\n{told}"))
     run.append(Answer("m", sample="s", text="The path /home/alice of gpu17"))
     found = read(tmp_path)
-    texts = [f.read_text() for f in sorted(tmp_path.iterdir())] + [render(found)]
+    texts = [f.read_text() for f in sorted(tmp_path.iterdir())] + [render(analyse(found))]
     for word in ("alice", "gpu17"):
         assert [text.count(word) for text in texts] == [1, 0, 0], "what the model said"
     assert "./x on {host} by {user}@{host}" in found.facts["command"]
@@ -101,8 +102,13 @@ def test_a_report_shows_the_command_as_it_can_be_run_again(tmp_path):
     words = ["-m", "samples or length", "--kv-baseline", "vllm serve --port {port}"]
     RunFolder(tmp_path).describe({**FACTS, "command": words})
     RunFolder(tmp_path).append(Answer("m"))
-    shown = re.search("`pytest (.*?)`", render(read(tmp_path)))[1]
+    shown = re.search("`pytest (.*?)`", render(analyse(read(tmp_path))))[1]
     assert shlex.split(shown) == words
+
+
+@pytest.mark.parametrize("file", sorted(REPORTS.rglob("report.md")), ids=lambda file: file.parent.name)
+def test_a_published_report_is_what_its_run_shows(file):
+    assert file.read_text() == render(analyse(read(file.parent)))
 
 
 def published():

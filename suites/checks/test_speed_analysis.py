@@ -1,14 +1,17 @@
 """How many blocks, goodput, and one load test against another: by simulation and by hand."""
 
 import math
+import re
 
 import numpy as np
 import pytest
 
 from kvsuite.analysis.speed import _mean_ratio, _p95_ratio, blocks_needed, compare_loads, goodput, p95
 from kvsuite.analysis.stats import log_ratio_interval
+from kvsuite.analysis.tables import changes
 from kvsuite.errors import UsageError
 from kvsuite.readers.base import Load
+from suites.checks.drawn import drawn
 
 DRAWS = 2000
 LOW, HIGH = 0.937, 0.962
@@ -184,6 +187,15 @@ class TestLoads:
         assert found.failed == (2, 1)
         assert "2 and 1 requests failed" in found.notes[1]
         assert math.isnan(found.throughput)
+
+    def test_what_is_drawn_of_them(self):
+        times = np.arange(1.0, 201)
+        rows = {what: rest for what, *rest in drawn(*changes.loads(load(times), load(2 * times, duration=20))).rows}
+        assert rows["mean TTFT"][0] == "2.000"
+        assert re.fullmatch(r"1\.\d{3}–2\.\d{3}", rows["mean TTFT"][1])
+        assert rows["tokens per second"] == ["0.500", "-"]
+        few = {what: rest for what, *rest in drawn(*changes.loads(load([1.0]), load([2.0]))).rows}
+        assert few["mean TTFT"] == ["2.000", "–"]
 
     def test_other_settings_are_refused_by_name(self):
         one = load([1], source="a", rate=4, model="m", num_prompts=9)

@@ -11,18 +11,20 @@ import pytest
 
 from kvsuite.analysis.effects import compare
 from kvsuite.analysis.length import cost_interval, length_rows
+from kvsuite.analysis.report import analyse, provenance
 from kvsuite.analysis.runs import parts
 from kvsuite.analysis.samples import sample_rows
 from kvsuite.analysis.speed import speed_rows
 from kvsuite.analysis.stats import Estimate, log_ratio_interval, mean_interval
+from kvsuite.analysis.table import Cell, Column, Row, Table
+from kvsuite.analysis.tables.speed import by_what
+from kvsuite.analysis.tables.verdicts import COLUMNS, distinct, effect_row
 from kvsuite.analysis.verdict import effect
 from kvsuite.errors import UsageError
 from kvsuite.margins import Margins
 from kvsuite.records import Answer, Run, Timing
-from kvsuite.report import markdown, negatives, terminal
-from kvsuite.report.table import Table
-from kvsuite.report.tables import _by_what, provenance, tables
-from kvsuite.report.verdicts import cells, distinct
+from kvsuite.report import markdown, terminal
+from suites.checks.drawn import drawn, tables
 
 SCORED = "kvsuite.cache.layer.LayerCache/reference"
 
@@ -47,14 +49,14 @@ def test_figures_of_a_method():
 
 
 def test_bytes_read_and_empty_slots_have_columns_where_they_tell_something():
-    def drawn(**more):
+    def shown(**more):
         *_, table = tables(run([answer(0, read_end=50), answer(0, "m", **more)]))
         return table.columns, table.rows[1]
 
-    assert "read" not in drawn(read_end=50, fragmentation=0.01)[0]
-    for more, said in (({"read_end": 20}, ["0.40", "0%"]), ({"read_end": 50, "fragmentation": 0.3}, ["1.00", "30%"])):
-        columns, row = drawn(**more)
-        assert columns[6:8] == ["read", "empty"]
+    assert "read" not in shown(read_end=50, fragmentation=0.01)[0]
+    for more, said in (({"read_end": 20}, ["0.40", "0"]), ({"read_end": 50, "fragmentation": 0.3}, ["1.00", "30"])):
+        columns, row = shown(**more)
+        assert columns[6:8] == ["read", "empty, %"]
         assert row[6:8] == said
         assert len(row) == len(columns)
 
@@ -122,16 +124,17 @@ def test_a_timing_of_our_cache_that_was_not_checked_is_refused(checked):
 def test_the_cache_that_is_scored_is_the_cache_that_is_timed_method_by_method():
     other = "kvsuite.cache.layer.LayerCache/triton"
     same = [answer(0, "m", cache=SCORED), timing(), answer(0, "n", cache=other)]
-    assert provenance(same) == f"Scored and timed: the same {SCORED}."
-    apart = provenance([*same, timing(cache=other)])
-    assert apart == f"NOT THE SAME CACHE SCORED AND TIMED: m {other}."
-    assert provenance([answer(0, "n", cache=other), timing()]) == "", "no method was both"
+    [said] = provenance(same)
+    assert (said.text, said.severity) == (f"Scored and timed: the same {SCORED}.", "info")
+    [apart] = provenance([*same, timing(cache=other)])
+    assert (apart.text, apart.severity) == (f"NOT THE SAME CACHE SCORED AND TIMED: m {other}.", "error")
+    assert provenance([answer(0, "n", cache=other), timing()]) == [], "no method was both"
 
 
 def test_a_method_without_a_kernel_is_named():
     def said(*paths, gpu="a GPU", **more):
         timings = [replace(timing(path=p, **more), method=f"m{i}") for i, p in enumerate(paths)]
-        return " ".join(_by_what(speed_rows(timings), gpu))
+        return " ".join(by_what(speed_rows(timings), gpu))
 
     assert "PyTorch reference, no kernel" in said("full/reference", "int8/unfused"), "as it is called, and was"
     assert said("full/triton", "int8/triton") == "Steps and attention are Triton kernels."
@@ -173,7 +176,7 @@ def test_without_two_pairs_of_rounds_nothing_was_measured(rounds):
     assert decode.rows[-1] == ["m, ×", "not measured"]
     assert prefill.rows[-1] == ["m, ×", "not measured"]
     assert promises.rows == [["width: m", "not measured"]]
-    report = markdown.render(run(cut))
+    report = markdown.render(analyse(run(cut)))
     assert "pairs of rounds); ±" not in report
     assert "inf" not in report
     assert speed_rows([timing(seconds=[0.1] * 2, baseline_seconds=[0.2] * 2)])[0].speedup.mean == pytest.approx(2)
@@ -205,26 +208,43 @@ def test_both_number_formats_are_named_where_they_differ():
         if not table.title.startswith(("verdicts", "beside")):
             assert "tiny, float32 compute, bfloat16 K/V, 2 threads" in table.title
             assert "Computed in float32; K and V are stored in bfloat16: this CPU has no bfloat16." in table.notes
-    assert "float32 compute, bfloat16 K/V (this CPU has no bfloat16) · " in markdown.render(run(records, new))
+    assert "float32 compute, bfloat16 K/V (this CPU has no bfloat16) · " in markdown.render(analyse(run(records, new)))
     for same in (ENVIRONMENT, new | {"compute_dtype": "bfloat16"}):
         assert all("compute" not in word for t in tables(run(records, same)) for word in (t.title, *t.notes))
 
 
 def test_the_command_can_be_pasted():
     command = ["-m", "throughput or length", "--kv-methods", "h2o:budget=64 + int8"]
-    said = markdown.render(run([answer(0)], command=command))
+    said = markdown.render(analyse(run([answer(0)], command=command)))
     assert "`pytest -m 'throughput or length' --kv-methods 'h2o:budget=64 + int8'`" in said
 
 
 @pytest.mark.parametrize("width", [60, 80, 100])
 def test_a_ratio_is_drawn_beside_its_value(width):
-    columns, file = ["load", "arm", *["tok/s", "×", "TTFT s", "×", "TPOT ms", "×", "at cap"]], io.StringIO()
-    row = ["closed:4 1024 tokens", "again", *["40", "1.00 (0.92–1.07)", "5.33", "1.16 (0.52–2.58)"], "62", "1", "4/8"]
-    terminal.write([Table("served", columns, [row], keys=2)], file, width)
+    names, file = ("tok/s", "×", "TTFT s", "×", "TPOT ms", "×", "at cap"), io.StringIO()
+    figures = ["40", "1.00 (0.92–1.07)", "5.33", "1.16 (0.52–2.58)", "62", "1", "4/8"]
+    columns = [Column(str(at), name, beside=name == "×") for at, name in enumerate(names)]
+    cells = {str(at): Cell(figure) for at, figure in enumerate(figures)}
+    rows = [Row((load, "again"), cells) for load in ("closed:4 1024 tokens", "closed:8 1024 tokens")]
+    terminal.write([Table("served", "served", ("load", "arm"), columns, rows)], file, width)
     lines = [line for line in file.getvalue().splitlines() if "40" in line or "5.33" in line or "62" in line]
     for value, ratio in (("40", "1.00 (0.92–1.07)"), ("5.33", "1.16 (0.52–2.58)")):
         assert any(value in line and ratio in line for line in lines)
     assert all(len(line.rstrip()) <= width for line in file.getvalue().splitlines())
+
+
+def shown(seen):
+    """The row of an effect in the table of verdicts."""
+    return drawn(Table("", "", ("method", "endpoint"), COLUMNS, [effect_row("m", seen)])).rows[0]
+
+
+def beside(seen):
+    """An effect as ``kvsuite negatives`` shows it: its interval beside it, in a table of details."""
+    row = effect_row("m", seen)
+    cells = {"effect": replace(row.cells["effect"], unit="")}
+    columns = [Column("effect", "", "pt", shows="range")]
+    table = Table("", "", ("method", "endpoint"), columns, [replace(row, cells=cells)], detail=True)
+    return drawn(table).rows[0][-1]
 
 
 @pytest.mark.parametrize(
@@ -242,21 +262,21 @@ def test_a_printed_interval_lies_where_its_verdict_says(endpoint, low, high, pri
     """0.68, 1.03 stood beside 'within margin' and beside 'undecided'."""
     ratio, margin, worse = endpoint == "length", *((0.03, 1) if endpoint == "length" else (0.01, -1))
     seen = effect(endpoint, Estimate((low + high) / 2, low, high, 0.1, 9), margin, worse, 9, None, ratio)
-    found = cells("m", seen)
+    found = shown(seen)
     assert (found[3], found[5]) == (printed, verdict)
 
 
 def test_kvsuite_negatives_prints_by_the_same_rule():
     seen = effect("quality", Estimate(0, -0.01004, 0, 0.1, 9), 0.01, -1, 9, None)
-    assert (seen.verdict, negatives._span(seen)) == ("undecided", "+0.000 (-1.004 to +0.000)")
-    assert negatives._span(replace(seen, estimate=Estimate(0, -0.2, 0))) == "+0.00 (-20.00 to +0.00)"
+    assert (seen.verdict, beside(seen)) == ("undecided", "+0.000 (-1.004 to +0.000)")
+    assert beside(replace(seen, estimate=Estimate(0, -0.2, 0))) == "+0.00 (-20.00 to +0.00)"
 
 
 @pytest.mark.parametrize(("low", "needs"), [(-0.5, True), (-0.005, False), (-0.9, False)])
 def test_samples_are_needed_where_there_is_no_verdict(low, needs):
     """'needs 10' stood beside 100 points lost."""
     high = {-0.5: 0.1, -0.005: 0.1, -0.9: -0.5}[low]
-    found = cells("m", effect("quality", Estimate(low, low, high, 0.1, 9), 0.01, -1, 9, None))
+    found = shown(effect("quality", Estimate(low, low, high, 0.1, 9), 0.01, -1, 9, None))
     assert (found[6] != "-") == needs
 
 

@@ -9,11 +9,11 @@ from scipy import stats as oracle
 from kvsuite.analysis.effects import Part, compare
 from kvsuite.analysis.length import is_empty, loops
 from kvsuite.analysis.stats import Estimate, Interval, benjamini_hochberg, discordant_p, holm, wilson
+from kvsuite.analysis.tables.negatives import undecided
 from kvsuite.analysis.verdict import Effect, chances, effect, judge, overall, samples_needed
 from kvsuite.columns import Arm
 from kvsuite.errors import UsageError
 from kvsuite.margins import Margins
-from kvsuite.report.negatives import undecided
 
 DRAWS = 1000
 

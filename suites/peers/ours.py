@@ -17,6 +17,7 @@ import transformers  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 import kvsuite  # noqa: E402
+from kvsuite.cache.layer import highest  # noqa: E402
 from kvsuite.cache.observations import AttentionMass  # noqa: E402
 from kvsuite.engines.request import Request, Response  # noqa: E402
 from kvsuite.engines.transformers import TransformersEngine  # noqa: E402
@@ -103,8 +104,10 @@ def compared(job: dict[str, Any], folder: Path) -> dict[str, Any]:
             if method.selector is None:
                 continue
             tokens = method.tokens(len(context))
-            kept = method.budget.allot([method.selector.score(one, tokens) for one in seen], tokens)
-            tensors[f"{name} kept"] = torch.stack([torch.as_tensor(layer) for layer in kept])
+            scores = [method.selector.score(one, tokens) for one in seen]
+            counts = method.budget.allot(scores, tokens).tolist()
+            kept = [torch.stack(highest(*layer)) for layer in zip(scores, counts, strict=True)]
+            tensors[f"{name} kept"] = torch.stack(kept)
         if AttentionMass() in seen[0].observed:
             tensors["mass"] = torch.stack([one[AttentionMass()] for one in seen])
     save_file({key: value.clone().contiguous() for key, value in tensors.items()}, str(folder / "ours.safetensors"))

@@ -1,6 +1,5 @@
 """pytest -m throughput: speed of every method against `full`, which runs in turn with it; each cell is one record."""
 
-import statistics
 import time
 
 import pytest
@@ -16,6 +15,7 @@ def run_cell(kv_local, benchmark, cell, make):
     from kvsuite.engines.pool import PATIENCE
 
     o, found, before, after = kv_local.options, {}, [], []
+    kv_local.skip_recorded(Timing(**cell).job)
     try:
         baseline, mine, found = make()
         start = time.perf_counter()
@@ -96,22 +96,3 @@ def test_a_cache_nobody_checked_is_not_timed(kv_local, timing):
     cell = timing.DecodeCell(kv_local.engine, parse("full"), kv_local.prompt(min(kv_local.options.length)), 1, 2)
     with pytest.raises(timing.Unchecked, match="only after its output was checked"):
         cell.round()
-
-
-def test_what_the_suite_adds_to_a_step(kv_local, timing):
-    """A timed step against the model and the choice of a token alone: what is around them is ours. Printed (-s)."""
-    cell = timing.DecodeCell(kv_local.engine, parse("full"), kv_local.prompt(min(kv_local.options.length)), 8, 30)
-    cell.check()
-    inside, forward = [], cell.decoder._logits
-
-    def timed(*inputs):
-        start = time.perf_counter()
-        logits = forward(*inputs)
-        logits.argmax(-1).tolist()
-        inside.append(time.perf_counter() - start)
-        return logits
-
-    cell.decoder._logits = timed
-    whole = [cell.round() for _ in range(25)]
-    share = statistics.median(1 - a / b for a, b in zip(inside, whole, strict=True))
-    print(f"the suite's share of a decode step: {share:.1%} (median of 25)")

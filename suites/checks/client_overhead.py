@@ -1,7 +1,8 @@
-"""pytest -m throughput: what the client adds to the times it takes. Its streams and those of a bare socket reader take
-turns with one server in another process, which writes into every token when it was sent."""
+"""What the client adds to the times it takes: ``python -m suites.checks.client_overhead``. Its streams and those of a
+bare socket reader take turns with one server in another process, which writes into every token when it was sent."""
 
 import asyncio
+import contextlib
 import json
 import subprocess
 import sys
@@ -9,24 +10,23 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from kvsuite.engines.request import Ask
-
-pytestmark = pytest.mark.throughput
 
 STREAMS, TOKENS, ITL, ROUNDS = 64, 80, 0.025, 8
 ASK = Ask("stream", ({"role": "user", "content": "stamps"},), TOKENS)
 
 
-@pytest.fixture
-def url():
-    pytest.importorskip("httpx")
+@contextlib.contextmanager
+def server():
+    """Its URL."""
     command = [sys.executable, "-m", "suites.checks.scripted", "--itl", str(ITL)]
     root = Path(__file__).parents[2]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as server:
-        yield server.stdout.readline().split()[-1]
-        server.kill()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as process:
+        try:
+            yield process.stdout.readline().split()[-1]
+        finally:
+            process.kill()
 
 
 async def bare(url):
@@ -81,20 +81,26 @@ def figures(rounds):
     )
 
 
-def test_client_overhead(benchmark, url):
-    """What the client adds at 64 streams, in two figures that a bad client changes. The mean of its ITL is none: of a
-    delay that stays the same no difference of stamps knows, and their mean only sees the first stamp and the last.
-    Printed (-s), and no limit is set: who waits for a core is late by all of its work, whatever the client does.
-    """
+def measure(url, rounds):
+    """What came of our streams and of a bare socket reader's, in turn."""
     ours, theirs = [], []
+    for _ in range(rounds):
+        theirs.append(round_of(lambda: bare(url)))
+        ours.append(client_round(url))
+    return ours, theirs
 
-    def session():
-        for _ in range(ROUNDS + 1):  # the first warms both up
-            theirs.append(round_of(lambda: bare(url)))
-            ours.append(client_round(url))
 
-    benchmark.pedantic(session, rounds=1)
+def main():
+    """Print two figures that a bad client changes. The mean of its ITL is none: of a delay that stays the same no
+    difference of stamps knows, and their mean only sees the first stamp and the last. No limit is set: who waits for a
+    core is late by all of its work, whatever the client does."""
+    with server() as url:
+        ours, theirs = measure(url, ROUNDS + 1)  # the first warms both up
     (late, tail, said), (bare_late, bare_tail, other) = figures(ours[1:]), figures(theirs[1:])
     added = 100 * (late - bare_late) / (1e3 * ITL)
     figure = f"a token's stamp {added:.2f} % of the ITL later, p95 of the ITL × {tail / bare_tail:.4f}"
     print(f"{STREAMS} streams of a token each {1e3 * ITL:g} ms · client: {said} · bare socket: {other} · {figure}")
+
+
+if __name__ == "__main__":
+    main()

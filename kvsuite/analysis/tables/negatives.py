@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kvsuite.analysis import paper
@@ -12,12 +12,12 @@ from kvsuite.analysis.effects import Comparison, Part, compare
 from kvsuite.analysis.resample import Design
 from kvsuite.analysis.samples import Broken, same_answers
 from kvsuite.analysis.stats import Interval
+from kvsuite.analysis.table import Cell, Column, Row, Table, infos
+from kvsuite.analysis.tables.verdicts import effect_row
 from kvsuite.analysis.verdict import Effect
 from kvsuite.columns import Arm
 from kvsuite.errors import UsageError
 from kvsuite.margins import Margins
-from kvsuite.report.table import Table
-from kvsuite.report.verdicts import shown
 
 
 @dataclass(frozen=True)
@@ -141,53 +141,58 @@ def tables(found: Negatives) -> list[Table]:
     rule, names = found.rule, [row.method for row in found.rows]
     how = f"{rule.benign} rule, {'at most' if rule.inclusive else 'below'} {1 - rule.theta:.0%} of the baseline's score"
     counts = Table(
+        "negatives",
         f"negative samples · {found.eligible} of {found.n} are eligible · {how}",
-        ["method", "negative", "by noise", "swapped", "net harm p"],
-        [_count_cells(found, row) for row in found.rows],
-        [
-            "by noise: those the control breaks. swapped: what the baseline fails on when the method's scores are the "
-            "reference: asymmetry, not noise. net harm p: exact sign test of samples that broke against samples that "
-            "healed."
-        ],
+        ("method",),
+        [Column(key, key) for key in ("negative", "by noise", "swapped")]
+        + [Column("net harm", "net harm p", shows="p")],
+        [Row((row.method,), _counts(found, row)) for row in found.rows],
+        infos([COUNTED]),
     )
-    columns = ["method", "Δ score, points", "excess, %", "score alone", "verdict"]
-    main = Table("against the baseline, 95 %", columns, list(map(_cells, found.judged or found.rows)), _notes(found))
-    types = [[f"{kind} ({n['eligible']})", *[str(n[m]) for m in names]] for kind, n in found.by_type.items()]
-    both = [Table("negative by task type (eligible)", ["type", *names], types)]
-    if found.sets:
-        listed = [[name, str(n)] for name, n in found.sets.items()]
-        note = "A&B: both fail (the paper's rule for a set of methods); A|B: one at least."
-        both.append(Table("sets of methods", ["set", "negative"], listed, [note]))
-    thetas = list(found.sweep)
-    swept = [[m, *[str(found.sweep[t][m]) for t in thetas]] for m in names]
-    both.append(Table("negative by threshold θ", ["method", *[f"{t:.0%}" for t in thetas]], swept))
-    return [counts, main, *both]
+    columns = [Column("quality", "Δ score, points", "pt", "range"), Column("broken", "excess, %", "%", "range")]
+    columns += [Column("quality", "score alone", shows="verdict"), Column("all", "verdict")]
+    judged = [Row((row.method,), _judged(row)) for row in found.judged or found.rows]
+    main = Table(
+        "verdicts", "against the baseline, 95 %", ("method",), columns, judged, infos(_notes(found)), detail=True
+    )
+    types = [Row((kind,), _each(n), (f"{kind} ({n['eligible']})",)) for kind, n in found.by_type.items()]
+    by_type = Table("types", "negative by task type (eligible)", ("type",), [Column(m, m) for m in names], types)
+    sets = [Row((name,), {"negative": Cell(n)}) for name, n in found.sets.items()]
+    note = "A&B: both fail (the paper's rule for a set of methods); A|B: one at least."
+    sets_table = Table("sets", "sets of methods", ("set",), [Column("negative", "negative")], sets, infos([note]))
+    thetas = {f"{theta:.0%}": n for theta, n in found.sweep.items()}
+    swept = [Row((m,), {theta: Cell(n[m]) for theta, n in thetas.items()}) for m in names]
+    by_theta = Table(
+        "thetas", "negative by threshold θ", ("method",), [Column(theta, theta) for theta in thetas], swept
+    )
+    return [counts, main, by_type, *([sets_table] if sets else []), by_theta]
 
 
-def _count_cells(found: Negatives, row: Comparison) -> list[str]:
-    net = row.finding("net harm")
-    count, of = found.swapped[row.method]
-    p = "-" if net is None or net.p is None else f"{net.p:.2g}"
-    return [row.method, str(row.negatives), "-" if row.floor is None else str(row.floor), f"{count}/{of}", p]
-
-
-def _cells(row: Comparison) -> list[str]:
-    broken = row.effect("broken")
-    return [
-        row.method,
-        _span(_quality(row)),
-        _span(broken) if broken else "-",
-        _quality(row).verdict,
-        row.verdict,
-    ]
-
-
+COUNTED = (
+    "by noise: those the control breaks. swapped: what the baseline fails on when the method's scores are the "
+    "reference: asymmetry, not noise. net harm p: exact sign test of samples that broke against samples that healed."
+)
 OTHER_RULE = "Verdicts use the endpoint's own rule: below 90 % of the baseline's score, eligible from the mean on."
 
 
-def _span(e: Effect) -> str:
-    low, middle, high = shown(e, 2)
-    return f"{middle} ({low} to {high})"
+def _each(counts: Mapping[str, int]) -> dict[str, Cell]:
+    return {name: Cell(n) for name, n in counts.items()}
+
+
+def _counts(found: Negatives, row: Comparison) -> dict[str, Cell]:
+    net = row.finding("net harm")
+    count, of = found.swapped[row.method]
+    return {
+        "negative": Cell(row.negatives),
+        "by noise": Cell(row.floor),
+        "swapped": Cell(count, of=of),
+        "net harm": Cell(p=net.p if net else None),
+    }
+
+
+def _judged(row: Comparison) -> dict[str, Cell]:
+    cells = {e.endpoint: replace(effect_row("", e).cells["effect"], unit="") for e in row.effects}
+    return cells | {"all": Cell(row.verdict)}
 
 
 def _notes(found: Negatives) -> list[str]:

@@ -1,0 +1,87 @@
+"""The report on a run: all that is shown of it, computed once. Report plugins only draw it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvsuite.analysis.shortfall import interrupted, shares, timed
+from kvsuite.analysis.speed import OURS
+from kvsuite.analysis.table import Cell, Note, Table
+from kvsuite.analysis.tables import servers, speed
+from kvsuite.analysis.tables.answers import answers
+from kvsuite.analysis.tables.verdicts import verdicts
+from kvsuite.errors import unknown
+from kvsuite.records import Answer, Record, Run, Timing
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run shows. ``report.cell("verdicts", ("int8", "speed"), "effect").low`` is a bound of an interval."""
+
+    run: Run
+    """Where it comes from: its folder, and its facts as ``run.json`` has them."""
+    tables: Sequence[Table]
+    """What is missing first, then the verdicts."""
+    appendix: Sequence[Table]
+    """Every single figure: too long for a terminal."""
+    notes: Sequence[Note]
+    """To be read at the end."""
+
+    def table(self, key: str) -> Table:
+        """The table of this key. Raises UsageError where there is none."""
+        known = {table.key: table for table in (*self.tables, *self.appendix)}
+        if key not in known:
+            raise unknown("table of the report", key, known)
+        return known[key]
+
+    def cell(self, table: str, row: str | tuple[str, ...], column: str) -> Cell:
+        """The cell of these keys. Raises UsageError for keys that are not there."""
+        return self.table(table).cell(row, column)
+
+    @property
+    def shortfall(self) -> Table | None:
+        """What was to be measured and is not there; None where all is."""
+        return next((table for table in self.tables if table.key == "shortfall"), None)
+
+
+def analyse(run: Run) -> Report:
+    """Everything that is shown of a run."""
+    tables = [*_shortfall(run), *servers.headlines(run), *verdicts(run), *servers.speed(run), *servers.served(run)]
+    tables += [*speed.phases(run), *answers(run), *speed.promises(run)]
+    torn = f"{run.torn} record lines were cut off while being written and are left out."
+    notes = [*provenance(run.records), *([Note(torn, "warning")] if run.torn else [])]
+    return Report(run, tables, speed.timings(run), notes)
+
+
+def _shortfall(run: Run) -> list[Table]:
+    """What was to be measured and is not there; nothing for a run that has all, or does not say what it was to have."""
+    counts = []
+    for task, arms in shares(run).items():
+        there, asked = sum(s.ok + s.failed for s in arms.values()), sum(s.asked for s in arms.values())
+        counts += [f"{task}: {there:,} of {asked:,} answers"] if there < asked else []
+    done, asked = timed(run)
+    counts += [f"speed: {done} of {asked} timed cells"] if done < asked else []
+    if interrupted(run):
+        title = "partial: this run was interrupted"
+    elif counts:
+        title = "partial: this run ended before all was measured"
+    else:
+        return []
+    notes = [Note(f"partial · {' · '.join(counts)}.", "error")] if counts else []
+    return [Table("shortfall", title, notes=notes, severity="error")]
+
+
+def provenance(records: Sequence[Record]) -> list[Note]:
+    """That what was scored is what was timed, or that it was not; nothing where no method was both."""
+    good = [r for r in records if isinstance(r, (Answer, Timing)) and r.status == "ok" and r.cache.startswith(OURS)]
+    scored = {(r.method, r.cache) for r in good if isinstance(r, Answer)}
+    timed = {(r.method, r.cache) for r in good if isinstance(r, Timing)}
+    both = {method for method, _ in scored} & {method for method, _ in timed}
+    if not both:
+        return []
+    apart = [f"{method} {cache}" for method, cache in sorted(scored ^ timed) if method in both]
+    if apart:
+        return [Note(f"NOT THE SAME CACHE SCORED AND TIMED: {', '.join(apart)}.", "error")]
+    caches = sorted({cache for method, cache in scored if method in both})
+    return [Note(f"Scored and timed: the same {', '.join(caches)}.")]

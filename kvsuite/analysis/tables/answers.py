@@ -1,0 +1,151 @@
+"""What every arm answered to a task: scores and bytes, or what its answers cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from kvsuite.analysis.length import LengthRow, length_rows
+from kvsuite.analysis.samples import SampleRow, sample_rows
+from kvsuite.analysis.shortfall import Share, Who, shares
+from kvsuite.analysis.table import Cell, Column, Note, Row, State, Table, errors, infos, span
+from kvsuite.analysis.tables.shared import dtype_notes, failed, floor, served, setting
+from kvsuite.readers.run import answers as task_answers
+from kvsuite.records import Answer, Run
+
+FRAGMENTED = 0.05
+"""Empty slots that are worth a column."""
+
+
+def answers(run: Run) -> list[Table]:
+    """One table a task."""
+    known, arms = list(task_answers(run)), shares(run)
+    found = []
+    for task in dict.fromkeys(a.task for a in known):
+        mine = [a for a in known if a.task == task]
+        made = _length if mine[0].evaluation == "length" else _samples
+        found.append(made(task, mine, arms[task], run))
+    return found
+
+
+def _counted(what: str, shares: Mapping[Who, Share]) -> str:
+    """How many samples a task has, and with how many its arms were left."""
+    asked, ok = max(s.asked for s in shares.values()), [s.ok for s in shares.values()]
+    if min(ok) == asked:
+        return f"{asked} {what}"
+    return f"partial: {span(ok)} of {asked} {what}"
+
+
+def _row(arm: str, share: Share, cells: Mapping[str, Cell]) -> Row:
+    """An arm's figures, or why there are none; its name says how many of its answers are there if not all are."""
+    counts = [f"{share.ok} of {share.asked}"] if share.ok + share.failed < share.asked else []
+    counts += [f"{share.failed} FAILED"] if share.failed else []
+    state: State = (
+        "ok" if share.ok == share.asked else "partial" if share.ok else "failed" if share.failed else "missing"
+    )
+    lacking = (share.ok, share.asked) if state == "partial" else None
+    whole = {key: replace(cell, state=state, lacking=lacking) for key, cell in cells.items()}
+    return Row((arm,), whole, (f"{arm} ({', '.join(counts)})" if counts else arm,))
+
+
+def _lost(shares: Mapping[Who, Share]) -> list[Note]:
+    if all(s.ok == s.asked for s in shares.values()):
+        return []
+    said = "partial: arms with fewer answers have figures of these alone, which may be the short or the easy ones."
+    return errors([said])
+
+
+def _samples(task: str, answers: Sequence[Answer], shares: Mapping[Who, Share], run: Run) -> Table:
+    rows = sample_rows(answers, run.baseline)
+    lengths = [a.prompt_tokens for a in answers if a.prompt_tokens] or run.facts["settings"]["length"]
+    title = (
+        f"{task} · {_counted('samples', shares)} of {span(lengths)} tokens · {setting(run)}, batch {answers[0].width}"
+    )
+    there = {row.method for row in rows}
+    rows += [SampleRow(method, 0, 0, "") for method, _ in shares if method not in there]
+    columns = [Column("score", "score", "score"), Column("score", "95 %", "score", "ends")]
+    columns.append(Column("same", f"as {run.baseline}"))
+    note = "95 %: interval of the mean score; as baseline: answers that are the baseline's to the letter."
+    if not served(run):
+        tells = any((row.read or 1) < 0.99 or row.fragmentation >= FRAGMENTED for row in rows)
+        columns += [Column("held", "MiB", "MiB"), Column("ratio", "of full", "×")]
+        columns += [Column("read", "read", "×"), Column("empty", "empty, %", "%")] if tells else []
+        columns += [Column("prefill", "prefill tok/s", "tok/s"), Column("decode", "decode tok/s", "tok/s")]
+        note = (
+            f"MiB is what the cache of one sample holds after its prompt ({run.facts['settings']['compress']} "
+            "compressed), all layers; it may grow from there. 95 % is the interval of the mean score; as full counts "
+            "answers with the very tokens of full's."
+        )
+        if tells:
+            note += (
+                " Read: the part of the bytes held that the last step read; empty: the slots in use at the end that "
+                "held no token."
+            )
+    drawn = [_row(row.method, shares[row.method, 0], _sample_cells(row)) for row in rows]
+    controls = [(row.method, row.pairs, row.same) for row in rows if run.is_control(row.method)]
+    failures = [(row.method, row.error) for row in rows if row.failed]
+    notes = [*_lost(shares), Note(note), *floor(run, controls), *dtype_notes(run), *failed(failures)]
+    return Table(f"samples:{task}", title, ("method",), columns, drawn, notes)
+
+
+def _sample_cells(row: SampleRow) -> dict[str, Cell]:
+    none = row.score is None
+    return {
+        "score": Cell.estimated(row.score),
+        "same": Cell() if none else Cell(row.same, of=row.pairs),
+        "held": Cell(None if row.nbytes is None else row.nbytes / 2**20),
+        "ratio": Cell(row.ratio),
+        "read": Cell(row.read),
+        "empty": Cell(None if none else 100 * row.fragmentation),
+        "prefill": Cell(row.prefill),
+        "decode": Cell(row.decode),
+    }
+
+
+def _length(task: str, answers: Sequence[Answer], shares: Mapping[Who, Share], run: Run) -> Table:
+    rows, where = length_rows(answers, run.baseline), run.facts["settings"]
+    how = f"temperature {where['temperature']:g}" if where["temperature"] else "greedy"
+    cap = max(a.cap for a in answers)
+    title = f"{task} · {_counted('prompts', shares)}, at most {cap} tokens, {how} · {setting(run)}"
+    there = {(row.method, row.repeat) for row in rows}
+    rows += [LengthRow(*who, 0, 0, "") for who in shares if who not in there]
+    said = [
+        f"Cost is the tokens of all answers against {run.baseline}'s to the same prompts, one cap for both; its "
+        "interval resamples prompts. An answer at its cap counts as that long: more cap may show more effect.",
+        "1.5× and 2/3 count answers at least that much longer, at most that short: with no effect, as many of both.",
+    ]
+    controls = [(_arm(row), row.pairs, row.same) for row in rows if run.is_control(row.method)]
+    notes = [*_lost(shares), *infos(said), *floor(run, controls)]
+    columns = [Column("cost", "cost", "×"), Column("cost", "95 %", "×", "ends"), Column("tokens", "tokens", "tokens")]
+    columns += [Column("capped", "at cap"), Column("longer", "1.5×"), Column("shorter", "2/3")]
+    columns.append(Column("same", f"as {run.baseline}"))
+    if not served(run):
+        columns.append(Column("ratio", "of full", "×"))
+        notes.append(
+            Note(
+                f"Of {run.baseline} is bytes held at the end for each token, against {run.baseline}'s: near 1.00 the "
+                "method hardly acted."
+            )
+        )
+        notes += dtype_notes(run)
+    if any(row.repeat for row in rows):
+        notes.append(Note("full, other seed is the noise of sampling itself: what stays inside it is not an effect."))
+    notes += failed([(_arm(row), row.error) for row in rows if row.failed])
+    drawn = [_row(_arm(row), shares[row.method, row.repeat], _length_cells(row)) for row in rows]
+    return Table(f"length:{task}", title, ("method",), columns, drawn, notes)
+
+
+def _arm(row: LengthRow) -> str:
+    return f"{row.method}, other seed" if row.repeat else row.method
+
+
+def _length_cells(row: LengthRow) -> dict[str, Cell]:
+    counts = {"capped": row.capped, "same": row.same}
+    changed = {"longer": row.longer, "shorter": row.shorter}
+    return {
+        "cost": Cell.estimated(row.cost),
+        "tokens": Cell(row.tokens),
+        **{key: Cell(count, of=row.pairs) if row.pairs else Cell() for key, count in counts.items()},
+        **{key: Cell(count if row.pairs else None) for key, count in changed.items()},
+        "ratio": Cell(row.ratio),
+    }

@@ -1,0 +1,59 @@
+"""``kvsuite plan``: how many prompts, and minutes, decide a margin, from the noise of a run of one's own."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from kvsuite.analysis.effects import Part, compare
+from kvsuite.analysis.runs import noise
+from kvsuite.analysis.stats import FEW
+from kvsuite.analysis.table import Cell, Column, Note, Row, Table, errors, infos
+from kvsuite.analysis.verdict import Effect
+from kvsuite.errors import UsageError
+from kvsuite.margins import Margins
+from kvsuite.records import Run
+
+NOTE = Note(
+    "spread: of one sample. prompts: with so many, a method without an effect is found within its margin 4 times of 5. "
+    "A method that changes more than noise does needs more: measure it, and look at what it needs itself. time: "
+    "answering them once with full and once with one method, at this run's speed. broken needs two controls (jitter "
+    "and jitter:seed=1)."
+)
+
+
+def plan(run: Run, margins: Margins) -> Table:
+    """Prompts and time by kind of noise and endpoint. Raises UsageError for a run without a control."""
+    rows, silent = [], []
+    for part in noise(run):
+        for row in compare([part], margins):
+            for e in row.effects:
+                if e.lacking:
+                    of = "only {} of {} samples are there".format(*e.lacking)
+                    silent += errors([f"partial: {row.method}, {e.endpoint}: {of}."])
+                if 0 < e.estimate.se < math.inf:
+                    rows.append(Row((row.method, e.endpoint), _cells(row.method, e, part)))
+                    few = round(e.estimate.share * e.n)
+                    if few < FEW:
+                        said = f"from {few} large changes; half or twice as many prompts is possible"
+                        silent += infos([f"{row.method}, {e.endpoint}: {said}."])
+                else:
+                    silent += infos([f"{row.method} changed no {e.endpoint}: no floor measured."])
+    if not rows and not silent:
+        raise UsageError(f"{run.folder} has no control to plan from: run full and jitter (or a second seed) first")
+    columns = [Column("margin", "margin, %", "%"), Column("spread", "spread, %", "%")]
+    columns += [Column("prompts", "prompts"), Column("time", "time", "s", "clock")]
+    title = f"to decide a margin · {run.facts['model']['name']}"
+    return Table("plan", title, ("noise", "endpoint"), columns, rows, [NOTE, *silent])
+
+
+def _cells(method: str, e: Effect, part: Part) -> dict[str, Cell]:
+    margin = abs(e.limit - (1 if e.ratio else 0))
+    found = {"margin": Cell(100 * margin), "spread": Cell(100 * e.estimate.se * math.sqrt(e.n))}
+    if math.isinf(e.needed):
+        return found
+    share = e.n / len(part.base)
+    prompts = math.ceil(e.needed / share)
+    seconds = prompts * sum(float(np.nanmean(arm.seconds)) for arm in (part.base, part.methods[method]))
+    return found | {"prompts": Cell(prompts), "time": Cell(seconds)}

@@ -1,0 +1,196 @@
+"""What a comparison of servers shows beside the verdicts: headlines, speed, and what was served."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvsuite.analysis.garbled import Check
+from kvsuite.analysis.runs import broken
+from kvsuite.analysis.serving import FIGURES, ServedRow, ServerReport, blocks, checks, goodputs, served_rows, told
+from kvsuite.analysis.shortfall import interrupted
+from kvsuite.analysis.table import Cell, Column, Note, Row, Severity, State, Table, errors, infos, span
+from kvsuite.analysis.tables.shared import failed
+from kvsuite.records import Run
+
+WARM = 0.1
+"""A share of tokens: templates and system prompts are found in any prefix cache."""
+SHOWN = 160
+"""Characters of an example."""
+
+
+def headlines(run: Run) -> list[Table]:
+    """What must be read before any figure: broken engines, compression that nothing shows, features lost."""
+    said: list[tuple[str, Severity]] = []
+    for server in told(run):
+        plain = server.method == run.baseline or run.is_control(server.method)
+        said += [
+            (f"FAILED {server.method}: {why.removeprefix(f'{server.method}: ')}.", "error") for why in server.failures
+        ]
+        if server.method == run.baseline:
+            compressed = server.facts.get("compressed")
+            stored = server.facts.get("kv_dtype", "unknown")
+            if compressed:
+                said.append((f"COMPRESSED {server.method}: its own cache is compressed, {stored}.", "error"))
+            elif compressed is None:
+                said.append((f"NOT SHOWN {server.method}: nothing says that its cache is uncompressed.", "warning"))
+        elif not plain and server.facts and not server.proof:
+            said.append((f"NOT SHOWN {server.method}: nothing shows that compression ran.", "warning"))
+        if server.warm > WARM:
+            share = f"{server.warm:.0%} of its prompts' tokens were in its prefix cache"
+            said.append((f"WARM {server.method}: {share}.", "warning"))
+        elif server.perhaps_warm:
+            why = "nothing kept its prompts out of a prefix cache, if it has one"
+            said.append((f"WARM? {server.method}: {why}.", "warning"))
+        said += [(f"DIFFERS {server.method}: {feature}.", "warning") for feature in server.lost]
+    for method, check in checks(run).items():
+        if check.broken:
+            said.append((f"BROKEN {method}: {_broken(check)}", "error"))
+        elif check.note:
+            why = f"whether its answers are answers: {check.note}"
+            said.append((f"HARDLY CHECKED {method}, {why}.", "warning"))
+    return [Table("headlines", "headlines", notes=[Note(*x) for x in said])] if said else []
+
+
+def _broken(check: Check) -> str:
+    failed = ", ".join(f"{s.name} {s.count} of {s.n}" + _floor(s.floor) for s in check.signs if s.failed)
+    said = f"its answers are no answers: {failed or 'all are hopeless'}."
+    if check.example is not None:
+        example = check.example
+        both = _cut(example.baseline), _cut(example.variant)
+        said += f" {' '.join(example.sample)}: the baseline said {both[0]}, it said {both[1]}."
+    return said
+
+
+def _floor(floor: int | None) -> str:
+    return "" if floor is None else f" (A/A {floor})"
+
+
+def _cut(text: str) -> str:
+    text = " ".join(text.split())
+    return repr(text if len(text) <= SHOWN else text[:SHOWN] + " …")
+
+
+UNITS = {"rate": ("tok/s", 1.0), "ttft": ("s", 1.0), "tpot": ("ms", 1e3), "itl95": ("ms", 1e3), "e2e": ("s", 1.0)}
+"""In which unit figures are shown, and how many of it make a second (or a token in one)."""
+NAMES = {"rate": "tok/s", "ttft": "TTFT s", "tpot": "TPOT ms", "itl95": "ITL p95", "e2e": "E2E s"}
+COUNTS = (Column("tokens", "tokens", "tokens"), Column("capped", "at cap"), Column("failed", "failed"))
+
+
+def speed(run: Run) -> list[Table]:
+    """One row per cell and arm. An arm whose answers are no answers has no figures."""
+    rows = served_rows(run)
+    if not rows:
+        return []
+    left_out, wanted = broken(run), run.facts.get("expected", {}).get("blocks", 0)
+    if interrupted(run):
+        there = {(row.cell, row.method) for row in rows}
+        every = [(cell, arm) for cell in run.facts["cells"] for arm in run.facts["methods"]]
+        rows += [ServedRow(arm, cell, 0, 0, "") for cell, arm in every if (cell, arm) not in there]
+    whole, asked = [row.blocks for row in rows], max(wanted, *map(len, blocks(run).values()))
+    partial = f"partial: {span(whole)} of {asked} blocks · " if min(whole) < asked else ""
+    columns: list[Column] = []
+    for name, (unit, _) in UNITS.items():
+        columns.append(Column(name, NAMES[name], unit))
+        columns += [Column(f"{name} ratio", "×", "×", "range", beside=True)] if name in FIGURES else []
+    notes = infos(
+        [
+            f"× over 1 is faster than the baseline, which took the same requests in turn ({max(whole)} blocks A B B "
+            "A), with the 95 % t-interval over blocks; (–): over 100, so nothing is known. The A/A arm shows what no "
+            "difference looks like here. Figures are medians of legs; tok/s counts all answers of a leg, from the "
+            "first request to the last token.",
+            f"{_ends(run, rows)}: tokens is their mean length. TTFT: to the first token; TPOT: per token after it; ITL "
+            "p95: of the gaps between tokens, ms; E2E: to the end of an answer.",
+        ]
+    )
+    notes += failed([(f"{row.method}, {row.cell}", row.error) for row in rows if row.failed])
+    drawn = [
+        Row((row.cell, row.method), _cells(row, row.method in left_out, row.method == run.baseline)) for row in rows
+    ]
+    title = f"served · {partial}{run.facts['model']['name']}"
+    return [
+        Table("served", title, ("load", "arm"), [*columns, *COUNTS], drawn, notes),
+        *_goodput(run, left_out),
+    ]
+
+
+def _ends(run: Run, rows: Sequence[ServedRow]) -> str:
+    if run.facts["settings"].get("end") != "forced":
+        return "Answers end where the model ends them, or at their cap"
+    answers, capped = sum(row.n - row.failed for row in rows), sum(row.capped for row in rows)
+    said = "Answers were forced to go on to their cap, past where the model would end them"
+    return said if capped == answers else f"{said}, but {answers - capped} of {answers} ended sooner"
+
+
+def _cells(row: ServedRow, broken: bool, itself: bool) -> dict[str, Cell]:
+    count = {"failed": Cell(row.failed, of=row.n)}
+    if broken or not row.figures:
+        state: State = "broken" if broken else "failed" if row.failed else "missing"
+        keys = [key for name in UNITS for key in (name, f"{name} ratio")]
+        return dict.fromkeys([*keys, "tokens", "capped"], Cell(state=state)) | count
+    figures = {name: Cell(scale * row.figures[name]) for name, (_, scale) in UNITS.items() if name in row.figures}
+    ratios = {f"{name} ratio": Cell(1.0) if itself else Cell.estimated(row.ratios.get(name)) for name in FIGURES}
+    return {**figures, **ratios, "tokens": Cell(row.tokens), "capped": Cell(row.capped, of=row.n), **count}
+
+
+def _goodput(run: Run, left_out: set[str]) -> list[Table]:
+    found = goodputs(run)
+    if not found:
+        return []
+    ttft, itl = run.facts["settings"]["goodput"]
+    rows = []
+    for method, good in found.items():
+        cells = {"held": good.rate, "missed": good.missed, "tests": len(good.cells), "note": good.note}
+        if method in left_out:
+            rows.append(Row((method,), dict.fromkeys(cells, Cell(state="broken"))))
+        else:
+            rows.append(Row((method,), {key: Cell(value) for key, value in cells.items()}))
+    columns = [Column("held", "holds", "requests/s"), Column("missed", "misses", "requests/s")]
+    columns += [Column("tests", "tests"), Column("note", "")]
+    note = (
+        f"Requests a second (Poisson) up to which the p95 of TTFT stays within {ttft:g} s and that of ITL, the gaps "
+        f"between tokens, within {itl:g} s; a failed request misses both. One search a server: a difference inside one "
+        "step is none."
+    )
+    cut = ["partial: this run was interrupted; a search may not be at its end."] if interrupted(run) else []
+    return [Table("goodput", "goodput", ("arm",), columns, rows, [*errors(cut), Note(note)])]
+
+
+def served(run: Run) -> list[Table]:
+    """What every arm's server said of itself, and what shows that compression ran."""
+    found = told(run)
+    if not found:
+        return []
+    columns = [Column("engine", "engine"), Column("kv", "KV cache"), Column("room", "room, tokens", "tokens")]
+    columns += [Column("hits", "prefix hits"), Column("preempted", "preempted")]
+    columns.append(Column("compression", "compression"))
+    late = max((s.counters.get("late", 0.0) for s in found), default=0.0)
+    notes = [f"{s.method} stores {s.proof}." for s in found if s.proof]
+    for s in found:
+        if s.counters.get("drafted"):
+            notes.append(
+                f"{s.method}: {s.counters.get('accepted', 0) / s.counters['drafted']:.0%} of drafted tokens accepted."
+            )
+    asked = {key: [s.method for s in found if s.command == key] for key in dict.fromkeys(s.command for s in found)}
+    notes += [f"{', '.join(methods)}: {key}" for key, methods in asked.items()]
+    if late > 0.005:
+        notes.append(
+            f"The client sent a request up to {1e3 * late:.0f} ms late: the load was not quite the one asked for."
+        )
+    rows = [Row((server.method,), _said(server)) for server in found]
+    return [Table("servers", "what was served", ("arm",), columns, rows, infos(notes))]
+
+
+def _said(server: ServerReport) -> dict[str, Cell]:
+    facts, counts = server.facts, server.counters
+    queries, hits = counts.get("prefix_queries", 0), counts.get("prefix_hits", 0)
+    tokens = facts.get("kv_tokens")
+    engine = " ".join(str(x) for x in (server.profile, facts.get("version", "")) if x)
+    shown = {True: "shown" if server.proof else "not shown", False: "none", None: "not shown"}[facts.get("compressed")]
+    return {
+        "engine": Cell(engine),
+        "kv": Cell(str(facts["kv_dtype"]) if "kv_dtype" in facts else None),
+        "room": Cell(tokens if isinstance(tokens, int) else None),
+        "hits": Cell(100 * hits / queries if queries else None, unit="%"),
+        "preempted": Cell(round(counts["preemptions"]) if "preemptions" in counts else None),
+        "compression": Cell(shown),
+    }

@@ -1,0 +1,61 @@
+"""Names and sentences that the tables of a run share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvsuite.analysis.runs import dtypes
+from kvsuite.analysis.shortfall import timed
+from kvsuite.analysis.table import Note, errors, infos
+from kvsuite.records import Run
+
+
+def served(run: Run) -> bool:
+    """Whether servers answered."""
+    return "servers" in run.facts
+
+
+def formats(run: Run) -> str:
+    """The number formats of computing and of K and V, where they are not the same."""
+    compute, kv = dtypes(run)
+    return str(compute) if compute == kv else f"{compute} compute, {kv} K/V"
+
+
+def setting(run: Run) -> str:
+    """Model, number formats, threads: what every figure depends on."""
+    where = run.facts["environment"]
+    if served(run):
+        return f"{run.facts['model']['name']}, served"
+    device = where["gpu"] or f"{where['threads']} threads"
+    return f"{run.facts['model']['name']}, {formats(run)}, {device}"
+
+
+def dtype_notes(run: Run) -> list[Note]:
+    """Both number formats and the reason, where they differ."""
+    compute, kv = dtypes(run)
+    if compute == kv:
+        return []
+    reason = run.facts["environment"].get("dtype_reason")
+    return [Note(f"Computed in {compute}; K and V are stored in {kv}{f': {reason}' if reason else ''}.")]
+
+
+def missing(run: Run) -> list[Note]:
+    """How many timed cells are not there."""
+    done, asked = timed(run)
+    return errors([f"MISSING: {asked - done} of the {asked} cells that this run was to time."] if done < asked else [])
+
+
+def floor(run: Run, controls: Sequence[tuple[str, int, int]]) -> list[Note]:
+    """What each control changed: its name, the answers compared, those that were the baseline's."""
+    said, noise = [], "Another order of requests" if served(run) else "Noise of rounding size"
+    for name, pairs, same in controls:
+        if pairs and same == pairs:
+            said.append(f"{name}: all {pairs} answers identical to {run.baseline}'s, so no floor was measured.")
+        elif pairs:
+            said.append(f"{noise} ({name}) changed {pairs - same} of {pairs} answers.")
+    return infos(said)
+
+
+def failed(failures: Sequence[tuple[str, str]]) -> list[Note]:
+    """Why each of some cells or arms failed."""
+    return errors([f"FAILED {name}: {error}" for name, error in failures])

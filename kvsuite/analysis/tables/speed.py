@@ -1,0 +1,170 @@
+"""How fast the methods of a run are: decode and prefill cell by cell, and the core's promises."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from kvsuite.analysis.latency import BreakEven
+from kvsuite.analysis.shortfall import timed
+from kvsuite.analysis.speed import REFERENCE, SpeedRow, break_evens, speed_rows
+from kvsuite.analysis.table import Cell, Column, Note, Row, Table, infos
+from kvsuite.analysis.tables.shared import dtype_notes, failed, missing, setting
+from kvsuite.records import Agreement, Run, Timing
+
+
+def phases(run: Run) -> list[Table]:
+    """Decode and prefill, as far as they were timed."""
+    timings = [r for r in run.records if isinstance(r, Timing)]
+    found = ((phase, speed_rows([t for t in timings if t.phase == phase])) for phase in ("decode", "prefill"))
+    return [_phase(phase, rows, run) for phase, rows in found if rows]
+
+
+def _phase(phase: str, rows: Sequence[SpeedRow], run: Run) -> Table:
+    places = sorted({(r.width, r.length) for r in rows})
+    by = {(r.method, r.width, r.length): r for r in rows}
+    done, asked = timed(run)
+    absent = Cell(state="missing" if done < asked else "ok")
+
+    def row(method: str, unit: str, key: str = "") -> Row:
+        here = {f"{w} · {n}": by.get((method, w, n)) for w, n in places}
+        cells = {at: absent if r is None else _speed(r, unit) for at, r in here.items()}
+        return Row((key or method,), cells, (f"{method}, {unit}",), unit)
+
+    methods = dict.fromkeys([*(r.method for r in rows), *(run.facts["methods"] if done < asked else [])])
+    drawn = [row("full", "tok/s", "full, tok/s"), *(row(method, "×") for method in methods)]
+    columns = [Column(f"{w} · {n}", f"{w} · {n}", shows="half") for w, n in places]
+    notes = [*missing(run), *_meaning(phase, rows)]
+    if phase == "decode":
+        notes += infos(by_what(rows, run.facts["environment"]["gpu"]))
+        notes += _break_evens([r for r in run.records if isinstance(r, Timing) and not run.is_control(r.method)])
+    notes += dtype_notes(run)
+    if any(r.method == "transformers" for r in rows):
+        notes.append(
+            Note("transformers is its own DynamicCache under SDPA, the same sequences: a row beside, not the baseline.")
+        )
+    notes += failed([(f"{r.method} b{r.width} l{r.length}", r.error) for r in rows if r.failed])
+    return Table(phase, f"{phase} · {setting(run)}", ("batch · length",), columns, drawn, notes)
+
+
+def _meaning(phase: str, rows: Sequence[SpeedRow]) -> list[Note]:
+    said = []
+    if rounds := max(r.rounds for r in rows):
+        said.append(
+            f"Speed as a multiple of full's, which ran in turn with it ({rounds} pairs of rounds); ± is the 95 % "
+            "t-interval. The row of full against itself is the noise of this machine."
+        )
+    if any(r.speedup is None and not r.failed for r in rows):
+        said.append("not measured: fewer than two pairs of rounds ran (--benchmark-disable, --kv-rounds).")
+    if phase == "prefill":
+        said.append(
+            "A prefill with what the method observes, and its compression. One prefill serves all methods of a run."
+        )
+    return infos(said)
+
+
+def _state(row: SpeedRow) -> Cell:
+    """Why a row has no speed."""
+    return Cell(state="failed" if row.failed else "not measured")
+
+
+def _speed(row: SpeedRow, unit: str) -> Cell:
+    if row.speedup is None:
+        return _state(row)
+    return Cell(row.rate) if unit == "tok/s" else Cell.estimated(row.speedup)
+
+
+def by_what(rows: Sequence[SpeedRow], gpu: str | None) -> list[str]:
+    """What stored and attended, where the records say it; a method without a kernel is not to be ranked by its
+    speed."""
+    paths = {r.method: r.path for r in rows if r.path and r.method != "transformers"}
+    slow = sorted(method for method, path in paths.items() if path.endswith(REFERENCE))
+    if not paths:
+        return []
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if row.method in slow and row.refusal and row.method not in reasons.setdefault(row.refusal, []):
+            reasons[row.refusal].append(row.method)
+    names = {why: "all methods" if len(who) == len(paths) else ", ".join(who) for why, who in reasons.items()}
+    because = [f"{who} on {'gpu' if gpu else 'cpu'}: reference, because {why}." for why, who in names.items()]
+    but = f", but PyTorch (not to be ranked by speed) for {', '.join(slow)}" if slow else ""
+    backends = {path.rpartition("/")[2] for path in paths.values()}
+    if len(slow) == len(paths):
+        said = "Attention is the PyTorch reference, no kernel: quantized caches are unpacked at every step."
+    elif "cpu" in backends:
+        said = f"Steps and attention are C++, compiled for this CPU{but}."
+    elif gpu is None:
+        said = "There is no GPU: an interpreter ran the kernels that the records name, so these are no speeds."
+    else:
+        said = f"Steps and attention are Triton kernels{but}."
+    return [said, *because]
+
+
+def _break_evens(timings: Sequence[Timing]) -> list[Note]:
+    """From which context on a method's step is the faster one, width by width."""
+    notes = []
+    for width in sorted({t.width for t in timings}):
+        found = {method: _break_even(x) for (method, own), x in break_evens(timings).items() if own == width}
+        said = "; ".join(f"{method} {words}" for method, words in found.items() if method != "transformers")
+        if said:
+            notes.append(f"A step is faster than full's, by the line through the lengths, at batch {width}: {said}.")
+    return infos(notes)
+
+
+def _break_even(found: BreakEven) -> str:
+    if found.length is None:
+        return {"everywhere": "at every length", "nowhere": "at no length"}[found.faster]
+    bounds = [f"{low:,.0f} to {'∞' if high == math.inf else f'{high:,.0f}'}" for low, high in found.pieces]
+    where = f"{found.length:,.0f} tokens ({' or '.join(bounds)})"
+    return f"from {where} on" if found.faster == "longer" else f"up to {where}"
+
+
+def timings(run: Run) -> list[Table]:
+    """Every timed cell by itself."""
+    rows = []
+    for row in speed_rows([r for r in run.records if isinstance(r, Timing)]):
+        key = (row.method, row.phase, str(row.width), str(row.length))
+        if row.speedup is None:
+            rows.append(Row(key, {"rate": _state(row), "speed": _state(row)}))
+            continue
+        read = row.nbytes_read / 2**20 if row.nbytes_read else None
+        held = {"held": Cell(row.nbytes / 2**20), "read": Cell(read), "checked": Cell(row.checked)}
+        rows.append(Row(key, {"rate": Cell(row.rate), "speed": Cell.estimated(row.speedup), **held}))
+    if not rows:
+        return []
+    columns = [Column("rate", "tok/s", "tok/s"), Column("speed", "× full", "×"), Column("speed", "95 %", "×", "ends")]
+    columns += [Column("held", "MiB", "MiB"), Column("read", "read", "MiB"), Column("checked", "checked", "tolerances")]
+    note = (
+        "read: MiB that one step reads; "
+        "checked: largest error of the attention output over what the cache holds, in units of what rounding explains."
+    )
+    heads = ("method", "phase", "batch", "length")
+    return [Table("timings", "every timed cell", heads, columns, rows, [*missing(run), Note(note)], detail=True)]
+
+
+WIDER, PREFILLS = "× the tok/s of width 1", "× the prefill alone"
+
+
+def promises(run: Run) -> list[Table]:
+    """What many methods cost beside one prefill, what width is worth, and how often the same tokens came."""
+    timings = [r for r in run.records if isinstance(r, Timing) and r.phase not in ("decode", "prefill")]
+    rows = []
+    for row in speed_rows(timings):
+        name, cell = f"{row.phase}: {row.method}", _state(row)
+        if row.speedup is not None:
+            low, mean, high = row.speedup.low, row.speedup.mean, row.speedup.high
+            if row.phase == "width":
+                name = f"decoding at width {row.width}, {row.length} tokens"
+                low, mean, high, unit = (*(x * row.width for x in (low, mean, high)), WIDER)
+            else:
+                name = f"prefill of {row.length} tokens for {row.method}"
+                low, mean, high, unit = 1 / high, 1 / mean, 1 / low if low else math.inf, PREFILLS
+            cell = Cell(mean, low, high, unit=unit)
+        rows.append(Row((f"{row.phase}: {row.method}",), {"measured": cell}, (name,)))
+    for a in (r for r in run.records if isinstance(r, Agreement)):
+        cell = Cell(a.same, of=a.n, unit="with the same tokens")
+        if a.status == "failed" or not a.n:
+            cell = Cell(state="failed")
+        rows.append(Row((f"{a.task}: {a.method} and {a.other}",), {"measured": cell}))
+    columns = [Column("measured", "measured")]
+    return [Table("promises", "the core's promises", ("what",), columns, rows)] if rows else []

@@ -1,0 +1,174 @@
+"""The verdict on every method of a run, endpoint by endpoint, with the controls' own rows beside."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from kvsuite.analysis.effects import Comparison, Finding, compare
+from kvsuite.analysis.runs import broken, failures, noise, parts, speeds
+from kvsuite.analysis.shortfall import evaluation_of, shares
+from kvsuite.analysis.table import Cell, Column, Note, Row, Table, errors, infos
+from kvsuite.analysis.verdict import Effect
+from kvsuite.margins import Margins
+from kvsuite.records import Run
+
+COLUMNS = (
+    Column("effect", "effect"),
+    Column("effect", "95 %", shows="ends"),
+    Column("effect", "p", shows="p"),
+    Column("effect", "verdict", shows="verdict"),
+    Column("needs", "needs", "samples"),
+)
+UNITS = {"quality": "pt", "broken": "%", "length": "×", "speed": "×"}
+"""Of each endpoint: points of the score, share of the eligible, multiples of the baseline."""
+ENDPOINTS = {
+    "quality": "mean score, in points of 100",
+    "broken": "of the eligible samples (score at least their dataset's mean), those that lost more than a tenth of "
+    "their score, beyond what noise breaks",
+    "length": "tokens of the answers to chats, as a multiple",
+    "speed": "decode steps a second (of servers: time per token), as a multiple",
+}
+NEEDS = " needs: samples with which a method without an effect is found within its margin 4 times of 5."
+PARTIAL = Note(
+    "partial a/b: only a of b samples (of speed: rounds or cells) could be compared, since others failed or are "
+    "missing. Those that are there may be the short ones, so these figures decide nothing.",
+    "error",
+)
+
+
+def verdicts(run: Run) -> list[Table]:
+    """One row per method and primary endpoint, and what stands beside them; none for a run without answers."""
+    margins = Margins(**run.facts.get("margins", {}))
+    methods, controls = compare(parts(run), margins), compare(noise(run), margins)
+    fast = speeds(run, margins)
+    rows = [effect_row(row.method, e) for row in methods for e in distinct(row)]
+    rows += _unanswered(run, methods)
+    rows += [effect_row(name, e) for name, e in fast.effects]
+    rows += [Row((name, "speed"), {"effect": Cell(state=why)}) for name, why in fast.lost]
+    if not rows:
+        return []
+    rows += [Row((name, "all"), {"effect": Cell(state="broken")}) for name in sorted(broken(run))]
+    hidden = any(len(distinct(row)) < len(row.effects) for row in methods)
+    noises = [effect_row(row.method, e) for row in controls for e in distinct(row)]
+    rows += [Row(r.key, {"effect": replace(r.cells["effect"], p=None, verdict="noise")}) for r in noises]
+    said = [
+        "harmful: all of the interval is beyond the margin; within margin: none of it; undecided: neither. p: of no "
+        f"effect, after Holm over all rows but the noise (length: of the geometric mean).{needs(rows)}",
+        endpoints(rows, fast.where)
+        + (" broken has no row where it is quality with the sign turned." if hidden else ""),
+        *(["noise: the controls, measured as if they were methods: what no effect looks like."] if noises else []),
+        *_floor(methods),
+    ]
+    margin = Note(f"{margins_text(margins)}.")
+    notes = [*partial(rows), *infos(said), *errors(failures(run)), margin]
+    table = Table("verdicts", "verdicts", ("method", "endpoint"), COLUMNS, rows, notes)
+    return [table, *_beside([*methods, *controls])]
+
+
+def effect_row(name: str, e: Effect) -> Row:
+    """An endpoint of one method."""
+    scale = 1 if e.ratio else 100
+    cell = Cell(
+        scale * e.estimate.mean,
+        scale * e.estimate.low,
+        scale * e.estimate.high,
+        unit=UNITS[e.endpoint],
+        p=e.adjusted,
+        verdict=e.verdict,
+        limit=round(scale * e.limit, 9),
+        worse=e.worse,
+        state="partial" if e.lacking or e.verdict == "partial" else "ok",
+        lacking=e.lacking,
+    )
+    needed = e.verdict == "undecided" and math.isfinite(e.needed)
+    return Row((name, e.endpoint), {"effect": cell, "needs": Cell(e.needed if needed else None)})
+
+
+def partial(rows: Iterable[Row]) -> list[Note]:
+    """What *partial* means, where a row is."""
+    return [PARTIAL] if any(cell.state == "partial" for row in rows for cell in row.cells.values()) else []
+
+
+def needs(rows: Iterable[Row]) -> str:
+    """What *needs* means, where a row has a number of samples there."""
+    return NEEDS if any(row.cells.get("needs", Cell()).value for row in rows) else ""
+
+
+def endpoints(rows: Iterable[Row], where: str = "") -> str:
+    """What the endpoints of some rows are, and in which cell speed was judged."""
+    there = {row.key[-1] for row in rows}
+    said = {**ENDPOINTS, "speed": ENDPOINTS["speed"] + (f", at {where}" if where else "")}
+    return " ".join(f"{name}: {what}." for name, what in said.items() if name in there)
+
+
+def distinct(row: Comparison) -> list[Effect]:
+    """Its endpoints, without *broken* where that is *quality* with its sign turned: scores of 0 and 1, of which none
+    healed and noise took none."""
+    quality, broken = row.effect("quality"), row.effect("broken")
+    if quality is None or broken is None or (broken.n, broken.verdict) != (quality.n, quality.verdict):
+        return row.effects
+    same = math.isclose(broken.estimate.mean, -quality.estimate.mean, abs_tol=1e-9)
+    return [e for e in row.effects if e is not broken] if same else row.effects
+
+
+def _unanswered(run: Run, compared: list[Comparison]) -> list[Row]:
+    """A row for every method that was to be compared and has no answer in common with the baseline."""
+    there = {(row.method, e.endpoint) for row in compared for e in row.effects}
+    answered, found = shares(run), []
+    for endpoint, evaluation in (("quality", "samples"), ("length", "length")):
+        ok: dict[str, int] = {}
+        asked: dict[str, int] = {}
+        for task, arms in answered.items():
+            if evaluation_of(run, task) != evaluation:
+                continue
+            for (method, repeat), share in arms.items():
+                if not repeat:
+                    ok[method] = ok.get(method, 0) + share.ok
+                    asked[method] = asked.get(method, 0) + share.asked
+        for method in ok:
+            plain = method == run.baseline or run.is_control(method)
+            if not plain and (method, endpoint) not in there and not (ok[method] and ok.get(run.baseline, 0)):
+                none = Cell(verdict="partial", state="partial", lacking=(0, asked[method]))
+                found.append(Row((method, endpoint), {"effect": none}))
+    return found
+
+
+BESIDE = ["net harm", "churn", "longer", "shorter", "cap hits", "empty", "loops"]
+
+
+def _beside(rows: list[Comparison]) -> list[Table]:
+    """Exploratory: on how many samples only the method shows something, and only the other arm."""
+    shown = [name for name in BESIDE if any(row.finding(name) for row in rows)]
+    drawn = []
+    for row in rows:
+        cells = {name: _counted(found) for name in shown if (found := row.finding(name))}
+        name = f"{row.method} (partial)" if any(e.verdict == "partial" for e in row.effects) else row.method
+        drawn.append(Row((row.method,), cells, (name,)))
+    note = Note(
+        "Samples that only the method : only the other arm shows it on; * p < 5 % after Benjamini and Hochberg. net "
+        "harm: broke, healed. churn: changed either way; longer (3/2), shorter (2/3): beyond the control's. cap hits, "
+        "empty, loops (ends in the same words four times over): full's."
+    )
+    columns = [Column(name, name, "pairs") for name in shown]
+    return [Table("beside", "beside the verdicts, exploratory", ("method",), columns, drawn, [note])] if shown else []
+
+
+def _counted(found: Finding) -> Cell:
+    only = (None, None) if found.counts is None else found.counts
+    return Cell(only[0], of=only[1], p=found.adjusted)
+
+
+def margins_text(margins: Margins) -> str:
+    """The margins, in words."""
+    speed = f", speed -{100 * margins.speed:g} %" if margins.speed else ""
+    quality, broken, length = (f"{100 * x:g}" for x in (margins.quality, margins.broken, margins.length))
+    return f"margins: quality -{quality} points, broken +{broken} %, length +{length} %{speed}"
+
+
+def _floor(rows: Sequence[Comparison]) -> list[str]:
+    broken, scored = ({e.endpoint for row in rows for e in row.effects} & {x} for x in ("broken", "quality"))
+    if scored and not broken:
+        return ["broken beyond noise: no floor measured; no control changed an answer of those compared."]
+    return []

@@ -1,0 +1,238 @@
+"""What the plugin does once an evaluation is asked for: what its tests share, and its report."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+import warnings
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvsuite import environment
+from kvsuite.analysis.report import analyse
+from kvsuite.analysis.shortfall import interrupted
+from kvsuite.errors import UsageError
+from kvsuite.plugin import EVALUATIONS, SESSION, evaluates, options, untold
+from kvsuite.plugin.local import Local
+from kvsuite.plugin.serving import Serving
+from kvsuite.plugin.session import Session
+from kvsuite.records import read
+from kvsuite.registry import Registry, function
+from kvsuite.report import markdown, terminal
+
+ALONE = "speed is timed alone: run -m throughput without -n or --kv-executor"
+REPORTS = Registry("report", "reports", function("pytest_kv_report"))
+
+
+def begin(config: pytest.Config) -> None:
+    """Read and check all options, and register the reports and the hooks of this module."""
+    worker: dict[str, Any] = getattr(config, "workerinput", {})
+    try:
+        asked = options.read(config)
+        reports = {name: REPORTS.module(name) for name in REPORTS.names()}
+    except UsageError as error:
+        raise pytest.UsageError(str(error)) from error
+    folder = Path(worker["kv_run"]) if "kv_run" in worker else None
+    kind = Local if asked.servers is None else Serving
+    if kind is Serving and getattr(config.option, "dist", "no") != "no":
+        raise pytest.UsageError("servers are asked from one process: run without -n")
+    config.stash[SESSION] = kind(asked, worker.get("workerid", ""), folder)
+    plugins = {"terminal": terminal, "markdown": markdown, **reports}
+    for name, module in plugins.items():
+        if not config.pluginmanager.is_registered(module):
+            config.pluginmanager.register(module, f"kvsuite.report.{name}")
+    config.pluginmanager.register(sys.modules[__name__], __name__)
+    if worker:
+        _share_machine(worker)
+
+
+def _share_machine(worker: Mapping[str, Any]) -> None:
+    """Give a worker of pytest-xdist a GPU of its own, in turn, and its share of the cores, unless the user did."""
+    number, count = int(worker["workerid"].removeprefix("gw")), int(worker["workercount"])
+    if gpus := len(list(Path("/proc/driver/nvidia/gpus").glob("*"))):
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", str(number % gpus))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, environment.cores() // count)))  # read when torch is imported
+
+
+@contextmanager
+def _lenient() -> Iterator[None]:
+    """A library's warning is shown, whatever the project's filters say: it is no finding about a method."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        yield
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Under pytest-xdist the tests of a task go to one worker: its methods share one pass over the samples. (Its own
+    groups, ``loadgroup``, do nothing with pytest 9.2 and xdist 3.8: they rename items, whose names are now fixed.)"""
+    if config.option.dist != "load":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByTask(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            _, _, parameters = nodeid.rpartition("[")
+            named = f"-{parameters.rstrip(']')}-"
+            return next((task for task in session.options.tasks if f"-{task}-" in named), nodeid)
+
+    session = config.stash[SESSION]
+    return ByTask(config, log)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell each pytest-xdist worker where the run leaves its records."""
+    node.workerinput["kv_run"] = str(node.config.stash[SESSION].folder.absolute())
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Refuse to go on with another run, before workers start or anything is loaded."""
+    run = session.config.stash[SESSION]
+    if run.options.resume is not None and not run.worker:
+        try:
+            run.check_resumed()
+        except UsageError as error:
+            raise pytest.UsageError(str(error)) from error
+
+
+def parametrize(metafunc: pytest.Metafunc, session: Session) -> None:
+    """One test per method, server, task, batch and length where a test asks for them; tasks are those of its
+    evaluation."""
+    asked, own = session.options, {m.name for m in metafunc.definition.iter_markers()}
+    tasks = [task.name for task in session.tasks if task.evaluation in own]
+    values: dict[str, tuple[Any, Any]] = {
+        "kv_method": (asked.methods if asked.servers is None else (), lambda method: method.name),
+        "kv_arm": (asked.arms, lambda name: name.replace(" ", "-")),
+        "kv_cell": (session.cells if isinstance(session, Serving) else (), lambda cell: cell.name.replace(" ", "-")),
+        "kv_task": (tasks, str),
+        "kv_batch": (asked.batch, lambda width: f"b{width}"),
+        "kv_length": (asked.length, lambda tokens: f"l{tokens}"),
+        # a prefill takes seconds, and smoke has minutes
+        "kv_prefill": (asked.length[:1] if asked.preset == "smoke" else asked.length, lambda tokens: f"l{tokens}"),
+    }
+    for name, (parameters, identify) in values.items():
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, parameters, ids=identify)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of methods in this process are left out where servers are compared, and the other way round. Under
+    pytest-xdist speed is not timed: other work runs beside it."""
+    session = config.stash[SESSION]
+    other = "kv_local" if isinstance(session, Serving) else "kv_serving"
+    left_out = [item for item in items if other in getattr(item, "fixturenames", ())]
+    if left_out:
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+    for item in items:
+        if evaluates(item):
+            item.add_marker(pytest.mark.filterwarnings("default"))
+            beside = session.worker or session.options.executor != "here"
+            if beside and item.get_closest_marker("throughput"):
+                item.add_marker(pytest.mark.skip(reason=ALONE))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Fetch what the chosen evaluations need before the first one starts."""
+    config = session.config
+    chosen = [item for item in session.items if evaluates(item)]
+    if config.option.collectonly or untold(config) or not chosen:
+        return
+    params = [getattr(item, "callspec", None) for item in chosen]
+    tasks = {str(p.params["kv_task"]) for p in params if p is not None and "kv_task" in p.params}
+    evaluations = [m for m in EVALUATIONS if any(i.get_closest_marker(m) for i in chosen)]
+    run = config.stash[SESSION]
+    try:
+        run.choose(chosen)
+        _refuse_untimed(config, evaluations, run.timed_cells)
+        with _lenient():
+            run.fetch(sorted(tasks), evaluations)
+            alone = not run.worker and getattr(config.option, "dist", "no") == "no"
+            line = run.announce(chosen) if alone else ""
+    except UsageError as error:
+        raise pytest.UsageError(str(error)) from error
+    except ImportError as error:
+        raise pytest.UsageError(f"answering here needs {error.name}: pip install 'kvsuite[local]'") from error
+    if line:
+        config.get_terminal_writer().line(line)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """A test of an arm's answers took as long as its jobs, whichever test they were done for."""
+    report = yield
+    run = item.config.stash[SESSION]
+    report.duration -= run.sharing
+    run.sharing = 0.0
+    if call.when == "call" and (spec := getattr(item, "callspec", None)):
+        report.duration += run.took.pop((str(spec.params.get("kv_arm")), str(spec.params.get("kv_task"))), 0.0)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Follow the plan of the run, where there is one."""
+    plan = item.config.stash[SESSION].progress.plan
+    if plan is not None:
+        plan.begin(item.nodeid)
+    try:
+        return (yield)
+    finally:
+        if plan is not None:
+            plan.end()
+
+
+def _refuse_untimed(config: pytest.Config, evaluations: Sequence[str], cells: int) -> None:
+    """UsageError where pytest-benchmark, which times the cells, is not there or was told not to."""
+    if cells and not config.pluginmanager.hasplugin("benchmark"):
+        raise UsageError(
+            "cells are timed by pytest-benchmark, which is not there: pip install 'kvsuite[local]', or choose "
+            "-m 'samples or length'"
+        )
+    if "throughput" in evaluations and getattr(config.option, "benchmark_disable", False):
+        raise UsageError(
+            "--benchmark-disable leaves no speed to measure: leave it out, or choose -m 'samples or length'"
+        )
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Note in ``run.json`` that the run came to its end: without that its tables are partial."""
+    run = session.config.stash[SESSION]
+    ended = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+    if ended and not (run.worker or session.shouldstop or session.shouldfail):
+        run.run.amend({"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+
+
+def _again(config: pytest.Config, folder: Path) -> str:
+    """The command that resumes a run."""
+    words = iter(config.invocation_params.args)
+    kept = [str(w) for w in words if not (str(w) in ("--kv-run", "--kv-resume") and next(words, ""))]
+    kept = [w for w in kept if not w.startswith(("--kv-run=", "--kv-resume="))]
+    return shlex.join(["pytest", *kept, "--kv-resume", str(folder)])
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Join what the workers left and let every report plugin view the run."""
+    session = config.stash[SESSION]
+    if any(ALONE in str(report.longrepr) for report in terminalreporter.getreports("skipped")):
+        terminalreporter.write_line(ALONE, red=True, bold=True)
+    if session.worker or not (session.folder / "run.json").is_file():
+        return
+    session.run.join()
+    try:
+        with _lenient():
+            report = analyse(read(session.folder))
+            config.hook.pytest_kv_report(report=report, terminalreporter=terminalreporter)
+        if isinstance(session, Local) and interrupted(report.run):
+            terminalreporter.write_line(f"interrupted; go on with: {_again(config, session.folder)}", bold=True)
+    except UsageError as error:
+        terminalreporter.write_line(f"no report of {session.folder}: {error}", red=True, bold=True)

@@ -1,0 +1,1 @@
+"""Jobs and who does them: this process, or Ray's. No pytest."""

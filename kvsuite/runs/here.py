@@ -1,0 +1,123 @@
+"""Answers made in this process: all arms of a task in one pass over its samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from kvsuite import models
+from kvsuite.engines.request import Request, Response
+from kvsuite.records import Answer, Job
+from kvsuite.runs.setting import Setting
+from kvsuite.tasks import Sample, Task
+
+if TYPE_CHECKING:
+    from kvsuite.engines.transformers import TransformersEngine
+
+CALIBRATION = 1024
+"""Tokens that a codec learns from where it must."""
+
+
+class Here:
+    """A transformers model, loaded when it is first needed."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self._texts: dict[int, list[int]] = {}
+
+    @cached_property
+    def engine(self) -> TransformersEngine:
+        """The model, and what codecs have learned of it."""
+        from kvsuite.engines.transformers import TransformersEngine
+
+        s = self.setting
+        engine = TransformersEngine.load(s.model, s.dtype, s.device, s.backend)
+        engine.calibrate(s.methods, lambda: self.text(CALIBRATION))
+        return engine
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's; by itself where the model is not needed here."""
+        import transformers
+
+        return transformers.AutoTokenizer.from_pretrained(self.setting.model, local_files_only=True)
+
+    def facts(self) -> dict[str, Any]:
+        """See `Executor.facts`."""
+        import torch
+
+        from kvsuite.engines.precision import dtype_name
+
+        layer = self.engine.layers[0]
+        return {
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if self.setting.device == "cuda" else None,
+            "compute_dtype": dtype_name(layer.dtype),
+            "kv_dtype": dtype_name(layer.kv_dtype),
+            "dtype_reason": self.engine.reason,
+        }
+
+    def text(self, length: int) -> list[int]:
+        """``length`` tokens of presidential messages: what speed is measured on, and what codecs learn from."""
+        if length not in self._texts:
+            ids: list[int] = []
+            for file in sorted(models.messages().glob("*.txt")):
+                ids += self.tokenizer(file.read_text(), add_special_tokens=False)["input_ids"]
+                if len(ids) >= length:
+                    break
+            self._texts[length] = ids[:length]
+        return self._texts[length]
+
+    def answers(
+        self, task: Task, samples: Sequence[Sample], jobs: Collection[Job], before: Mapping[Job, float]
+    ) -> Iterator[Answer]:
+        """See `Executor.answers`: one prefill of a sample serves all arms whose answers are missing."""
+        for repeat in sorted({job.repeat for job in jobs}):
+            yield from self._pass(task, samples, {job for job in jobs if job.repeat == repeat}, before, repeat)
+
+    def _pass(
+        self, task: Task, samples: Sequence[Sample], jobs: Collection[Job], before: Mapping[Job, float], repeat: int
+    ) -> Iterator[Answer]:
+        from kvsuite.engines.sampling import Sampling
+
+        s = self.setting
+        arms = {job.arm for job in jobs}
+        methods = [m for m in s.methods if m.name in arms or m is s.methods[0]]  # timeouts are the baseline's multiples
+        wanted, named = {(job.item, job.arm) for job in jobs}, {sample.id: sample for sample in samples}
+        requests = [self.request(sample) for sample in samples]
+        done = {(r.id, m.name): 0.0 for r in requests for m in methods if (r.id, m.name) not in wanted}
+        done |= {(j.item, j.arm): seconds for j, seconds in before.items() if (j.item, j.arm) in done}
+        temperature = s.temperature if task.evaluation == "length" else 0.0
+        for response in self.engine.generate(
+            requests, methods, width=s.width, compress=s.compress, sampling=Sampling(temperature, s.seed, repeat),
+            timeout=s.timeout, memory=s.memory, done=done,
+        ):  # fmt: skip
+            sample = named[response.id]
+            yield record(task, sample, response, self.request(sample).max_new_tokens)
+
+    def request(self, sample: Sample) -> Request:
+        """What the engine is asked for a sample."""
+        cap = min(sample.max_new_tokens, self.setting.cap)
+        return Request(sample.id, sample.context, sample.question, cap, sample.before)
+
+
+def record(task: Task, sample: Sample, r: Response, cap: int) -> Answer:
+    """A response as a record: what both have in common, and where it belongs."""
+    broken = r.finish == "error"
+    common = {f.name: getattr(r, f.name) for f in dataclasses.fields(Answer) if hasattr(r, f.name)}
+    return Answer(
+        **common
+        | {
+            "status": "failed" if broken else "ok",
+            "finish": "" if broken else r.finish,
+            "score": None if broken else task.score(sample, r.text),
+            "evaluation": task.evaluation,
+            "task": task.name,
+            "type": task.type,
+            "sample": sample.id,
+            "cluster": sample.cluster,
+            "cap": cap,
+        }
+    )

@@ -1,0 +1,1 @@
+"""The evaluations, chosen by marker: ``pytest --pyargs kvsuite.suites -m throughput``."""

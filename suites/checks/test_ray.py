@@ -1,0 +1,43 @@
+"""Ray's workers give the records of one process, also where one of them is killed."""
+
+from pathlib import Path
+
+import pytest
+
+from kvsuite.records import read
+from suites.checks.depth import depth
+from suites.checks.test_resume import results
+
+pytest.importorskip("ray")
+
+KILLS = """
+import os, signal
+from pathlib import Path
+from kvsuite.runs.here import Here
+answers, mark = Here.answers, Path({folder!r}) / "killed"
+def once(self, task, samples, jobs, before):
+    if not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return answers(self, task, samples, jobs, before)
+Here.answers = once
+"""
+
+
+@pytest.mark.parametrize("killed", depth([True], [False, True]))
+def test_the_same_records_whoever_answers(run, pytester, killed):
+    assert run("samples or length", "-k", "test_answers", "--kv-run", "alone").ret == 0
+    if killed:
+        pytester.makepyfile(sitecustomize=KILLS.format(folder=str(pytester.path)))  # which every worker imports
+    result = run("samples or length", "-k", "test_answers", "--kv-executor", "ray")
+    assert result.ret == 0, result.outlines[-30:]
+    assert Path("killed").exists() == killed
+    assert results("left") == results("alone")
+    assert read(Path("left")).facts["environment"]["executor"].startswith("ray, ")
+
+
+def test_nothing_is_timed_beside_rays_workers(run):
+    result = run("throughput", "--kv-executor", "ray")
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(["*speed is timed alone: run -m throughput without -n or --kv-executor*"])
+    assert not Path("left").exists()

@@ -1,0 +1,1 @@
+"""How much longer answers get."""

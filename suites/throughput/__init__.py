@@ -1,0 +1,1 @@
+"""How fast every method, or every server, is."""
