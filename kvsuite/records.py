@@ -131,6 +131,8 @@ class Served(Answer):
     """All arms take the same requests in a block, each in two of its legs (A B B A)."""
     leg: int = 0
     """In the order of time."""
+    test: int = 0
+    """Which load test of a leg's search for goodput it belongs to."""
     reasoning: str = ""
     calls: str = ""
     """Names and arguments of the tools it called."""

@@ -70,12 +70,12 @@ def goodputs(run: Run) -> dict[str, Goodput]:
     targets = run.facts["settings"].get("goodput")
     if not targets:
         return {}
-    tests: dict[tuple[str, str, int], list[Served]] = {}
+    tests: dict[tuple[str, str, int, int], list[Served]] = {}
     for r in run.records:
         if isinstance(r, Served) and r.evaluation == "goodput":
-            tests.setdefault((r.method, r.cell, r.block), []).append(r)
+            tests.setdefault((r.method, r.cell, r.block, r.test), []).append(r)
     arms: dict[str, list[tuple[float, Load]]] = {}
-    for (method, cell, _), found in tests.items():
+    for (method, cell, *_), found in tests.items():
         rate = float(cell.removeprefix("poisson:").split()[0])
         arms.setdefault(method, []).append((rate, as_load(found, cell)))
     return {method: goodput(found, *targets) for method, found in arms.items()}
@@ -211,7 +211,8 @@ def _said(run: Run) -> dict[str, Arm]:
     for r in (r for r in found if r.status == "ok"):
         half = sorted(legs[r.method, r.block]).index(r.leg)
         load = "goodput" if r.evaluation == "goodput" else r.cell  # its rates are each arm's own, its prompts are not
-        dataset, sample = (load, f"{r.sample} in half {half} of block {r.block}") if load else (r.task, r.sample)
+        where = f"test {r.test}" if load == "goodput" else f"half {half}"
+        dataset, sample = (load, f"{r.sample} in {where} of block {r.block}") if load else (r.task, r.sample)
         said = "\n".join(filter(None, (r.reasoning, r.text, r.calls)))
         gather = gathered.setdefault(r.method, ArmBuilder(f"{run.folder}#{r.method}"))
         known: dict[str, Any] = {"tokens": r.count, "cap": r.cap, "capped": r.finish == "length"}

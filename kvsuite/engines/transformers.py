@@ -15,6 +15,7 @@ from kvsuite.cache import adapter
 from kvsuite.cache.extra_pass import ExtraPassCache
 from kvsuite.cache.observations import ExtraPass, HiddenStates, Observation
 from kvsuite.cache.prefill import PrefillCache
+from kvsuite.engines.packing import pack
 from kvsuite.engines.pool import DecoderPool
 from kvsuite.engines.precision import compute_dtype
 from kvsuite.engines.request import Request, Response
@@ -58,7 +59,10 @@ class TransformersEngine:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         kv_dtype, (compute, reason) = model.dtype, compute_dtype(model.to(device), dtype)
-        return cls(model.to(compute), tokenizer, kv_dtype, reason, backend)
+        model = model.to(compute)
+        if model.device.type == "cpu":
+            reason += f"; {pack(model)}"
+        return cls(model, tokenizer, kv_dtype, reason, backend)
 
     def worker(self, method: Method, rows: int, lengths: Iterable[tuple[int, int]], repeat: int = 0) -> MethodWorker:
         """A method's caches for ``rows`` sequences of these lengths; see `MethodWorker`. Raises UsageError where its

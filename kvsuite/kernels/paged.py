@@ -83,7 +83,7 @@ class Rows:
     seen: np.ndarray
     """(rows,): tokens that have passed, kept or not."""
     free_slot: np.ndarray
-    """A slot that was evicted and that the next token takes; -1 for none. The reference alone reads it."""
+    """A slot that was evicted and that the next token takes; -1 for none. Backends on the host read it."""
     columns: np.ndarray
     """Entries of the page table that are in use, given-back pages included."""
     gaps: np.ndarray

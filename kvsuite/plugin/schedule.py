@@ -79,22 +79,22 @@ def width(options: Options, arm: str) -> int:
 
 
 def load_asks(
-    cell: Cell, options: Options, servers: Servers, block: int, arm: str, tokens: Callable[[str], int]
+    cell: Cell, options: Options, servers: Servers, draw: int, arm: str, tokens: Callable[[str], int]
 ) -> list[Ask]:
-    """What a cell asks in a block: other prompts in every block, the same in every arm."""
+    """What a cell asks: other prompts in every draw, such as a block's, and the same in every arm."""
     count = servers.requests or (2 * cell.arrivals.concurrency if cell.arrivals.kind == "closed" else OPEN)
     file = servers.workload
     if file is None:
-        asks = _digests(cell, f"{options.seed} {cell.name} {block}", count, options, tokens)
+        asks = _digests(cell, f"{options.seed} {cell.name} {draw}", count, options, tokens)
     elif file.suffix == ".jsonl":
         asks = [replace(a, max_tokens=a.max_tokens or options.cap) for a in workloads.read(file)]
     else:
-        asks = workloads.sharegpt(file, count, 1_000 * options.seed + block, tokens, options.cap)
+        asks = workloads.sharegpt(file, count, 1_000 * options.seed + draw, tokens, options.cap)
     if servers.forced:
         asks = [replace(a, extra={**a.extra, "ignore_eos": True}) for a in asks]
     if arm != AGAIN or cell.arrivals.kind == "trace":  # at a trace's own times there is no other order
         return asks
-    talks = _reordered(workloads.conversations(asks), f"{options.seed} {block}")
+    talks = _reordered(workloads.conversations(asks), f"{options.seed} {draw}")
     return [asks[place] for talk in talks for place in talk]
 
 

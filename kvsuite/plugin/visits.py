@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from kvsuite import tasks
@@ -28,9 +29,6 @@ from kvsuite.workloads import Arrivals
 
 if TYPE_CHECKING:
     from kvsuite.plugin.serving import Serving
-
-GOODPUT = 10_000
-"""From here on, blocks are numbers of searches for goodput."""
 
 
 class Visits:
@@ -75,11 +73,11 @@ class Visits:
             await asyncio.gather(*(s.stop() for s in self.servers.values()), return_exceptions=True)
 
     def _requests(self, visit: Period) -> int:
-        own = sum(len(self._load(cell, visit)) for cell in self.cells) if visit.timed else 0
+        own = sum(len(self._load(cell, visit.arm, visit.block)) for cell in self.cells) if visit.timed else 0
         return own + (sum(len(self.session.samples(t)) for t in self.tasks) if visit.answers else 0)
 
-    def _load(self, cell: Cell, visit: Period) -> list[Ask]:
-        return schedule.load_asks(cell, self.options, self.asked, visit.block, visit.arm, self.session.count_tokens)
+    def _load(self, cell: Cell, arm: str, draw: int) -> list[Ask]:
+        return schedule.load_asks(cell, self.options, self.asked, draw, arm, self.session.count_tokens)
 
     async def _up(self, arm: str) -> None:
         """Start an arm that is down, and warm it up. One that did not start at first, or twice later, is given up."""
@@ -117,7 +115,7 @@ class Visits:
             arrivals = Arrivals("closed", concurrency=schedule.width(self.options, visit.arm))
             await self._drive(leg, visit, server, asks, arrivals, task, samples, "")
         for cell in self.cells if visit.timed else ():
-            asks, none = self._load(cell, visit), tasks.task(schedule.DIGEST)
+            asks, none = self._load(cell, visit.arm, visit.block), tasks.task(schedule.DIGEST)
             if self.asked.warm:
                 await load.drive(server, await self._fresh(asks, server, True), cell.arrivals, done=lambda reply: None)
             found = await self._drive(leg, visit, server, asks, cell.arrivals, none, {}, cell.name)
@@ -135,14 +133,16 @@ class Visits:
         last = [a for a in mine if a.cell == mine[-1].cell]
         took = max(a.start + a.e2e for a in last) - min(a.start for a in last)
         reached, cell = len(last) / took, self.cells[-1]
-
-        tests = itertools.count(GOODPUT)  # other prompts in every test, the same in the arms' first, second …
+        tests = itertools.count()
 
         async def holds(rate: float) -> bool:
             at = replace(cell, name="goodput", arrivals=Arrivals("poisson", rate))
-            before, own, test = len(self.found), tasks.task(schedule.DIGEST), replace(visit, block=next(tests))
-            asks, name = self._load(at, test), f"poisson:{rate:.3g} goodput"
-            await self._drive(leg, test, server, asks, at.arrivals, own, {}, name, "goodput")
+            before, own, test = len(self.found), tasks.task(schedule.DIGEST), next(tests)
+            draw = self.options.rounds + test  # other prompts in every test, the same in the arms' first, second …
+            asks, name = self._load(at, visit.arm, draw), f"poisson:{rate:.3g} goodput"
+            await self._drive(
+                leg, visit, server, asks, at.arrivals, own, {}, name, {"evaluation": "goodput", "test": test}
+            )
             return goodput([(rate, as_load(self.found[before:], name))], *targets).rate is not None
 
         await load.bisect(holds, reached / 8, 8 * reached)
@@ -180,8 +180,7 @@ class Visits:
 
     async def _drive(
         self, leg: int, visit: Period, server: Server, asks: Sequence[Ask], arrivals: Arrivals, task: Task,
-        samples: Mapping[str, Sample], cell: str,
-        evaluation: str = "",
+        samples: Mapping[str, Sample], cell: str, more: Mapping[str, Any] = MappingProxyType({}),
     ) -> load.Driven:  # fmt: skip
         """Ask and write down."""
         caps = {a.id: a.max_tokens or 0 for a in asks}
@@ -193,13 +192,13 @@ class Visits:
                 reply.error = self.gone[visit.arm]
             answer = _served(reply, visit.arm, task, samples.get(reply.id), caps[reply.id], about[reply.id])
             where: dict[str, Any] = {"cell": cell, "block": visit.block, "leg": leg, "width": arrivals.concurrency}
-            where |= {"task": "" if cell else task.name, "evaluation": evaluation or task.evaluation}
-            answer = replace(answer, **where)
+            where |= {"task": "" if cell else task.name, "evaluation": task.evaluation}
+            answer = replace(answer, **{**where, **more})
             self.session.record(answer)
             self.found.append(answer)
             self.done(answer.count)
 
-        return await load.drive(server, own, arrivals, seed=visit.block, done=done)
+        return await load.drive(server, own, arrivals, seed=visit.block + int(more.get("test", 0)), done=done)
 
 
 def _print(ask: Ask) -> str:

@@ -5,9 +5,9 @@
 #include <atomic>
 #include <new>
 #include <stdlib.h>
-#include "rows.h"
-
-enum { CHUNK_PAGES = 16, CHUNK = CHUNK_PAGES * PAGE, BLOCK = 2 * PAGE };
+#include "scores.h"
+#include "sinks.h"
+#include "values.h"
 
 struct Attend {
   const void* q;                    // (items, kv_heads * GROUP, queries, DIM) of `dtype`, by strides in elements
@@ -20,184 +20,12 @@ struct Attend {
   const float* sink_logits;         // (heads,) or null
 };
 
-template <class S> static constexpr float code_limit() {  // so that no sum of products leaves 32 bits
-  return DIM * ((1 << S::bits) - 1) * 32766ll < (1ll << 31) ? 32766.f : 16383.f;
-}
-// x (DIM) as 16-bit numbers in units of what is returned, in the order of CodeRow's operands.
-template <class S> static float quantize_query(const float* x, int32_t* operands) {
-  constexpr int W = DIM % LANES ? 4 : LANES;
-  Float<W> top = splat<W>(1e-30f);
-  for (int d = 0; d < DIM; d += W) {
-    Float<W> y = load<Float<W>>(x + d);
-    top = maximum(top, maximum(y, -y));
-  }
-  float unit = largest<W>(top) / code_limit<S>();
-  for (int d = 0; d < DIM; d += W)
-    narrow(rounded(load<Float<W>>(x + d) * splat<W>(1.f / unit)), reinterpret_cast<int16_t*>(operands) + d, true);
-  return unit;
-}
-
-// Scores of N queries with a page's keys. q: (N, DIM), scaled.
-template <class S, int N> struct Keys {
-  typedef typename RowOf<S>::type R;
-  static constexpr bool by_channel = S::layout == CHANNEL;
-  const float (*q)[DIM];
-  alignas(64) int32_t operands[N][R::columns * R::parts];
-  float unit[N], sum[N];
-
-  Keys(const float (*queries)[DIM], const Store& store) : q(queries) {
-    for (int n = 0; n < N; n++) {
-      unit[n] = S::layout == FP8 && !S::token_scale ? store.tensor_scale : 1.f;
-      if constexpr (R::integer && !by_channel) {
-        unit[n] = quantize_query<S>(q[n], operands[n]);
-        sum[n] = 0;
-        for (int d = 0; d < DIM; d++) sum[n] += q[n][d];
-      }
-    }
-  }
-  void scores(const Store& store, int64_t page, float* out, int stride, const Ahead& ahead) {
-    constexpr int W = LANES;
-    if constexpr (by_channel) fold_scales(store, page);
-    const uint8_t* rows = store.codes + page * PAGE * R::bytes;
-    if constexpr (R::integer) page_dots<R, N>(operands, rows, out, stride, ahead);
-    else page_dots<R, N>(q, rows, out, stride, ahead);
-    for (int n = 0; n < N; n++)
-      for (int t = 0; t < PAGE; t += W) {
-        float* to = out + n * stride + t;
-        Float<W> x = load<Float<W>>(to) * splat<W>(unit[n]);
-        if constexpr (by_channel) x = x + splat<W>(sum[n]);
-        else if constexpr (R::integer) {
-          const uint16_t* scale = static_cast<const uint16_t*>(store.scale) + page * PAGE + t;
-          x = fma(halves<W>(store.zero + page * PAGE + t), splat<W>(sum[n]), x * halves<W>(scale));
-        } else if constexpr (S::token_scale)
-          x = x * load<Float<W>>(static_cast<const float*>(store.scale) + page * PAGE + t);
-        ::store(to, x);
-      }
-  }
-  // A page's scale and zero of each channel go into the query: sum over channels of q * (code * scale + zero).
-  void fold_scales(const Store& store, int64_t page) {
-    constexpr int W = DIM % LANES ? 4 : LANES;
-    const uint16_t *scale = static_cast<const uint16_t*>(store.scale) + page * DIM, *zero = store.zero + page * DIM;
-    alignas(64) float x[DIM];
-    for (int n = 0; n < N; n++) {
-      Float<W> zeros = {};
-      for (int d = 0; d < DIM; d += W) {
-        Float<W> y = load<Float<W>>(q[n] + d);
-        ::store(x + d, y * halves<W>(scale + d));
-        zeros = fma(y, halves<W>(zero + d), zeros);
-      }
-      unit[n] = quantize_query<S>(x, operands[n]);
-      sum[n] = total<W>(zeros);
-    }
-  }
-};
-
-// Weighted sums of values, chunk by chunk. p: (N, CHUNK).
-template <class S, int N> struct Values {
-  typedef typename RowOf<S>::type R;
-  typedef FloatRow<S::dtype> Recent;
-  static constexpr int groups = R::integer ? S::groups : 1;
-  alignas(64) float sums[N][DIM], recent[N][DIM];
-  float zeros[N][groups];
-
-  Values() {
-    memset(sums, 0, sizeof sums);
-    memset(recent, 0, sizeof recent);
-    memset(zeros, 0, sizeof zeros);
-  }
-  // Two pages at a time: `counts` of their tokens are in pages[i] of the pool.
-  void add(const Store& store, const float* p, const int64_t* pages, const int* counts, const Ahead* ahead) {
-    if constexpr (R::integer) {
-      alignas(64) int16_t weights[N][groups][BLOCK];
-      float unit[N][groups];
-      const uint8_t* rows[2];
-      int even[2];
-      weigh(store, p, pages, counts, weights, unit);
-      for (int i = 0; i < 2; i++) rows[i] = store.codes + pages[i] * PAGE * R::bytes, even[i] = (counts[i] + 1) & ~1;
-      add_codes<R, N, groups>(weights, unit, rows, even, sums, ahead);
-    } else {
-      for (int i = 0; i < 2; i++) {
-        if (!counts[i]) continue;
-        const float* own = p + i * PAGE;
-        int stride = CHUNK;
-        alignas(64) float scaled[N][PAGE];
-        if constexpr (S::token_scale) {
-          const float* scale = static_cast<const float*>(store.scale) + pages[i] * PAGE;
-          for (int n = 0; n < N; n++)
-            for (int t = 0; t < counts[i]; t++) scaled[n][t] = own[n * CHUNK + t] * scale[t];
-          own = scaled[0], stride = PAGE;
-        }
-        add_rows<R, N>(own, stride, store.codes + pages[i] * PAGE * R::bytes, counts[i], sums, ahead[i]);
-      }
-    }
-  }
-  // Each token's weight times its group's scale as 16-bit numbers, in units of their largest / 32766.
-  void weigh(const Store& store, const float* p, const int64_t* pages, const int* counts,
-             int16_t (*weights)[groups][BLOCK], float (*unit)[groups]) {
-    constexpr int W = LANES;
-    alignas(64) float scale[groups][BLOCK], zero[groups][BLOCK], product[BLOCK];
-    for (int i = 0; i < 2; i++) {
-      const int64_t first = pages[i] * PAGE * groups;
-      spread(static_cast<const uint16_t*>(store.scale) + first, counts[i], &scale[0][i * PAGE]);
-      spread(store.zero + first, counts[i], &zero[0][i * PAGE]);
-    }
-    for (int n = 0; n < N; n++)
-      for (int k = 0; k < groups; k++) {
-        Float<W> top = splat<W>(1e-30f), sum = {};
-        for (int t = 0; t < BLOCK; t += W) {
-          Float<W> x = load<Float<W>>(p + n * CHUNK + t), y = x * load<Float<W>>(&scale[k][t]);
-          sum = fma(x, load<Float<W>>(&zero[k][t]), sum);
-          top = maximum(top, y);
-          ::store(product + t, y);
-        }
-        zeros[n][k] += total<W>(sum);
-        unit[n][k] = largest<W>(top) / 32766.f;
-        Float<W> inverse = splat<W>(1.f / unit[n][k]);
-        for (int t = 0; t < BLOCK; t += W) narrow(rounded(load<Float<W>>(product + t) * inverse), &weights[n][k][t], false);
-      }
-  }
-  // A page's (tokens, groups) float16 numbers as (groups, BLOCK) float32; 0 from `count` tokens on, where any bits may be.
-  static void spread(const uint16_t* from, int count, float* to) {
-    constexpr int W = LANES;
-    if (!count) {
-      for (int k = 0; k < groups; k++) memset(to + k * BLOCK, 0, PAGE * 4);
-      return;
-    }
-    alignas(64) float x[PAGE * groups];
-    for (int i = 0; i < PAGE * groups; i += W) ::store(x + i, halves<W>(from + i));
-    for (int i = count * groups; i < PAGE * groups; i++) x[i] = 0;
-    for (int k = 0; k < groups; k++)
-      for (int t = 0; t < PAGE; t++) to[k * BLOCK + t] = x[t * groups + k];
-  }
-  void add_recent(const float* p, const void* rows, int count) {
-    add_rows<Recent, N>(p, CHUNK, static_cast<const uint8_t*>(rows), count, recent, {nullptr, 0});
-  }
-  void result(const Store& store, float (*out)[DIM]) {
-    const float tensor_scale = S::layout == FP8 && !S::token_scale ? store.tensor_scale : 1.f;
-    for (int n = 0; n < N; n++) {
-      for (int i = 0; i < DIM; i++) {
-        if constexpr (R::integer) {
-          int d = channel_of_code_sum<R, groups>(i);
-          out[n][d] = sums[n][i] + zeros[n][d / (DIM / groups)];
-        } else
-          out[n][channel_of_sum<R>(i)] = sums[n][i] * tensor_scale;
-      }
-      if (S::residual)
-        for (int i = 0; i < DIM; i++) out[n][channel_of_sum<Recent>(i)] += recent[n][i];
-    }
-  }
-};
-
-// One chunk of one (sequence, kv head).
-struct Piece {
-  int64_t row, head, slots, seen, first;  // first: of the chunk's slots
-  const int32_t* table;                   // its pages, from column 0
-  int pages;                              // of the chunk, the last one perhaps partly filled
-};
-// Which slots of a page a query at `position` reads: all lanes set. Returns whether there are any.
-static bool readable(const Cache& c, const Piece& at, int page, int64_t position, int64_t window, int32_t* mask) {
+enum Reads { NONE, SOME, ALL };  // of a page's slots
+// Which slots of a page a query at `position` reads. For SOME, `mask` has all lanes set where it does.
+static Reads readable(const Cache& c, const Piece& at, int page, int64_t position, int64_t window, int32_t* mask) {
   constexpr int W = LANES;
   const int64_t first = at.first + page * PAGE, oldest = window && position >= window ? position - window + 1 : 0;
+  if (!c.positions && first >= oldest && first + PAGE <= at.slots && first + PAGE <= position + 1) return ALL;
   Int<W> any = {}, lowest = splat<W>(int32_t(oldest)), highest = splat<W>(int32_t(position));
   for (int t = 0; t < PAGE; t += W) {
     Int<W> slot = lane_numbers<W>() + int32_t(first + t), where = slot;
@@ -207,130 +35,114 @@ static bool readable(const Cache& c, const Piece& at, int page, int64_t position
     store(mask + t, yes);
   }
   for (int i = 0; i < W; i++)
-    if (any[i]) return true;
-  return false;
+    if (any[i]) return SOME;
+  return NONE;
 }
-// A page's slots from s on, in a residual.
-template <class S> INLINE const uint8_t* recent_rows(const Cache& c, const Store& store, const Piece& at, int64_t s) {
-  return residual_row<S>(store, at.row * c.kv_heads + at.head, s);
-}
-// The codes of a page, where there are any.
+// The codes of a page, where there are any; scales are few and asked for at once.
 template <class S> INLINE Ahead codes_of(const Store& store, const Piece& at, int64_t slot) {
   if (slot >= S::encoded(at.slots)) return {nullptr, 0};
-  return {store.codes + int64_t(at.table[slot / PAGE]) * PAGE * S::row_bytes, PAGE * S::row_bytes};
+  constexpr int scales = 2 * (S::layout == TOKEN ? PAGE * S::groups : S::layout == CHANNEL ? DIM : 0);
+  const int64_t page = at.table[slot / PAGE];
+  for (int i = 0; i < scales; i += 64) {
+    __builtin_prefetch(static_cast<const uint8_t*>(store.scale) + page * scales + i, 0, 2);
+    __builtin_prefetch(reinterpret_cast<const uint8_t*>(store.zero) + page * scales + i, 0, 2);
+  }
+  return {store.codes + page * PAGE * S::row_bytes, PAGE * S::row_bytes};
 }
 INLINE float cap(float x, float softcap) { return softcap * tanhf(x / softcap); }
 
-// N queries of one position over a piece: out (N, 2 + DIM) gets largest score, sum of weights, weighted sum of values.
-// p (N, CHUNK): the weights, relative to the largest score.
+// Scores p (N, CHUNK) of N queries of one position with a page's keys, -inf in slots that are not read; `tops` grow to
+// the largest.
+template <int N>
+static Reads score_page(const Cache& c, const Attend& a, const Piece& at, Keys<K, N>& keys, int page, int64_t position,
+                        const float* sinks, float* p, Float<LANES>* tops) {
+  constexpr int W = LANES;
+  alignas(64) int32_t mask[PAGE];
+  const Reads reads = readable(c, at, page, position, a.window, mask);
+  if (reads == NONE) {
+    for (int n = 0; n < N; n++) memset(p + n * CHUNK, 0, PAGE * 4);
+    return NONE;
+  }
+  const int64_t slot = at.first + page * PAGE;
+  const Ahead ahead = codes_of<V>(c.v, at, slot);
+  if (slot < K::encoded(at.slots)) keys.scores(c.k, at.table[slot / PAGE], p, CHUNK, ahead);
+  else page_dots<FloatRow<K::dtype>, N>(keys.q, recent_rows<K>(c, c.k, at, slot), p, CHUNK, ahead);
+  if (sinks && slot < c.sinks)
+    for (int n = 0; n < N; n++)
+      for (int t = 0; t < PAGE && slot + t < c.sinks; t++) {
+        float x = 0;
+        for (int d = 0; d < DIM; d++) x += keys.q[n][d] * sinks[(slot + t) * DIM + d];
+        p[n * CHUNK + t] = x;
+      }
+  for (int n = 0; n < N; n++)
+    for (int t = 0; t < PAGE; t += W) {
+      float* to = p + n * CHUNK + t;
+      if (a.softcap)
+        for (int i = 0; i < W; i++) to[i] = cap(to[i], a.softcap);
+      Float<W> x = load<Float<W>>(to);
+      if (reads == SOME) {
+        x = select<W>(load<Int<W>>(mask + t), x, splat<W>(-INFINITY));
+        store(to, x);
+      }
+      tops[n] = maximum(tops[n], x);
+    }
+  return reads;
+}
+// Scores become weights relative to the largest; out (N, 2 + DIM) gets that score and the sum of weights.
+template <int N> static void softmax(const Reads* reads, int pages, const Float<LANES>* tops, float* p, float* out) {
+  constexpr int W = LANES;
+  Float<W> top[N], sum[N] = {};
+  for (int n = 0; n < N; n++) {
+    const float most = out[n * (2 + DIM)] = largest(tops[n]);
+    top[n] = splat<W>(most > -INFINITY ? most : 0);
+  }
+  for (int page = 0; page < pages; page++) {
+    if (reads[page] == NONE) continue;
+    for (int n = 0; n < N; n++)
+      for (int t = 0; t < PAGE; t += W) {
+        float* to = p + n * CHUNK + page * PAGE + t;
+        const Float<W> x = exponential<W>(load<Float<W>>(to) - top[n]);
+        sum[n] = sum[n] + x;
+        store(to, x);
+      }
+  }
+  for (int n = 0; n < N; n++) out[n * (2 + DIM) + 1] = total(sum[n]);
+}
+// Values of a pair of pages, times their weights p (N, CHUNK).
+template <int N>
+static void add_pages(const Cache& c, const Piece& at, Values<V, N>& values, int page, const Reads* reads, const float* p) {
+  const int64_t encoded = V::encoded(at.slots);
+  int64_t pools[2] = {0, 0};
+  int counts[2] = {0, 0};
+  Ahead ahead[2];
+  for (int i = 0; i < 2; i++) {
+    ahead[i] = codes_of<K>(c.k, at, at.first + CHUNK + (page + i) * PAGE);
+    if (reads[i] == NONE) continue;
+    const int64_t slot = at.first + (page + i) * PAGE, end = slot + PAGE < at.slots ? slot + PAGE : at.slots;
+    const int64_t done = encoded < slot ? slot : encoded < end ? encoded : end;
+    counts[i] = int(done - slot);
+    if (counts[i]) pools[i] = at.table[slot / PAGE];
+    if (done < end)
+      values.add_recent(p + i * PAGE + counts[i], recent_rows<V>(c, c.v, at, done), int(end - done));
+  }
+  if (counts[0] || counts[1]) values.add(c.v, p, pools, counts, ahead);
+}
+// N queries of one position over a piece: out (N, 2 + DIM) gets largest score, sum of weights, weighted sum of
+// values in the order of `Values.channel`. p (N, CHUNK): the weights, relative to the largest score.
 template <int N>
 static void attend_piece(const Cache& c, const Attend& a, const Piece& at, const float (*q)[DIM], int64_t position,
                          const float* sinks, float* p, float* out) {
-  constexpr int W = LANES;
-  alignas(64) int32_t mask[CHUNK_PAGES][PAGE];
-  bool live[CHUNK_PAGES + 1] = {};
-  Float<W> tops[N];
-  for (auto& top : tops) top = splat<W>(-INFINITY);
+  Reads reads[CHUNK_PAGES + 1] = {};
+  Float<LANES> tops[N];
+  for (auto& top : tops) top = splat<LANES>(-INFINITY);
   Keys<K, N> keys(q, c.k);
-  const int64_t k_done = K::encoded(at.slots), v_done = V::encoded(at.slots);
-  for (int page = 0; page < at.pages; page++) {
-    float* to = p + page * PAGE;
-    live[page] = readable(c, at, page, position, a.window, mask[page]);
-    if (!live[page]) {
-      for (int n = 0; n < N; n++) memset(to + n * CHUNK, 0, PAGE * 4);
-      continue;
-    }
-    const int64_t slot = at.first + page * PAGE;
-    const Ahead ahead = codes_of<V>(c.v, at, slot);
-    if (slot < k_done) keys.scores(c.k, at.table[slot / PAGE], to, CHUNK, ahead);
-    else page_dots<FloatRow<K::dtype>, N>(q, recent_rows<K>(c, c.k, at, slot), to, CHUNK, ahead);
-    if (sinks && slot < c.sinks)
-      for (int n = 0; n < N; n++)
-        for (int t = 0; t < PAGE && slot + t < c.sinks; t++) {
-          float x = 0;
-          for (int d = 0; d < DIM; d++) x += q[n][d] * sinks[(slot + t) * DIM + d];
-          to[n * CHUNK + t] = x;
-        }
-    for (int n = 0; n < N; n++)
-      for (int t = 0; t < PAGE; t += W) {
-        if (a.softcap)
-          for (int i = t; i < t + W; i++) to[n * CHUNK + i] = cap(to[n * CHUNK + i], a.softcap);
-        Float<W> x = select<W>(load<Int<W>>(mask[page] + t), load<Float<W>>(to + n * CHUNK + t), splat<W>(-INFINITY));
-        tops[n] = maximum(tops[n], x);
-        store(to + n * CHUNK + t, x);
-      }
-  }
-  Values<V, N> values;
-  for (int n = 0; n < N; n++) {
-    float top = largest<W>(tops[n]);
-    Float<W> sum = {};
-    for (int page = 0; page < at.pages; page++)
-      for (int t = page * PAGE; live[page] && t < page * PAGE + PAGE; t += W) {
-        Float<W> x = exponential<W>(load<Float<W>>(p + n * CHUNK + t) - splat<W>(top > -INFINITY ? top : 0));
-        sum = sum + x;
-        store(p + n * CHUNK + t, x);
-      }
-    out[n * (2 + DIM)] = top;
-    out[n * (2 + DIM) + 1] = total<W>(sum);
-  }
+  for (int page = 0; page < at.pages; page++)
+    reads[page] = score_page<N>(c, a, at, keys, page, position, sinks, p + page * PAGE, tops);
+  softmax<N>(reads, at.pages, tops, p, out);
   for (int n = 0; at.pages & 1 && n < N; n++) memset(p + n * CHUNK + at.pages * PAGE, 0, PAGE * 4);
-  for (int page = 0; page < at.pages; page += 2) {
-    int64_t pools[2] = {0, 0};
-    int counts[2] = {0, 0};
-    Ahead ahead[2];
-    for (int i = 0; i < 2; i++) {
-      ahead[i] = codes_of<K>(c.k, at, at.first + CHUNK + (page + i) * PAGE);
-      if (!live[page + i]) continue;
-      const int64_t slot = at.first + (page + i) * PAGE, end = slot + PAGE < at.slots ? slot + PAGE : at.slots;
-      const int64_t done = v_done < slot ? slot : v_done < end ? v_done : end;
-      counts[i] = int(done - slot);
-      if (counts[i]) pools[i] = at.table[slot / PAGE];
-      if (done < end)
-        values.add_recent(p + (page + i) * PAGE + counts[i], recent_rows<V>(c, c.v, at, done), int(end - done));
-    }
-    if (counts[0] || counts[1]) values.add(c.v, p + page * PAGE, pools, counts, ahead);
-  }
-  alignas(64) float result[N][DIM];
-  values.result(c.v, result);
-  for (int n = 0; n < N; n++) memcpy(out + n * (2 + DIM) + 2, result[n], sizeof result[n]);
-}
-
-// One number of a key as attention reads it: decoded and rounded to the compute dtype.
-static float rounded_to(int64_t dtype, float x) {
-  return dtype == FLOAT32 ? x : dtype == FLOAT16 ? from_half(to_half(x)) : from_bfloat(to_bfloat(x));
-}
-static float decoded_key(const Cache& c, const Piece& at, int64_t slot, int d, int64_t dtype) {
-  if (slot >= K::encoded(at.slots)) return number<K::dtype>(recent_rows<K>(c, c.k, at, slot), d);
-  const int64_t token = int64_t(at.table[slot / PAGE]) * PAGE + slot % PAGE;
-  const uint8_t* row = c.k.codes + token * K::row_bytes;
-  if (K::layout == PLAIN) return number<K::dtype>(row, d);
-  if (K::layout == FP8) {
-    float x = Fp8Row::part<4>(splat<4>(int32_t(row[d])), 0)[0];
-    return rounded_to(dtype, x * (K::token_scale ? static_cast<const float*>(c.k.scale)[token] : c.k.tensor_scale));
-  }
-  const int code = row[d % K::row_bytes] >> (K::bits * (d / K::row_bytes)) & ((1 << K::bits) - 1);
-  const int64_t i = K::layout == TOKEN ? token : token / PAGE * DIM + d;
-  const float scale = from_half(static_cast<const uint16_t*>(c.k.scale)[i]);
-  return rounded_to(dtype, from_half(c.k.zero[i]) + float(code) * scale);
-}
-// The first keys where the cache has them: turned on by as many positions as were evicted behind them. Into pages where
-// these hold them as numbers, else into out (sinks, DIM). kvsuite/kernels/rope.py: Rope.rotate.
-static void rotate_sinks(const Cache& c, const Piece& at, int64_t by, int64_t dtype, float* out) {
-  const int half = int(c.rotary_half), heads = int(c.kv_heads);
-  for (int64_t s = 0; s < c.sinks && s < at.slots; s++) {
-    float x[DIM];
-    for (int d = 0; d < DIM; d++)
-      x[d] = c.original_sinks ? number<K::dtype>(c.original_sinks, ((at.row * heads + at.head) * c.sinks + s) * DIM + d)
-                              : decoded_key(c, at, s, d, dtype);
-    for (int d = 0; d < half; d++) {
-      const float angle = float(by) * c.inverse_frequency[d], cosine = cosf(angle), sine = sinf(angle), a = x[d], b = x[d + half];
-      x[d] = a * cosine - b * sine, x[d + half] = b * cosine + a * sine;
-    }
-    for (int d = 0; d < DIM; d++) {
-      if (c.original_sinks) put<K::dtype>(c.k.codes, (int64_t(at.table[s / PAGE]) * PAGE + s % PAGE) * DIM + d, x[d]);
-      else out[s * DIM + d] = d < 2 * half ? rounded_to(dtype, x[d]) : x[d];
-    }
-  }
+  Values<V, N> values;
+  for (int page = 0; page < at.pages; page += 2) add_pages<N>(c, at, values, page, reads + page, p + page * PAGE);
+  for (int n = 0; n < N; n++) values.result(c.v, n, out + n * (2 + DIM) + 2);
 }
 
 struct Job {
@@ -389,9 +201,10 @@ static void merge(const Job& job, int64_t item, Piece at, int64_t chunks) {
       const int64_t to = item * a.out_stride[0] + (at.head * GROUP + g) * a.out_stride[1] + i * a.out_stride[2];
       for (int d = 0; d < DIM; d++) {
         const float y = total[d] * inverse;
-        if (a.dtype == FLOAT32) put<FLOAT32>(a.out, to + d, y);
-        else if (a.dtype == FLOAT16) put<FLOAT16>(a.out, to + d, y);
-        else put<BFLOAT16>(a.out, to + d, y);
+        const int64_t place = to + Values<V, 1>::channel(d);
+        if (a.dtype == FLOAT32) put<FLOAT32>(a.out, place, y);
+        else if (a.dtype == FLOAT16) put<FLOAT16>(a.out, place, y);
+        else put<BFLOAT16>(a.out, place, y);
       }
       tops[g] = top, share[g] = inverse / GROUP;
     }

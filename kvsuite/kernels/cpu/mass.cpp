@@ -63,14 +63,14 @@ static float weights(const Mass& m, float* row, int64_t start, int64_t count, in
     tops = maximum(tops, x);
     store(row + t, x);
   }
-  float top = largest<W>(tops);
+  float top = largest(tops);
   top = top > sink ? top : sink;
   for (int64_t t = 0; t < count; t += W) {
     Float<W> x = exponential<W>(load<Float<W>>(row + t) - splat<W>(top));
     total_ = total_ + x;
     store(row + t, x);
   }
-  return 1 / (total<W>(total_) + expf(sink - top));
+  return 1 / (total(total_) + expf(sink - top));
 }
 // One part of a kv head's queries. Parts are equally many queries, so that the last ones, which have most keys, are taken
 // first.

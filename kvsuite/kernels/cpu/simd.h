@@ -76,6 +76,8 @@ INLINE F4 minimum(F4 a, F4 b) { return _mm_min_ps(a, b); }
 INLINE F8 minimum(F8 a, F8 b) { return _mm256_min_ps(a, b); }
 INLINE I4 rounded(F4 x) { return (I4)_mm_cvtps_epi32(x); }
 INLINE I8 rounded(F8 x) { return (I8)_mm256_cvtps_epi32(x); }
+INLINE F4 whole(F4 x) { return _mm_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE F8 whole(F8 x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE F4 to_float(I4 x) { return _mm_cvtepi32_ps((__m128i)x); }
 INLINE F8 to_float(I8 x) { return _mm256_cvtepi32_ps((__m256i)x); }
 INLINE void halves(const void* p, F4& x) { x = _mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p)); }
@@ -94,8 +96,22 @@ INLINE F16 fma(F16 a, F16 b, F16 c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE F16 maximum(F16 a, F16 b) { return _mm512_max_ps(a, b); }
 INLINE F16 minimum(F16 a, F16 b) { return _mm512_min_ps(a, b); }
 INLINE I16 rounded(F16 x) { return (I16)_mm512_cvtps_epi32(x); }
+INLINE F16 whole(F16 x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE F16 to_float(I16 x) { return _mm512_cvtepi32_ps((__m512i)x); }
 INLINE void halves(const void* p, F16& x) { x = _mm512_cvtph_ps(load<__m256i>(p)); }
+#ifdef __AVX512VBMI__
+#define LOOKUP
+// table[b & 127] for each byte b; table (128,), aligned.
+INLINE I16 lookup(const uint8_t* table, I16 x) {
+  return (I16)_mm512_permutex2var_epi8(load<__m512i>(table), (__m512i)x, load<__m512i>(table + 64));
+}
+INLINE I8 lookup(const uint8_t* table, I8 x) {
+  return (I8)_mm512_castsi512_si256((__m512i)lookup(table, (I16)_mm512_castsi256_si512((__m256i)x)));
+}
+INLINE I4 lookup(const uint8_t* table, I4 x) {
+  return (I4)_mm512_castsi512_si128((__m512i)lookup(table, (I16)_mm512_castsi128_si512((__m128i)x)));
+}
+#endif
 #endif
 #if defined(__AVX512VNNI__) && WIDE == 512
 INLINE I4 dot16(I4 c, I4 a, I4 b) { return (I4)_mm_dpwssd_epi32((__m128i)c, (__m128i)a, (__m128i)b); }
@@ -147,6 +163,10 @@ INLINE I4 rounded(F4 x) {
   for (int i = 0; i < 4; i++) y[i] = int32_t(lrintf(x[i]));
   return y;
 }
+INLINE F4 whole(F4 x) {
+  for (int i = 0; i < 4; i++) x[i] = rintf(x[i]);
+  return x;
+}
 INLINE F4 to_float(I4 x) {
   F4 y;
   for (int i = 0; i < 4; i++) y[i] = float(x[i]);
@@ -185,29 +205,73 @@ template <int W> INLINE Float<W> halves(const uint16_t* p) {
   halves(p, x);
   return x;
 }
-// Over all lanes, in a fixed order.
-template <int W> INLINE float largest(Float<W> x) {
-  for (int s = W / 2; s; s /= 2) x = maximum(x, permute<W>(x, lane_numbers<W>() ^ s));
+template <class F> INLINE F magnitude(F x) {
+  typedef decltype(x < x) I;
+  return (F)((I)x & 0x7FFFFFFF);
+}
+// Over all lanes, in a fixed order: the halves of a vector first, as the narrower is as quick.
+INLINE float largest(F4 x) {
+  for (int s = 2; s; s /= 2) x = maximum(x, permute<4>(x, lane_numbers<4>() ^ s));
   return x[0];
 }
-template <int W> INLINE float total(Float<W> x) {
-  for (int s = W / 2; s; s /= 2) x = x + permute<W>(x, lane_numbers<W>() ^ s);
+INLINE float total(F4 x) {
+  for (int s = 2; s; s /= 2) x = x + permute<4>(x, lane_numbers<4>() ^ s);
   return x[0];
 }
-// e^x, error below 2e-7 of it; 0 for x < -87; not a number stays that.
+#if WIDE
+INLINE F4 high_half(F8 x) { return _mm256_extractf128_ps(x, 1); }
+INLINE F4 low_half(F8 x) { return _mm256_castps256_ps128(x); }
+INLINE float largest(F8 x) { return largest(maximum(low_half(x), high_half(x))); }
+INLINE float total(F8 x) { return total(low_half(x) + high_half(x)); }
+#endif
+#if WIDE == 512
+INLINE F8 high_half(F16 x) { return _mm512_extractf32x8_ps(x, 1); }
+INLINE F8 low_half(F16 x) { return _mm512_castps512_ps256(x); }
+INLINE float largest(F16 x) { return largest(maximum(low_half(x), high_half(x))); }
+INLINE float total(F16 x) { return total(low_half(x) + high_half(x)); }
+#endif
+// a's and b's blocks of four lanes become those of even and those of odd place.
+#if WIDE
+INLINE void split_blocks(I8& a, I8& b) {
+  const __m256i x = (__m256i)a, y = (__m256i)b;
+  a = (I8)_mm256_permute2x128_si256(x, y, 0x20), b = (I8)_mm256_permute2x128_si256(x, y, 0x31);
+}
+#endif
+#if WIDE == 512
+INLINE void split_blocks(I16& a, I16& b) {
+  const __m512i x = (__m512i)a, y = (__m512i)b;
+  a = (I16)_mm512_shuffle_i32x4(x, y, 0x88), b = (I16)_mm512_shuffle_i32x4(x, y, 0xDD);
+}
+#endif
+// BLOCKS numbers of 32 bits, each in all lanes of a block of W / BLOCKS.
+template <int W, int BLOCKS> INLINE Int<W> each_in_block(const void* p) {
+  if constexpr (BLOCKS == 1) return splat<W>(load<int32_t>(p));
+#if WIDE
+  else if constexpr (W == 8) return (I8)_mm256_permutevar8x32_epi32(_mm256_castsi128_si256(_mm_loadl_epi64((const __m128i*)p)), _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
+#endif
+#if WIDE == 512
+  else return (I16)_mm512_permutexvar_epi32(_mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3), _mm512_castsi128_si512(load<__m128i>(p)));
+#endif
+}
+// p * 2^n, n whole and the result no smaller than 2^-126.
+INLINE F4 times_two_to(F4 p, F4 n) { return (F4)((I4)p + (rounded(n) << 23)); }
+#if WIDE
+INLINE F8 times_two_to(F8 p, F8 n) { return (F8)((I8)p + (rounded(n) << 23)); }
+#endif
+#if WIDE == 512
+INLINE F16 times_two_to(F16 p, F16 n) { return _mm512_scalef_ps(p, n); }
+#endif
+// e^x, error below 1e-7 of it; 0 for x < -87; not a number stays that.
 template <int W> INLINE Float<W> exponential(Float<W> x) {
-  Int<W> in_range = (Int<W>)(x >= splat<W>(-87.f)), unknown = (Int<W>)(x != x);
-  x = maximum(x, splat<W>(-87.f));
-  Int<W> n = rounded(x * splat<W>(1.44269504f));
-  Float<W> f = to_float(n);
-  Float<W> r = fma(f, splat<W>(-0.693359375f), x);
-  r = fma(f, splat<W>(2.12194440e-4f), r);
-  Float<W> p = splat<W>(1.9875691500e-4f);
-  p = fma(p, r, splat<W>(1.3981999507e-3f));
-  p = fma(p, r, splat<W>(8.3334519073e-3f));
-  p = fma(p, r, splat<W>(4.1665795894e-2f));
-  p = fma(p, r, splat<W>(1.6666665459e-1f));
-  p = fma(p, r, splat<W>(5.0000001201e-1f));
-  p = fma(r * r, p, r + splat<W>(1.f));
-  return (Float<W>)((((Int<W>)p + (n << 23)) & in_range) | unknown);
+  const Float<W> least = splat<W>(-87.f), bounded = maximum(least, x), n = whole(bounded * splat<W>(1.44269504f));
+  Float<W> r = fma(n, splat<W>(-0.693359375f), bounded);
+  r = fma(n, splat<W>(2.12194440e-4f), r);
+  Float<W> p = splat<W>(1.3814540579915047e-3f);  // of degree 6, the least error where e^0 and its slope are 1
+  p = fma(p, r, splat<W>(8.36874544620514e-3f));
+  p = fma(p, r, splat<W>(4.166838899254799e-2f));
+  p = fma(p, r, splat<W>(1.666652113199234e-1f));
+  p = fma(p, r, splat<W>(4.999999403953552e-1f));
+  p = fma(p, r, splat<W>(1.f));
+  p = fma(p, r, splat<W>(1.f));
+  return x < least ? Float<W>{} : times_two_to(p, n);
 }
