@@ -12,7 +12,7 @@ from kvsuite.analysis import length, samples
 from kvsuite.analysis.resample import DRAWS, Design, Mask, eligible, sign_flip
 from kvsuite.analysis.samples import Broken, same_answers
 from kvsuite.analysis.stats import Estimate, benjamini_hochberg, counts, discordant_p, estimate
-from kvsuite.analysis.verdict import Effect, Verdict, corrected, effect, overall
+from kvsuite.analysis.verdict import Effect, Named, Verdict, decide, effect, overall
 from kvsuite.columns import Arm
 from kvsuite.margins import Margins
 
@@ -65,9 +65,10 @@ class Comparison:
 
     @property
     def verdict(self) -> Verdict:
-        """Over all endpoints: scores alone, without a floor for broken samples, are never within margin."""
-        found = overall(self.effects)
-        unknown = self.effect("quality") is not None and self.effect("broken") is None
+        """Over all endpoints once they are decided: scores alone, without a floor for broken samples, are never within
+        margin."""
+        found, quality = overall(self.effects), self.effect("quality")
+        unknown = quality is not None and quality.verdict != "not excluded" and self.effect("broken") is None
         return "undecided" if unknown and found == "within margin" else found
 
 
@@ -101,14 +102,14 @@ class Part:
 def compare(
     parts: Sequence[Part], margins: Margins = DEFAULT, rule: Broken = RULE, draws: int = DRAWS, seed: int = 0
 ) -> list[Comparison]:
-    """Every method of every part with its baseline. What an arm has no column of – scores, lengths – is left out.
-    Raises UsageError where caps differ."""
+    """Every method of every part with its baseline, before verdicts (``decided``). What an arm has no column of –
+    scores, lengths – is left out. Raises UsageError where caps differ."""
     found: dict[str, Comparison] = {}
     for part in parts:
         for row in _compare(part, margins, rule, draws, seed):
             known = found.get(row.method)
             found[row.method] = row if known is None else known.joined(row)
-    return _corrected(list(found.values()))
+    return _adjusted(list(found.values()))
 
 
 def _compare(part: Part, margins: Margins, rule: Broken, draws: int, seed: int) -> Iterator[Comparison]:
@@ -131,7 +132,7 @@ def _compare(part: Part, margins: Margins, rule: Broken, draws: int, seed: int) 
     for name, a in asked.items():
         p = {key: discordant_p(*counts(pair)) for key, pair in a.pairs.items() if key not in a.flips}
         p |= {key: float(next(flipped)) for key in a.flips}
-        effects = [_effect(key, next(estimates), p.get(key), margins, allowed, part.asked) for key in a.endpoints]
+        effects = [_effect(key, next(estimates), margins, allowed, part.asked) for key in a.endpoints]
         tallies = {key: counts(pair) for key, pair in a.pairs.items()}
         findings = [Finding(key, next(estimates), p.get(key), counts=tallies.get(key)) for key in a.findings]
         others = [key for key in a.pairs if key not in a.endpoints and key not in a.findings]
@@ -148,21 +149,29 @@ def _count(arm: Arm | None, reference: Arm, allowed: Mask, rule: Broken) -> int 
     return int((allowed & rule.fell(reference.score, arm.score)).sum())
 
 
-def _effect(key: str, found: Estimate, p: float | None, margins: Margins, allowed: Mask, asked: int) -> Effect:
+DIRECTIONS: dict[str, Literal[-1, 0, 1]] = {"quality": -1, "broken": 1, "length": 0, "truncation": 1}
+"""Whether smaller, larger, or both are worse."""
+
+
+def _effect(key: str, found: Estimate, margins: Margins, allowed: Mask, asked: int) -> Effect:
     n = int(allowed.sum()) if key == "broken" else len(allowed)
-    worse: Literal[-1, 1] = -1 if key == "quality" else 1
-    return effect(key, found, getattr(margins, key), worse, n, p, key == "length", len(allowed), asked)
+    return effect(key, found, getattr(margins, key), DIRECTIONS[key], n, key == "length", len(allowed), asked)
 
 
-def _corrected(rows: list[Comparison]) -> list[Comparison]:
-    """Holm over the primary endpoints of all methods, Benjamini–Hochberg over everything else."""
-    effects = iter(corrected([e for row in rows for e in row.effects]))
+def decided(
+    rows: Sequence[Comparison], margins: Margins = DEFAULT, beside: Sequence[Named] = ()
+) -> tuple[list[Comparison], list[Named]]:
+    """The rows, and the endpoints ``beside`` that were measured elsewhere, with the verdicts of all together."""
+    found = [(row.method, e) for row in rows for e in row.effects]
+    effects = iter(decide([*found, *beside], margins))
+    judged = [replace(row, effects=[next(effects)[1] for _ in row.effects]) for row in rows]
+    return judged, list(effects)
+
+
+def _adjusted(rows: list[Comparison]) -> list[Comparison]:
+    """Benjamini–Hochberg over the exploratory figures of all methods."""
     adjusted = iter(benjamini_hochberg([f.p for row in rows for f in row.findings if f.p is not None]))
     return [
-        replace(
-            row,
-            effects=[next(effects) for _ in row.effects],
-            findings=[f if f.p is None else replace(f, adjusted=next(adjusted)) for f in row.findings],
-        )
+        replace(row, findings=[f if f.p is None else replace(f, adjusted=next(adjusted)) for f in row.findings])
         for row in rows
     ]

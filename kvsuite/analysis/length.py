@@ -113,7 +113,7 @@ def ask(design: Design, arm: Arm, base: Arm, reference: Arm, floor: Arm | None) 
     asked = Endpoints(
         endpoints={"length": _cost(mine, theirs, base.cap)},
         findings={"log length": Ratio(logs)},
-        flips={"length": logs},
+        flips={"log length": logs},
         pairs={"cap hits": (arm.capped == 1).astype(float) - (base.capped == 1)},
     )
     for name, told in (("empty", is_empty), ("loops", loops)):
@@ -130,7 +130,7 @@ def ask(design: Design, arm: Arm, base: Arm, reference: Arm, floor: Arm | None) 
     known = floored(design, reference, floor)
     for name, (one, other) in shares.items():
         beyond = known * (one.astype(float) - other)
-        asked.findings[name] = Ratio(beyond, known.astype(float), large=beyond != 0)
+        asked.findings[name] = Ratio(beyond, known.astype(float), large=beyond != 0, bounds=(-1, 1), paired=True)
         asked.pairs[name] = beyond
     return asked
 

@@ -11,7 +11,7 @@ from kvsuite.analysis.shortfall import expected, interrupted, timed
 from kvsuite.analysis.speed import REFERENCE, log_speeds, speed_rows
 from kvsuite.analysis.stats import Estimate, log_change
 from kvsuite.analysis.table import State
-from kvsuite.analysis.verdict import Effect, effect
+from kvsuite.analysis.verdict import Effect, Named, effect
 from kvsuite.columns import Arm, Key, align, stack
 from kvsuite.margins import Margins
 from kvsuite.readers.run import answers, arms
@@ -181,7 +181,7 @@ def _answered(run: Run) -> dict[str, set[tuple[str, str, int]]]:
 class Fast:
     """What verdicts on speed rest on."""
 
-    effects: list[tuple[str, Effect]]
+    effects: list[Named]
     lost: list[tuple[str, State]]
     """Methods that were to be judged and have no figure."""
     where: str = ""
@@ -234,11 +234,12 @@ def _is_kernel(path: str) -> bool:
 
 
 def _speed(ratio: Estimate, margins: Margins, n: int, asked: int, partial: bool) -> Effect:
-    found = effect("speed", ratio, margins.speed, -1, n, None, ratio=True, compared=n, asked=asked)
+    """*partial*, too, where it is not known how many there were to be."""
+    found = effect("speed", ratio, margins.speed, -1, n, ratio=True, compared=n, asked=asked)
     return replace(found, verdict="partial") if partial else found
 
 
-def speed_changes(one: Run, other: Run, margins: Margins) -> list[tuple[str, Effect]]:
+def speed_changes(one: Run, other: Run, margins: Margins) -> list[Named]:
     """Every timed cell of two runs and how its speed changed: a method's as a multiple of its baseline's, the baseline
     itself where one machine is known to have computed both. Welch's t on the logarithms of rounds, of servers those of
     blocks: two runs are two sessions."""
@@ -249,8 +250,9 @@ def speed_changes(one: Run, other: Run, margins: Margins) -> list[tuple[str, Eff
         logs = [rounds, after.get((method, cell), [])]
         if method in left_out or min(map(len, logs)) < 2:
             continue
-        change, _ = log_change(*logs)
-        found.append((f"{method}, {cell}", effect("speed", change, margins.speed, -1, len(logs[1]), None, ratio=True)))
+        found.append(
+            (f"{method}, {cell}", effect("speed", log_change(*logs), margins.speed, -1, len(logs[1]), ratio=True))
+        )
     return found
 
 

@@ -113,8 +113,7 @@ def ask(design: Design, arm: Arm, base: Arm, reference: Arm, floor: Arm | None, 
     high = np.maximum(b, one) >= np.maximum(level, np.nextafter(0, 1))
     down, up = high & rule.fell(b, one), high & rule.fell(one, b)
     asked = Endpoints(
-        endpoints={"quality": Ratio(difference, large=np.abs(difference) >= 0.5, bounds=(-1, 1))},
-        flips={"quality": difference},
+        endpoints={"quality": _quality(base.score, difference)},
         pairs={"net harm": down.astype(float) - up},
     )
     if floor is None or not scored(floor):
@@ -124,13 +123,21 @@ def ask(design: Design, arm: Arm, base: Arm, reference: Arm, floor: Arm | None, 
     churn, moved = (np.asarray(rule.fell(b, x) | rule.fell(x, b)) for x in (one, floor.score))
     beyond, both = (known * (x.astype(float) - y) for x, y in ((mine, noise), (churn, moved)))
     measured = known.astype(float)
-    asked.findings["churn"] = Ratio(both, measured, large=both != 0)
+    asked.findings["churn"] = Ratio(both, measured, large=both != 0, bounds=(-1, 1), paired=True)
     asked.pairs["churn"] = both
     allowed = eligible(design, b, rule.benign) & known
     if allowed.any():
-        asked.endpoints["broken"] = Ratio(beyond, measured, eligible=True, large=beyond != 0, bounds=(-1, 1))
-        asked.pairs["broken"] = beyond * allowed
+        asked.endpoints["broken"] = Ratio(
+            beyond, measured, eligible=True, large=beyond != 0, bounds=(-1, 1), paired=True
+        )
     return asked
+
+
+def _quality(base: Floats, difference: Floats) -> Ratio:
+    """What did not change could still fall to 0 or rise to 1."""
+    paired, level = bool(np.isin(base, (0, 1)).all() and np.isin(difference, (-1, 0, 1)).all()), float(base.mean())
+    large = np.abs(difference) >= 0.5
+    return Ratio(difference, large=large, room=(level, 1 - level), bounds=(-1, 1), paired=paired)
 
 
 def floored(design: Design, reference: Arm, floor: Arm) -> Mask:
