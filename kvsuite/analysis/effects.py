@@ -17,7 +17,7 @@ from kvsuite.columns import Arm
 from kvsuite.margins import Margins
 
 DEFAULT = Margins()
-FLOORED = ("broken", "churn", "longer", "shorter")
+FLOORED = ("broken", "churn", "truncation", "longer", "shorter")
 """Figures that need the control's answers."""
 RULE = Broken()
 
@@ -92,10 +92,16 @@ class Part:
     """Whether only the figures that need the control are asked: where it answered fewer samples than the others, these
     are compared without it in another part."""
 
+    acted: bool = False
+    """Whether the control's noise is known to have acted, as its logits differ: the same answers are then a floor of
+    0."""
+
     @property
     def pair(self) -> tuple[Arm, Arm | None]:
         """What single samples are held against, and what noise makes of that."""
-        control = None if self.control is None or same_answers(self.base, self.control) else self.control
+        control = self.control
+        if control is not None and not self.acted and same_answers(self.base, control):
+            control = None
         return (control, self.base) if self.coupled and control is not None else (self.base, control)
 
 
@@ -118,7 +124,8 @@ def _compare(part: Part, margins: Margins, rule: Broken, draws: int, seed: int) 
     scored = samples.scored(reference)
     allowed = eligible(design, reference.score, rule.benign) if scored else np.zeros(len(base), dtype=np.bool_)
     asked = {
-        name: samples.ask(design, arm, base, reference, floor, rule) | length.ask(design, arm, base, reference, floor)
+        name: samples.ask(design, arm, base, reference, floor, rule, part.acted)
+        | length.ask(design, arm, base, reference, floor, part.acted)
         for name, arm in part.methods.items()
     }
     if part.floored:
@@ -132,7 +139,7 @@ def _compare(part: Part, margins: Margins, rule: Broken, draws: int, seed: int) 
     for name, a in asked.items():
         p = {key: discordant_p(*counts(pair)) for key, pair in a.pairs.items() if key not in a.flips}
         p |= {key: float(next(flipped)) for key in a.flips}
-        effects = [_effect(key, next(estimates), margins, allowed, part.asked) for key in a.endpoints]
+        effects = [_effect(key, next(estimates), margins, allowed, part) for key in a.endpoints]
         tallies = {key: counts(pair) for key, pair in a.pairs.items()}
         findings = [Finding(key, next(estimates), p.get(key), counts=tallies.get(key)) for key in a.findings]
         others = [key for key in a.pairs if key not in a.endpoints and key not in a.findings]
@@ -153,9 +160,11 @@ DIRECTIONS: dict[str, Literal[-1, 0, 1]] = {"quality": -1, "broken": 1, "length"
 """Whether smaller, larger, or both are worse."""
 
 
-def _effect(key: str, found: Estimate, margins: Margins, allowed: Mask, asked: int) -> Effect:
+def _effect(key: str, found: Estimate, margins: Margins, allowed: Mask, part: Part) -> Effect:
     n = int(allowed.sum()) if key == "broken" else len(allowed)
-    return effect(key, found, getattr(margins, key), DIRECTIONS[key], n, key == "length", len(allowed), asked)
+    margin, ratio = getattr(margins, key), key == "length"
+    hidden = ratio and length.capped(part.base, margin)
+    return effect(key, found, margin, DIRECTIONS[key], n, ratio, len(allowed), part.asked, hidden)
 
 
 def decided(

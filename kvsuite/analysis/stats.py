@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -113,30 +113,6 @@ class Ratio:
     """Whether ``top`` is 1 where only the method shows something, -1 where only the other arm does, else 0."""
     bounds: tuple[float, float] = (-math.inf, math.inf)
     """What the figure can be at all."""
-
-
-@dataclass
-class Endpoints:
-    """What the comparison of one method with its baseline asks of the common resampling, by the figures' names."""
-
-    endpoints: dict[str, Ratio] = field(default_factory=dict)
-    """Primary: these get a margin and a verdict."""
-    findings: dict[str, Ratio] = field(default_factory=dict)
-    """Exploratory."""
-    flips: dict[str, Floats] = field(default_factory=dict)
-    """(n,) differences whose signs are flipped for the p of a figure of that name."""
-    pairs: dict[str, Floats] = field(default_factory=dict)
-    """(n,): 1 where only the method shows something, -1 where only the other arm does: the exact p of a figure of that
-    name."""
-
-    def __or__(self, other: Endpoints) -> Endpoints:
-        return Endpoints(
-            *({**mine, **theirs} for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True))
-        )
-
-    def only(self, names: Sequence[str]) -> Endpoints:
-        """The figures of these names."""
-        return Endpoints(*({name: x for name, x in found.items() if name in names} for found in vars(self).values()))
 
 
 def estimate(
@@ -258,19 +234,38 @@ def mean_interval(scores: Sequence[float]) -> Interval:
 
 
 def log_ratio_interval(logs: Sequence[float]) -> Estimate:
-    """The geometric mean of ratios given as logarithms, with the 95 % t-interval. One has none: (ratio, 0, inf)."""
-    middle, n = statistics.fmean(logs), len(logs)
-    se = statistics.stdev(logs) / math.sqrt(n) if n > 1 else math.inf
-    return Estimate.of(math.exp(middle), se, n - 1, log=True, bounds=(0.0, math.inf))
+    """The geometric mean of ratios given as logarithms, with the 95 % interval: both trimmed (``_trimmed``). One has
+    none: (ratio, 0, inf)."""
+    middle, variance, df = _trimmed(logs)
+    return Estimate.of(math.exp(middle), math.sqrt(variance), df, log=True, bounds=(0.0, math.inf))
 
 
 def log_change(before: Sequence[float], after: Sequence[float]) -> Estimate:
-    """The ratio of two geometric means given as logarithms, at least two each, with Welch's 95 % interval."""
-    middle = statistics.fmean(after) - statistics.fmean(before)
-    spreads = [statistics.variance(x) / len(x) for x in (before, after)]
-    parts = [s**2 / (len(x) - 1) for s, x in zip(spreads, (before, after), strict=True)]
-    df = sum(spreads) ** 2 / sum(parts) if sum(parts) else len(after) - 1
-    return Estimate.of(math.exp(middle), math.sqrt(sum(spreads)), df, log=True, bounds=(0.0, math.inf))
+    """The ratio of two geometric means given as logarithms, at least two each, both trimmed (``_trimmed``), with
+    Welch's degrees of freedom and 95 % interval."""
+    (first, one, few), (later, other, many) = _trimmed(before), _trimmed(after)
+    parts = one**2 / few + other**2 / many
+    df = (one + other) ** 2 / parts if parts else many
+    return Estimate.of(math.exp(later - first), math.sqrt(one + other), df, log=True, bounds=(0.0, math.inf))
+
+
+TRIMMED = 0.2
+"""Of the blocks, at either end: one that something else held up counts for little."""
+UNTRIMMED = 6
+"""Blocks from which on some are trimmed: the interval of fewer would be too narrow."""
+
+
+def _trimmed(x: Sequence[float]) -> tuple[float, float, float]:
+    """The trimmed mean, the square of its standard error from the winsorized variance, and its degrees of freedom (Yuen
+    1974, The two-sample trimmed t for unequal population variances)."""
+    n = len(x)
+    cut = int(TRIMMED * n) if n >= UNTRIMMED else 0
+    if n < 2:
+        return statistics.fmean(x), math.inf, 0
+    ordered, left = np.sort(np.asarray(x, dtype=float)), n - 2 * cut
+    winsorized = np.clip(ordered, ordered[cut], ordered[n - 1 - cut])
+    variance = float(winsorized.var(ddof=1)) * (n - 1) / (left * (left - 1))
+    return float(ordered[cut : n - cut].mean()), variance, left - 1
 
 
 def counts(pairs: Floats) -> tuple[int, int]:

@@ -82,6 +82,23 @@ class Effect:
         return math.expm1(seen) if self.ratio and seen < 100 else seen
 
     @property
+    def decides(self) -> float:
+        """Samples of this kind after which the effect, if it is as seen, is found harmful or within its margin 4 times
+        of 5. Infinite for one at the margin's edge."""
+        seen, (low, high) = self.estimate, self.limits
+        if not math.isfinite(seen.se) or (self.ratio and seen.mean <= 0):
+            return math.inf
+        mean, low, high = (math.log(x) if self.ratio and x > 0 else x for x in (seen.mean, low, high))
+        inside = min(mean - low, high - mean)
+        if inside > 0:
+            margin = math.expm1(min(inside, 9)) if self.ratio else inside
+            return samples_needed(seen, self.n, margin, self.ratio, level=self.levels[1])
+        from scipy.special import ndtri
+
+        reach = float(ndtri(POWER) - ndtri(self.levels[0]))
+        return max(self.n * (reach * seen.se / inside) ** 2, 2) if inside else math.inf
+
+    @property
     def needed(self) -> float:
         """Samples of this kind after which a method without an effect is found within its margin 4 times of 5."""
         return samples_needed(

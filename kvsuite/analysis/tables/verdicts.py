@@ -19,6 +19,7 @@ COLUMNS = (
     Column("effect", "interval", shows="ends"),
     Column("effect", "p", shows="p"),
     Column("effect", "verdict", shows="verdict"),
+    Column("seen", "as seen", "samples"),
     Column("needs", "needs", "samples"),
 )
 UNITS = {
@@ -35,10 +36,14 @@ ENDPOINTS = {
     "truncation": "answers to chats at most half as long, beyond those of noise",
     "speed": "decode steps a second (of servers: time per token), as a multiple",
 }
-NEEDS = " needs: samples with which a method without an effect is found within its margin 4 times of 5."
+NEEDS = (
+    " Samples that decide 4 times of 5 – as seen: if the effect is as seen; needs: that a method without an effect is "
+    "within its margin."
+)
 WORDS = (
     "harmful: all of the interval is beyond the margin; within margin: none of it; undecided: neither; not excluded: "
-    "likewise, of an endpoint that can only convict."
+    "likewise, of an endpoint that can only convict; "
+    "capped: answers end at the cap, so longer ones would not be seen."
 )
 PARTIAL = Note(
     "partial a/b: only a of b samples (of speed: rounds or cells) could be compared, since others failed or are "
@@ -90,8 +95,9 @@ def effect_row(name: str, e: Effect) -> Row:
         state="partial" if e.lacking or e.verdict == "partial" else "ok",
         lacking=e.lacking,
     )
-    needed = e.verdict == "undecided" and math.isfinite(e.needed)
-    return Row((name, e.endpoint), {"effect": cell, "needs": Cell(e.needed if needed else None)})
+    open_ = e.verdict in ("undecided", "not excluded")
+    more = {"seen": e.decides, "needs": e.needed} if open_ else {}
+    return Row((name, e.endpoint), {"effect": cell} | {key: Cell(n) for key, n in more.items() if math.isfinite(n)})
 
 
 def partial(rows: Iterable[Row]) -> list[Note]:
@@ -180,4 +186,5 @@ def _floor(rows: Sequence[Comparison]) -> list[str]:
     broken, scored = ({e.endpoint for row in rows for e in row.effects} & {x} for x in ("broken", "quality"))
     if scored and not broken:
         return ["broken beyond noise: no floor measured; no control changed an answer of those compared."]
-    return []
+    none = {row.eligible for row in rows if row.floor == 0 and row.eligible}
+    return [f"the control broke 0 of {n}: noise could break up to {3 / n:.1%} (3/n); tested against 0." for n in none]
