@@ -87,11 +87,14 @@ class Part:
     control: Arm | None = None
     coupled: bool = False
     asked: int = 0
-    """Samples that were to be compared; 0 where that is not known. With fewer there is no verdict."""
+    """Samples that were to be compared; 0 where that is not known. With fewer, failed ones included, there is no
+    verdict."""
     floored: bool = False
     """Whether only the figures that need the control are asked: where it answered fewer samples than the others, these
     are compared without it in another part."""
 
+    extremes: tuple[Part, Part] | None = None
+    """The same with failed answers as bad and as good for the method as they could have been (``answered.py``)."""
     acted: bool = False
     """Whether the control's noise is known to have acted, as its logits differ: the same answers are then a floor of
     0."""
@@ -112,10 +115,31 @@ def compare(
     scores, lengths – is left out. Raises UsageError where caps differ."""
     found: dict[str, Comparison] = {}
     for part in parts:
-        for row in _compare(part, margins, rule, draws, seed):
+        for row in _bounded(part, margins, rule, draws, seed):
             known = found.get(row.method)
             found[row.method] = row if known is None else known.joined(row)
     return _adjusted(list(found.values()))
+
+
+def _bounded(part: Part, margins: Margins, rule: Broken, draws: int, seed: int) -> Iterator[Comparison]:
+    """The figures of answers that did not fail, with bounds and p that hold whatever the others would have been."""
+    rows = list(_compare(part, margins, rule, draws, seed))
+    if part.extremes is None:
+        yield from rows
+        return
+    poor, rich = (list(_compare(x, margins, rule, draws, seed)) for x in part.extremes)
+    for row, worst, best in zip(rows, poor, rich, strict=True):
+        yield replace(row, effects=[_between(e, worst, best) for e in row.effects])
+
+
+def _between(e: Effect, worst: Comparison, best: Comparison) -> Effect:
+    """One endpoint; a method that fails scores less and answers shorter, which breaks more and truncates more."""
+    one, other = worst.effect(e.endpoint), best.effect(e.endpoint)
+    if one is None or other is None:
+        return replace(e, estimate=Estimate(e.estimate.mean, *e.estimate.bounds))
+    low, high = (one.estimate, other.estimate) if DIRECTIONS[e.endpoint] < 1 else (other.estimate, one.estimate)
+    estimate = replace(e.estimate, low=low.low, high=high.high, extremes=(low, high))
+    return replace(e, estimate=estimate, lacking=one.lacking, verdict=one.verdict)
 
 
 def _compare(part: Part, margins: Margins, rule: Broken, draws: int, seed: int) -> Iterator[Comparison]:

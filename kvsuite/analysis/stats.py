@@ -44,6 +44,9 @@ class Estimate(Interval):
     """What clusters could still do, where fewer than ``FEW`` changed much."""
     pairs: Pairs | None = None
     """Of paired shares: the samples that show something in one arm alone."""
+    extremes: tuple[Estimate, Estimate] | None = None
+    """What it would be at least and at most, were all failed answers as low or as high as can be. Its bounds are the
+    least one's lower and the other's upper, and its p likewise."""
     share: float = 1.0
     """Of the clusters, that changed much."""
     room: float = 1.0
@@ -63,6 +66,8 @@ class Estimate(Interval):
     def p(self, limit: float, side: Side, safe: bool = False) -> float:
         """One-sided p, small where the true figure lies above (1) or below (-1) a limit. ``safe``: not to be trusted
         where unseen changes could take it there. They matter, too, where nothing has a spread."""
+        if self.extremes:
+            return self.extremes[side < 0].p(limit, side, safe)
         if not self.known:
             return 1.0
         if self.pairs:
@@ -77,6 +82,8 @@ class Estimate(Interval):
 
     def bound(self, side: Side, level: float, safe: bool = False) -> float:
         """The low (-1) or high (1) end of the interval with that one-sided level: the limit at which ``p`` is it."""
+        if self.extremes:
+            return self.extremes[side > 0].bound(side, level, safe)
         if not self.known:
             return self.bounds[side > 0]
         if self.pairs:
@@ -129,17 +136,19 @@ def estimate(
     allowed = np.zeros_like(ones) if base is None else eligible(design, base, rule).astype(float)
     known: dict[tuple[int, bool], int] = {}
     columns: tuple[list[Floats], list[Floats]] = ([], [])
-    places = []
+    places: list[list[int]] = []
     for ratio in ratios:
-        pair = []
-        for column in () if _counted(design, ratio) else (ratio.top, ones if ratio.bottom is None else ratio.bottom):
+        places.append([])
+        sums = (ratio.top, ones if ratio.bottom is None else ratio.bottom)
+        for column in () if ratio.paired and design.independent else sums:
             key = (id(column), ratio.eligible)
             if key not in known:
                 known[key] = len(columns[ratio.eligible])
                 columns[ratio.eligible].append(column)
-            pair.append(known[key])
-        places.append(pair)
+            places[-1].append(known[key])
     stacked = [np.column_stack(c) if c else np.empty((len(ones), 0)) for c in columns]
+    if not known:
+        return [_pairs(ratio, allowed if ratio.eligible else ones) for ratio in ratios]
     drawn = bootstrap(design, stacked[0], base, stacked[1], rule, draws, seed)
     found = []
     for ratio, place in zip(ratios, places, strict=True):
@@ -147,16 +156,11 @@ def estimate(
         if not place:
             found.append(_pairs(ratio, weight))
             continue
-        sums = drawn.eligible if ratio.eligible else drawn.sums
         below = ones if ratio.bottom is None else ratio.bottom
         seen = _divided(np.array([weight @ ratio.top]), np.array([weight @ below]))[0]
-        found.append(_estimate(design, ratio, float(seen), _divided(*sums[:, place].T), weight))
+        resampled = (drawn.eligible if ratio.eligible else drawn.sums)[:, place]
+        found.append(_estimate(design, ratio, float(seen), _divided(*resampled.T), weight))
     return found
-
-
-def _counted(design: Design, ratio: Ratio) -> bool:
-    """Whether counts of independent pairs say all."""
-    return ratio.paired and design.independent
 
 
 def _pairs(ratio: Ratio, weight: Floats) -> Estimate:
@@ -282,8 +286,7 @@ def discordant_p(only_one: int, only_other: int) -> float:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values: any of them below α errs with probability α at most, over all. (statsmodels' collects
-    garbage at every call.)"""
+    """Holm's adjusted p-values: any below α errs with probability α at most. (statsmodels' collects garbage.)"""
     order = np.argsort(p, kind="stable")
     adjusted = np.empty(len(p))
     adjusted[order] = np.minimum(np.maximum.accumulate(np.asarray(p)[order] * np.arange(len(p), 0, -1)), 1)

@@ -200,8 +200,8 @@ def test_margins_are_written_and_kept():
     found = Margins.parse("quality=0.1, veto=quality+length")
     assert (found.quality, found.length, found.veto) == (0.1, 0.15, ("length", "quality"))
     assert Margins(**json.loads(json.dumps(vars(found)))) == found == Margins(quality=0.1, veto={"length", "quality"})
-    with pytest.raises(UsageError, match="unknown endpoint 'speeed'"):
-        Margins.parse("veto=speeed")
+    with pytest.raises(UsageError, match="unknown endpoint 'size'"):
+        Margins.parse("veto=size")
 
 
 @pytest.mark.parametrize(("lost", "n", "verdict"), [(9, 24, "harmful"), (6, 16, "harmful"), (2, 16, "undecided")])

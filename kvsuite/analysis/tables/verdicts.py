@@ -46,7 +46,7 @@ WORDS = (
     "capped: answers end at the cap, so longer ones would not be seen."
 )
 PARTIAL = Note(
-    "partial a/b: only a of b samples (of speed: rounds or cells) could be compared, since others failed or are "
+    "partial a/b: only a of b samples (of speed: rounds or cells) could be compared, since others are "
     "missing. Those that are there may be the short ones, so these figures decide nothing.",
     "error",
 )
