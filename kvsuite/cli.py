@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import io
 import json
 import os
@@ -110,7 +109,7 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _margins_option(parser: argparse.ArgumentParser) -> None:
-    known = ",".join(f"{f.name}={f.default:g}" for f in dataclasses.fields(Margins))
+    known = ",".join(f"{name}={getattr(Margins, name):g}" for name in Margins.names())
     parser.add_argument("--margins", default="", help=f"how much worse a method may be (default: {known})")
 
 

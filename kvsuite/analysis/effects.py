@@ -12,12 +12,12 @@ from kvsuite.analysis import length, samples
 from kvsuite.analysis.resample import DRAWS, Design, Mask, eligible, sign_flip
 from kvsuite.analysis.samples import Broken, same_answers
 from kvsuite.analysis.stats import Estimate, benjamini_hochberg, counts, discordant_p, estimate
-from kvsuite.analysis.verdict import Effect, Verdict, corrected, effect, overall
+from kvsuite.analysis.verdict import Effect, Named, Verdict, decide, effect, overall
 from kvsuite.columns import Arm
 from kvsuite.margins import Margins
 
 DEFAULT = Margins()
-FLOORED = ("broken", "churn", "longer", "shorter")
+FLOORED = ("broken", "churn", "truncation", "longer", "shorter")
 """Figures that need the control's answers."""
 RULE = Broken()
 
@@ -65,9 +65,10 @@ class Comparison:
 
     @property
     def verdict(self) -> Verdict:
-        """Over all endpoints: scores alone, without a floor for broken samples, are never within margin."""
-        found = overall(self.effects)
-        unknown = self.effect("quality") is not None and self.effect("broken") is None
+        """Over all endpoints once they are decided: scores alone, without a floor for broken samples, are never within
+        margin."""
+        found, quality = overall(self.effects), self.effect("quality")
+        unknown = quality is not None and quality.verdict != "not excluded" and self.effect("broken") is None
         return "undecided" if unknown and found == "within margin" else found
 
 
@@ -86,29 +87,59 @@ class Part:
     control: Arm | None = None
     coupled: bool = False
     asked: int = 0
-    """Samples that were to be compared; 0 where that is not known. With fewer there is no verdict."""
+    """Samples that were to be compared; 0 where that is not known. With fewer, failed ones included, there is no
+    verdict."""
     floored: bool = False
     """Whether only the figures that need the control are asked: where it answered fewer samples than the others, these
     are compared without it in another part."""
 
+    extremes: tuple[Part, Part] | None = None
+    """The same with failed answers as bad and as good for the method as they could have been (``answered.py``)."""
+    acted: bool = False
+    """Whether the control's noise is known to have acted, as its logits differ: the same answers are then a floor of
+    0."""
+
     @property
     def pair(self) -> tuple[Arm, Arm | None]:
         """What single samples are held against, and what noise makes of that."""
-        control = None if self.control is None or same_answers(self.base, self.control) else self.control
+        control = self.control
+        if control is not None and not self.acted and same_answers(self.base, control):
+            control = None
         return (control, self.base) if self.coupled and control is not None else (self.base, control)
 
 
 def compare(
     parts: Sequence[Part], margins: Margins = DEFAULT, rule: Broken = RULE, draws: int = DRAWS, seed: int = 0
 ) -> list[Comparison]:
-    """Every method of every part with its baseline. What an arm has no column of – scores, lengths – is left out.
-    Raises UsageError where caps differ."""
+    """Every method of every part with its baseline, before verdicts (``decided``). What an arm has no column of –
+    scores, lengths – is left out. Raises UsageError where caps differ."""
     found: dict[str, Comparison] = {}
     for part in parts:
-        for row in _compare(part, margins, rule, draws, seed):
+        for row in _bounded(part, margins, rule, draws, seed):
             known = found.get(row.method)
             found[row.method] = row if known is None else known.joined(row)
-    return _corrected(list(found.values()))
+    return _adjusted(list(found.values()))
+
+
+def _bounded(part: Part, margins: Margins, rule: Broken, draws: int, seed: int) -> Iterator[Comparison]:
+    """The figures of answers that did not fail, with bounds and p that hold whatever the others would have been."""
+    rows = list(_compare(part, margins, rule, draws, seed))
+    if part.extremes is None:
+        yield from rows
+        return
+    poor, rich = (list(_compare(x, margins, rule, draws, seed)) for x in part.extremes)
+    for row, worst, best in zip(rows, poor, rich, strict=True):
+        yield replace(row, effects=[_between(e, worst, best) for e in row.effects])
+
+
+def _between(e: Effect, worst: Comparison, best: Comparison) -> Effect:
+    """One endpoint; a method that fails scores less and answers shorter, which breaks more and truncates more."""
+    one, other = worst.effect(e.endpoint), best.effect(e.endpoint)
+    if one is None or other is None:
+        return replace(e, estimate=Estimate(e.estimate.mean, *e.estimate.bounds))
+    low, high = (one.estimate, other.estimate) if DIRECTIONS[e.endpoint] < 1 else (other.estimate, one.estimate)
+    estimate = replace(e.estimate, low=low.low, high=high.high, extremes=(low, high))
+    return replace(e, estimate=estimate, lacking=one.lacking, verdict=one.verdict)
 
 
 def _compare(part: Part, margins: Margins, rule: Broken, draws: int, seed: int) -> Iterator[Comparison]:
@@ -117,7 +148,8 @@ def _compare(part: Part, margins: Margins, rule: Broken, draws: int, seed: int) 
     scored = samples.scored(reference)
     allowed = eligible(design, reference.score, rule.benign) if scored else np.zeros(len(base), dtype=np.bool_)
     asked = {
-        name: samples.ask(design, arm, base, reference, floor, rule) | length.ask(design, arm, base, reference, floor)
+        name: samples.ask(design, arm, base, reference, floor, rule, part.acted)
+        | length.ask(design, arm, base, reference, floor, part.acted)
         for name, arm in part.methods.items()
     }
     if part.floored:
@@ -131,7 +163,7 @@ def _compare(part: Part, margins: Margins, rule: Broken, draws: int, seed: int) 
     for name, a in asked.items():
         p = {key: discordant_p(*counts(pair)) for key, pair in a.pairs.items() if key not in a.flips}
         p |= {key: float(next(flipped)) for key in a.flips}
-        effects = [_effect(key, next(estimates), p.get(key), margins, allowed, part.asked) for key in a.endpoints]
+        effects = [_effect(key, next(estimates), margins, allowed, part) for key in a.endpoints]
         tallies = {key: counts(pair) for key, pair in a.pairs.items()}
         findings = [Finding(key, next(estimates), p.get(key), counts=tallies.get(key)) for key in a.findings]
         others = [key for key in a.pairs if key not in a.endpoints and key not in a.findings]
@@ -148,21 +180,31 @@ def _count(arm: Arm | None, reference: Arm, allowed: Mask, rule: Broken) -> int 
     return int((allowed & rule.fell(reference.score, arm.score)).sum())
 
 
-def _effect(key: str, found: Estimate, p: float | None, margins: Margins, allowed: Mask, asked: int) -> Effect:
+DIRECTIONS: dict[str, Literal[-1, 0, 1]] = {"quality": -1, "broken": 1, "length": 0, "truncation": 1}
+"""Whether smaller, larger, or both are worse."""
+
+
+def _effect(key: str, found: Estimate, margins: Margins, allowed: Mask, part: Part) -> Effect:
     n = int(allowed.sum()) if key == "broken" else len(allowed)
-    worse: Literal[-1, 1] = -1 if key == "quality" else 1
-    return effect(key, found, getattr(margins, key), worse, n, p, key == "length", len(allowed), asked)
+    margin, ratio = getattr(margins, key), key == "length"
+    hidden = ratio and length.capped(part.base, margin)
+    return effect(key, found, margin, DIRECTIONS[key], n, ratio, len(allowed), part.asked, hidden)
 
 
-def _corrected(rows: list[Comparison]) -> list[Comparison]:
-    """Holm over the primary endpoints of all methods, Benjamini–Hochberg over everything else."""
-    effects = iter(corrected([e for row in rows for e in row.effects]))
+def decided(
+    rows: Sequence[Comparison], margins: Margins = DEFAULT, beside: Sequence[Named] = ()
+) -> tuple[list[Comparison], list[Named]]:
+    """The rows, and the endpoints ``beside`` that were measured elsewhere, with the verdicts of all together."""
+    found = [(row.method, e) for row in rows for e in row.effects]
+    effects = iter(decide([*found, *beside], margins))
+    judged = [replace(row, effects=[next(effects)[1] for _ in row.effects]) for row in rows]
+    return judged, list(effects)
+
+
+def _adjusted(rows: list[Comparison]) -> list[Comparison]:
+    """Benjamini–Hochberg over the exploratory figures of all methods."""
     adjusted = iter(benjamini_hochberg([f.p for row in rows for f in row.findings if f.p is not None]))
     return [
-        replace(
-            row,
-            effects=[next(effects) for _ in row.effects],
-            findings=[f if f.p is None else replace(f, adjusted=next(adjusted)) for f in row.findings],
-        )
+        replace(row, findings=[f if f.p is None else replace(f, adjusted=next(adjusted)) for f in row.findings])
         for row in rows
     ]

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvsuite.analysis.endpoints import Endpoints
 from kvsuite.analysis.resample import Design, Floats
 from kvsuite.analysis.samples import floored
-from kvsuite.analysis.stats import Endpoints, Interval, Ratio, estimate
+from kvsuite.analysis.stats import Interval, Ratio, estimate
 from kvsuite.columns import Arm
 from kvsuite.errors import UsageError
 from kvsuite.records import Answer
@@ -100,10 +101,19 @@ def _cost(mine: Floats, theirs: Floats, caps: Floats) -> Ratio:
     )
 
 
-def ask(design: Design, arm: Arm, base: Arm, reference: Arm, floor: Arm | None) -> Endpoints:
+def capped(base: Arm, margin: float) -> bool:
+    """Whether the cap hides longer answers: were all longer by twice the margin, their cost would not be seen to pass
+    it."""
+    if np.isnan(base.tokens).any():
+        return False
+    tokens = np.minimum(base.tokens, base.cap)
+    return bool(np.minimum((1 + 2 * margin) * tokens, base.cap).sum() < (1 + margin) * tokens.sum())
+
+
+def ask(design: Design, arm: Arm, base: Arm, reference: Arm, floor: Arm | None, acted: bool = False) -> Endpoints:
     """What the lengths of one method ask: cost against the arm of the same noise; shares of pairs against
-    ``reference``, as ``floor`` is. A length is min(tokens, cap). Empty without lengths; raises UsageError where the
-    arms' caps differ or are not known."""
+    ``reference``, as ``floor`` is, which is known to be noise where it ``acted``. A length is min(tokens, cap). Empty
+    without lengths; raises UsageError where the arms' caps differ or are not known."""
     if any(np.isnan(x.tokens).any() for x in (arm, base, reference)):
         return Endpoints()
     for beside in (base, reference, *([floor] if floor is not None else [])):
@@ -113,7 +123,7 @@ def ask(design: Design, arm: Arm, base: Arm, reference: Arm, floor: Arm | None) 
     asked = Endpoints(
         endpoints={"length": _cost(mine, theirs, base.cap)},
         findings={"log length": Ratio(logs)},
-        flips={"length": logs},
+        flips={"log length": logs},
         pairs={"cap hits": (arm.capped == 1).astype(float) - (base.capped == 1)},
     )
     for name, told in (("empty", is_empty), ("loops", loops)):
@@ -127,10 +137,15 @@ def ask(design: Design, arm: Arm, base: Arm, reference: Arm, floor: Arm | None) 
         "longer": (2 * mine >= 3 * ref, 2 * noise >= 3 * ref),
         "shorter": (3 * mine <= 2 * ref, 3 * noise <= 2 * ref),
     }
-    known = floored(design, reference, floor)
+    known = floored(design, reference, floor, acted)
+    if known.any():
+        halved = (2 * mine <= ref).astype(float) - (2 * noise <= ref)
+        asked.endpoints["truncation"] = Ratio(
+            known * (ref > 0) * halved, known.astype(float), large=halved != 0, bounds=(-1, 1), paired=True
+        )
     for name, (one, other) in shares.items():
         beyond = known * (one.astype(float) - other)
-        asked.findings[name] = Ratio(beyond, known.astype(float), large=beyond != 0)
+        asked.findings[name] = Ratio(beyond, known.astype(float), large=beyond != 0, bounds=(-1, 1), paired=True)
         asked.pairs[name] = beyond
     return asked
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from kvsuite.analysis.answered import Answered, shared
 from kvsuite.analysis.effects import Part
 from kvsuite.analysis.serving import blocks, checks, served_rows, token_speeds
 from kvsuite.analysis.shortfall import expected, interrupted, timed
 from kvsuite.analysis.speed import REFERENCE, log_speeds, speed_rows
 from kvsuite.analysis.stats import Estimate, log_change
 from kvsuite.analysis.table import State
-from kvsuite.analysis.verdict import Effect, effect
-from kvsuite.columns import Arm, Key, align, stack
+from kvsuite.analysis.verdict import Effect, Named, effect
 from kvsuite.margins import Margins
 from kvsuite.readers.run import answers, arms
 from kvsuite.records import Run, Timing
@@ -20,15 +20,6 @@ from kvsuite.records import Run, Timing
 FULL = "full"
 """What methods in this process are timed against."""
 OTHER_SEED = "other seed"
-
-
-@dataclass(frozen=True)
-class Answered:
-    """One arm's answers to the tasks of one evaluation."""
-
-    arm: Arm
-    asked: frozenset[Key]
-    """Those that failed, too."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +53,7 @@ def noise(run: Run) -> list[Part]:
         base = known.repeats.get(run.baseline, [])
         if len(base) > 1:
             name = f"{run.baseline}, {OTHER_SEED}"
-            found += _shared(name, base[:1], base[1:2], [], known.expected, coupled=False)
+            found += shared(name, base[:1], base[1:2], [], known.expected, coupled=False)
     return found
 
 
@@ -71,11 +62,9 @@ def _known(run: Run) -> list[Known]:
     found = []
     for evaluation in ("samples", "length"):
         repeats: dict[str, list[Answered]] = {}
-        asked: dict[tuple[str, int], set[Key]] = {}
-        for a in answers(run, evaluation):
-            asked.setdefault((a.method, a.repeat), set()).add((a.task, a.sample))
+        whole = arms(run, evaluation, failed=True)
         for who, arm in sorted(arms(run, evaluation).items(), key=lambda item: item[0][1]):
-            repeats.setdefault(who[0], []).append(Answered(arm, frozenset(asked[who])))
+            repeats.setdefault(who[0], []).append(Answered(arm, whole[who]))
         if evaluation == "length" and run.sampled:  # a server's A/A arm has other seeds, too
             again = [repeats.pop(method) for method in list(repeats) if run.is_control(method)]
             repeats.get(run.baseline, []).extend(arm for arms in again for arm in arms)
@@ -90,46 +79,19 @@ def _parts(run: Run, known: Known, controls: bool) -> list[Part]:
     base = known.repeats.get(run.baseline, [])
     sampled = len(base) > 1
     noises = [method for method in known.repeats if run.is_control(method)]
-    shared: dict[object, Part] = {}
+    parts: dict[object, Part] = {}
     for method, repeats in known.repeats.items():
         if method == run.baseline or run.is_control(method) != controls or not base:
             continue
         others = [other for other in noises if other != method]
         floor = max(others, key=lambda other: sum(len(x.arm) for x in known.repeats[other]), default="")
         control = base[1:] + base[:1] if sampled else known.repeats.get(floor, [])
-        for part in _shared(method, base, repeats, control, known.expected, sampled):
-            key = ("" if sampled else floor, tuple(part.base.keys), part.asked, part.floored)
-            first = shared.setdefault(key, part)
-            shared[key] = replace(first, methods={**first.methods, **part.methods})
-    return list(shared.values())
-
-
-def _shared(
-    name: str,
-    base: list[Answered],
-    method: list[Answered],
-    control: list[Answered],
-    expected: int,
-    coupled: bool,
-) -> list[Part]:
-    """A method's repeats with the baseline's, on the samples that both answered, and what noise makes of them. A
-    control that answered fewer has a part of its own: it takes no sample from the comparison of the others."""
-    count = min(len(base), len(method), len(control) or 1)
-    (mine, theirs, *noise) = (x[:count] for x in (base, method, control) if x)
-    stacks = [stack([x.arm for x in arms]) for arms in (mine, theirs, *noise)]
-    both = set(stacks[0].keys) & set(stacks[1].keys)
-    asked = sum(max(len(one.asked & other.asked), expected) for one, other in zip(mine, theirs, strict=True))
-    chosen: list[tuple[list[Arm], bool]] = []
-    if noise and not both.isdisjoint(stacks[2].keys):
-        whole = both <= set(stacks[2].keys)
-        chosen = [(stacks, False)] if whole else [(stacks[:2], False), (stacks, True)]
-    elif both:
-        chosen = [(stacks[:2], False)]
-    found = []
-    for some, floored in chosen:
-        (first, second, *floor), _ = align(some, allow_missing=True)
-        found.append(Part(first, {name: second}, floor[0] if floor else None, coupled, asked, floored))
-    return found
+        for part in shared(method, base, repeats, control, known.expected, sampled):
+            own = method if part.extremes else ""
+            key = ("" if sampled else floor, tuple(part.base.keys), part.asked, part.floored, own)
+            first = parts.setdefault(key, part)
+            parts[key] = replace(first, methods={**first.methods, **part.methods})
+    return list(parts.values())
 
 
 def changes(one: Run, other: Run) -> list[Part]:
@@ -142,7 +104,7 @@ def changes(one: Run, other: Run) -> list[Part]:
         noise = next((before.repeats[method] for method in before.repeats if one.is_control(method)), [])
         for method in (m for m in before.repeats if m in after.repeats and m not in left_out):
             control = [] if method != one.baseline else base[1:] + base[:1] if sampled else noise
-            found += _shared(method, before.repeats[method], after.repeats[method], control, expected, sampled)
+            found += shared(method, before.repeats[method], after.repeats[method], control, expected, sampled)
     return found
 
 
@@ -162,11 +124,15 @@ def lost(one: Run, other: Run) -> list[str]:
 
 
 def failures(run: Run) -> list[str]:
-    """How many answers of every method failed: these are in no figure."""
+    """How many answers of every method failed."""
     found: dict[str, list[bool]] = {}
     for a in answers(run):
         found.setdefault(a.method, []).append(a.status != "ok")
-    return [f"FAILED {m}: {sum(x)} of {len(x)} answers, which are in no verdict." for m, x in found.items() if any(x)]
+    return [
+        f"FAILED {m}: {sum(x)} of {len(x)} answers: verdicts hold whatever they would have been."
+        for m, x in found.items()
+        if any(x)
+    ]
 
 
 def _answered(run: Run) -> dict[str, set[tuple[str, str, int]]]:
@@ -181,7 +147,7 @@ def _answered(run: Run) -> dict[str, set[tuple[str, str, int]]]:
 class Fast:
     """What verdicts on speed rest on."""
 
-    effects: list[tuple[str, Effect]]
+    effects: list[Named]
     lost: list[tuple[str, State]]
     """Methods that were to be judged and have no figure."""
     where: str = ""
@@ -234,11 +200,12 @@ def _is_kernel(path: str) -> bool:
 
 
 def _speed(ratio: Estimate, margins: Margins, n: int, asked: int, partial: bool) -> Effect:
-    found = effect("speed", ratio, margins.speed, -1, n, None, ratio=True, compared=n, asked=asked)
+    """*partial*, too, where it is not known how many there were to be."""
+    found = effect("speed", ratio, margins.speed, -1, n, ratio=True, compared=n, asked=asked)
     return replace(found, verdict="partial") if partial else found
 
 
-def speed_changes(one: Run, other: Run, margins: Margins) -> list[tuple[str, Effect]]:
+def speed_changes(one: Run, other: Run, margins: Margins) -> list[Named]:
     """Every timed cell of two runs and how its speed changed: a method's as a multiple of its baseline's, the baseline
     itself where one machine is known to have computed both. Welch's t on the logarithms of rounds, of servers those of
     blocks: two runs are two sessions."""
@@ -249,8 +216,9 @@ def speed_changes(one: Run, other: Run, margins: Margins) -> list[tuple[str, Eff
         logs = [rounds, after.get((method, cell), [])]
         if method in left_out or min(map(len, logs)) < 2:
             continue
-        change, _ = log_change(*logs)
-        found.append((f"{method}, {cell}", effect("speed", change, margins.speed, -1, len(logs[1]), None, ratio=True)))
+        found.append(
+            (f"{method}, {cell}", effect("speed", log_change(*logs), margins.speed, -1, len(logs[1]), ratio=True))
+        )
     return found
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvsuite.analysis.endpoints import Endpoints
 from kvsuite.analysis.resample import ROUNDING, Design, Floats, Mask, Rule, eligible
-from kvsuite.analysis.stats import Endpoints, Interval, Ratio, mean_interval
+from kvsuite.analysis.stats import Interval, Ratio, mean_interval
 from kvsuite.columns import Arm
 from kvsuite.errors import UsageError
 from kvsuite.records import Answer
@@ -101,9 +102,11 @@ def scored(arm: Arm) -> bool:
     return not np.isnan(arm.score).any()
 
 
-def ask(design: Design, arm: Arm, base: Arm, reference: Arm, floor: Arm | None, rule: Broken) -> Endpoints:
+def ask(
+    design: Design, arm: Arm, base: Arm, reference: Arm, floor: Arm | None, rule: Broken, acted: bool = False
+) -> Endpoints:
     """What the scores of one method ask: *quality* against the arm of the same noise, the others against ``reference``,
-    as ``floor`` is. Empty without scores."""
+    as ``floor`` is, which is known to be noise where it ``acted``. Empty without scores."""
     if not (scored(arm) and scored(base) and scored(reference)):
         return Endpoints()
     difference, one, b = arm.score - base.score, arm.score, reference.score
@@ -113,28 +116,38 @@ def ask(design: Design, arm: Arm, base: Arm, reference: Arm, floor: Arm | None, 
     high = np.maximum(b, one) >= np.maximum(level, np.nextafter(0, 1))
     down, up = high & rule.fell(b, one), high & rule.fell(one, b)
     asked = Endpoints(
-        endpoints={"quality": Ratio(difference, large=np.abs(difference) >= 0.5, bounds=(-1, 1))},
-        flips={"quality": difference},
+        endpoints={"quality": _quality(base.score, difference)},
         pairs={"net harm": down.astype(float) - up},
     )
     if floor is None or not scored(floor):
         return asked
-    known = floored(design, reference, floor)
+    known = floored(design, reference, floor, acted)
     mine, noise = rule.fell(b, one), rule.fell(b, floor.score)
     churn, moved = (np.asarray(rule.fell(b, x) | rule.fell(x, b)) for x in (one, floor.score))
     beyond, both = (known * (x.astype(float) - y) for x, y in ((mine, noise), (churn, moved)))
     measured = known.astype(float)
-    asked.findings["churn"] = Ratio(both, measured, large=both != 0)
+    asked.findings["churn"] = Ratio(both, measured, large=both != 0, bounds=(-1, 1), paired=True)
     asked.pairs["churn"] = both
     allowed = eligible(design, b, rule.benign) & known
     if allowed.any():
-        asked.endpoints["broken"] = Ratio(beyond, measured, eligible=True, large=beyond != 0, bounds=(-1, 1))
-        asked.pairs["broken"] = beyond * allowed
+        asked.endpoints["broken"] = Ratio(
+            beyond, measured, eligible=True, large=beyond != 0, bounds=(-1, 1), paired=True
+        )
     return asked
 
 
-def floored(design: Design, reference: Arm, floor: Arm) -> Mask:
-    """(n,): the samples of datasets in which noise changed anything; elsewhere no floor was measured."""
+def _quality(base: Floats, difference: Floats) -> Ratio:
+    """What did not change could still fall to 0 or rise to 1."""
+    paired, level = bool(np.isin(base, (0, 1)).all() and np.isin(difference, (-1, 0, 1)).all()), float(base.mean())
+    large = np.abs(difference) >= 0.5
+    return Ratio(difference, large=large, room=(level, 1 - level), bounds=(-1, 1), paired=paired)
+
+
+def floored(design: Design, reference: Arm, floor: Arm, acted: bool = False) -> Mask:
+    """(n,): the samples of datasets in which noise changed anything, all where it is known to have acted; elsewhere no
+    floor was measured."""
+    if acted:
+        return np.ones(len(reference), dtype=np.bool_)
     found = np.zeros(len(reference), dtype=np.bool_)
     for at in design.datasets:
         found[at] = not same_answers(reference.take(at.tolist()), floor.take(at.tolist()))

@@ -11,7 +11,7 @@ import numpy as np
 
 from kvsuite.analysis.latency import BreakEven, break_even, fit
 from kvsuite.analysis.resample import DRAWS, Design, Floats
-from kvsuite.analysis.stats import LEVEL, Estimate, Interval, Ratio, estimate, log_ratio_interval
+from kvsuite.analysis.stats import LEVEL, TRIMMED, UNTRIMMED, Estimate, Interval, Ratio, estimate, log_ratio_interval
 from kvsuite.analysis.verdict import POWER
 from kvsuite.errors import UsageError
 from kvsuite.readers.base import Load
@@ -88,6 +88,8 @@ def log_speeds(timing: Timing) -> list[float]:
     return [math.log(b / a) for a, b in zip(timing.seconds, timing.baseline_seconds, strict=True)]
 
 
+TRIMMING = 1.06
+"""Standard error of a trimmed mean as a multiple of the mean's, of a normal distribution."""
 MOST = 1_000_000
 """Blocks that no one will wait for."""
 
@@ -116,15 +118,15 @@ def blocks_needed(pilot_logs: Sequence[float] | Floats, half_width: float, assur
     from scipy.special import fdtri, stdtrit  # quantiles of F and t
 
     def reach(n: int) -> float:
-        upper = sd * math.sqrt(fdtri(n - 1, len(logs) - 1, assurance))
-        return float(stdtrit(n - 1, 1 - LEVEL / 2)) * upper / math.sqrt(n)
+        upper = TRIMMING * sd * math.sqrt(fdtri(n - 1, len(logs) - 1, assurance))
+        return float(stdtrit((1 - 2 * TRIMMED) * n - 1, 1 - LEVEL / 2)) * upper / math.sqrt(n)
 
-    enough = 2
+    enough = UNTRIMMED
     while reach(enough) > width:
         enough *= 2
         if enough > MOST:
             raise UsageError(f"more than {MOST:,} blocks would be needed for a half width of {half_width:g}")
-    short = enough // 2 if enough > 2 else 1
+    short = enough // 2 if enough > UNTRIMMED else UNTRIMMED - 1
     while enough - short > 1:
         middle = (short + enough) // 2
         short, enough = (middle, enough) if reach(middle) > width else (short, middle)

@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from kvsuite.analysis.resample import DRAWS, Design, Floats, Mask, Rule, bootstrap, eligible
+from kvsuite.analysis.shares import Pairs, Side, Unseen, tango_bound, tango_p
 
 LEVEL = 0.05
-"""Two-sided: intervals are 95 %."""
+"""Of a family of one-sided tests; an interval that is in no family is 95 %, two-sided."""
 FEW = 10
 """Clusters with a large change below which an interval also holds what unseen changes could do."""
-FEW_DF = 30
-"""Degrees of freedom below which a bootstrap's percentiles are too narrow."""
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,72 @@ class Interval:
 
 @dataclass(frozen=True)
 class Estimate(Interval):
-    """An interval with what a planner needs."""
+    """A figure of which one-sided p and bounds are known at any level: from t, or of paired shares from Tango's
+    score."""
 
     se: float = math.nan
-    """Standard error, of the logarithm where the figure is a ratio of sums."""
+    """Standard error, of the logarithm where ``log`` says so."""
     df: float = 0
-    unseen: float = 0.0
-    """Where fewer than ``FEW`` clusters changed much: how far the share that does may be from the share that did."""
-    room: float = 1.0
-    """How far the figure would move if all changed as much as they can."""
+    """Degrees of freedom; below 1 nothing is known of the spread."""
+    log: bool = False
+    bounds: tuple[float, float] = (-math.inf, math.inf)
+    """What the figure can be at all."""
+    unseen: Unseen | None = None
+    """What clusters could still do, where fewer than ``FEW`` changed much."""
+    pairs: Pairs | None = None
+    """Of paired shares: the samples that show something in one arm alone."""
+    extremes: tuple[Estimate, Estimate] | None = None
+    """What it would be at least and at most, were all failed answers as low or as high as can be. Its bounds are the
+    least one's lower and the other's upper, and its p likewise."""
     share: float = 1.0
     """Of the clusters, that changed much."""
+    room: float = 1.0
+    """How far the figure would move if all changed as much as they can."""
+
+    @classmethod
+    def of(cls, mean: float, se: float, df: float, **more: Any) -> Estimate:
+        """With the ends of its 95 % interval, which hold what was not seen, too."""
+        bare = cls(mean, math.nan, math.nan, se, df, **more)
+        return replace(bare, low=bare.bound(-1, LEVEL / 2, safe=True), high=bare.bound(1, LEVEL / 2, safe=True))
+
+    @property
+    def known(self) -> bool:
+        """Whether anything is known of its spread."""
+        return self.df >= 1 and not math.isnan(self.mean)
+
+    def p(self, limit: float, side: Side, safe: bool = False) -> float:
+        """One-sided p, small where the true figure lies above (1) or below (-1) a limit. ``safe``: not to be trusted
+        where unseen changes could take it there. They matter, too, where nothing has a spread."""
+        if self.extremes:
+            return self.extremes[side < 0].p(limit, side, safe)
+        if not self.known:
+            return 1.0
+        if self.pairs:
+            return tango_p(self.pairs, limit, side)
+        from scipy.special import stdtr  # Student's t
+
+        away = side * (math.log(self.mean / limit) if self.log else self.mean - limit)
+        p = float(stdtr(self.df, -away / self.se)) if self.se > 0 else float(away <= 0)
+        if self.unseen and (safe or not self.se):
+            p = max(p, self.unseen.p(-1 if side > 0 else 1, side * (self.mean - limit)))
+        return p
+
+    def bound(self, side: Side, level: float, safe: bool = False) -> float:
+        """The low (-1) or high (1) end of the interval with that one-sided level: the limit at which ``p`` is it."""
+        if self.extremes:
+            return self.extremes[side > 0].bound(side, level, safe)
+        if not self.known:
+            return self.bounds[side > 0]
+        if self.pairs:
+            return tango_bound(self.pairs, side, level)
+        from scipy.special import stdtrit  # quantile of t
+
+        reach = side * -float(stdtrit(self.df, level)) * self.se
+        end = self.mean * math.exp(min(reach, 700)) if self.log else self.mean + reach
+        if self.unseen and (safe or not self.se):
+            unseen = self.mean + side * self.unseen.reach(side, level)
+            end = max(end, unseen) if side > 0 else min(end, unseen)
+        return min(max(end, self.bounds[0]), self.bounds[1])
 
 
 @dataclass(frozen=True)
@@ -56,37 +111,15 @@ class Ratio:
     log: bool = False
     """Its spread is that of its logarithm."""
     large: Mask | None = None
-    """(n,): where a sample changed by half of ``room`` or more. With fewer than ``FEW`` such clusters the interval is
-    widened: a few large losses weigh as much as all the small changes, and resampling cannot know those it never
-    saw."""
+    """(n,): where a sample changed by half of ``room`` or more. With fewer than ``FEW`` such clusters no bound is safe
+    without what unseen ones could do: a few large losses weigh as much as all the small changes, and resampling cannot
+    know those it never saw."""
     room: tuple[float, float] = (1.0, 1.0)
     """How far the figure would fall or rise if every sample changed as much as it can."""
+    paired: bool = False
+    """Whether ``top`` is 1 where only the method shows something, -1 where only the other arm does, else 0."""
     bounds: tuple[float, float] = (-math.inf, math.inf)
     """What the figure can be at all."""
-
-
-@dataclass
-class Endpoints:
-    """What the comparison of one method with its baseline asks of the common resampling, by the figures' names."""
-
-    endpoints: dict[str, Ratio] = field(default_factory=dict)
-    """Primary: these get a margin and a verdict."""
-    findings: dict[str, Ratio] = field(default_factory=dict)
-    """Exploratory."""
-    flips: dict[str, Floats] = field(default_factory=dict)
-    """(n,) differences whose signs are flipped for the p of a figure of that name."""
-    pairs: dict[str, Floats] = field(default_factory=dict)
-    """(n,): 1 where only the method shows something, -1 where only the other arm does: the exact p of a figure of that
-    name."""
-
-    def __or__(self, other: Endpoints) -> Endpoints:
-        return Endpoints(
-            *({**mine, **theirs} for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True))
-        )
-
-    def only(self, names: Sequence[str]) -> Endpoints:
-        """The figures of these names."""
-        return Endpoints(*({name: x for name, x in found.items() if name in names} for found in vars(self).values()))
 
 
 def estimate(
@@ -103,26 +136,42 @@ def estimate(
     allowed = np.zeros_like(ones) if base is None else eligible(design, base, rule).astype(float)
     known: dict[tuple[int, bool], int] = {}
     columns: tuple[list[Floats], list[Floats]] = ([], [])
-    places = []
+    places: list[list[int]] = []
     for ratio in ratios:
-        pair = []
-        for column in (ratio.top, ones if ratio.bottom is None else ratio.bottom):
+        places.append([])
+        sums = (ratio.top, ones if ratio.bottom is None else ratio.bottom)
+        for column in () if ratio.paired and design.independent else sums:
             key = (id(column), ratio.eligible)
             if key not in known:
                 known[key] = len(columns[ratio.eligible])
                 columns[ratio.eligible].append(column)
-            pair.append(known[key])
-        places.append(pair)
+            places[-1].append(known[key])
     stacked = [np.column_stack(c) if c else np.empty((len(ones), 0)) for c in columns]
+    if not known:
+        return [_pairs(ratio, allowed if ratio.eligible else ones) for ratio in ratios]
     drawn = bootstrap(design, stacked[0], base, stacked[1], rule, draws, seed)
     found = []
-    for ratio, (top, bottom) in zip(ratios, places, strict=True):
-        sums = drawn.eligible if ratio.eligible else drawn.sums
+    for ratio, place in zip(ratios, places, strict=True):
         weight = allowed if ratio.eligible else ones
+        if not place:
+            found.append(_pairs(ratio, weight))
+            continue
         below = ones if ratio.bottom is None else ratio.bottom
         seen = _divided(np.array([weight @ ratio.top]), np.array([weight @ below]))[0]
-        found.append(_estimate(design, ratio, float(seen), _divided(sums[:, top], sums[:, bottom]), weight))
+        resampled = (drawn.eligible if ratio.eligible else drawn.sums)[:, place]
+        found.append(_estimate(design, ratio, float(seen), _divided(*resampled.T), weight))
     return found
+
+
+def _pairs(ratio: Ratio, weight: Floats) -> Estimate:
+    mine = weight * ratio.top
+    n = round(float((weight if ratio.bottom is None else weight * ratio.bottom).sum()))
+    if not n:
+        return Estimate(math.nan, *ratio.bounds)
+    one, other = counts(mine)
+    mean, changed = (one - other) / n, (one + other) / n
+    se = math.sqrt(max(changed - mean**2, 0) / n)
+    return Estimate.of(mean, se, n - 1, bounds=ratio.bounds, pairs=(one, other, n), share=changed)
 
 
 def _divided(top: Floats, bottom: Floats) -> Floats:
@@ -131,31 +180,20 @@ def _divided(top: Floats, bottom: Floats) -> Floats:
 
 
 def _estimate(design: Design, ratio: Ratio, value: float, draws: Floats, weight: Floats) -> Estimate:
-    """Percentiles of the draws, taken further out by as much as t is wider than the normal distribution (Hesterberg
-    2015, What teachers should know about the bootstrap); below ``FEW_DF`` degrees of freedom t times their spread."""
+    """The spread of the draws, or of their logarithms."""
     draws = draws[np.isfinite(draws)]
     df = 0.0 if math.isnan(value) else _freedom(design, ratio, value, weight)
     if df < 1 or not len(draws):
-        return Estimate(value, *ratio.bounds, math.inf, df)
+        return Estimate(value, *ratio.bounds, math.inf, bounds=ratio.bounds)
     log = ratio.log and value > 0 and bool((draws > 0).all())
-    shown, middle = (np.log(draws), math.log(value)) if log else (draws, value)
-    from scipy import stats
-
-    reach = float(stats.t.ppf(1 - LEVEL / 2, df))
-    se = float(shown.std())
-    if df < FEW_DF:
-        low, high = middle - reach * se, middle + reach * se
-    else:
-        tail = float(stats.norm.cdf(-reach))
-        low, high = (float(x) for x in np.quantile(shown, (tail, 1 - tail)))
-    if log:
-        low, high = math.exp(low), math.exp(high)
-    share, unseen = _unseen(design, ratio, weight)
-    apart = float(np.clip((value - ratio.log) / share, -1, 1)) if share else 0.0  # nor need what changed stay changed
-    low = min(low, value - unseen * (ratio.room[0] + max(apart, 0)))
-    high = max(high, value + unseen * (ratio.room[1] + max(-apart, 0)))
-    ends = max(low, ratio.bounds[0]), min(high, ratio.bounds[1])
-    return Estimate(value, *ends, se if log == ratio.log else math.inf, df, unseen, max(ratio.room), share)
+    se = float((np.log(draws) if log else draws).std())
+    changed, clusters = _changed(design, ratio, weight)
+    unseen, share = None, changed / clusters
+    if ratio.large is not None and changed < FEW:
+        apart = float(np.clip((value - ratio.log) / share, -1, 1)) if share else 0.0  # nor need what changed stay so
+        unseen = Unseen(changed, clusters, (ratio.room[0] + max(apart, 0), ratio.room[1] + max(-apart, 0)))
+    more = {"unseen": unseen, "share": share, "room": max(ratio.room)}
+    return Estimate.of(value, se, df, log=log, bounds=ratio.bounds, **more)
 
 
 def _freedom(design: Design, ratio: Ratio, value: float, weight: Floats) -> float:
@@ -175,17 +213,11 @@ def _freedom(design: Design, ratio: Ratio, value: float, weight: Floats) -> floa
     return float(parts[:, 0].sum() ** 2 / (parts[:, 0] ** 2 / parts[:, 1]).sum())
 
 
-def _unseen(design: Design, ratio: Ratio, weight: Floats) -> tuple[float, float]:
-    """The share of clusters that changed, and how far the true one may be from it, by Wilson's interval, where fewer
-    than ``FEW`` did. A sample without a change has not shown that there are none, nor two that agree that all do."""
-    if ratio.large is None:
-        return 1.0, 0.0
-    sums = design.per_cluster(np.column_stack([weight != 0, ratio.large & (weight != 0)]).astype(float))
-    n, changed = int((sums[:, 0] > 0).sum()), int((sums[:, 1] > 0).sum())
-    if changed >= FEW or not n:
-        return changed / max(n, 1), 0.0
-    found = wilson(changed, n)
-    return found.mean, max(found.high - found.mean, found.mean - found.low)
+def _changed(design: Design, ratio: Ratio, weight: Floats) -> tuple[int, int]:
+    """How many clusters changed much, of how many; where that is not asked, all."""
+    large = weight != 0 if ratio.large is None else ratio.large & (weight != 0)
+    sums = design.per_cluster(np.column_stack([weight != 0, large]).astype(float))
+    return int((sums[:, 1] > 0).sum()), max(int((sums[:, 0] > 0).sum()), 1)
 
 
 def wilson(count: int, n: int) -> Interval:
@@ -206,31 +238,38 @@ def mean_interval(scores: Sequence[float]) -> Interval:
 
 
 def log_ratio_interval(logs: Sequence[float]) -> Estimate:
-    """The geometric mean of ratios given as logarithms, with the 95 % t-interval. One has none: (ratio, 0, inf)."""
-    from scipy import stats
-
-    middle = statistics.fmean(logs)
-    if len(logs) < 2:
-        return Estimate(math.exp(middle), 0.0, math.inf, math.inf)
-    se = statistics.stdev(logs) / math.sqrt(len(logs))
-    half = float(stats.t.ppf(1 - LEVEL / 2, len(logs) - 1)) * se
-    return Estimate(math.exp(middle), math.exp(middle - half), math.exp(middle + half), se, len(logs) - 1)
+    """The geometric mean of ratios given as logarithms, with the 95 % interval: both trimmed (``_trimmed``). One has
+    none: (ratio, 0, inf)."""
+    middle, variance, df = _trimmed(logs)
+    return Estimate.of(math.exp(middle), math.sqrt(variance), df, log=True, bounds=(0.0, math.inf))
 
 
-def log_change(before: Sequence[float], after: Sequence[float]) -> tuple[Estimate, float]:
-    """The ratio of two geometric means given as logarithms, at least two each, with Welch's 95 % interval, and its
-    p."""
-    from scipy import stats
+def log_change(before: Sequence[float], after: Sequence[float]) -> Estimate:
+    """The ratio of two geometric means given as logarithms, at least two each, both trimmed (``_trimmed``), with
+    Welch's degrees of freedom and 95 % interval."""
+    (first, one, few), (later, other, many) = _trimmed(before), _trimmed(after)
+    parts = one**2 / few + other**2 / many
+    df = (one + other) ** 2 / parts if parts else many
+    return Estimate.of(math.exp(later - first), math.sqrt(one + other), df, log=True, bounds=(0.0, math.inf))
 
-    middle = statistics.fmean(after) - statistics.fmean(before)
-    spreads = [statistics.variance(x) / len(x) for x in (before, after)]
-    if not sum(spreads):
-        ratio = math.exp(middle)
-        return Estimate(ratio, ratio, ratio, 0.0, len(after) - 1), float(middle == 0)
-    test = stats.ttest_ind(after, before, equal_var=False)
-    ends = test.confidence_interval(1 - LEVEL)
-    low, high = (math.exp(float(x)) for x in (ends.low, ends.high))
-    return Estimate(math.exp(middle), low, high, math.sqrt(sum(spreads)), int(test.df)), float(test.pvalue)
+
+TRIMMED = 0.2
+"""Of the blocks, at either end: one that something else held up counts for little."""
+UNTRIMMED = 6
+"""Blocks from which on some are trimmed: the interval of fewer would be too narrow."""
+
+
+def _trimmed(x: Sequence[float]) -> tuple[float, float, float]:
+    """The trimmed mean, the square of its standard error from the winsorized variance, and its degrees of freedom (Yuen
+    1974, The two-sample trimmed t for unequal population variances)."""
+    n = len(x)
+    cut = int(TRIMMED * n) if n >= UNTRIMMED else 0
+    if n < 2:
+        return statistics.fmean(x), math.inf, 0
+    ordered, left = np.sort(np.asarray(x, dtype=float)), n - 2 * cut
+    winsorized = np.clip(ordered, ordered[cut], ordered[n - 1 - cut])
+    variance = float(winsorized.var(ddof=1)) * (n - 1) / (left * (left - 1))
+    return float(ordered[cut : n - cut].mean()), variance, left - 1
 
 
 def counts(pairs: Floats) -> tuple[int, int]:
@@ -247,16 +286,15 @@ def discordant_p(only_one: int, only_other: int) -> float:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values: any of them below α errs with probability α at most, over all."""
-    return _adjusted(p, "holm")
+    """Holm's adjusted p-values: any below α errs with probability α at most. (statsmodels' collects garbage.)"""
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(np.maximum.accumulate(np.asarray(p)[order] * np.arange(len(p), 0, -1)), 1)
+    return adjusted.tolist()
 
 
 def benjamini_hochberg(p: Sequence[float]) -> list[float]:
     """Adjusted p-values of exploratory figures: of those below α, a share of α is expected to be wrong."""
-    return _adjusted(p, "fdr_bh")
+    from scipy import stats
 
-
-def _adjusted(p: Sequence[float], method: str) -> list[float]:
-    from statsmodels.stats.multitest import multipletests
-
-    return [float(x) for x in multipletests(p, method=method)[1]] if len(p) else []
+    return [float(x) for x in stats.false_discovery_control(p)] if len(p) else []

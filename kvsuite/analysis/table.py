@@ -31,10 +31,8 @@ class Cell:
     """Where it is not the row's or column's."""
     p: float | None = None
     verdict: str = ""
-    limit: float | None = None
-    """The value from which it does harm: the margin's edge."""
-    worse: Literal[-1, 1] = 1
-    """Whether values below or above that limit are worse."""
+    limits: tuple[float, float] | None = None
+    """The margin's edges: values below the one, or above the other, do harm; infinite where there is no such side."""
     state: State = "ok"
     lacking: tuple[int, int] | None = None
     """Of so many samples (or rounds) that were to be there, those that are; None where all are."""

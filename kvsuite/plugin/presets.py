@@ -21,7 +21,7 @@ SMOKE: dict[str, Any] = {
     "dtype": "auto",
     "device": "cpu",
     "backend": "auto",
-    "margins": "quality=0.01,broken=0.01,length=0.03,speed=0",
+    "margins": "kl=0.02,perplexity=0.02,quality=0.05,broken=0.05,length=0.15,truncation=0.03,speed=0.05",
     "run": "",
     "resume": "",
     "executor": "here",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from kvsuite import records
 from kvsuite.columns import Arm, ArmBuilder
@@ -28,26 +29,20 @@ def read(spec: str, path: str, which: str) -> Arm:
     return found[method, int(repeat or 0)]
 
 
-def arms(run: Run, evaluation: str = "") -> dict[tuple[str, int], Arm]:
+def arms(run: Run, evaluation: str = "", failed: bool = False) -> dict[tuple[str, int], Arm]:
     """All answers of a run – or those to tasks of one evaluation – by method and repeat. A failed answer is missing
-    from its arm: it is neither wrong nor short."""
+    from its arm, or an entry without figures: it is neither wrong nor short."""
     gathered: dict[tuple[str, int], ArmBuilder] = {}
     for a in answers(run, evaluation):
         arm = gathered.setdefault((a.method, a.repeat), ArmBuilder(f"{run.folder}#{a.method}"))
+        figures: dict[str, Any] = {}
         if a.status == "ok":
-            arm.add(
-                f"{run.folder / 'records.jsonl'}#{a.method}",
-                a.task,
-                a.sample,
-                score=a.score,
-                tokens=a.length if a.evaluation == "length" else None,
-                cap=a.cap,
-                capped=a.finish == "length",
-                seconds=a.seconds,
-                text=a.text,
-                cluster=a.cluster,
-                type=a.type,
-            )
+            figures = {"score": a.score, "capped": a.finish == "length", "seconds": a.seconds, "text": a.text}
+            figures["tokens"] = a.length if a.evaluation == "length" else None
+        elif not failed:
+            continue
+        file = f"{run.folder / 'records.jsonl'}#{a.method}"
+        arm.add(file, a.task, a.sample, cap=a.cap, cluster=a.cluster, type=a.type, **figures)
     return {key: arm.arm() for key, arm in gathered.items() if len(arm)}
 
 

@@ -7,11 +7,11 @@ part of a cell stands there (``shows``). A row has its ``key``, its ``names`` (a
 note has its ``text`` and ``severity``: info, warning or error.
 
 A cell has ``state``: ok, partial, failed, missing, not measured or broken. It has ``value``: a number in ``unit``, a
-word, or null where there is none. The rest is there where it applies: ``low`` and ``high``, the ends of the 95 %
-interval; ``of``, how many a count is out of, or in the unit ``pairs`` the count of the other arm; ``p``; ``verdict``;
-``limit``, the margin's edge, with ``worse``, -1 where values below it are worse, else 1; ``lacking``, how many samples
-of how many were compared. Numbers are in full. An interval that is open at one end has null there; so has what is not
-a number.
+word, or null where there is none. The rest is there where it applies: ``low`` and ``high``, the ends of the interval;
+``of``, how many a count is out of, or in the unit ``pairs`` the count of the other arm; ``p``; ``verdict``; ``limits``,
+the margin's edges: values below the first and above the second do harm, and null is no limit; ``lacking``, how many
+samples of how many were compared. Numbers are in full. An interval that is open at one end has null there; so has what
+is not a number.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 from kvsuite.analysis.report import Report
 from kvsuite.analysis.table import Cell, Note, Row, Table
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the document's shape; grows when a reader would have to change."""
 
 
@@ -60,11 +60,11 @@ def _row(table: Table, row: Row) -> dict[str, Any]:
 
 
 def _cell(cell: Cell, unit: str) -> dict[str, Any]:
-    found = {"state": cell.state, "value": _finite(cell.value), "unit": unit}
+    found: dict[str, Any] = {"state": cell.state, "value": _finite(cell.value), "unit": unit}
     if cell.low is not None:
         found |= {"low": _finite(cell.low), "high": _finite(cell.high)}
-    if cell.limit is not None:
-        found |= {"limit": cell.limit, "worse": cell.worse}
+    if cell.limits is not None:
+        found["limits"] = [_finite(x) for x in cell.limits]
     rest = {"of": cell.of, "p": cell.p, "verdict": cell.verdict or None, "lacking": cell.lacking}
     return found | {key: value for key, value in rest.items() if value is not None}
 

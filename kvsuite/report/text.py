@@ -22,8 +22,8 @@ STATES: dict[State, str] = {
 }
 """What stands in place of a value."""
 DIGITS = {
-    "×": 2, "pt": 1, "score": 2, "tok/s": 0, "tokens": 0, "samples": 0, "MiB": 1, "ms": 1, "s": 2, "tolerances": 1,
-    "× the tok/s of width 1": 1, "× the prefill alone": 2,
+    "×": 2, "pt": 1, "nats": 3, "score": 2, "tok/s": 0, "tokens": 0, "samples": 0, "MiB": 1, "ms": 1, "s": 2,
+    "tolerances": 1, "× the tok/s of width 1": 1, "× the prefill alone": 2,
 }  # fmt: skip
 """Decimals by unit; figures of other units have three significant digits."""
 MORE = 4
@@ -76,7 +76,7 @@ def _ends(cell: Cell, unit: str, more: int, between: str = ", ") -> str:
     """Of a judged figure, ``between`` stands between signed ends."""
     if cell.low is None or cell.high is None:
         return NONE
-    if cell.limit is None:
+    if cell.limits is None:
         if unit == "×" and cell.high >= OPEN:
             return "–"
         between = "–"
@@ -117,10 +117,10 @@ SHOWN: dict[Shown, Callable[[Cell, str, int], str]] = {
 def _number(cell: Cell, x: float, unit: str, more: int) -> str:
     if math.isnan(x):
         return NONE
-    sign = "+" if cell.limit is not None and unit != "×" else ""
+    sign = "+" if cell.limits is not None and unit != "×" else ""
     if math.isinf(x):
         return "-∞" if x < 0 else f"{sign}∞"
-    if cell.limit is not None:
+    if cell.limits is not None:
         return f"{x:{sign},.{_judged(cell, DIGITS.get(unit, 1) + more)}f}"
     if unit in DIGITS:
         return f"{x:,.{DIGITS[unit] + more}f}"
@@ -130,11 +130,11 @@ def _number(cell: Cell, x: float, unit: str, more: int) -> str:
 def _judged(cell: Cell, few: int) -> int:
     """So many decimals that the printed ends lie on the same sides of the margin as the ends themselves, ``few`` at
     least."""
-    low, high, limit = cell.low, cell.high, cell.limit
-    if low is None or high is None or limit is None:
+    low, high, limits = cell.low, cell.high, cell.limits
+    if low is None or high is None or limits is None:
         return few
     for digits in range(few, few + MORE):
         drawn = Interval(0, round(low, digits), round(high, digits))
-        if judge(drawn, limit, cell.worse) == judge(Interval(0, low, high), limit, cell.worse):
+        if judge(drawn, limits) == judge(Interval(0, low, high), limits):
             break
     return digits

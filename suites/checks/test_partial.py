@@ -92,12 +92,20 @@ def test_only_what_lacks_answers_is_partial():
 
 
 @pytest.mark.parametrize("more", [EXPECTED, {}], ids=["said", "not said"])
-def test_failed_answers_are_missing_ones_in_every_run(more):
-    found = run(*whole()[:3], needles("other", 0.0, failed=(1, 5)), **more)
-    assert (verdict(found), verdict(found, "other")) == (HARMFUL, "partial 6/8")
+def test_failed_answers_are_bounds_in_every_run(more):
+    """7 lost and 1 failed of 8 are harm, whatever that would have been; 2 lost and 6 failed are undecided."""
+    found = run(*whole()[:3], needles("other", 0.0, failed=(1,)), **more)
+    assert (verdict(found), verdict(found, "other")) == (HARMFUL, HARMFUL)
+    assert verdict(run(*whole()[:3], needles("other", 0.0, failed=range(2, 8)), **more), "other") == "undecided"
+    [row] = compare(parts(run(needles("full"), needles("m", failed=(1, 5)), **more)))
+    worst, best = row.effect("quality").estimate.extremes
+    assert (worst.pairs, best.pairs, row.effect("quality").lacking) == ((0, 2, N), (0, 0, N), None)
+    assert row.effect("quality").estimate.mean == 0
+    [row] = compare(parts(run(needles("full", 0.0, failed=(1, 5)), needles("m", 0.0), **more)))
+    assert [x.pairs for x in row.effect("quality").estimate.extremes] == [(0, 2, N), (0, 0, N)], "the baseline's, too"
     title, [*names] = drawn(found)["needle"].title, [row[0] for row in drawn(found)["needle"].rows]
-    assert "partial: 6–8 of 8 samples" in title
-    assert names == ["full", "jitter", "m", "other (2 FAILED)"]
+    assert "partial: 7–8 of 8 samples" in title
+    assert names == ["full", "jitter", "m", "other (1 FAILED)"]
 
 
 def test_a_method_that_was_never_begun_has_a_row():
@@ -121,19 +129,20 @@ def test_what_a_control_lacks_is_taken_from_no_method():
     few[3] = replace(few[3], score=0.0)
     [row] = compare(parts(run(base, m, few)))
     quality, broken = row.effect("quality"), row.effect("broken")
-    assert (quality.n, quality.verdict, row.n) == (N, HARMFUL, N)
-    assert (broken.n, broken.verdict, broken.lacking) == (5, "partial", (5, 8))
+    assert (quality.n, quality.estimate.pairs, row.n) == (N, (0, N, N), N)
+    worst, best = broken.estimate.extremes[::-1]
+    assert (broken.n, broken.lacking, worst.pairs, best.pairs) == (5, None, (7, 0, N), (4, 0, N))
     assert row.finding("net harm").counts == (8, 0)
     assert row.finding("churn").counts == (4, 0), "beyond the one that noise changed"
     [control] = compare(noise(run(base, m, few)))
-    assert control.effect("quality").lacking == (5, 8)
+    assert [x.pairs for x in control.effect("quality").estimate.extremes] == [(0, 4, N), (0, 1, N)]
 
 
 def test_the_control_that_answered_most_is_the_floor():
     base, m, few = needles("full"), needles("m", 0.0), needles("jitter", 1.0, failed=range(3))
     other = [replace(a, score=0.0) if a.sample == "n0" else a for a in needles("jitter:seed=1")]
     [row] = compare(parts(run(base, m, few, other)))
-    assert row.effect("broken").lacking is None
+    assert row.effect("broken").estimate.extremes is None
 
 
 def test_a_method_that_fails_costs_no_other_a_sample():

@@ -117,7 +117,7 @@ def test_the_json_counts_right(told):
     assert (m["negatives"], found["sets"]) == (12, {})
     assert m["excess"] == pytest.approx((12 - 4) / 40)
     assert m["mean_difference"] == pytest.approx((3 * -2.25 / 2 + 1) / N)
-    assert m["verdict"] == "harmful"
+    assert m["verdict"] == "undecided"  # 8 more of 40 at a margin of 5 %
 
 
 NONE = [{"id": 0, "score": None}]

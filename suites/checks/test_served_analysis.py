@@ -8,6 +8,7 @@ import pytest
 from kvsuite.analysis.runs import speed_changes, speeds
 from kvsuite.analysis.serving import as_load, checks, differing, goodputs, proven, served_rows, told
 from kvsuite.analysis.tables.servers import speed
+from kvsuite.analysis.verdict import decide
 from kvsuite.margins import Margins
 from kvsuite.records import Probe, Run, Served
 
@@ -50,7 +51,7 @@ def test_figures_of_a_cell(tmp_path):
     assert all(mine.ratios[name].mean == pytest.approx(0.5) for name in ("rate", "ttft", "tpot", "e2e")), (
         "over 1: faster"
     )
-    [(name, effect)] = speeds(found, Margins()).effects
+    [(name, effect)] = decide(speeds(found, Margins()).effects)
     assert (name, effect.verdict) == ("m", "harmful")
 
 
@@ -87,7 +88,7 @@ def test_a_verdict_on_speed_needs_every_block(tmp_path):
 
     def seen(records, **facts):
         found = run(records, tmp_path, **cells, **facts)
-        [(_, effect)] = speeds(found, Margins()).effects
+        [(_, effect)] = decide(speeds(found, Margins()).effects)
         [table] = speed(found)
         return effect.verdict, effect.lacking, table.title, [row.key[1] for row in table.rows]
 

@@ -49,9 +49,9 @@ class TestBlocks:
 
         pilot = np.array([0.1, 0.15, 0.12, 0.2, 0.11])
         for width in (0.01, 0.03, 0.1, 0.5):
-            n = np.arange(2, 5000)
+            n = np.arange(6, 5000)
             upper = pilot.std(ddof=1) * np.sqrt(stats.f.ppf(0.8, n - 1, 4))
-            reach = stats.t.ppf(0.975, n - 1) * upper / np.sqrt(n)
+            reach = 1.06 * stats.t.ppf(0.975, 0.6 * n - 1) * upper / np.sqrt(n)  # 40 % are trimmed
             assert blocks_needed(pilot, width) == n[reach <= math.log1p(width)][0]
 
     def test_more_blocks_for_a_narrower_interval_a_wider_spread_and_a_shorter_pilot(self):

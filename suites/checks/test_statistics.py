@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as oracle
 from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from kvsuite.analysis.resample import Design, bootstrap, eligible, sign_flip
@@ -207,6 +208,9 @@ def test_corrections_by_hand():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert benjamini_hochberg([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.16 / 3, 0.16 / 3, 0.5])
     assert (holm([0.5, 0.6]), holm([]), benjamini_hochberg([])) == ([1, 1], [], [])
+    p = np.random.default_rng(0).random(30) ** 4
+    for mine, theirs in ((holm, "holm"), (benjamini_hochberg, "fdr_bh")):
+        assert mine(p) == pytest.approx(multipletests(p, method=theirs)[1])
 
 
 @pytest.mark.parametrize(("count", "n"), [(0, 8), (3, 20), (20, 20)])

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats as oracle
 
-from kvsuite.analysis.effects import compare
+from kvsuite.analysis.effects import compare, decided
 from kvsuite.analysis.length import cost_interval, length_rows
 from kvsuite.analysis.report import analyse, provenance
 from kvsuite.analysis.runs import parts
@@ -19,7 +20,7 @@ from kvsuite.analysis.stats import Estimate, log_ratio_interval, mean_interval
 from kvsuite.analysis.table import Cell, Column, Row, Table
 from kvsuite.analysis.tables.speed import by_what
 from kvsuite.analysis.tables.verdicts import COLUMNS, distinct, effect_row
-from kvsuite.analysis.verdict import effect
+from kvsuite.analysis.verdict import effect, judge
 from kvsuite.errors import UsageError
 from kvsuite.margins import Margins
 from kvsuite.records import Answer, Run, Timing
@@ -250,9 +251,10 @@ def beside(seen):
 @pytest.mark.parametrize(
     ("endpoint", "low", "high", "printed", "verdict"),
     [
-        ("length", 0.68, 1.0299, "0.68, 1.03", "within margin"),
-        ("length", 0.68, 1.0301, "0.6800, 1.0301", "undecided"),
+        ("length", 0.981, 1.0299, "0.98, 1.03", "within margin"),
+        ("length", 0.68, 1.0301, "0.68, 1.03", "undecided"),
         ("length", 1.0304, 1.2, "1.0304, 1.2000", "harmful"), ("length", 0.68, 1.1, "0.68, 1.10", "undecided"),
+        ("length", 0.68, 0.9, "0.68, 0.90", "harmful"),
         ("quality", -0.0104, 0.0, "-1.04, +0.00", "undecided"),
         ("quality", -0.0096, 0.0, "-1.0, +0.0", "within margin"),
         ("quality", -0.2, -0.010001, "-20.0000, -1.0001", "harmful"),
@@ -260,14 +262,14 @@ def beside(seen):
 )  # fmt: skip
 def test_a_printed_interval_lies_where_its_verdict_says(endpoint, low, high, printed, verdict):
     """0.68, 1.03 stood beside 'within margin' and beside 'undecided'."""
-    ratio, margin, worse = endpoint == "length", *((0.03, 1) if endpoint == "length" else (0.01, -1))
-    seen = effect(endpoint, Estimate((low + high) / 2, low, high, 0.1, 9), margin, worse, 9, None, ratio)
-    found = shown(seen)
+    ratio, margin, worse = endpoint == "length", *((0.03, 0) if endpoint == "length" else (0.01, -1))
+    seen = effect(endpoint, Estimate((low + high) / 2, low, high, 0.1, 9), margin, worse, 9, ratio)
+    found = shown(replace(seen, verdict=judge(seen.estimate, seen.limits)))
     assert (found[3], found[5]) == (printed, verdict)
 
 
 def test_kvsuite_negatives_prints_by_the_same_rule():
-    seen = effect("quality", Estimate(0, -0.01004, 0, 0.1, 9), 0.01, -1, 9, None)
+    seen = effect("quality", Estimate(0, -0.01004, 0, 0.1, 9), 0.01, -1, 9)
     assert (seen.verdict, beside(seen)) == ("undecided", "+0.000 (-1.004 to +0.000)")
     assert beside(replace(seen, estimate=Estimate(0, -0.2, 0))) == "+0.00 (-20.00 to +0.00)"
 
@@ -276,8 +278,9 @@ def test_kvsuite_negatives_prints_by_the_same_rule():
 def test_samples_are_needed_where_there_is_no_verdict(low, needs):
     """'needs 10' stood beside 100 points lost."""
     high = {-0.5: 0.1, -0.005: 0.1, -0.9: -0.5}[low]
-    found = shown(effect("quality", Estimate(low, low, high, 0.1, 9), 0.01, -1, 9, None))
-    assert (found[6] != "-") == needs
+    seen = effect("quality", Estimate((low + high) / 2, low, high, 0.1, 9), 0.01, -1, 9)
+    found = shown(replace(seen, verdict=judge(seen.estimate, seen.limits)))
+    assert (found[6] != "-", found[7] != "-") == (needs, needs)
 
 
 @pytest.mark.parametrize(("healed", "noise", "rows"), [(0, 0, 1), (1, 0, 2), (0, 1, 2)])
@@ -285,10 +288,11 @@ def test_broken_has_a_row_where_it_is_not_quality_once_more(healed, noise, rows)
     full = [answer(i, score=float(i >= healed), text="a") for i in range(20)]
     mine = [answer(i, "m", score=float(i >= 5 or i < healed), text="b") for i in range(20)]
     control = [answer(i, "jitter", score=float(healed <= i < 20 - noise), text="c") for i in range(20)]
-    [row] = compare(parts(run(full + mine + control)))
+    [row], _ = decided(compare(parts(run(full + mine + control))))
     assert [e.endpoint for e in row.effects] == ["quality", "broken"]
     assert len(distinct(row)) == rows
-    [row] = compare(parts(run(full + mine + control)), Margins(quality=0.9, broken=0.01))
+    margins = Margins(quality=0.9, broken=0.01)
+    [row], _ = decided(compare(parts(run(full + mine + control)), margins), margins)
     assert len(distinct(row)) == 2, "another margin, another verdict"
 
 
@@ -321,7 +325,26 @@ def test_the_interval_of_a_ratio_of_sums_covers_it():
 
 def test_the_interval_of_a_speed_ratio_covers_it():
     draw, hits = np.random.default_rng(3), 0
-    for _ in range(1000):
+    for _ in range(4000):
         interval = log_ratio_interval(draw.normal(math.log(1.3), 0.1, 6))
         hits += interval.low <= 1.3 <= interval.high
-    assert 930 <= hits <= 970
+    assert 3740 <= hits <= 3860
+
+
+@pytest.mark.parametrize("n", [6, 12, 40])
+def test_one_block_that_was_held_up_does_not_widen_the_interval_of_speed(n):
+    blocks = np.random.default_rng(n).normal(math.log(1.3), 0.02, n)
+    clean = log_ratio_interval(blocks)
+    blocks[0] += math.log(3)
+    found = log_ratio_interval(blocks)
+    assert found.high - found.low < 2 * (clean.high - clean.low)
+    assert found.mean == pytest.approx(clean.mean, rel=0.02)
+
+
+def test_the_trimmed_mean_and_its_error_are_scipys():
+    blocks = np.random.default_rng(0).normal(0, 1, 17)
+    found = log_ratio_interval(blocks)
+    cut = oracle.mstats.winsorize(blocks, (3 / 17, 3 / 17))
+    assert found.mean == pytest.approx(math.exp(oracle.trim_mean(blocks, 3.001 / 17)))
+    assert found.se**2 == pytest.approx(16 * float(np.var(cut, ddof=1)) / (11 * 10))
+    assert found.df == 10

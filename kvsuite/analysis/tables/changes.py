@@ -7,16 +7,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from kvsuite import records
-from kvsuite.analysis.effects import Part, compare
+from kvsuite.analysis.effects import Part, compare, decided
 from kvsuite.analysis.length import same_caps
 from kvsuite.analysis.runs import broken, changes, elsewhere, lost, speed_changes
 from kvsuite.analysis.samples import same_answers
 from kvsuite.analysis.shortfall import interrupted
 from kvsuite.analysis.speed import compare_loads
-from kvsuite.analysis.stats import LEVEL
 from kvsuite.analysis.table import Cell, Column, Note, Row, Table, errors, infos
 from kvsuite.analysis.tables.verdicts import COLUMNS, distinct, effect_row, endpoints, margins_text, needs, partial
-from kvsuite.analysis.verdict import Effect, corrected
+from kvsuite.analysis.verdict import Effect, Named
 from kvsuite.columns import Arm, align
 from kvsuite.errors import UsageError
 from kvsuite.margins import Margins
@@ -26,7 +25,6 @@ from kvsuite.records import Run
 WORDS = {"harmful": "worse", "within margin": "not worse"}
 """A verdict on the later result."""
 RENAMED = {"effect": "change", "verdict": "the later is"}
-Named = list[tuple[str, Effect]]
 SPEED = (
     "Speed is each run's own ratio to its baseline (the baseline itself: its seconds; of servers per token). One "
     "session a side does not show how much sessions differ, so it gets an interval of its rounds and no verdict: "
@@ -43,7 +41,7 @@ def runs(one: Run, other: Run, margins: Margins) -> list[Table]:
         for arm in part.methods.values():
             same_caps(arm, part.base)
     alike = {id(part): next(iter(part.methods)) for part in shared if _same(part)}
-    answers = compare([part for part in shared if id(part) not in alike], margins)
+    answers, _ = decided(compare([part for part in shared if id(part) not in alike], margins), margins)
     effects = [(row.method, e) for row in answers for e in distinct(row)]
     notes = infos([f"The same answers in both: {', '.join(dict.fromkeys(alike.values()))}."] if alike else [])
     notes += errors([f"partial: {run.folder} was interrupted." for run in (one, other) if interrupted(run)])
@@ -68,7 +66,8 @@ def _torn(run: Run) -> str:
 def arms(one: Arm, other: Arm, margins: Margins, left_out: Sequence[str] = ()) -> Table:
     """Two results of the same samples. Raises UsageError where they have neither scores nor lengths in common."""
     (base, later), _ = align([one, other])
-    found = [("answers", e) for row in compare([Part(base, {"": later})], margins) for e in distinct(row)]
+    rows, _ = decided(compare([Part(base, {"": later})], margins), margins)
+    found = [("answers", e) for row in rows for e in distinct(row)]
     if not found:
         raise UsageError(f"{one.source} and {other.source} have neither scores nor lengths for all their samples")
     return _table(f"{other.source} against {one.source}", found, margins, infos(left_out))
@@ -91,18 +90,14 @@ def loads(one: Load, other: Load) -> list[Table]:
     return [Table("loads", title, ("what",), columns, rows, infos(said), detail=True)]
 
 
-def _table(title: str, found: Named, margins: Margins, notes: Sequence[Note]) -> Table:
-    effects = corrected([e for _, e in found])
-    named = [(name, e) for (name, _), e in zip(found, effects, strict=True)]
-    changed = [f"{name}: {e.endpoint}" for name, e in named if e.adjusted is not None and e.adjusted < LEVEL]
-    headline = (
-        f"Changed (p < 5 % after Holm): {'; '.join(changed)}." if changed else "Nothing changed that can be told."
-    )
+def _table(title: str, found: Sequence[Named], margins: Margins, notes: Sequence[Note]) -> Table:
+    worse = [f"{name}: {e.endpoint}" for name, e in found if e.verdict == "harmful"]
+    headline = f"Worse (p < 5 % after Holm): {'; '.join(worse)}." if worse else "Nothing is worse that can be told."
     columns = [replace(c, name=RENAMED.get(c.name, c.name)) for c in COLUMNS]
-    rows = [_row(name, e) for name, e in named]
+    rows = [_row(name, e) for name, e in found]
     how = [
-        "p: of no change, after Holm over all rows (length: of the geometric mean). worse: all of the interval is "
-        f"beyond the margin; not worse: none of it; undecided: neither.{needs(rows)}",
+        "p: of no harm beyond the margin, one-sided, after Holm over all rows. worse: all of the interval is beyond "
+        f"the margin; not worse: none of it; undecided: neither.{needs(rows)}",
         endpoints(rows),
         f"{margins_text(margins)}.",
     ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kvsuite.analysis import paper
-from kvsuite.analysis.effects import Comparison, Part, compare
+from kvsuite.analysis.effects import Comparison, Part, compare, decided
 from kvsuite.analysis.resample import Design
 from kvsuite.analysis.samples import Broken, same_answers
 from kvsuite.analysis.stats import Interval
@@ -58,8 +58,8 @@ def negatives(
         rule,
         int(found.eligible.sum()),
         len(base),
-        compare([Part(base, methods, control)], margins, rule),
-        compare([Part(base, methods, control)], margins) if rule != Broken() else [],
+        decided(compare([Part(base, methods, control)], margins, rule), margins)[0],
+        decided(compare([Part(base, methods, control)], margins), margins)[0] if rule != Broken() else [],
         {name: paper.swapped(design, base.score, score, rule) for name, score in scores.items()},
         paper.sets(found.negative),
         paper.by_type(found, types),
@@ -152,9 +152,7 @@ def tables(found: Negatives) -> list[Table]:
     columns = [Column("quality", "Δ score, points", "pt", "range"), Column("broken", "excess, %", "%", "range")]
     columns += [Column("quality", "score alone", shows="verdict"), Column("all", "verdict")]
     judged = [Row((row.method,), _judged(row)) for row in found.judged or found.rows]
-    main = Table(
-        "verdicts", "against the baseline, 95 %", ("method",), columns, judged, infos(_notes(found)), detail=True
-    )
+    main = Table("verdicts", "against the baseline", ("method",), columns, judged, infos(_notes(found)), detail=True)
     types = [Row((kind,), _each(n), (f"{kind} ({n['eligible']})",)) for kind, n in found.by_type.items()]
     by_type = Table("types", "negative by task type (eligible)", ("type",), [Column(m, m) for m in names], types)
     sets = [Row((name,), {"negative": Cell(n)}) for name, n in found.sets.items()]

@@ -49,8 +49,7 @@ def plan(run: Run, margins: Margins) -> Table:
 
 
 def _cells(method: str, e: Effect, part: Part) -> dict[str, Cell]:
-    margin = abs(e.limit - (1 if e.ratio else 0))
-    found = {"margin": Cell(100 * margin), "spread": Cell(100 * e.estimate.se * math.sqrt(e.n))}
+    found = {"margin": Cell(100 * e.margin), "spread": Cell(100 * e.estimate.se * math.sqrt(e.n))}
     if math.isinf(e.needed):
         return found
     share = e.n / len(part.base)

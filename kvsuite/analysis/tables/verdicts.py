@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from kvsuite.analysis.effects import Comparison, Finding, compare
+from kvsuite.analysis.effects import Comparison, Finding, compare, decided
 from kvsuite.analysis.runs import broken, failures, noise, parts, speeds
 from kvsuite.analysis.shortfall import evaluation_of, shares
 from kvsuite.analysis.table import Cell, Column, Note, Row, Table, errors, infos
@@ -16,23 +16,37 @@ from kvsuite.records import Run
 
 COLUMNS = (
     Column("effect", "effect"),
-    Column("effect", "95 %", shows="ends"),
+    Column("effect", "interval", shows="ends"),
     Column("effect", "p", shows="p"),
     Column("effect", "verdict", shows="verdict"),
+    Column("seen", "as seen", "samples"),
     Column("needs", "needs", "samples"),
 )
-UNITS = {"quality": "pt", "broken": "%", "length": "×", "speed": "×"}
-"""Of each endpoint: points of the score, share of the eligible, multiples of the baseline."""
+UNITS = {
+    "kl": "nats", "perplexity": "×", "quality": "pt", "broken": "%", "length": "×", "truncation": "%", "speed": "×",
+}  # fmt: skip
+"""Of each endpoint: points of the score, shares, multiples of the baseline."""
 ENDPOINTS = {
+    "kl": "KL divergence of the next token from the baseline's, beyond the control's, in nats",
+    "perplexity": "of the forced text, as a multiple",
     "quality": "mean score, in points of 100",
     "broken": "of the eligible samples (score at least their dataset's mean), those that lost more than a tenth of "
     "their score, beyond what noise breaks",
     "length": "tokens of the answers to chats, as a multiple",
+    "truncation": "answers to chats at most half as long, beyond those of noise",
     "speed": "decode steps a second (of servers: time per token), as a multiple",
 }
-NEEDS = " needs: samples with which a method without an effect is found within its margin 4 times of 5."
+NEEDS = (
+    " Samples that decide 4 times of 5 – as seen: if the effect is as seen; needs: that a method without an effect is "
+    "within its margin."
+)
+WORDS = (
+    "harmful: all of the interval is beyond the margin; within margin: none of it; undecided: neither; not excluded: "
+    "likewise, of an endpoint that can only convict; "
+    "capped: answers end at the cap, so longer ones would not be seen."
+)
 PARTIAL = Note(
-    "partial a/b: only a of b samples (of speed: rounds or cells) could be compared, since others failed or are "
+    "partial a/b: only a of b samples (of speed: rounds or cells) could be compared, since others are "
     "missing. Those that are there may be the short ones, so these figures decide nothing.",
     "error",
 )
@@ -41,11 +55,12 @@ PARTIAL = Note(
 def verdicts(run: Run) -> list[Table]:
     """One row per method and primary endpoint, and what stands beside them; none for a run without answers."""
     margins = Margins(**run.facts.get("margins", {}))
-    methods, controls = compare(parts(run), margins), compare(noise(run), margins)
     fast = speeds(run, margins)
+    methods, speed = decided(compare(parts(run), margins), margins, fast.effects)
+    controls = compare(noise(run), margins)
     rows = [effect_row(row.method, e) for row in methods for e in distinct(row)]
     rows += _unanswered(run, methods)
-    rows += [effect_row(name, e) for name, e in fast.effects]
+    rows += [effect_row(name, e) for name, e in speed]
     rows += [Row((name, "speed"), {"effect": Cell(state=why)}) for name, why in fast.lost]
     if not rows:
         return []
@@ -54,8 +69,7 @@ def verdicts(run: Run) -> list[Table]:
     noises = [effect_row(row.method, e) for row in controls for e in distinct(row)]
     rows += [Row(r.key, {"effect": replace(r.cells["effect"], p=None, verdict="noise")}) for r in noises]
     said = [
-        "harmful: all of the interval is beyond the margin; within margin: none of it; undecided: neither. p: of no "
-        f"effect, after Holm over all rows but the noise (length: of the geometric mean).{needs(rows)}",
+        f"{WORDS} p: of no harm beyond the margin, one-sided, after Holm over all rows but the noise.{needs(rows)}",
         endpoints(rows, fast.where)
         + (" broken has no row where it is quality with the sign turned." if hidden else ""),
         *(["noise: the controls, measured as if they were methods: what no effect looks like."] if noises else []),
@@ -69,7 +83,7 @@ def verdicts(run: Run) -> list[Table]:
 
 def effect_row(name: str, e: Effect) -> Row:
     """An endpoint of one method."""
-    scale = 1 if e.ratio else 100
+    scale = 1 if UNITS[e.endpoint] in ("×", "nats") else 100
     cell = Cell(
         scale * e.estimate.mean,
         scale * e.estimate.low,
@@ -77,13 +91,13 @@ def effect_row(name: str, e: Effect) -> Row:
         unit=UNITS[e.endpoint],
         p=e.adjusted,
         verdict=e.verdict,
-        limit=round(scale * e.limit, 9),
-        worse=e.worse,
+        limits=(round(scale * e.limits[0], 9), round(scale * e.limits[1], 9)),
         state="partial" if e.lacking or e.verdict == "partial" else "ok",
         lacking=e.lacking,
     )
-    needed = e.verdict == "undecided" and math.isfinite(e.needed)
-    return Row((name, e.endpoint), {"effect": cell, "needs": Cell(e.needed if needed else None)})
+    open_ = e.verdict in ("undecided", "not excluded")
+    more = {"seen": e.decides, "needs": e.needed} if open_ else {}
+    return Row((name, e.endpoint), {"effect": cell} | {key: Cell(n) for key, n in more.items() if math.isfinite(n)})
 
 
 def partial(rows: Iterable[Row]) -> list[Note]:
@@ -162,13 +176,15 @@ def _counted(found: Finding) -> Cell:
 
 def margins_text(margins: Margins) -> str:
     """The margins, in words."""
-    speed = f", speed -{100 * margins.speed:g} %" if margins.speed else ""
-    quality, broken, length = (f"{100 * x:g}" for x in (margins.quality, margins.broken, margins.length))
-    return f"margins: quality -{quality} points, broken +{broken} %, length +{length} %{speed}"
+    signs = {"quality": "-{:g} points", "length": "±{:g} %", "speed": "-{:g} %", "kl": "+{:g} nats"}
+    shown = {name: getattr(margins, name) * (1 if name == "kl" else 100) for name in Margins.names()}
+    said = ", ".join(f"{name} {signs.get(name, '+{:g} %').format(x)}" for name, x in shown.items())
+    return f"margins: {said}" + (f"; {' and '.join(margins.veto)} can only convict" if margins.veto else "")
 
 
 def _floor(rows: Sequence[Comparison]) -> list[str]:
     broken, scored = ({e.endpoint for row in rows for e in row.effects} & {x} for x in ("broken", "quality"))
     if scored and not broken:
         return ["broken beyond noise: no floor measured; no control changed an answer of those compared."]
-    return []
+    none = {row.eligible for row in rows if row.floor == 0 and row.eligible}
+    return [f"the control broke 0 of {n}: noise could break up to {3 / n:.1%} (3/n); tested against 0." for n in none]
