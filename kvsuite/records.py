@@ -179,8 +179,8 @@ class Served(Answer):
 
 @dataclass(frozen=True)
 class Forced(Answer):
-    """One arm's next-token distributions on a document's own continuation, which was fed to it token by token behind the
-    document. Its answer is one token, of no use."""
+    """One arm's next-token distributions on a document's own continuation, which was fed to it token by token
+    behind the document. Its answer is one token, of no use."""
 
     kind: ClassVar[str] = "forced"
 
@@ -238,10 +238,11 @@ class Timing(Record):
     length: int = 0
     """Tokens of context per sequence at the first round."""
     tokens: int = 0
-    """Tokens a round yields, all sequences."""
+    """Tokens a round yields, all sequences. A round is a block of A B B A, with two turns of either side; earlier runs
+    timed A B."""
     seconds: list[float] = field(default_factory=list)
     baseline_seconds: list[float] = field(default_factory=list)
-    """Round i of the baseline ran right before round i of the method."""
+    """Of the same rounds."""
     nbytes: int = 0
     """Held by all sequences, all layers."""
     nbytes_read: int = 0

@@ -33,8 +33,8 @@ class Positions:
     kl: Floats
     flip: Floats
     """1 where the most likely token differs, else 0."""
-    change: Floats
-    """|Δ log p| of the forced token."""
+    loss: Floats
+    """By how much the log probability of the forced token fell, nats."""
     dataset: Sequence[str] = ()
     """Where the prompt is from; empty where all are from one."""
 
@@ -43,10 +43,15 @@ class Positions:
         if len(set(sizes.values())) > 1 or not len(self.kl):
             said = ", ".join(f"{name} {size}" for name, size in sizes.items())
             raise UsageError(f"positions of teacher forcing need columns of one length over 0, not {said}")
-        if not all(np.isfinite(x).all() for x in (self.kl, self.flip, self.change)):
+        if not all(np.isfinite(x).all() for x in (self.kl, self.flip, self.loss)):
             raise UsageError("a divergence is not a number")
-        if (self.kl < -BELOW).any() or (self.change < 0).any() or not np.isin(self.flip, (0, 1)).all():
-            raise UsageError("a KL or |Δ log p| is below 0, or a flip is neither 0 nor 1")
+        if (self.kl < -BELOW).any() or not np.isin(self.flip, (0, 1)).all():
+            raise UsageError("a KL is below 0, or a flip is neither 0 nor 1")
+
+    @property
+    def change(self) -> Floats:
+        """|Δ log p| of the forced token."""
+        return np.abs(self.loss)
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,8 @@ class Divergence:
     """Share."""
     change: Estimate
     """Mean |Δ log p|."""
+    perplexity: Estimate
+    """Of the forced text, as a multiple of the baseline's."""
     p50: Interval
     """Of the KL."""
     p99: Interval
@@ -115,6 +122,7 @@ def divergence(method: Positions, control: Positions | None = None, draws: int =
     UsageError where the control's positions are not the method's."""
     prompts = _Prompts.of(method)
     asked = _asked(prompts, method.kl, method.flip, method.change, 0.0)
+    asked += [prompts.mean(method.loss, (-math.inf, math.inf))]
     asked += [prompts.below(method.kl, share) for share in SHARES]
     note = "no control, so the noise is not known"
     if control is not None:
@@ -124,13 +132,14 @@ def divergence(method: Positions, control: Positions | None = None, draws: int =
             note = ""
             differences = (method.kl - control.kl, method.flip - control.flip, method.change - control.change)
             asked += _asked(prompts, *differences, -math.inf)
-    kl, flips, change, p50, p99, *excess = estimate(prompts.design, asked, draws=draws, seed=seed)
+    kl, flips, change, loss, p50, p99, *excess = estimate(prompts.design, asked, draws=draws, seed=seed)
     return Divergence(
         n=len(method.kl),
         prompts=len(prompts.sizes),
         kl=kl,
         flips=flips,
         change=change,
+        perplexity=Estimate.of(math.exp(loss.mean), loss.se, loss.df, log=True, bounds=(0.0, math.inf)),
         p50=_percentile(method.kl, SHARES[0], p50),
         p99=_percentile(method.kl, SHARES[1], p99),
         largest=float(method.kl.max()),

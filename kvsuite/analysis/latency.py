@@ -50,28 +50,31 @@ class Fit:
 
 def itl_fit(lengths: Sequence[float] | Floats, seconds: Sequence[float] | Floats) -> Fit:
     """Seconds of a step, or between tokens, over the tokens in the cache: intercept + slope · length. Both (n,). Raises
-    UsageError for fewer than 3 distinct lengths and for times that are not over 0."""
+    UsageError for fewer than 2 distinct lengths and for times that are not over 0."""
     return fit(lengths, _times(seconds), 1)
 
 
 def ttft_fit(lengths: Sequence[float] | Floats, seconds: Sequence[float] | Floats) -> Fit:
     """Seconds to the first token over the prompt's tokens, quadratic because attention is. Both (n,). Raises UsageError
-    for fewer than 4 distinct lengths and for times that are not over 0."""
+    for fewer than 3 distinct lengths and for times that are not over 0."""
     return fit(lengths, _times(seconds), 2)
 
 
 def fit(lengths: Sequence[float] | Floats, seconds: Sequence[float] | Floats, degree: int) -> Fit:
     """A polynomial through (n,) measurements, which may be paired differences of two methods. Raises UsageError for
-    fewer than ``degree`` + 2 distinct lengths, through which any polynomial would pass exactly."""
+    fewer than ``degree`` + 1 distinct lengths, and for so few measurements that any polynomial would pass exactly."""
     x, y = np.asarray(lengths, dtype=float), np.asarray(seconds, dtype=float)
     if x.ndim != 1 or x.shape != y.shape:
         raise UsageError(f"there are {x.size} lengths and {y.size} times; each measurement has one of both")
     if not (np.isfinite(x).all() and np.isfinite(y).all() and (x >= 0).all()):
         raise UsageError("a length or a time is not a number, or a length is below 0")
     distinct = len(np.unique(x))
-    if distinct < degree + 2:
+    if distinct <= degree or len(x) < degree + 2:
         shape = {1: "line", 2: "parabola"}.get(degree, f"polynomial of degree {degree}")
-        raise UsageError(f"a {shape} over length needs measurements at {degree + 2} lengths or more, not at {distinct}")
+        raise UsageError(
+            f"a {shape} over length needs {degree + 2} measurements at {degree + 1} lengths or more, not {len(x)} at "
+            f"{distinct}"
+        )
     from statsmodels.regression.linear_model import OLS
 
     powers = np.arange(degree + 1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from kvsuite.analysis.answered import Answered, shared
 from kvsuite.analysis.effects import Part
+from kvsuite.analysis.forced import acted
 from kvsuite.analysis.serving import blocks, checks, served_rows, token_speeds
 from kvsuite.analysis.shortfall import expected, interrupted, timed
 from kvsuite.analysis.speed import REFERENCE, log_speeds, speed_rows
@@ -36,7 +37,8 @@ def parts(run: Run) -> list[Part]:
     """The run's methods against ``full``: scored tasks, and chats. What is broken is left out."""
     found = [part for known in _known(run) for part in _parts(run, known, controls=False)]
     left_out = broken(run)
-    kept = [replace(p, methods={m: a for m, a in p.methods.items() if m not in left_out}) for p in found]
+    noisy = acted(run)
+    kept = [replace(p, methods={m: a for m, a in p.methods.items() if m not in left_out}, acted=noisy) for p in found]
     return [part for part in kept if part.methods]
 
 

@@ -66,7 +66,7 @@ def speed_rows(timings: Sequence[Timing]) -> list[SpeedRow]:
 
 def break_evens(timings: Sequence[Timing]) -> dict[tuple[str, int], BreakEven]:
     """By method and width: from which context on, or up to which, a decode step takes less time than the baseline's,
-    which ran in turn with it; where three lengths or more were timed."""
+    which ran in turn with it; where two lengths or more were timed."""
     lines: dict[tuple[str, int], list[tuple[int, float]]] = {}
     for t in timings:
         if t.phase == "decode" and t.status != "failed" and t.method != "full":
@@ -76,7 +76,7 @@ def break_evens(timings: Sequence[Timing]) -> dict[tuple[str, int], BreakEven]:
     return {
         who: break_even(fit([x for x, _ in points], [y for _, y in points], 1))
         for who, points in lines.items()
-        if len({length for length, _ in points}) > 2
+        if len({length for length, _ in points}) > 1 and len(points) > 2
     }
 
 

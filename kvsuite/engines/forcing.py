@@ -175,7 +175,9 @@ class Forcing:
                 self._lose(name, error)
         for worker in decoder.workers:
             self._refuse_late(worker)
-        parts = dict(zip(sizes, decoder.logits.split([*sizes.values(), len(decoder.logits) - sum(sizes.values())]), strict=False))
+        parts, first = dict[str, Tensor](), 0
+        for name, size in sizes.items():
+            parts[name], first = decoder.logits[first : first + size], first + size
         return {name: own for name, own in parts.items() if name not in self.lost}
 
     def _refuse_late(self, worker: MethodWorker) -> None:

@@ -7,6 +7,9 @@ from torch import Tensor
 
 _GOLDEN = -7046029254386353131  # 2^64 / φ as int64: splitmix64's increment
 
+FINER = {torch.bfloat16: 0, torch.float16: 3, torch.float32: 16}
+"""Bits of the mantissa that a dtype has beyond bfloat16's."""
+
 
 def content_hash(x: Tensor, seed: int) -> Tensor:
     """One well-mixed int64 per vector of the last dimension: (..., D) floats -> (...,). Equal vectors hash equally."""
@@ -16,8 +19,9 @@ def content_hash(x: Tensor, seed: int) -> Tensor:
 
 
 def half_ulp(x: Tensor, seed: int) -> Tensor:
-    """x with each element moved by half a unit in its last place on average: a quarter of them one ulp up, a quarter
-    one ulp down, half stay (a move by exactly ½ ulp cannot be stored). Zeros and the two ends of the range stay.
+    """x with each element moved by half a unit in the last place of bfloat16 on average: a quarter of them one ulp
+    up, a quarter one ulp down, half stay (a move by exactly ½ ulp cannot be stored). Zeros, numbers too small for it and the
+    two ends of the range stay. The size is bfloat16's whatever x is stored in: noise as engines make it that round.
 
     Args: x (..., D), float16, bfloat16 or float32. Returns the same shape and dtype.
     """
@@ -27,10 +31,11 @@ def half_ulp(x: Tensor, seed: int) -> Tensor:
     draws = _mix(content_hash(x, seed).unsqueeze(-1) + words)  # 64 random bits, two for each of 32 channels
     shifts = torch.arange(0, 64, 2, device=x.device)
     two = ((draws.unsqueeze(-1) >> shifts) & 3).flatten(-2)[..., :dim]
-    step = (two == 3).to(bits.dtype) - (two == 0).to(bits.dtype)
+    ulp = 1 << FINER[x.dtype]
+    step = ((two == 3).to(bits.dtype) - (two == 0).to(bits.dtype)) * ulp
     magnitude = bits & torch.iinfo(bits.dtype).max
-    top = torch.finfo(x.dtype).max
-    movable = (magnitude > 1) & (x.abs() < top)
+    top = _bits(torch.tensor(torch.finfo(x.dtype).max, dtype=x.dtype, device=x.device))
+    movable = (magnitude > ulp) & (magnitude <= top - ulp)
     return torch.where(movable, bits + step, bits).view(x.dtype)
 
 

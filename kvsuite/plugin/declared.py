@@ -33,7 +33,8 @@ HELP = {
     "device": "cpu or cuda",
     "backend": "who computes on the caches: auto (the fastest that supports a method), reference (PyTorch) or "
     "triton; where one refuses, the reference does, and records say why",
-    "margins": "how much worse a method may be before it counts as harmful",
+    "margins": "how much worse a method may be before it counts as harmful; what is left out stays as in the preset; "
+    "veto=A+B names endpoints that can convict but need not be within margin",
     "run": "the folder this run leaves (default: runs/ and the time)",
     "resume": "the folder of a run that was cut off: what it has recorded is not done again, what failed is",
     "executor": "who answers: here (this process, or pytest-xdist's workers with -n), or ray (the GPUs of a cluster)",

@@ -147,7 +147,7 @@ def check(given: Mapping[str, Any]) -> Options:
         resume=Path(str(raw["resume"])) if raw["resume"] else None,
         executor=raw["executor"],
         ray_address=str(raw["ray-address"]),
-        margins=Margins.parse(str(raw["margins"])),
+        margins=Margins.parse(f"{PRESETS[preset]['margins']},{raw['margins']}"),
         servers=servers.check(raw, _number),
         **{key: _whole(key, raw[key], 0 if key == "seed" else 1) for key in ("cap", "rounds", "seed")},
         samples=_counts(raw["samples"]),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+DECIDING = "kl=0.02,perplexity=0.02,quality=0.05,broken=0.05,length=0.15,truncation=0.03,speed=0.05"
 SMOKE: dict[str, Any] = {
     "model": "",
-    "methods": "full,jitter,jitter:seed=1,int8,fp8,kivi:bits=4,int4,kivi:bits=2,streaming-llm:budget=128,h2o:budget=128",
+    "methods": "full,jitter,jitter:seed=1,int8,fp8,kivi:bits=4,int4,kivi:bits=2,"
+    "streaming-llm:budget=128,h2o:budget=128",
     "compress": "prompt",
-    "batch": "1,8",
+    "batch": "8",
     "length": "512,1024",
     "tasks": "document,needle,chat",
     "samples": "48,chat=8,document=16",
@@ -21,7 +23,9 @@ SMOKE: dict[str, Any] = {
     "dtype": "auto",
     "device": "cpu",
     "backend": "auto",
-    "margins": "kl=0.02,perplexity=0.02,quality=0.05,broken=0.05,length=0.15,truncation=0.03,speed=0.05",
+    # so few samples clear nobody, but they can convict
+    "margins": "kl=0.02,perplexity=0.02,quality=0.1,broken=0.1,length=0.15,truncation=0.03,speed=0.05,"
+    "veto=quality+broken+length+truncation",
     "run": "",
     "resume": "",
     "executor": "here",
@@ -42,8 +46,10 @@ SMOKE: dict[str, Any] = {
 STANDARD = SMOKE | {
     "methods": SMOKE["methods"]
     + ",random:budget=256,streaming-llm:budget=256,h2o:budget=256,h2o:budget=256+kivi:bits=4",
+    "batch": "1,8",
     "length": "512,1024,2048,4000",
-    "samples": 40,
+    "samples": "96,chat=80,document=32",
+    "margins": DECIDING,
     "cap": 512,
     "rounds": 12,
     "timeout": 900,
@@ -55,7 +61,8 @@ PAPER = (
         "streaming-llm:budget=512,sinks=64,h2o:heavy=64,recent=448,streaming-llm:budget=256,h2o:budget=256",
         "batch": "1,2,4,8,16",
         "length": "1024,2048,4000,6144",
-        "samples": 80,
+        "samples": "160,chat=80,document=48",
+        "margins": DECIDING,
         "cap": 1024,
         "rounds": 12,
         "timeout": 3600,

@@ -23,11 +23,21 @@ NARROW = 15
 """Characters that a row's name keeps on a line."""
 
 
+FIRST = ("shortfall", "headline", "decision")
+"""Tables that are printed without ``-v``, where a run has a decision."""
+
+
 def pytest_kv_report(report: Report, terminalreporter: Any) -> None:
-    """Print all tables of the run."""
-    writer = terminalreporter._tw
-    write(report.tables, writer._file, writer.fullwidth, report.notes)
-    terminalreporter.write_line(f"records and report: {report.run.folder}")
+    """Print what decides, and with ``-v`` all tables of the run."""
+    writer, tables, notes = terminalreporter._tw, report.tables, report.notes
+    more = ""
+    if terminalreporter.verbosity < 1 and any(table.key == "decision" for table in tables):
+        hidden = [table for table in tables if table.key not in FIRST]
+        tables, more = [table for table in tables if table.key in FIRST], " (all tables: -v, report.md)"
+        loud = (note for table in hidden for note in table.notes if note.severity == "error")
+        notes = [*dict.fromkeys(loud), *notes]
+    write(tables, writer._file, writer.fullwidth, notes)
+    terminalreporter.write_line(f"records and report: {report.run.folder}{more}")
 
 
 def write(tables: Sequence[Table], file: TextIO, width: int, last: Sequence[Note] = ()) -> None:

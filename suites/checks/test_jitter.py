@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvsuite.kernels.noise import content_hash, half_ulp
+from kvsuite.kernels.noise import FINER, content_hash, half_ulp
 from kvsuite.methods import parse
 from suites.checks.table import loaded, plain, tokens
 
@@ -18,11 +18,13 @@ def sample(dtype, seed=0, dim=64):
 
 
 def moves(x, y):
-    """By how many representable numbers each element went away from zero (negative: towards it)."""
+    """By how many ulp of bfloat16 each element went away from zero (negative: towards it)."""
     whole = torch.int32 if x.dtype == torch.float32 else torch.int16
     assert y.dtype == x.dtype
     assert torch.equal(x.signbit(), y.signbit())
-    return y.abs().view(whole).long() - x.abs().view(whole).long()
+    finer = y.abs().view(whole).long() - x.abs().view(whole).long()
+    assert not (finer % (1 << FINER[x.dtype])).any()
+    return finer >> FINER[x.dtype]
 
 
 def chance(share):

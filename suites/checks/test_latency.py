@@ -68,8 +68,9 @@ class TestFits:
     @pytest.mark.parametrize(
         ("call", "said"),
         [
-            (lambda: itl_fit([256, 512, 256, 512], [1, 2, 1, 2]), "3 lengths or more, not at 2"),
-            (lambda: ttft_fit([1, 2, 3, 3], [1, 2, 3, 3]), "4 lengths or more, not at 3"),
+            (lambda: itl_fit([256, 256, 256, 256], [1, 2, 1, 2]), "3 measurements at 2 lengths or more, not 4 at 1"),
+            (lambda: itl_fit([256, 512], [1, 2]), "3 measurements at 2 lengths or more, not 2 at 2"),
+            (lambda: ttft_fit([1, 2, 2, 2], [1, 2, 3, 3]), "4 measurements at 3 lengths or more, not 4 at 2"),
             (lambda: itl_fit([1, 2, 3], [1, 2]), "3 lengths and 2 times"),
             (lambda: itl_fit([1, 2, 3], [1, 2, 0]), "over 0 seconds"),
             (lambda: itl_fit([1, 2, math.nan], [1, 2, 3]), "not a number"),

@@ -10,31 +10,43 @@ from kvsuite.records import Timing
 pytestmark = pytest.mark.throughput
 
 
+STEPS = 2
+"""Of a side's turn; a block has two turns of each."""
+
+
+def steps_of(blocks):
+    """The steps that either side takes, those of the block that warms up included."""
+    return 2 * STEPS * (blocks + 1)
+
+
 def run_cell(kv_local, benchmark, cell, make):
-    """Check both sides, time them in turn, record what came out, whatever came out; raise what went wrong."""
+    """Check both sides, time them in blocks of A B B A, record what came out in any case; raise what went wrong."""
     from kvsuite.engines.pool import PATIENCE
 
     o, found, before, after = kv_local.options, {}, [], []
+    decodes = cell["phase"] == "decode"
     kv_local.skip_recorded(Timing(**cell).job)
     try:
         baseline, mine, found = make()
         start = time.perf_counter()
 
-        def turn():
-            before.append(baseline.round())
-            limit = o.timeout + PATIENCE * sum(before)
-            if time.perf_counter() - start > limit:
-                raise TimeoutError(f"took more than {limit:.3g} s")
+        def turn(side):
+            return sum(side.round() for _ in range(STEPS if decodes else 1))
 
-        rounds = o.rounds if cell["phase"] == "decode" else max(3, o.rounds // 3)
-        warm = 1 if cell["phase"] == "decode" else 0
+        rounds, warm = (o.rounds, 1) if decodes else (max(3, o.rounds // 3), 0)
         with kv_local.progress.over(f"{cell['phase']} {cell['method']}", rounds + warm) as done:
 
-            def timed():
-                after.append(mine.round())
+            def block():
+                """A B B A: what drifts meanwhile meets both sides alike."""
+                first, one, other, last = (turn(side) for side in (baseline, mine, mine, baseline))
+                before.append(first + last)
+                after.append(one + other)
                 done(found["tokens"])
+                limit = o.timeout + PATIENCE * sum(before)
+                if time.perf_counter() - start > limit:
+                    raise TimeoutError(f"took more than {limit:.3g} s")
 
-            benchmark.pedantic(timed, setup=turn, rounds=rounds, warmup_rounds=warm)
+            benchmark.pedantic(block, rounds=rounds, warmup_rounds=warm)
         record = Timing(**cell, **found, seconds=after[warm:], baseline_seconds=before[warm:])
     except Exception as error:
         kv_local.record(Timing(**cell, **found, status="failed", error=f"{type(error).__name__}: {error}"))
@@ -55,12 +67,12 @@ def ours(worker):
 def test_decode(kv_local, timing, benchmark, kv_method, kv_batch, kv_length):
     def make():
         prompt = kv_local.prompt(kv_length)
-        steps = kv_local.options.rounds + 2
+        steps = steps_of(kv_local.options.rounds)
         cells = [timing.DecodeCell(kv_local.engine, m, prompt, kv_batch, steps) for m in (parse("full"), kv_method)]
         for cell in cells:
             cell.check()
         worker = cells[1].worker
-        return *cells, ours(worker) | {"checked": cells[1].checked, "tokens": kv_batch}
+        return *cells, ours(worker) | {"checked": cells[1].checked, "tokens": 2 * STEPS * kv_batch}
 
     cell = {"method": kv_method.name, "phase": "decode", "width": kv_batch, "length": kv_length}
     run_cell(kv_local, benchmark, cell, make)
@@ -73,7 +85,7 @@ def test_prefill(kv_local, timing, benchmark, kv_method, kv_prefill):
         for cell in cells:
             cell.check()
         worker = cells[1].inner.worker
-        return *cells, ours(worker) | {"checked": cells[1].checked, "tokens": kv_prefill}
+        return *cells, ours(worker) | {"checked": cells[1].checked, "tokens": 2 * kv_prefill}
 
     cell = {"method": kv_method.name, "phase": "prefill", "width": 1, "length": kv_prefill}
     run_cell(kv_local, benchmark, cell, make)
@@ -81,12 +93,12 @@ def test_prefill(kv_local, timing, benchmark, kv_method, kv_prefill):
 
 def test_transformers(kv_local, timing, benchmark, kv_batch, kv_length):
     def make():
-        steps = kv_local.options.rounds + 2
+        steps = steps_of(kv_local.options.rounds)
         full = timing.DecodeCell(kv_local.engine, parse("full"), kv_local.prompt(kv_length), kv_batch, steps)
         full.check()
         other = timing.TransformersCell(kv_local.engine, kv_local.text(kv_length), kv_batch)
         found = {"cache": "transformers.cache_utils.DynamicCache", "path": "sdpa"}
-        return full, other, found | {"nbytes": other.nbytes, "tokens": kv_batch}
+        return full, other, found | {"nbytes": other.nbytes, "tokens": 2 * STEPS * kv_batch}
 
     cell = {"method": "transformers", "phase": "decode", "width": kv_batch, "length": kv_length}
     run_cell(kv_local, benchmark, cell, make)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from kvsuite.analysis.divergence import Divergence
+from kvsuite.analysis.forced import divergences
 from kvsuite.analysis.length import LengthRow, length_rows
 from kvsuite.analysis.samples import SampleRow, sample_rows
 from kvsuite.analysis.shortfall import Share, Who, shares
@@ -23,7 +25,7 @@ def answers(run: Run) -> list[Table]:
     found = []
     for task in dict.fromkeys(a.task for a in known):
         mine = [a for a in known if a.task == task]
-        made = _length if mine[0].evaluation == "length" else _samples
+        made = {"length": _length, "divergence": _divergence}.get(mine[0].evaluation, _samples)
         found.append(made(task, mine, arms[task], run))
     return found
 
@@ -99,6 +101,43 @@ def _sample_cells(row: SampleRow) -> dict[str, Cell]:
         "empty": Cell(None if none else 100 * row.fragmentation),
         "prefill": Cell(row.prefill),
         "decode": Cell(row.decode),
+    }
+
+
+def _divergence(task: str, answers: Sequence[Answer], shares: Mapping[Who, Share], run: Run) -> Table:
+    seen = divergences(run)
+    positions = max((d.n for d in seen.values()), default=0)
+    title = f"{task} · {_counted('documents', shares)}, {positions:,} forced tokens · {setting(run)}"
+    columns = [
+        Column("kl", "KL", "nats"),
+        Column("kl", "95 %", "nats", "ends"),
+        Column("excess", "beyond noise", "nats"),
+    ]
+    columns += [Column("p99", "99 % below", "nats"), Column("flips", "flips, %", "%", "half")]
+    columns += [Column("change", "|Δ log p|", "nats"), Column("perplexity", "perplexity", "×", "range")]
+    note = (
+        "The document's own continuation is fed to every arm's cache token by token; KL of the next token is of "
+        f"{run.baseline}'s distribution against the arm's. 95 %: of documents. Beyond noise: less the control's KL. "
+        "Flips: another most likely token."
+    )
+    drawn = []
+    for (arm, _), share in shares.items():
+        d = seen.get(arm)
+        drawn.append(_row(arm, share, {} if d is None else _divergence_cells(d)))
+    failures = dict.fromkeys((a.method, a.error) for a in answers if a.status == "failed")
+    notes = [*_lost(shares), Note(note), *dtype_notes(run), *failed(list(failures))]
+    return Table(f"divergence:{task}", title, ("method",), columns, drawn, notes, detail=True)
+
+
+def _divergence_cells(d: Divergence) -> dict[str, Cell]:
+    flips = d.flips
+    return {
+        "kl": Cell.estimated(d.kl),
+        "excess": Cell.estimated(d.excess.get("kl")),
+        "p99": Cell.estimated(d.p99),
+        "flips": Cell(100 * flips.mean, 100 * flips.low, 100 * flips.high),
+        "change": Cell.estimated(d.change),
+        "perplexity": Cell.estimated(d.perplexity),
     }
 
 

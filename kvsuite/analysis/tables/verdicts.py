@@ -6,10 +6,12 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from kvsuite.analysis import forced
 from kvsuite.analysis.effects import Comparison, Finding, compare, decided
 from kvsuite.analysis.runs import broken, failures, noise, parts, speeds
 from kvsuite.analysis.shortfall import evaluation_of, shares
 from kvsuite.analysis.table import Cell, Column, Note, Row, Table, errors, infos
+from kvsuite.analysis.tables.decision import decision
 from kvsuite.analysis.verdict import Effect
 from kvsuite.margins import Margins
 from kvsuite.records import Run
@@ -56,11 +58,11 @@ def verdicts(run: Run) -> list[Table]:
     """One row per method and primary endpoint, and what stands beside them; none for a run without answers."""
     margins = Margins(**run.facts.get("margins", {}))
     fast = speeds(run, margins)
-    methods, speed = decided(compare(parts(run), margins), margins, fast.effects)
+    methods, beside = decided(compare(parts(run), margins), margins, [*forced.effects(run, margins), *fast.effects])
     controls = compare(noise(run), margins)
     rows = [effect_row(row.method, e) for row in methods for e in distinct(row)]
     rows += _unanswered(run, methods)
-    rows += [effect_row(name, e) for name, e in speed]
+    rows += [effect_row(name, e) for name, e in beside]
     rows += [Row((name, "speed"), {"effect": Cell(state=why)}) for name, why in fast.lost]
     if not rows:
         return []
@@ -78,7 +80,8 @@ def verdicts(run: Run) -> list[Table]:
     margin = Note(f"{margins_text(margins)}.")
     notes = [*partial(rows), *infos(said), *errors(failures(run)), margin]
     table = Table("verdicts", "verdicts", ("method", "endpoint"), COLUMNS, rows, notes)
-    return [table, *_beside([*methods, *controls])]
+    first = decision(run, [*beside, *((row.method, e) for row in methods for e in row.effects)])
+    return [*first, table, *_beside([*methods, *controls])]
 
 
 def effect_row(name: str, e: Effect) -> Row:

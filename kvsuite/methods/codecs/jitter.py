@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Jitter(Codec):
-    """K and V in the checkpoint's dtype, each element moved by half a unit in its last place on average as it is
-    stored. Seeds are replicates. What a method changes beyond this is its own; what it changes less is noise."""
+    """K and V in the checkpoint's dtype, each element moved by half a unit in the last place of bfloat16 on
+    average as it is stored. Seeds are replicates. What a method changes beyond this is its own; what it changes less is
+    noise."""
 
     name = "jitter"
-    stores = "K and V in the checkpoint's dtype, moved by ±½ ulp (the control)"
+    stores = "K and V in the checkpoint's dtype, moved by ±½ ulp of bfloat16 (the control)"
     source = "control; kvsuite/kernels/noise.py"
 
     seed: int = 0
