@@ -20,7 +20,7 @@ def content_hash(x: Tensor, seed: int) -> Tensor:
 
 def half_ulp(x: Tensor, seed: int) -> Tensor:
     """x with each element moved by half a unit in the last place of bfloat16 on average: a quarter of them one ulp
-    up, a quarter one ulp down, half stay (a move by exactly ½ ulp cannot be stored). Zeros, numbers too small for it and the
+    up, a quarter one ulp down, half stay (a move by exactly ½ ulp cannot be stored). Zeros, numbers too small and the
     two ends of the range stay. The size is bfloat16's whatever x is stored in: noise as engines make it that round.
 
     Args: x (..., D), float16, bfloat16 or float32. Returns the same shape and dtype.

@@ -108,7 +108,8 @@ def parametrize(metafunc: pytest.Metafunc, session: Session) -> None:
     """One test per method, server, task, batch and length where a test asks for them; tasks are those of its
     evaluation."""
     asked, own = session.options, {m.name for m in metafunc.definition.iter_markers()}
-    tasks = [task.name for task in session.tasks if _marker(task, asked) in own]
+    by_arm = bool({"kv_arm", "kv_method"} & set(metafunc.fixturenames))
+    tasks = [task.name for task in session.tasks if _marker(task, asked, by_arm) in own]
     values: dict[str, tuple[Any, Any]] = {
         "kv_method": (asked.methods if asked.servers is None else (), lambda method: method.name),
         "kv_arm": (asked.arms, lambda name: name.replace(" ", "-")),
@@ -124,10 +125,11 @@ def parametrize(metafunc: pytest.Metafunc, session: Session) -> None:
             metafunc.parametrize(name, parameters, ids=identify)
 
 
-def _marker(task: Task, asked: Options) -> str:
-    """The evaluation that a task is part of. Nothing can be forced through a server's cache."""
+def _marker(task: Task, asked: Options, by_arm: bool) -> str:
+    """The evaluation that a task is part of. Where the reference is forced there is no answer to be made again, and
+    nothing can be forced through a server's cache."""
     if task.evaluation == "divergence":
-        return "samples" if asked.servers is None else ""
+        return "samples" if by_arm and asked.servers is None else ""
     return task.evaluation
 
 

@@ -22,7 +22,7 @@ STATES: dict[State, str] = {
 }
 """What stands in place of a value."""
 DIGITS = {
-    "×": 2, "pt": 1, "nats": 4, "score": 2, "tok/s": 0, "tokens": 0, "samples": 0, "MiB": 1, "ms": 1, "s": 2,
+    "×": 2, "pt": 1, "%": 1, "nats": 4, "score": 2, "tok/s": 0, "tokens": 0, "samples": 0, "MiB": 1, "ms": 1, "s": 2,
     "tolerances": 1, "× the tok/s of width 1": 1, "× the prefill alone": 2,
 }  # fmt: skip
 """Decimals by unit; figures of other units have three significant digits."""

@@ -143,7 +143,7 @@ def _cells(
     seen = divergences(run).get(method)
     found = {"held": Cell(held.get(method)), "speed": Cell(speed.estimate.mean if speed else None)}
     if even is not None:
-        words = {"everywhere": "any", "nowhere": "never", "shorter": "never"}
+        words = {"everywhere": "any", "nowhere": "never", "shorter": "-"}
         found["from"] = Cell(even.length if even.faster == "longer" else words[even.faster])
     if seen is not None:
         found["kl"] = Cell(named["kl"].estimate.mean if "kl" in named else seen.kl.mean)
@@ -156,10 +156,10 @@ def _cells(
 
 
 def _held(run: Run) -> dict[str, float]:
-    """Bytes held after the prompt, as a part of the baseline's for the same prompts."""
+    """Bytes held after the prompt, as a part of the baseline's for the same prompts; those of chats are short."""
     held: dict[str, dict[tuple[str, str, int], int]] = {}
     for r in run.records:
-        if isinstance(r, Answer) and r.status == "ok" and r.nbytes:
+        if isinstance(r, Answer) and r.status == "ok" and r.nbytes and r.evaluation != "length":
             held.setdefault(r.method, {})[r.task, r.sample, r.repeat] = r.nbytes
     base = held.pop(run.baseline, {})
     found = {}
