@@ -20,7 +20,7 @@ import numpy as np
 
 from kvsuite.analysis.answered import extremes
 from kvsuite.analysis.benchmark import score, select
-from kvsuite.analysis.effects import Comparison, Part, compare, decided
+from kvsuite.analysis.effects import DEFAULT, Comparison, Part, compare, decided
 from kvsuite.analysis.garbled import check
 from kvsuite.analysis.predictors import held_out
 from kvsuite.analysis.resample import Design
@@ -251,7 +251,7 @@ def _planned(about: str, base: Arm, control: Arm, margin: float, ratio: bool, dr
     planned = math.ceil(seen.needed)
     rows = []
     for effect, verdict in ((0.0, "within margin"), (margin / 2, "within margin"), (2 * margin, "harmful")):
-        predicted = chances(seen.estimate, seen.n, planned, effect, margin, ratio)[verdict]
+        predicted = chances(seen.estimate, seen.n, planned, effect, margin, ratio, len(seen.sides))[verdict]
 
         def draw(seed: int, effect: float = effect, verdict: str = verdict) -> bool:
             one, other = _redrawn(np.random.default_rng([6, seed]), base, control, planned)
@@ -388,16 +388,16 @@ def documents(thin: int = 1) -> list[Row]:
 
 
 def rare(thin: int = 1) -> list[Row]:
-    """Every answer differs by a token, a few loop to the cap: true costs of 1.17, 1.08 and 1.03 must not look safe."""
+    """Every answer differs by a token, a few loop to the cap: true costs of 1.17, 1.08 and 1.03 must not look safe
+    at a margin of 3 %."""
 
     def draw(seed: int, n: int, share: float) -> bool:
         rng = np.random.default_rng([11, seed])
         names = [("d", str(i)) for i in range(n)]
         base = np.round(np.clip(rng.lognormal(3.9, 0.5, n), 5, 500))
         tokens = np.where(rng.random(n) < share, CAP, base + rng.choice([-1, 1], n))
-        return (
-            judged(Part(_arm(names, tokens=base), {"m": _arm(names, tokens=tokens)}), seed).verdict == "within margin"
-        )
+        part = Part(_arm(names, tokens=base), {"m": _arm(names, tokens=tokens)})
+        return judged(part, seed, Margins(length=0.03)).verdict == "within margin"
 
     found, draws = [], 300 // thin
     for n, share in ((80, 0.01), (400, 0.005), (1500, 0.002)):
@@ -407,9 +407,9 @@ def rare(thin: int = 1) -> list[Row]:
     return found
 
 
-def judged(part: Part, seed: int = 0) -> Comparison:
-    """The only method of a part, with its verdicts at the default margins."""
-    return decided(compare([part], draws=200, seed=seed))[0][0]
+def judged(part: Part, seed: int = 0, margins: Margins = DEFAULT) -> Comparison:
+    """The only method of a part, with its verdicts."""
+    return decided(compare([part], margins, draws=200, seed=seed), margins)[0][0]
 
 
 def _said(row: Comparison, endpoint: str) -> str:
@@ -493,7 +493,8 @@ def capped(thin: int = 1) -> list[Row]:
 
 
 def truncated(thin: int = 1) -> list[Row]:
-    """300 chats of which a share is cut to a third."""
+    """300 chats of which a share is cut to a third, which makes 83 % of these at most half as long, and noise 5 %."""
+    beyond = 0.05 * (0.830 - 0.051)
 
     def draw(seed: int) -> dict[str, bool]:
         rng, found = np.random.default_rng([14, seed]), {}
@@ -504,7 +505,7 @@ def truncated(thin: int = 1) -> list[Row]:
             found[f"{share:.0%}: called within margin"] = row.verdict == "within margin"
             found[f"{share:.0%}: called harmful"] = row.verdict == "harmful"
             if share == 0.05:
-                found["5%: excluded by the interval"] = row.effect("truncation").estimate.high < 0.05 * 0.9
+                found["5%: excluded by the interval"] = row.effect("truncation").estimate.high < beyond
         return found
 
     bounds = {
@@ -615,7 +616,7 @@ def forced(thin: int = 1) -> list[Row]:
 
     bounds = {
         "0.005: harmful": (0.0, 0.01), "0.005: within margin": (0.95, 1.0), "0.02: harmful": (0.0, SIZE[1]),
-        "0.02: within margin": (0.0, 0.09), "0.07: harmful": (0.95, 1.0), "0.07: within margin": (0.0, 0.0),
+        "0.02: within margin": (0.0, 0.11), "0.07: harmful": (0.95, 1.0), "0.07: within margin": (0.0, 0.0),
     }  # fmt: skip
     about = "KL of 16 documents, margin .02 (skewed: t is a little too sure of what is safe)"
     return _bounded(about, bounds, (draw(seed) for seed in range(DRAWS // thin)))
@@ -664,8 +665,8 @@ def garbage(thin: int = 1) -> list[Row]:
 
 
 WORLDS = (
-    null, family, effect, few, scrambler, power, selection, blocks, timing, shuffled, documents, rare, capped, truncated,
-    sharp, failing, forced, garbage,
+    null, family, effect, few, scrambler, power, selection, blocks, timing, shuffled, documents, rare, capped,
+    truncated, sharp, failing, forced, garbage,
 )  # fmt: skip
 DOCUMENT = Path(__file__).parents[2] / "docs" / "statistics.md"
 MARK = "<!-- what follows is written by: python -m suites.checks.simulations -->"
