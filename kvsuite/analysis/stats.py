@@ -198,19 +198,17 @@ def _estimate(design: Design, ratio: Ratio, value: float, draws: Floats, weight:
 
 def _freedom(design: Design, ratio: Ratio, value: float, weight: Floats) -> float:
     """Degrees of freedom of the spread (Satterthwaite): where few clusters of one dataset make most of it, there are
-    few, however many the others have. 0 where there is one cluster in all."""
+    few, however many the others have; and few where some hold most samples (Kish's effective number of clusters)."""
     bottom = 1.0 if ratio.bottom is None else ratio.bottom
     apart = weight * (ratio.top - value * bottom)
-    parts = np.array(
-        [
-            (count * np.bincount(clusters, apart[at], minlength=count).var(ddof=1), count - 1)
-            for at, clusters, count in zip(design.strata, design.clusters, design.counts, strict=True)
-            if count > 1
-        ]
-    ).reshape(-1, 2)
-    if not parts[:, 0].any():
-        return float(design.df)
-    return float(parts[:, 0].sum() ** 2 / (parts[:, 0] ** 2 / parts[:, 1]).sum())
+    parts = []
+    for at, clusters, count in zip(design.strata, design.clusters, design.counts, strict=True):
+        if count > 1:
+            sizes = np.bincount(clusters, minlength=count).astype(float)
+            kish = float(sizes.sum() ** 2 / (sizes**2).sum())
+            parts.append((count * np.bincount(clusters, apart[at], minlength=count).var(ddof=1), max(kish - 1, 1e-9)))
+    variance, df = np.array(parts).reshape(-1, 2).T
+    return float(variance.sum() ** 2 / (variance**2 / df).sum()) if variance.any() else float(df.sum())
 
 
 def _changed(design: Design, ratio: Ratio, weight: Floats) -> tuple[int, int]:

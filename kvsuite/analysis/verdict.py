@@ -256,14 +256,17 @@ def _passes(n: float, seen: Estimate, margin: float, away: float, z: float) -> f
 
 
 def chances(
-    seen: Estimate, n: int, planned: int, effect: float, margin: float, ratio: bool = False, level: float = LEVEL
+    seen: Estimate, n: int, planned: int, effect: float, margin: float, ratio: bool = False, sides: int = 1
 ) -> dict[Verdict, float]:
-    """The probability of every verdict on a method with a true ``effect`` (bad is positive; relative for a ratio) from
-    ``planned`` samples with the spread of these ``n``."""
+    """The probability of every verdict on a lone method with a true ``effect`` (bad is positive; relative for a ratio)
+    from ``planned`` samples with the spread of these ``n``; of two ``sides``, each has its test."""
     from scipy import stats
 
     true, edge = (math.log1p(effect), math.log1p(margin)) if ratio else (effect, margin)
-    away = (edge - true) / (seen.se * math.sqrt(n / planned))
-    reach = float(stats.t.isf(level, max(planned - 1, 1)))
-    within, harmful = float(stats.norm.cdf(away - reach)), float(stats.norm.cdf(-away - reach))
+    se = seen.se * math.sqrt(n / planned)
+    reach, further = (float(stats.t.isf(level, max(planned - 1, 1))) for level in (LEVEL, LEVEL / sides))
+    harmful = float(stats.norm.cdf((true - edge) / se - further))
+    within = float(stats.norm.cdf((edge - true) / se - reach))
+    if sides > 1:
+        within = max(within - float(stats.norm.sf((edge + true) / se - reach)), 0)
     return {"harmful": harmful, "within margin": within, "undecided": 1 - within - harmful}

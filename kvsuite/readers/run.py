@@ -33,14 +33,16 @@ def arms(run: Run, evaluation: str = "", failed: bool = False) -> dict[tuple[str
     """All answers of a run – or those to tasks of one evaluation – by method and repeat. A failed answer is missing
     from its arm, or an entry without figures: it is neither wrong nor short."""
     gathered: dict[tuple[str, int], ArmBuilder] = {}
-    for a in answers(run, evaluation):
+    known: set[tuple[object, ...]] = set()
+    for a in sorted(answers(run, evaluation), key=lambda a: a.status != "ok" and failed):  # asked again, it may succeed
         arm = gathered.setdefault((a.method, a.repeat), ArmBuilder(f"{run.folder}#{a.method}"))
         figures: dict[str, Any] = {}
         if a.status == "ok":
             figures = {"score": a.score, "capped": a.finish == "length", "seconds": a.seconds, "text": a.text}
             figures["tokens"] = a.length if a.evaluation == "length" else None
-        elif not failed:
+        elif not failed or not a.sample or (a.method, a.repeat, a.task, a.sample) in known:
             continue
+        known.add((a.method, a.repeat, a.task, a.sample))
         file = f"{run.folder / 'records.jsonl'}#{a.method}"
         arm.add(file, a.task, a.sample, cap=a.cap, cluster=a.cluster, type=a.type, **figures)
     return {key: arm.arm() for key, arm in gathered.items() if len(arm)}

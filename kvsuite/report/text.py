@@ -120,6 +120,8 @@ def _number(cell: Cell, x: float, unit: str, more: int) -> str:
     sign = "+" if cell.limits is not None and unit != "×" else ""
     if math.isinf(x):
         return "-∞" if x < 0 else f"{sign}∞"
+    if cell.limits is not None and unit == "×" and x >= OPEN:
+        return f">{OPEN}"
     if cell.limits is not None:
         return f"{x:{sign},.{_judged(cell, DIGITS.get(unit, 1) + more)}f}"
     if unit in DIGITS:

@@ -8,26 +8,27 @@ asked for every ``thin``-th of its draws; its bounds are then wider.
 from __future__ import annotations
 
 import functools
-import gc
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kvsuite.analysis.answered import extremes
 from kvsuite.analysis.benchmark import score, select
-from kvsuite.analysis.effects import Part, compare
+from kvsuite.analysis.effects import DEFAULT, Comparison, Part, compare, decided
 from kvsuite.analysis.garbled import check
 from kvsuite.analysis.predictors import held_out
+from kvsuite.analysis.resample import Design
 from kvsuite.analysis.runs import arms, noise
 from kvsuite.analysis.speed import blocks_needed
-from kvsuite.analysis.stats import LEVEL, Estimate, log_ratio_interval, mean_interval
-from kvsuite.analysis.verdict import chances
+from kvsuite.analysis.stats import LEVEL, Estimate, Ratio, estimate, log_ratio_interval, mean_interval
+from kvsuite.analysis.verdict import Named, chances, decide
+from kvsuite.analysis.verdict import effect as endpoint
 from kvsuite.columns import Arm, align, stack
 from kvsuite.margins import Margins
 from kvsuite.records import read
@@ -141,29 +142,34 @@ def _holds(estimate: Estimate, truth: float) -> bool:
     return estimate.low <= truth <= estimate.high
 
 
-EXACT = {"broken", "net harm", "churn", "longer", "shorter", "cap hits"}
+EXACT = {"broken", "truncation", "net harm", "churn", "longer", "shorter", "cap hits"}
 """Figures whose p is of counts: it cannot reach 5 %, only stay below."""
+NO_MARGIN = Margins(**dict.fromkeys(Margins.names(), 0.0))
+"""With these a method that does nothing is at every limit: the hardest null."""
 
 
 def null(thin: int = 1) -> list[Row]:
-    """Three methods that do nothing: how often is something found?"""
+    """Three methods that do nothing, margins of 0: how often is something found?"""
 
     def draw(seed: int) -> dict[str, bool]:
-        rows = compare([World().part(np.random.default_rng([1, seed]), methods=3)], draws=RESAMPLES, seed=seed)
-        first = rows[0]
-        found = {f"p of {e.endpoint}": e.p < LEVEL for e in first.effects}
+        part = World().part(np.random.default_rng([1, seed]), methods=3)
+        rows, _ = decided(compare([part], NO_MARGIN, draws=RESAMPLES, seed=seed), NO_MARGIN)
+        first, sides = rows[0], {-1: "less", 1: "more"}
+        found = {f"harm p of {e.endpoint}, {sides[s]}": e.harm(s) < LEVEL for e in first.effects for s in e.sides}
         found |= {f"p of {f.name}": f.p < LEVEL for f in first.findings if f.p is not None}
-        found["any of nine after Holm"] = any(e.adjusted < LEVEL for row in rows for e in row.effects)
+        found["any harmful of three methods"] = any(row.verdict == "harmful" for row in rows)
         found["any found after Benjamini–Hochberg"] = any(
             f.adjusted < LEVEL for row in rows for f in row.findings if f.p is not None
         )
-        return found | {f"interval of {e.endpoint}": not _holds(e.estimate, float(e.ratio)) for e in first.effects}
+        seen = compare([part], draws=RESAMPLES, seed=seed)[0].effects
+        return found | {f"interval of {e.endpoint}": not _holds(e.estimate, float(e.ratio)) for e in seen}
 
     shares = _shares(draw(seed) for seed in range(DRAWS // thin))
     about = "size at nominal 5 %, no effect"
     found = []
     for name, (share, draws) in shares.items():
-        upper_only = name.startswith("any") or name.removeprefix("p of ") in EXACT
+        upper_only = name.startswith("any") or bool(EXACT & {name.removeprefix("p of "), name.split()[-1]})
+        upper_only |= bool(EXACT & {name.removeprefix("harm p of ").partition(",")[0]})
         found.append(Row(about, name, share, 0.0 if upper_only else SIZE[0], SIZE[1], draws))
     return found
 
@@ -215,9 +221,9 @@ def scrambler(thin: int = 1) -> list[Row]:
             some = part[rng.random(len(part)) < 0.5]
             mixed[some] = level[rng.permutation(some)]
         arms = [world.arm(rng, x, length) for x in (level, mixed, level)]
-        (row,) = compare([Part(arms[0], {"m": arms[1]}, arms[2])], draws=200, seed=seed)
+        (row,) = compare([Part(arms[0], {"m": arms[1]}, arms[2])], NO_MARGIN, draws=200, seed=seed)
         net = row.finding("net harm")
-        return {"broken beyond noise": row.effect("broken").p < LEVEL, "net harm": net.p < LEVEL}
+        return {"broken beyond noise": row.effect("broken").harm(1) < LEVEL, "net harm": net.p < LEVEL}
 
     shares = _shares(draw(seed) for seed in range(400 // thin))
     about = "a symmetric scrambler is found by"
@@ -245,7 +251,7 @@ def _planned(about: str, base: Arm, control: Arm, margin: float, ratio: bool, dr
     planned = math.ceil(seen.needed)
     rows = []
     for effect, verdict in ((0.0, "within margin"), (margin / 2, "within margin"), (2 * margin, "harmful")):
-        predicted = chances(seen.estimate, seen.n, planned, effect, margin, ratio)[verdict]
+        predicted = chances(seen.estimate, seen.n, planned, effect, margin, ratio, len(seen.sides))[verdict]
 
         def draw(seed: int, effect: float = effect, verdict: str = verdict) -> bool:
             one, other = _redrawn(np.random.default_rng([6, seed]), base, control, planned)
@@ -254,7 +260,8 @@ def _planned(about: str, base: Arm, control: Arm, margin: float, ratio: bool, dr
                 if ratio
                 else replace(other, score=other.score - effect)
             )
-            (row,) = compare([Part(one, {"": worse})], margins, draws=RESAMPLES, seed=seed)
+            rows = compare([Part(one, {"": worse})], margins, draws=RESAMPLES, seed=seed)
+            (row,), _ = decided(rows, margins)
             return next(e for e in row.effects if e.ratio == ratio).verdict == verdict
 
         share = sum(draw(seed) for seed in range(draws)) / draws
@@ -367,8 +374,8 @@ def documents(thin: int = 1) -> list[Row]:
             noise = np.repeat(rng.normal(0, 0.25, 60), 5) + rng.normal(0, 0.05, 300)
             return _arm(names, np.clip(level + noise, 0, 1))
 
-        (row,) = compare([Part(arm(), {"m": arm()}, arm())], draws=RESAMPLES, seed=seed)
-        found = {f"p of {e.endpoint}": e.p < LEVEL for e in row.effects}
+        (row,) = compare([Part(arm(), {"m": arm()}, arm())], NO_MARGIN, draws=RESAMPLES, seed=seed)
+        found = {f"harm p of {e.endpoint}": e.harm(e.sides[0]) < LEVEL for e in row.effects}
         found |= {f"p of {f.name}": f.p < LEVEL for f in row.findings}
         base = rng.uniform(0.3, 0.7, 250)
         moved = np.append(np.full(200, rng.normal(0, 0.05)), rng.normal(0, 0.05, 50))
@@ -381,15 +388,16 @@ def documents(thin: int = 1) -> list[Row]:
 
 
 def rare(thin: int = 1) -> list[Row]:
-    """Every answer differs by a token, a few loop to the cap: true costs of 1.17, 1.08 and 1.03 must not look safe."""
+    """Every answer differs by a token, a few loop to the cap: true costs of 1.17, 1.08 and 1.03 must not look safe
+    at a margin of 3 %."""
 
     def draw(seed: int, n: int, share: float) -> bool:
         rng = np.random.default_rng([11, seed])
         names = [("d", str(i)) for i in range(n)]
         base = np.round(np.clip(rng.lognormal(3.9, 0.5, n), 5, 500))
         tokens = np.where(rng.random(n) < share, CAP, base + rng.choice([-1, 1], n))
-        (row,) = compare([Part(_arm(names, tokens=base), {"m": _arm(names, tokens=tokens)})], draws=200, seed=seed)
-        return row.verdict == "within margin"
+        part = Part(_arm(names, tokens=base), {"m": _arm(names, tokens=tokens)})
+        return judged(part, seed, Margins(length=0.03)).verdict == "within margin"
 
     found, draws = [], 300 // thin
     for n, share in ((80, 0.01), (400, 0.005), (1500, 0.002)):
@@ -397,6 +405,221 @@ def rare(thin: int = 1) -> list[Row]:
         name = f"{share:.1%} of {n:,} answers loop"
         found.append(Row("called within margin although a few answers loop", name, seen, 0.0, 0.05, draws))
     return found
+
+
+def judged(part: Part, seed: int = 0, margins: Margins = DEFAULT) -> Comparison:
+    """The only method of a part, with its verdicts."""
+    return decided(compare([part], margins, draws=200, seed=seed), margins)[0][0]
+
+
+def _said(row: Comparison, endpoint: str) -> str:
+    found = row.effect(endpoint)
+    return found.verdict if found else ""
+
+
+def _bounded(about: str, bounds: dict[str, tuple[float, float]], rows: Iterable[dict[str, bool]]) -> list[Row]:
+    """Of the draws of a world, how often each thing happened."""
+    return [Row(about, name, share, *bounds[name], n) for name, (share, n) in _shares(rows).items()]
+
+
+def _forced(rng: np.random.Generator, kl: float, margins: Margins, documents: int = 16) -> list[tuple[str, Any]]:
+    """One forced pass: each document's KL beyond the control's (it varies by half), and its perplexity."""
+    level = rng.gamma(4, 0.25, documents)
+    noise = rng.gamma(4, 0.25, documents) * 2e-4
+    beyond = kl * level + noise - rng.permutation(noise)
+    found = estimate(Design.alone(documents), [Ratio(beyond)], draws=200)[0]
+    logs = rng.normal(0, 0.01, documents)
+    ratio = Estimate.of(math.exp(logs.mean()), float(logs.std(ddof=1)) / documents**0.5, documents - 1, log=True)
+    return [
+        ("kl", endpoint("kl", found, margins.kl, 1, documents)),
+        ("perplexity", endpoint("perplexity", ratio, margins.perplexity, 1, documents, ratio=True)),
+    ]
+
+
+def family(thin: int = 1) -> list[Row]:
+    """24 methods that do nothing, all endpoints and speed: how often is any called harmful, or slower?"""
+
+    def draw(seed: int, each: int, margins: Margins) -> bool:
+        rng = np.random.default_rng([12, seed])
+        beside: list[Named] = []
+        for at in range(24):
+            beside += [(f"m{at}", e) for _, e in _forced(rng, 0.0, margins)]
+            speed = log_ratio_interval(rng.normal(0, 0.05, 6))
+            beside.append((f"m{at}", endpoint("speed", speed, margins.speed, -1, 6, ratio=True)))
+        rows = compare([World(each=each).part(rng, methods=24)], margins, draws=200, seed=seed)
+        rows, others = decided(rows, margins, beside)
+        return any(e.verdict == "harmful" for e in [*(e for r in rows for e in r.effects), *(e for _, e in others)])
+
+    found, draws = [], 400 // thin
+    high = LEVEL + 2.6 * math.sqrt(LEVEL * (1 - LEVEL) / 400)
+    for name, each, margins in (
+        ("24 prompts", 6, Margins()), ("240 prompts", 60, Margins()),
+        ("24 prompts, margins of 0", 6, NO_MARGIN), ("240 prompts, margins of 0", 60, NO_MARGIN),
+    ):  # fmt: skip
+        seen = sum(draw(seed, each, margins) for seed in range(draws)) / draws
+        found.append(Row("any harmful among 24 methods that do nothing, speed included", name, seen, 0.0, high, draws))
+    return found
+
+
+def _chats(rng: np.random.Generator, n: int, middle: float, spread: float = 0.3) -> tuple[Any, Callable[..., Arm]]:
+    """Prompts and a way to answer them: lengths that vary, ended by the cap."""
+    names = [("chat", str(i)) for i in range(n)]
+    own = rng.normal(math.log(middle), 0.7, n)
+
+    def answers(times: Any = 1.0) -> Arm:
+        tokens = np.maximum(np.round(np.exp(own + rng.normal(0, spread, n)) * times), 1)
+        return _arm(names, tokens=np.minimum(tokens, CAP))
+
+    return own, answers
+
+
+def capped(thin: int = 1) -> list[Row]:
+    """Baselines of which 50 to 98 % are at the cap, beside answers truly twice as long."""
+    rows = []
+    for share, z in ((0.5, 0.0), (0.8, 0.84), (0.98, 2.05)):
+        for n in (20, 300):
+
+            def draw(seed: int, n: int = n, z: float = z) -> dict[str, bool]:
+                rng = np.random.default_rng([13, seed])
+                _, answers = _chats(rng, n, CAP * math.exp(0.76 * z))
+                said = _said(judged(Part(answers(), {"m": answers(2.0)}), seed), "length")
+                return {"within": said == "within margin"}
+
+            draws = 300 // thin
+            seen = sum(draw(seed)["within"] for seed in range(draws)) / draws
+            about = "called within margin, answers twice as long that the cap hides"
+            rows.append(Row(about, f"{share:.0%} of {n} at the cap", seen, 0.0, 0.01, draws))
+    return rows
+
+
+def truncated(thin: int = 1) -> list[Row]:
+    """300 chats of which a share is cut to a third, which makes 83 % of these at most half as long, and noise 5 %."""
+    beyond = 0.05 * (0.830 - 0.051)
+
+    def draw(seed: int) -> dict[str, bool]:
+        rng, found = np.random.default_rng([14, seed]), {}
+        for share in (0.05, 0.2):
+            _, answers = _chats(rng, 300, 150)
+            times = np.where(rng.random(300) < share, 1 / 3, 1.0)
+            row = judged(Part(answers(), {"m": answers(times)}, answers()), seed)
+            found[f"{share:.0%}: called within margin"] = row.verdict == "within margin"
+            found[f"{share:.0%}: called harmful"] = row.verdict == "harmful"
+            if share == 0.05:
+                found["5%: excluded by the interval"] = row.effect("truncation").estimate.high < beyond
+        return found
+
+    bounds = {
+        "5%: called within margin": (0.0, 0.05), "5%: called harmful": (0.0, 1.0),
+        "5%: excluded by the interval": (0.0, 0.07),
+        "20%: called within margin": (0.0, 0.0), "20%: called harmful": (0.9, 1.0),
+    }  # fmt: skip
+    return _bounded("a share of 300 answers cut to a third", bounds, (draw(seed) for seed in range(400 // thin)))
+
+
+def sharp(thin: int = 1) -> list[Row]:
+    """Much harm in few samples, and the broken type among four."""
+
+    def draw(seed: int) -> dict[str, bool]:
+        rng = np.random.default_rng([15, seed])
+        names = [("d", str(i)) for i in range(16)]
+        base, control = (_arm(names, np.ones(16)) for _ in range(2))
+        lost = _arm(names, (rng.random(16) > 0.375).astype(float))
+        few = judged(Part(base, {"m": lost}, control, acted=True), seed)
+        own, world = World().prompts(rng), World()
+        method = world.arm(rng, *own)
+        gone = np.array([d == "exact" for d, _ in method.keys])
+        broken = replace(method, score=np.where(gone, 0.0, method.score))
+        row = judged(Part(world.arm(rng, *own), {"m": broken}, world.arm(rng, *own)), seed)
+        return {
+            "16 samples, 37.5 points lost: harmful": few.verdict == "harmful",
+            "one of four types fails: harmful": row.verdict == "harmful",
+            "one of four types fails: within margin": row.verdict == "within margin",
+        }
+
+    bounds = {
+        "16 samples, 37.5 points lost: harmful": (0.7, 1.0), "one of four types fails: harmful": (0.9, 1.0),
+        "one of four types fails: within margin": (0.0, 0.0),
+    }  # fmt: skip
+    return _bounded("much harm is found", bounds, (draw(seed) for seed in range(1000 // thin)))
+
+
+def failing(thin: int = 1) -> list[Row]:
+    """A fifth of one arm's answers failed, among them the bad ones: neither is the rest safe, nor is failing harm."""
+
+    def part(rng: np.random.Generator, worse: float, fails: float) -> Part:
+        names = [("d", str(i)) for i in range(300)]
+        base, control, mine = ((rng.random(300) < 0.8).astype(float) for _ in range(3))
+        mine = np.where(rng.random(300) < worse, 0.0, mine)
+        gone = rng.random(300) < np.where(mine == 0, 2 * fails, fails / 2)
+        arms = [_arm(names, x) for x in (base, mine, control)]
+        lacking = replace(arms[1], score=np.where(gone, np.nan, mine), capped=np.where(gone, np.nan, 0.0))
+        ends = extremes([arms[0], lacking, arms[2]])
+        assert ends
+        there = np.flatnonzero(~gone).tolist()
+        first, second, floor = (arm.take(there) for arm in arms)
+        bounds = [Part(x[0], {"m": x[1]}, x[2]) for x in ends]
+        return Part(first, {"m": second}, floor, asked=300, extremes=(bounds[0], bounds[1]))
+
+    def draw(seed: int) -> dict[str, bool]:
+        rng = np.random.default_rng([16, seed])
+        null, harm = (judged(part(rng, worse, fails), seed).verdict for worse, fails in ((0.0, 0.2), (0.4, 0.05)))
+        return {
+            "no effect, a fifth failed: harmful": null == "harmful",
+            "no effect, a fifth failed: within margin": null == "within margin",
+            "four of ten lost, a few failed: harmful": harm == "harmful",
+        }
+
+    bounds = {
+        "no effect, a fifth failed: harmful": (0.0, 0.01), "no effect, a fifth failed: within margin": (0.0, 0.0),
+        "four of ten lost, a few failed: harmful": (0.9, 1.0),
+    }  # fmt: skip
+    return _bounded("failures in one arm", bounds, (draw(seed) for seed in range(300 // thin)))
+
+
+def timing(thin: int = 1) -> list[Row]:
+    """ABBA blocks of two steps a turn: a drift of 2 % a step, and blocks of which one in twenty took three times as
+    long, of the method or of the baseline."""
+
+    def block(rng: np.random.Generator, at: int) -> float:
+        logs = 0.02 * (8 * at + np.arange(8)) + rng.normal(0, 0.03, 8)
+        return float(logs[[0, 1, 6, 7]].mean() - logs[2:6].mean())
+
+    def draw(seed: int) -> dict[str, bool]:
+        rng, found = np.random.default_rng([17, seed]), {}
+        for n in (6, 12):
+            drift = log_ratio_interval([block(rng, at) for at in range(n)])
+            held = rng.choice([0.0, math.log(3), -math.log(3)], n, p=[0.95, 0.025, 0.025])
+            outlier = log_ratio_interval(rng.normal(0, 0.03, n) + held)
+            for name, seen in (("drift", drift), ("outliers", outlier)):
+                found[f"{name}, {n} blocks: slower"] = seen.p(1, -1) < LEVEL
+                found[f"{name}, {n} blocks: faster"] = seen.p(1, 1) < LEVEL
+            found[f"outliers, {n} blocks: wider than 20 %"] = outlier.high / outlier.low > 1.2
+        return found
+
+    draws = [draw(seed) for seed in range(DRAWS // thin)]
+    bounds = {name: (0.0, 0.3 if "wider" in name else 0.07) for name in draws[0]}
+    return _bounded("speed at nominal 5 % a side, no effect", bounds, draws)
+
+
+def forced(thin: int = 1) -> list[Row]:
+    """KL of 16 documents against its margin of .02."""
+
+    def draw(seed: int) -> dict[str, bool]:
+        rng = np.random.default_rng([18, seed])
+        found = {}
+        for kl in (0.005, 0.02, 0.07):
+            (_, e), _ = _forced(rng, kl, Margins())
+            ((_, e),) = decide([("m", e)])
+            found[f"{kl:g}: harmful"] = e.verdict == "harmful"
+            found[f"{kl:g}: within margin"] = e.verdict == "within margin"
+        return found
+
+    bounds = {
+        "0.005: harmful": (0.0, 0.01), "0.005: within margin": (0.95, 1.0), "0.02: harmful": (0.0, SIZE[1]),
+        "0.02: within margin": (0.0, 0.11), "0.07: harmful": (0.95, 1.0), "0.07: within margin": (0.0, 0.0),
+    }  # fmt: skip
+    about = "KL of 16 documents, margin .02 (skewed: t is a little too sure of what is safe)"
+    return _bounded(about, bounds, (draw(seed) for seed in range(DRAWS // thin)))
 
 
 GARBAGE: dict[str, Callable[[list[str], int, random.Random], str]] = {
@@ -441,21 +664,12 @@ def garbage(thin: int = 1) -> list[Row]:
     return rows
 
 
-WORLDS = (null, effect, few, scrambler, power, selection, blocks, shuffled, documents, rare, garbage)
+WORLDS = (
+    null, family, effect, few, scrambler, power, selection, blocks, timing, shuffled, documents, rare, capped,
+    truncated, sharp, failing, forced, garbage,
+)  # fmt: skip
 DOCUMENT = Path(__file__).parents[2] / "docs" / "statistics.md"
 MARK = "<!-- what follows is written by: python -m suites.checks.simulations -->"
-
-
-@contextmanager
-def quick() -> Iterator[None]:
-    """Makes what is slow in statsmodels, a garbage collection a call, cheap meanwhile."""
-    compare([World().part(np.random.default_rng(0))], draws=10)
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def tables(rows: Iterable[Row]) -> str:
@@ -469,8 +683,7 @@ def tables(rows: Iterable[Row]) -> str:
 
 def main() -> None:
     """Run every simulation and rewrite the document's tables."""
-    with quick():
-        rows = [row for world in WORLDS for row in world()]
+    rows = [row for world in WORLDS for row in world()]
     text, _, _ = DOCUMENT.read_text().partition(MARK)
     DOCUMENT.write_text(text + MARK + "\n" + tables(rows))
     broken = [row for row in rows if not row.holds()]

@@ -130,7 +130,7 @@ def same(drawn, cell, shows):
     if isinstance(cell["value"], str):
         return drawn == (cell["value"] or "-")
     numbers = re.findall(NUMBER, drawn.removesuffix(cell["unit"]))
-    wanted = [x for x in figures(cell, shows) if x is not None]
+    wanted = [x if ">100" not in drawn else min(x, 100) for x in figures(cell, shows) if x is not None]
     if not numbers:
         return not wanted or drawn == "–"
     if "(–)" in drawn:

@@ -124,7 +124,7 @@ def test_what_a_run_tells_of_its_servers(command, tmp_path):
     verdicts = report[report.index("## verdicts") : report.index("## beside")]
     assert "| fp8 | speed" in verdicts
     assert [line for line in verdicts.splitlines() if line.startswith("| garbage |")] == [
-        "| garbage | all | BROKEN | - | - | BROKEN | - |"
+        "| garbage | all | BROKEN | - | - | BROKEN | - | - |"
     ]
     told = [sys.executable, "-m", "kvsuite.cli", "report", "--markdown", str(tmp_path / "left")]
     assert subprocess.run(told, capture_output=True, text=True, check=True, cwd=ROOT).stdout == report

@@ -3,15 +3,9 @@
 import pytest
 
 from suites.checks.depth import depth
-from suites.checks.simulations import COVERAGE, DOCUMENT, WORLDS, Row, quick, tables, widened
+from suites.checks.simulations import COVERAGE, DOCUMENT, WORLDS, Row, tables, widened
 
 THIN = depth(10, 1)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quickly():
-    with quick():
-        yield
 
 
 @pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.__name__)

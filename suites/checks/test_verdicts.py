@@ -175,6 +175,11 @@ def test_a_veto_convicts_and_never_clears():
     assert (kl.verdict, quality.verdict, overall([kl, quality])) == ("within margin", "not excluded", "within margin")
     (_, kl), (_, quality) = decide([("m", of(0.0, endpoint="kl", direction=1)), ("m", of(-0.5))], veto)
     assert (quality.verdict, overall([kl, quality])) == ("harmful", "harmful")
+    loose = of(oracle.t.isf(0.04, 200) * 0.01 - 0.05, endpoint="kl")
+    found = decide([("m", of(0.0, endpoint="kl")), ("m", of(0.0, 0.2)), ("n", loose)], veto)
+    assert [e.verdict for _, e in found] == ["within margin", "not excluded", "within margin"], (
+        "it takes no level either"
+    )
 
 
 def test_what_lacks_answers_or_a_spread_is_in_no_family():
