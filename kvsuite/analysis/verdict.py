@@ -39,6 +39,8 @@ class Effect:
     """Of so many samples (or rounds) that were to be compared, those that could be; None where all could."""
     capped: bool = False
     """Whether the cap hides what would be harmful."""
+    veto: bool = False
+    """Whether it can only convict."""
     adjusted: float | None = None
     """One-sided p of harm, after Holm's correction over all that was decided together."""
     verdict: Verdict = "undecided"
@@ -161,7 +163,7 @@ def decide(found: Sequence[Named], margins: Margins | None = None) -> list[Named
     for at, (name, e) in enumerate(found):
         if at in lowest:
             levels = (harm, speed if e.endpoint == SPEED else damage)
-            e = _verdict(replace(e, adjusted=lowest[at], levels=levels), e.endpoint in veto)
+            e = _verdict(replace(e, adjusted=lowest[at], levels=levels, veto=e.endpoint in veto))
         decided.append((name, e))
     return decided
 
@@ -180,14 +182,14 @@ def _safe_level(found: Sequence[Named]) -> float:
     return _level(holm(list(largest.values())))
 
 
-def _verdict(e: Effect, veto: bool) -> Effect:
+def _verdict(e: Effect) -> Effect:
     assert e.adjusted is not None
     verdict: Verdict = "undecided"
     if e.adjusted <= LEVEL:
         verdict = "harmful"
     elif e.capped:
         verdict = "capped"
-    elif veto:
+    elif e.veto:
         verdict = "not excluded"
     elif e.safe <= e.levels[1]:
         verdict = "within margin"
@@ -207,10 +209,10 @@ def _end(e: Effect, side: Side) -> float:
 
 def overall(effects: Sequence[Effect]) -> Verdict:
     """Of a method's decided endpoints: harmful if one is, within margin if all that must be are. Speed is no damage."""
-    found = [e.verdict for e in effects if e.endpoint != SPEED]
-    if "harmful" in found:
+    damage = [e for e in effects if e.endpoint != SPEED]
+    if any(e.verdict == "harmful" for e in damage):
         return "harmful"
-    deciding = {verdict for verdict in found if verdict != "not excluded"}
+    deciding = {e.verdict for e in damage if not e.veto}
     return "within margin" if deciding == {"within margin"} else "undecided"
 
 
