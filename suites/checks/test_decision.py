@@ -1,0 +1,144 @@
+"""The first table: what is forced decides, in words that name the method, its bytes and its damage."""
+
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from kvsuite.analysis.forced import acted, divergences
+from kvsuite.analysis.report import analyse
+from kvsuite.records import Answer, Forced, Timing, decode, encode
+from kvsuite.report import terminal
+from suites.checks.test_partial import run
+
+DOCUMENTS, POSITIONS = 16, 64
+SMOKE = {"quality": 0.1, "broken": 0.1, "veto": ["quality", "broken", "length", "truncation"]}
+NOISE = 2e-4
+
+
+def forced(method, kl=0.0, loss=0.0, nbytes=100, n=DOCUMENTS, **more):
+    """Documents differ by a tenth in how far a method is from the baseline."""
+    draw, found = np.random.default_rng(3), []
+    for i in range(n):
+        level, logs = 1 + 0.1 * draw.standard_normal(), -draw.exponential(1, POSITIONS)
+        known = {"task": "document", "sample": f"d{i}", "cluster": f"d{i}", "nbytes": nbytes, "tokens": [1], "cap": 64}
+        columns = {
+            "kl": (kl * level * draw.exponential(1, POSITIONS)).tolist(),
+            "flips": (draw.random(POSITIONS) < min(kl, 1)).astype(int).tolist(),
+            "logs": (logs - loss * level).tolist(),
+        }
+        found.append(Forced(method, prefill_seconds=3.0, **known, **columns, **more))
+    return found
+
+
+def speed(method, ratio, length=1024):
+    noise = 1 + 0.01 * np.random.default_rng(length).standard_normal((2, 8))
+    seconds = {"seconds": (noise[0] / ratio).tolist(), "baseline_seconds": noise[1].tolist()}
+    where = {"cache": "kvsuite.cache.layer.LayerCache/cpu", "checked": 0.5, "path": "m/cpu"}
+    return Timing(method, width=8, length=length, tokens=8, **where, **seconds)
+
+
+def report(*records, methods=("m",)):
+    whole = [forced("full"), forced("jitter", NOISE), *records]
+    facts = {"margins": SMOKE, "methods": ["full", "jitter", *methods], "finished": "now"}
+    return analyse(run(*whole, **facts, expected={"samples": {"document": DOCUMENTS}}))
+
+
+def decided(*records, method="m", methods=("m",)):
+    found = report(*records, methods=methods)
+    return found.table("headline").title, found.cell("decision", method, "decision").value
+
+
+@pytest.mark.parametrize(
+    ("kl", "loss", "times", "words"),
+    [
+        (0.002, 0.001, 1.3, "use it"),
+        (0.002, 0.001, 1.0, "use it"),
+        (0.002, 0.001, 0.7, "no damage, but slower"),
+        (0.09, 0.001, 1.3, "damaged: KL +0.09"),
+        (0.002, 0.1, 1.3, "damaged: perplexity +10%"),
+        (0.3, 0.2, 0.5, "damaged: KL +0.3"),
+    ],
+)
+def test_what_is_forced_decides_and_speed_says_what_for(kl, loss, times, words):
+    headline, said = decided(forced("m", kl, loss, nbytes=53), [speed("m", times)])
+    assert said.startswith(words)
+    if words.startswith("damaged"):
+        assert headline == "m: damaged"
+    else:
+        assert headline == "m: no damage found, 0.53 of the bytes"
+
+
+def test_from_which_context_on():
+    every = [speed("m", ratio, length) for length, ratio in ((512, 0.8), (1024, 0.88), (2048, 0.93))]
+    _, said = decided(forced("m", 0.002, 0.001), every)
+    assert said.startswith("use it above ")
+    assert 2048 < int(said.split()[3].replace(",", ""))
+
+
+def test_what_is_missing_is_told_in_documents_and_minutes():
+    draw = np.random.default_rng(5)
+    wild = [replace(r, kl=(np.array(r.kl) * draw.choice([0.1, 4])).tolist()) for r in forced("m", 0.01, 0.001)]
+    headline, said = decided(wild)
+    assert headline == "m: cannot tell yet"
+    more, minutes = (int(x) for x in said.removeprefix("cannot tell: ").removesuffix(" min").split(" more documents, "))
+    assert more > 0
+    assert abs(minutes - more * 9 / 60) <= 1, "three arms at 3 s a document"
+
+
+def test_a_control_is_no_method_and_one_that_did_nothing_no_floor():
+    found = report(forced("m", 0.002))
+    assert {row.key for row in found.table("decision").rows} == {("m",)}
+    assert acted(found.run)
+    seen = divergences(found.run)["m"]
+    assert seen.excess["kl"].mean == pytest.approx(seen.kl.mean - divergences(found.run)["jitter"].kl.mean)
+    still = analyse(run(forced("full"), forced("jitter"), forced("m", 0.002), margins=SMOKE))
+    assert not acted(still.run)
+    assert divergences(still.run)["m"].excess == {}
+
+
+def test_tasks_can_only_veto():
+    samples = [Answer(m, task="needle", sample=f"n{i}", score=s, tokens=[i], text=f"{m} {i}", cap=9)
+               for m, s in (("full", 1.0), ("jitter", 1.0), ("m", 1.0)) for i in range(8)]  # fmt: skip
+    assert decided(forced("m", 0.002, 0.001), samples)[0].startswith("m: no damage found")
+    lost = [replace(a, score=0.0) if a.method == "m" else a for a in samples]
+    headline, said = decided(forced("m", 0.002, 0.001), lost)
+    assert headline == "m: damaged"
+    assert said.startswith("damaged: tasks -100 pt")
+
+
+def test_documents_that_are_missing_clear_nobody():
+    headline, said = decided(forced("m", 0.002, 0.001, n=9))
+    assert (headline, said) == ("m: cannot tell yet", "partial: answers are missing")
+
+
+def test_the_table_of_a_task():
+    cells = report(forced("m", 0.09)).table("divergence:document")
+    assert cells.cell("full", "kl").value is None
+    assert cells.cell("m", "kl").low < 0.09 < cells.cell("m", "kl").high
+    assert cells.cell("m", "flips").value == pytest.approx(9, abs=3)
+
+
+def test_without_v_a_terminal_shows_what_decides():
+    class Reporter:
+        def __init__(self, verbosity):
+            self.verbosity, self._file, self.fullwidth = verbosity, io.StringIO(), 100
+            self._tw = self
+
+        def write_line(self, line, **_):
+            self._file.write(line + "\n")
+
+    found = report(forced("m", 0.002, 0.001), [speed("m", 1.2)])
+    for verbosity, others in ((0, False), (1, True)):
+        drawn = Reporter(verbosity)
+        terminal.pytest_kv_report(found, drawn)
+        text = drawn._file.getvalue()
+        assert text.lstrip().startswith("m: no damage found")
+        assert ("verdicts" in text, "forced tokens" in text) == (others, others)
+
+
+def test_a_record_survives():
+    (record,) = forced("m", 0.1, n=1)
+    assert decode(encode(record)) == record
+    assert record.job == ("divergence", "m", "document", "d0", 0)
