@@ -23,7 +23,7 @@ from kvsuite.plugin.local import Local
 from kvsuite.plugin.options import Options
 from kvsuite.plugin.serving import Serving
 from kvsuite.plugin.session import Session
-from kvsuite.records import read
+from kvsuite.records import is_control, read
 from kvsuite.registry import Registry, function
 from kvsuite.report import markdown, terminal
 from kvsuite.tasks import Task
@@ -110,8 +110,11 @@ def parametrize(metafunc: pytest.Metafunc, session: Session) -> None:
     asked, own = session.options, {m.name for m in metafunc.definition.iter_markers()}
     by_arm = bool({"kv_arm", "kv_method"} & set(metafunc.fixturenames))
     tasks = [task.name for task in session.tasks if _marker(task, asked, by_arm) in own]
+    methods = asked.methods if asked.servers is None else ()
+    if "throughput" in own:  # a control's speed is that of making noise
+        methods = tuple(method for method in methods if not is_control(method.name))
     values: dict[str, tuple[Any, Any]] = {
-        "kv_method": (asked.methods if asked.servers is None else (), lambda method: method.name),
+        "kv_method": (methods, lambda method: method.name),
         "kv_arm": (asked.arms, lambda name: name.replace(" ", "-")),
         "kv_cell": (session.cells if isinstance(session, Serving) else (), lambda cell: cell.name.replace(" ", "-")),
         "kv_task": (tasks, str),

@@ -97,7 +97,7 @@ def _seconds(session: Local, speeds: Speeds, asked: Mapping[str, Any], known: di
     if cell_job(asked) in session.recorded:
         return 0.0
     if "kv_prefill" in asked:
-        return (4 * max(3, o.rounds // 3) + 2) * speeds.token * int(str(asked["kv_prefill"]))
+        return (4 * max(2, o.rounds // 3) + 2) * speeds.token * int(str(asked["kv_prefill"]))
     if "kv_batch" in asked:
         rows = int(str(asked["kv_batch"]))
         return (8 * (o.rounds + 1) + 6) * speeds.steps(rows, rows)

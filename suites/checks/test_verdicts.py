@@ -58,7 +58,9 @@ def test_a_verdict_is_of_the_interval_not_of_the_point(low, high, limits, verdic
 
 def test_the_worst_endpoint_decides_and_speed_is_no_damage():
     def of(*verdicts, endpoint="quality"):
-        return overall([Effect(endpoint, Estimate(0, 0, 0), ABOVE, 9, verdict=v, veto=v == "not excluded") for v in verdicts])
+        return overall(
+            [Effect(endpoint, Estimate(0, 0, 0), ABOVE, 9, verdict=v, veto=v == "not excluded") for v in verdicts]
+        )
 
     assert of("within margin", "harmful", "undecided") == "harmful"
     for open_ in ("undecided", "capped", "partial"):
