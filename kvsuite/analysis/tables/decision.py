@@ -65,10 +65,8 @@ def decision(run: Run, decided: Sequence[Named]) -> list[Table]:
         rows.append(
             Row((method,), {"decision": Cell(words), **_cells(run, method, own, speed, evens.get(method), held)})
         )
-    return [
-        _headline(verdicts, held),
-        Table("decision", "method by method", ("method",), COLUMNS, rows, [Note(MEANING)]),
-    ]
+    shown = [c for c in COLUMNS if any(row.cells.get(c.key, Cell()).value not in (None, "capped") for row in rows)]
+    return [_headline(verdicts, held), Table("decision", "method by method", ("method",), shown, rows, [Note(MEANING)])]
 
 
 def _headline(verdicts: Mapping[str, str], held: Mapping[str, float]) -> Table:
