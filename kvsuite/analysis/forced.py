@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -17,10 +18,17 @@ Documents = dict[tuple[str, str], Forced]
 """By task and sample."""
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What an arm did to the documents that the baseline and the control read, too."""
+
+    documents: int
+    divergence: Divergence
+
+
 @lru_cache(maxsize=2)  # several tables ask for the same run
-def divergences(run: Run) -> dict[str, Divergence]:
-    """By arm, in order; of a method on the documents that the baseline and the control read, too. Of several controls
-    one is the floor of the methods, and the next is its own."""
+def divergences(run: Run) -> dict[str, Seen]:
+    """By arm, in order. Of several controls one is the floor of the methods, and the next is its own."""
     read = _read(run)
     base = read.pop(run.baseline, {})
     noises = [arm for arm in read if run.is_control(arm)]
@@ -31,7 +39,7 @@ def divergences(run: Run) -> dict[str, Divergence]:
         shared = [key for key in mine if key in base and (key in theirs or not theirs)]
         if shared:
             control = _positions(shared, theirs, base) if theirs else None
-            found[arm] = divergence(_positions(shared, mine, base), control)
+            found[arm] = Seen(len(shared), divergence(_positions(shared, mine, base), control))
     return found
 
 
@@ -47,9 +55,10 @@ def effects(run: Run, margins: Margins) -> list[Named]:
     asked = sum(expected(run, "divergence").values())
     for method, seen in divergences(run).items():
         if not run.is_control(method):
-            n, kl = seen.prompts, seen.excess.get("kl", seen.kl)
+            n, by = seen.documents, seen.divergence
+            kl = by.excess.get("kl", by.kl)
             found.append((method, effect("kl", kl, margins.kl, 1, n, compared=n, asked=asked)))
-            text = effect("perplexity", seen.perplexity, margins.perplexity, 1, n, True, compared=n, asked=asked)
+            text = effect("perplexity", by.perplexity, margins.perplexity, 1, n, True, compared=n, asked=asked)
             found.append((method, text))
     return found
 

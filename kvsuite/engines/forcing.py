@@ -166,18 +166,19 @@ class Forcing:
 
     def _step(self, decoder: Decoder, found: Found) -> dict[str, Tensor]:
         """One token of every document: the logits of each arm that did not fail, (documents, vocabulary)."""
-        sizes = {worker.method.name: len(worker.active) for worker in decoder.workers}
+        places = {worker.method.name: [row for row, _ in worker.active] for worker in decoder.workers}
         try:
             for response in decoder.step():
                 found[response.id, response.method].response = response
         except Exception as error:  # of the model itself: all who took part have failed
-            for name in sizes:
+            for name in places:
                 self._lose(name, error)
         for worker in decoder.workers:
             self._refuse_late(worker)
         parts, first = dict[str, Tensor](), 0
-        for name, size in sizes.items():
-            parts[name], first = decoder.logits[first : first + size], first + size
+        for name, rows in places.items():
+            own = rows if decoder.graph is not None else range(first, first + len(rows))
+            parts[name], first = decoder.logits[list(own)], first + len(rows)
         return {name: own for name, own in parts.items() if name not in self.lost}
 
     def _refuse_late(self, worker: MethodWorker) -> None:

@@ -206,6 +206,8 @@ class Local(Session):
     def answers(self, name: str) -> list[Answer]:
         """The answers of all jobs of a task; the first call does those that are not recorded."""
         if name not in self._answers:
+            if self.worker:  # another one may have died over this task since its records were read
+                vars(self).pop("recorded", None)
             task = tasks.task(name)
             jobs, start = self.jobs(task), time.perf_counter()
             there = {job: r for job in jobs if isinstance(r := self.recorded.get(job), Answer)}

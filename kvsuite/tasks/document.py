@@ -31,22 +31,24 @@ class Document(Task):
         files, order = self.fetch(), random.Random(f"document {seed}")
         order.shuffle(files)
         found: list[Sample] = []
-        for text in files:
+        begun: set[tuple[str, int]] = set()
+        for text in files * (1 + count):  # from another place of a message only where there are too few
             if len(found) == count:
                 return found
             length, words = lengths[len(found) % len(lengths)], text.read_text().split()
             start = order.randrange(max(1, len(words) - length - POSITIONS))  # a word is a token or more
             context = first_sentences(" ".join(words[start:]), length, tokens)
-            if not context:
+            if not context or (text.stem, start) in begun:
                 continue
             taken = " ".join(context)
             rest = " " + " ".join(words[start + len(taken.split()) :][: 2 * POSITIONS])
             if tokens(rest) > POSITIONS:
+                begun.add((text.stem, start))
                 name = f"document-l{length}-{len(found)}"
                 found.append(Sample(name, taken, "", rest, POSITIONS, cluster=text.stem))
         if len(found) == count:
             return found
-        raise UsageError(f"{len(found)} presidential messages are as long as --kv-length {max(lengths)}, not {count}")
+        raise UsageError(f"the presidential messages do not hold {count} documents of {max(lengths)} tokens")
 
     def score(self, sample: Sample, answer: str) -> None:
         return None

@@ -180,9 +180,9 @@ def test_workers_collect_the_evaluations_too(project):
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr
     answers = [r for r in read(project.home / "left").records if isinstance(r, Answer)]
     assert {(a.task, a.method) for a in answers} == {
-        (task, method) for task in ("needle", "chat") for method in ("full", "jitter", "int8")
+        (task, method) for task in ("document", "needle", "chat") for method in ("full", "jitter", "int8")
     }
-    assert len(answers) == 2 * 3 * 2 + 2, "each once, and sampled ones of the baseline once more"
+    assert len(answers) == 3 * 3 * 2 + 2, "each once, and sampled ones of the baseline once more"
 
 
 def test_evaluations_are_collected_where_they_are_asked_for_and_once(project, installed):

@@ -22,21 +22,28 @@ def test_a_run_leaves_records_and_a_report(run):
     for task, extra in (("needle", 0), ("chat", 3)):  # with sampling the baseline answers again
         assert len([a for a in answers if a.task == task]) == 3 * len(names) + extra
     assert {(t.method, t.phase) for t in timings} == {
-        *((name, phase) for name in names for phase in ("decode", "prefill")),
+        *((name, phase) for name in names if name != "jitter" for phase in ("decode", "prefill")),
         ("transformers", "decode"),
     }
     caches = {(t.method, t.cache) for t in timings if t.method != "transformers"}
-    assert {(a.method, a.cache) for a in answers} == caches
+    assert {(a.method, a.cache) for a in answers if a.method != "jitter"} == caches
     assert {cache for _, cache in caches} == set(SCORED.split(", "))
     assert all(t.checked is not None and t.checked <= 1 for t in timings if t.method != "transformers")
-    assert all(len(t.seconds) == len(t.baseline_seconds) == (2 if t.phase == "decode" else 3) for t in timings)
+    assert all(len(t.seconds) == len(t.baseline_seconds) == 2 for t in timings)
     facts = read(Path("left")).facts
     assert facts["settings"]["length"] == [256]
     assert len(facts["model"]["fingerprint"]) == 64
     report = Path("left/report.md").read_text()
-    assert facts["expected"] == {"samples": {"needle": 3, "chat": 3}, "timings": len(timings)}
+    assert facts["expected"] == {"samples": {"chat": 3, "document": 3, "needle": 3}, "timings": len(timings)}
     assert "partial" not in report
-    for said in ("## decode", "## prefill", "## needle", "## chat", f"Scored and timed: the same {SCORED}."):
+    for said in (
+        "## decode",
+        "## prefill",
+        "## document",
+        "## needle",
+        "## chat",
+        f"Scored and timed: the same {SCORED}.",
+    ):
         assert said in report
     result.stdout.fnmatch_lines(["Scored and timed: the same *", "*records and report: left*"])
 
@@ -92,7 +99,7 @@ def test_a_broken_cell_costs_itself(run, pytester, how):
     assert {r.method for r in records if r.status == "failed"} == {"int8"}
     assert all(r.error for r in records if r.method == "int8")
     assert not [r for r in records if r.method == "int8" and r.status == "ok"]
-    assert len([r for r in records if r.method == "full"]) == 3 + 2
+    assert len([r for r in records if r.method == "full"]) == 3 + 3 + 2
     assert "FAILED int8" in Path("left/report.md").read_text()
     result.stdout.fnmatch_lines(["*FAILED int8*"])
 
@@ -114,7 +121,7 @@ def test_a_method_far_slower_than_the_baseline_costs_itself(run, pytester):
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     late = [r for r in left(Answer) + left(Timing) if "TimeoutError: took more than " in r.error]
     assert {r.method for r in late} == {"int8"}
-    assert {type(r) for r in late} == {Answer, Timing}
+    assert {type(r) for r in late} >= {Answer, Timing}
     assert not [r for r in left(Answer) + left(Timing) if r.method == "full" and r.status == "failed"]
 
 
@@ -182,7 +189,7 @@ def test_an_interrupted_run_is_partial(run, pytester):
     assert result.ret == pytest.ExitCode.INTERRUPTED
     facts = read(Path("left")).facts
     assert "finished" not in facts
-    assert facts["expected"] == {"samples": {"needle": 3}}
+    assert facts["expected"] == {"samples": {"document": 3, "needle": 3}}
     report = Path("left/report.md").read_text()
     assert report.splitlines()[0].endswith("partial: this run was interrupted")
     assert run("samples", "--kv-run", "whole").ret == 0
@@ -203,7 +210,7 @@ def test_an_interrupted_run_keeps_its_benchmarks(run, pytester):
     assert result.ret == pytest.ExitCode.INTERRUPTED
     assert "INTERNALERROR" not in result.stdout.str() + result.stderr.str()
     assert len(json.loads(Path("benchmarks.json").read_text())["benchmarks"]) == 3
-    assert "speed: 3 of 9 timed cells" in Path("left/report.md").read_text()
+    assert "speed: 3 of 7 timed cells" in Path("left/report.md").read_text()
 
 
 def test_a_run_says_what_computes_and_what_is_stored(run):

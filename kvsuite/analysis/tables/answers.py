@@ -106,7 +106,7 @@ def _sample_cells(row: SampleRow) -> dict[str, Cell]:
 
 def _divergence(task: str, answers: Sequence[Answer], shares: Mapping[Who, Share], run: Run) -> Table:
     seen = divergences(run)
-    positions = max((d.n for d in seen.values()), default=0)
+    positions = max((d.divergence.n for d in seen.values()), default=0)
     title = f"{task} · {_counted('documents', shares)}, {positions:,} forced tokens · {setting(run)}"
     columns = [
         Column("kl", "KL", "nats"),
@@ -123,7 +123,7 @@ def _divergence(task: str, answers: Sequence[Answer], shares: Mapping[Who, Share
     drawn = []
     for (arm, _), share in shares.items():
         d = seen.get(arm)
-        drawn.append(_row(arm, share, {} if d is None else _divergence_cells(d)))
+        drawn.append(_row(arm, share, {} if d is None else _divergence_cells(d.divergence)))
     failures = dict.fromkeys((a.method, a.error) for a in answers if a.status == "failed")
     notes = [*_lost(shares), Note(note), *dtype_notes(run), *failed(list(failures))]
     return Table(f"divergence:{task}", title, ("method",), columns, drawn, notes, detail=True)

@@ -86,6 +86,8 @@ LATER = {"harmful": "damaged", "undecided": "cannot tell yet"}
 
 def _damaged(effects: Iterable[Effect]) -> str:
     harmful = [e for e in effects if e.verdict == "harmful"]
+    if any(e.endpoint == "quality" for e in harmful):  # which says the same
+        harmful = [e for e in harmful if e.endpoint != "broken"]
     said = [SAID[e.endpoint].format(_figure(e)) for e in harmful]
     return f"damaged: {', '.join(said[:MANY])}"
 
@@ -144,8 +146,9 @@ def _cells(
         words = {"everywhere": "any", "nowhere": "never", "shorter": "-"}
         found["from"] = Cell(even.length if even.faster == "longer" else words[even.faster])
     if seen is not None:
-        found["kl"] = Cell(named["kl"].estimate.mean if "kl" in named else seen.kl.mean)
-        found |= {"flips": Cell(100 * seen.flips.mean), "perplexity": Cell(100 * (seen.perplexity.mean - 1))}
+        by = seen.divergence
+        found["kl"] = Cell(named["kl"].estimate.mean if "kl" in named else by.kl.mean)
+        found |= {"flips": Cell(100 * by.flips.mean), "perplexity": Cell(100 * (by.perplexity.mean - 1))}
     if quality := named.get("quality"):
         found["quality"] = Cell(100 * quality.estimate.mean)
     if length := named.get("length"):
