@@ -295,9 +295,9 @@ def test_one_control_plans_what_it_can_and_two_plan_broken(told):
     off[:24:2] = 1 - off[:24:2]
     one = [*chats("full"), *needles("full"), *chats("jitter", NOISY), *needles("jitter", off)]
     _, out, _ = told("plan", left("one", *one))
-    assert ["jitter quality 5 " in out, "jitter length 15 " in out, "jitter broken " in out] == [1, 1, 0]
+    assert ["jitter quality 5.0 " in out, "jitter length 15.0 " in out, "jitter broken " in out] == [1, 1, 0]
     two = [*chats("jitter:seed=1", NOISY[::-1]), *needles("jitter:seed=1", np.roll(RIGHT, 1))]
-    assert "jitter:seed=1 broken 5 " in told("plan", left("two", *one, *two))[1]
+    assert "jitter:seed=1 broken 5.0 " in told("plan", left("two", *one, *two))[1]
 
 
 def test_without_noise_there_is_no_plan(told):

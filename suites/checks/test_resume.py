@@ -16,7 +16,7 @@ import pytest
 from kvsuite.records import Agreement, Answer, Timing, decode, read
 from suites.checks.depth import depth
 
-KILLS = depth(2, 20)
+KILLS = depth(3, 20)
 SECONDS = ("prefill_seconds", "decode_seconds", "decode_share", "seconds", "baseline_seconds")
 
 
