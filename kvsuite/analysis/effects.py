@@ -68,7 +68,7 @@ class Comparison:
         """Over all endpoints once they are decided: scores alone, without a floor for broken samples, are never within
         margin."""
         found, quality = overall(self.effects), self.effect("quality")
-        unknown = quality is not None and quality.verdict != "not excluded" and self.effect("broken") is None
+        unknown = quality is not None and not quality.veto and self.effect("broken") is None
         return "undecided" if unknown and found == "within margin" else found
 
 

@@ -162,7 +162,8 @@ class Forcing:
                     one.flips.append(flip)
                     one.logs.append(log)
         for worker in self.arms.values():  # without a baseline nothing can be compared
-            list(worker.fail("the baseline failed")) if worker.active else None
+            if worker.active:
+                list(worker.fail("the baseline failed"))
 
     def _step(self, decoder: Decoder, found: Found) -> dict[str, Tensor]:
         """One token of every document: the logits of each arm that did not fail, (documents, vocabulary)."""
