@@ -35,6 +35,8 @@ class Response:
     """How many of the prompt's tokens were prefilled and compressed; the others are the suffix."""
     prefill_seconds: float = 0.0
     """The shared prefill, with the observations only where this method asked for them, and its own compression."""
+    shared_seconds: float = 0.0
+    """Of these, the prefill without observations, which was run once for all methods."""
     decode_seconds: float = 0.0
     """The steps it took part in, which it shared with its batch mates: what its reader waited."""
     decode_share: float = 0.0

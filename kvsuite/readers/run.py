@@ -38,7 +38,7 @@ def arms(run: Run, evaluation: str = "", failed: bool = False) -> dict[tuple[str
         arm = gathered.setdefault((a.method, a.repeat), ArmBuilder(f"{run.folder}#{a.method}"))
         figures: dict[str, Any] = {}
         if a.status == "ok":
-            figures = {"score": a.score, "capped": a.finish == "length", "seconds": a.seconds, "text": a.text}
+            figures = {"score": a.score, "capped": a.finish == "length", "text": a.text}
             figures["tokens"] = a.length if a.evaluation == "length" else None
         elif not failed or not a.sample or (a.method, a.repeat, a.task, a.sample) in known:
             continue

@@ -117,8 +117,8 @@ class World:
         score = np.where(rng.random(4 * n) < worse, 0.0, score)
         tokens = np.ceil(np.exp(length + rng.normal(0, self.spread, 4 * n)) * longer)
         capped = tokens >= CAP
-        ones, files = np.ones(4 * n), dict.fromkeys(("rouge", "exact", "f1", "count"), "-")
-        known = {"score": score.astype(float), "tokens": np.minimum(tokens, CAP), "cap": CAP * ones, "seconds": ones}
+        cap, files = np.full(4 * n, float(CAP)), dict.fromkeys(("rouge", "exact", "f1", "count"), "-")
+        known = {"score": score.astype(float), "tokens": np.minimum(tokens, CAP), "cap": cap}
         text: list[str | None] = [None] * (4 * n)
         return Arm("simulated", self.keys, self.clusters, capped=capped.astype(float), text=text, files=files, **known)
 
@@ -357,7 +357,7 @@ def _arm(names: list[tuple[str, str]], score: np.ndarray | None = None, tokens: 
     given = [nothing if x is None else x for x in (score, tokens)]
     keys = [(d, f"{i}") for i, (d, _) in enumerate(names)]
     documents = [document for _, document in names]
-    flat = np.full(n, float(CAP)), np.zeros(n), np.ones(n)
+    flat = np.full(n, float(CAP)), np.zeros(n)
     return Arm("simulated", keys, documents, *given, *flat, [None] * n, dict.fromkeys((d for d, _ in names), "-"))
 
 

@@ -284,6 +284,9 @@ def test_a_plan_from_two_seeds_is_the_formulas(told):
     assert int(prompts.replace(",", "")) == pytest.approx(wanted, rel=0.1)
     hours, minutes, seconds = map(int, time.split(":"))
     assert 3600 * hours + 60 * minutes + seconds == 3 * int(prompts.replace(",", "")), "1.5 s an answer, two arms"
+    shared = [replace(a, shared_seconds=0.25) for a in read(Path("a")).records]
+    took = told("plan", left("b", *shared), "--margins", "length=0.005")[1].split(" seed length ")[1].split()[3]
+    assert took == time, "another seed is another pass, with a prefill of its own"
     wider = told("plan", "a", "--margins", "length=0.01")[1].split(" seed length ")[1].split()[2]
     assert int(prompts.replace(",", "")) / int(wider.replace(",", "")) == pytest.approx(3.3, abs=0.7), (
         "less than 4, since few lengths change much"
@@ -296,6 +299,12 @@ def test_one_control_plans_what_it_can_and_two_plan_broken(told):
     one = [*chats("full"), *needles("full"), *chats("jitter", NOISY), *needles("jitter", off)]
     _, out, _ = told("plan", left("one", *one))
     assert ["jitter quality 5.0 " in out, "jitter length 15.0 " in out, "jitter broken " in out] == [1, 1, 0]
+    hours, minutes, seconds = map(int, out.split("jitter length ")[1].split()[3].split(":"))
+    prompts = int(out.split("jitter length ")[1].split()[2].replace(",", ""))
+    left("shared", *(replace(a, shared_seconds=0.25) for a in one))
+    less = told("plan", "shared")[1].split("jitter length ")[1].split()[3].split(":")
+    saved = 3600 * (hours - int(less[0])) + 60 * (minutes - int(less[1])) + seconds - int(less[2])
+    assert saved == pytest.approx(prompts / 4, abs=1), "one pass, one prefill"
     two = [*chats("jitter:seed=1", NOISY[::-1]), *needles("jitter:seed=1", np.roll(RIGHT, 1))]
     assert "jitter:seed=1 broken 5.0 " in told("plan", left("two", *one, *two))[1]
 

@@ -26,8 +26,7 @@ DRAWS = 1000
 
 def arm(score=None, tokens=None, *, cap=1000, capped=0, text=None, file="x.json"):
     n = len(tokens if score is None else score)
-    seconds = None
-    columns = (score, tokens, cap, capped, seconds)
+    columns = (score, tokens, cap, capped)
     columns = [np.array(np.broadcast_to(math.nan if x is None else x, n), float) for x in columns]
     names = [f"s{i}" for i in range(n)]
     return Arm(file, [("d", s) for s in names], names, *columns, text or [None] * n, {"d": file})

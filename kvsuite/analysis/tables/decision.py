@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from kvsuite.analysis.costs import sample_seconds
 from kvsuite.analysis.forced import divergences
 from kvsuite.analysis.latency import BreakEven
 from kvsuite.analysis.speed import break_evens
@@ -111,7 +112,7 @@ def _cleared(speed: Effect | None, even: BreakEven | None) -> str:
 
 
 def _open(run: Run, effects: Sequence[Effect]) -> str:
-    """What is missing for a verdict: samples of the kind that takes most, and the minutes they would take here."""
+    """What is missing for a verdict: samples of the kind that takes most, and the minutes they take with all arms."""
     if any(e.verdict == "partial" for e in effects):
         return "partial: answers are missing"
     waiting = [e for e in effects if e.verdict == "undecided" and e.estimate.known]
@@ -122,14 +123,8 @@ def _open(run: Run, effects: Sequence[Effect]) -> str:
     if not math.isfinite(wanted):
         return f"cannot tell: at the margin of {worst.endpoint}"
     more, kind = max(math.ceil(wanted) - worst.n, 1), UNITS[worst.endpoint]
-    minutes = more * _seconds(run, EVALUATIONS[kind]) / 60
+    minutes = more * sample_seconds(run, EVALUATIONS[kind]) / 60
     return f"cannot tell: {more:,} more {kind}, {max(1, math.ceil(minutes)):,} min"
-
-
-def _seconds(run: Run, evaluation: str) -> float:
-    """What a sample took, all arms together."""
-    made = [r for r in run.records if isinstance(r, Answer) and r.evaluation == evaluation and r.status == "ok"]
-    return sum(r.seconds for r in made) / max(len({(r.task, r.sample) for r in made}), 1)
 
 
 def _cells(
