@@ -427,7 +427,7 @@ def _forced(rng: np.random.Generator, kl: float, margins: Margins, documents: in
     level = rng.gamma(4, 0.25, documents)
     noise = rng.gamma(4, 0.25, documents) * 2e-4
     beyond = kl * level + noise - rng.permutation(noise)
-    found = estimate(Design.alone(documents), [Ratio(beyond)], draws=200)[0]
+    found = estimate(Design.alone(documents), [Ratio(beyond, skewed=True)], draws=200)[0]
     logs = rng.normal(0, 0.01, documents)
     ratio = Estimate.of(math.exp(logs.mean()), float(logs.std(ddof=1)) / documents**0.5, documents - 1, log=True)
     return [
@@ -607,7 +607,7 @@ def forced(thin: int = 1) -> list[Row]:
     def draw(seed: int) -> dict[str, bool]:
         rng = np.random.default_rng([18, seed])
         found = {}
-        for kl in (0.005, 0.02, 0.07):
+        for kl in (0.005, 0.012, 0.02, 0.07):
             (_, e), _ = _forced(rng, kl, Margins())
             ((_, e),) = decide([("m", e)])
             found[f"{kl:g}: harmful"] = e.verdict == "harmful"
@@ -615,10 +615,11 @@ def forced(thin: int = 1) -> list[Row]:
         return found
 
     bounds = {
-        "0.005: harmful": (0.0, 0.01), "0.005: within margin": (0.95, 1.0), "0.02: harmful": (0.0, SIZE[1]),
-        "0.02: within margin": (0.0, 0.11), "0.07: harmful": (0.95, 1.0), "0.07: within margin": (0.0, 0.0),
+        "0.005: harmful": (0.0, 0.01), "0.005: within margin": (0.95, 1.0), "0.012: harmful": (0.0, 0.01),
+        "0.012: within margin": (0.9, 1.0), "0.02: harmful": (0.0, SIZE[1]), "0.02: within margin": (0.0, 0.07),
+        "0.07: harmful": (0.95, 1.0), "0.07: within margin": (0.0, 0.0),
     }  # fmt: skip
-    about = "KL of 16 documents, margin .02 (skewed: t is a little too sure of what is safe)"
+    about = "KL of 16 documents, margin .02 (skewed: Hall's correction on the safe side)"
     return _bounded(about, bounds, (draw(seed) for seed in range(DRAWS // thin)))
 
 

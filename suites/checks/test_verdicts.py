@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ from statsmodels.stats.proportion import proportion_confint
 
 from kvsuite.analysis.effects import DEFAULT, Part, compare, decided
 from kvsuite.analysis.length import is_empty, loops
+from kvsuite.analysis.resample import Design
 from kvsuite.analysis.shares import Unseen, tango_bound, tango_z
-from kvsuite.analysis.stats import LEVEL, Estimate, Interval, benjamini_hochberg, holm
+from kvsuite.analysis.stats import LEVEL, Estimate, Interval, Ratio, benjamini_hochberg, estimate, holm
 from kvsuite.analysis.tables.negatives import undecided
 from kvsuite.analysis.verdict import Effect, chances, decide, effect, judge, overall, samples_needed
 from kvsuite.columns import Arm
@@ -104,17 +106,32 @@ def test_tangos_statistic_is_that_of_the_most_likely_shares(one, other, same, di
         st.just(("unseen", None)),
     ),
     st.sampled_from([-1, 1]), st.sampled_from([0.05, 0.025, 0.05 / 56]), st.booleans(), st.booleans(),
+    st.floats(-1, 1),
 )  # fmt: skip
-def test_a_bound_is_where_p_is_the_level(what, side, level, safe, log):
+def test_a_bound_is_where_p_is_the_level(what, side, level, safe, log, skew):
     kind, value = what
     if kind == "pairs":
         b, c, n = value
         seen = Estimate.of((b - c) / n, 0.1, n - 1, pairs=value)
     else:
-        seen = Estimate.of(1.1, 0.05, 7, log=log, unseen=value)
+        seen = Estimate.of(1.1, 0.05, 7, log=log, unseen=value, skew=skew)
+        plain = replace(seen, skew=0.0).bound(side, level, safe)
+        assert side * (seen.bound(side, level, safe) - plain) >= -1e-12, "a correction is to the safe side"
     end = seen.bound(side, level, safe)
     if abs(end) < 1 or kind == "unseen":
         assert seen.p(end, -side, safe) == pytest.approx(level, rel=1e-4)
+
+
+def test_skew_is_that_of_the_clusters_mean():
+    x = np.random.default_rng(0).exponential(1, 16)
+    seen, plain = estimate(Design.alone(16), [Ratio(x, skewed=True), Ratio(x)])
+    assert (seen.skew, plain.skew) == (pytest.approx(oracle.skew(x, bias=False) / 4), 0)
+    assert seen.bound(1, 0.05, safe=True) > plain.bound(1, 0.05, safe=True)
+    assert seen.bound(-1, 0.05, safe=True) == plain.bound(-1, 0.05, safe=True), "its tail is on the other side"
+    assert seen.bound(1, 0.05) == plain.bound(1, 0.05), "harm is not widened"
+    pairs = np.repeat(x, 3), np.full(48, 1 / 3)  # documents of three positions
+    design = Design.of(["d"] * 48, [f"{i // 3}" for i in range(48)])
+    assert estimate(design, [Ratio(pairs[0] / 3, pairs[1], skewed=True)])[0].skew == pytest.approx(seen.skew)
 
 
 def test_the_bounds_of_t_are_scipys():
