@@ -163,7 +163,9 @@ def _compare(asked: argparse.Namespace) -> None:
             tables = changes.loads(before, after)
         else:
             arms, left_out = align([readers.arm(asked.before), readers.arm(asked.after)], asked.allow_missing)
-            tables = [changes.arms(one, other, margins, left_out) for one, other in kinds(arms)]
+            forced = readers.documents(asked.before), readers.documents(asked.after)
+            title = f"{arms[1].source} against {arms[0].source}"
+            tables = changes.arms(title, kinds(arms), forced, margins, left_out)
     terminal.write(tables, sys.stdout, shutil.get_terminal_size().columns)
 
 

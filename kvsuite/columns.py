@@ -166,9 +166,9 @@ def align(arms: Sequence[Arm], allow_missing: bool = False) -> tuple[list[Arm], 
     return aligned, _left_out(lost, everything)
 
 
-def kinds(arms: Sequence[Arm]) -> list[list[Arm]]:
-    """Aligned arms, apart where some datasets have scores and others lengths: a run's tasks and its chats. Each part
-    says in its source which datasets it holds. What has neither in all arms is a part of its own."""
+def kinds(arms: Sequence[Arm]) -> dict[str, list[Arm]]:
+    """Aligned arms, apart where some datasets have scores and others lengths: a run's tasks and its chats, by the names
+    of their datasets; "answers" where there is one part alone. What has neither in all arms is a part of its own."""
     places: dict[str, list[int]] = {}
     for at, dataset in enumerate(arms[0].dataset):
         places.setdefault(dataset, []).append(at)
@@ -177,9 +177,9 @@ def kinds(arms: Sequence[Arm]) -> list[list[Arm]]:
         known = [all(not np.isnan(getattr(arm, name)[mine]).any() for arm in arms) for name in ("score", "tokens")]
         found.setdefault(tuple(known), []).append(dataset)
     if len(found) == 1:
-        return [list(arms)]
+        return {"answers": list(arms)}
     parts = [(", ".join(names), [at for name in names for at in places[name]]) for names in found.values()]
-    return [[replace(arm.take(at), source=f"{arm.source} ({what})") for arm in arms] for what, at in parts]
+    return {what: [replace(arm.take(at), source=f"{arm.source} ({what})") for arm in arms] for what, at in parts}
 
 
 def _missing(arms: Sequence[Arm], places: Sequence[dict[Key, int]], lost: Sequence[Key]) -> str:
