@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from kvsuite.analysis.costs import sample_seconds
 from kvsuite.analysis.forced import divergences
 from kvsuite.analysis.latency import BreakEven
+from kvsuite.analysis.samples import held_share
 from kvsuite.analysis.speed import break_evens
 from kvsuite.analysis.table import Cell, Column, Note, Row, Table
 from kvsuite.analysis.verdict import SPEED, Effect, Named, overall
@@ -154,17 +155,13 @@ def _cells(
 
 def _held(run: Run) -> dict[str, float]:
     """Bytes held after the prompt, as a part of the baseline's for the same prompts; those of chats are short."""
-    held: dict[str, dict[tuple[str, str, int], int]] = {}
+    answered: dict[str, dict[tuple[str, str, int], Answer]] = {}
     for r in run.records:
-        if isinstance(r, Answer) and r.status == "ok" and r.nbytes and r.evaluation != "length":
-            held.setdefault(r.method, {})[r.task, r.sample, r.repeat] = r.nbytes
-    base = held.pop(run.baseline, {})
-    found = {}
-    for method, own in held.items():
-        shared = own.keys() & base.keys()
-        if shared:
-            found[method] = sum(own[key] for key in shared) / sum(base[key] for key in shared)
-    return found
+        if isinstance(r, Answer) and r.status == "ok" and r.evaluation != "length":
+            answered.setdefault(r.method, {})[r.task, r.sample, r.repeat] = r
+    base = answered.pop(run.baseline, {})
+    found = {method: held_share(own, base) for method, own in answered.items()}
+    return {method: share for method, share in found.items() if share is not None}
 
 
 def _break_evens(run: Run) -> dict[str, BreakEven]:
