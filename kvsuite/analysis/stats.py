@@ -49,8 +49,8 @@ class Estimate(Interval):
     least one's lower and the other's upper, and its p likewise."""
     share: float = 1.0
     """Of the clusters, that changed much."""
-    room: float = 1.0
-    """How far the figure would move if all changed as much as they can."""
+    room: float = 0.0
+    """How far the figure would move if all changed as much as they can; 0 where all did, as far as they do."""
     skew: float = 0.0
     """Of the figure's own distribution, where safe ends are corrected for it; on the scale of ``se``."""
 
@@ -186,7 +186,7 @@ def _pairs(ratio: Ratio, weight: Floats) -> Estimate:
     one, other = counts(mine)
     mean, changed = (one - other) / n, (one + other) / n
     se = math.sqrt(max(changed - mean**2, 0) / n)
-    return Estimate.of(mean, se, n - 1, bounds=ratio.bounds, pairs=(one, other, n), share=changed)
+    return Estimate.of(mean, se, n - 1, bounds=ratio.bounds, pairs=(one, other, n), share=changed, room=1.0)
 
 
 def _divided(top: Floats, bottom: Floats) -> Floats:
@@ -207,7 +207,7 @@ def _estimate(design: Design, ratio: Ratio, value: float, draws: Floats, weight:
     if ratio.large is not None and changed < FEW:
         apart = float(np.clip((value - ratio.log) / share, -1, 1)) if share else 0.0  # nor need what changed stay so
         unseen = Unseen(changed, clusters, (ratio.room[0] + max(apart, 0), ratio.room[1] + max(-apart, 0)))
-    more = {"unseen": unseen, "share": share, "room": max(ratio.room)}
+    more = {"unseen": unseen, "share": share, "room": 0.0 if ratio.large is None else max(ratio.room)}
     more["skew"] = _skew(design, ratio, value, weight) if ratio.skewed else 0.0
     return Estimate.of(value, se, df, log=log, bounds=ratio.bounds, **more)
 

@@ -6,6 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+TOGETHER = 8
+"""Batches that share the matrix products of one step on a CPU. It does not follow the number of methods, so that an
+answer does not depend on which other methods are measured."""
+
+
+def step_rows(width: int, device: str) -> int:
+    """Sequences that a step decodes at most: on a CPU of all methods together, on a GPU of one."""
+    return TOGETHER * width if device == "cpu" else width
+
 
 @dataclass(frozen=True)
 class Request:

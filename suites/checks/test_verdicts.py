@@ -302,7 +302,7 @@ def test_a_method_that_answers_nothing_has_an_interval(n):
 
 @pytest.mark.parametrize(("ratio", "margin"), [(False, 0.01), (True, 0.03), (False, 0.05)])
 def test_so_many_samples_as_are_needed_decide_4_times_of_5(ratio, margin):
-    seen = Estimate(float(ratio), 0, 0, 0.02, 99)
+    seen = Estimate(float(ratio), 0, 0, 0.02, 99, room=1.0)
     needed = samples_needed(seen, 100, margin, ratio)
     assert chances(seen, 100, round(needed), 0, margin, ratio)["within margin"] == pytest.approx(0.8, abs=0.01)
     assert samples_needed(seen, 200, margin, ratio) == pytest.approx(2 * needed)
