@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -13,6 +14,8 @@ from kvsuite.analysis.stats import Interval, Ratio, mean_interval
 from kvsuite.columns import Arm
 from kvsuite.errors import UsageError
 from kvsuite.records import Answer
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -63,12 +66,19 @@ def _row(method: str, answers: list[Answer], good: dict[str, Answer], baseline: 
         pairs=len(paired),
         same=sum(a.output_key == b.output_key for a, b in paired),
         nbytes=sum(a.nbytes for a in mine) / len(mine),
-        ratio=sum(a.nbytes for a, _ in paired) / held if (held := sum(b.nbytes for _, b in paired)) else None,
+        ratio=held_share(good, baseline),
         read=sum(a.read_end for a in mine) / (sum(a.nbytes_end for a in mine) or 1) or None,
         fragmentation=sum(a.fragmentation for a in mine) / len(mine),
         prefill=_rate(sum(a.prompt_tokens for a in mine), sum(a.prefill_seconds for a in mine)),
         decode=_rate(sum(a.length - 1 for a in mine), sum(a.decode_share for a in mine)),
     )
+
+
+def held_share(mine: Mapping[Key, Answer], base: Mapping[Key, Answer]) -> float | None:
+    """Bytes held after the prompt, as a part of the baseline's on the same samples; None where nothing is known."""
+    shared = [key for key in mine if key in base and mine[key].nbytes]
+    whole = sum(base[key].nbytes for key in shared)
+    return sum(mine[key].nbytes for key in shared) / whole if whole else None
 
 
 def _rate(tokens: int, seconds: float) -> float | None:

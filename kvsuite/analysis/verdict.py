@@ -234,10 +234,12 @@ def samples_needed(
 
     z = float(stats.norm.isf(level))
     reach = z + float(stats.norm.ppf(1 - (1 - power) / sides))
-    enough = max(n * reach**2 * (seen.se / width) ** 2, FEW)
+    enough = max(n * reach**2 * (seen.se / width) ** 2, FEW if seen.room else 2)
     chance = 0.0
     while chance < power:
         se = seen.se * math.sqrt(n / enough)
+        if not seen.room:  # so few may do that t is no normal distribution
+            z = float(stats.t.isf(level, enough - 1))
         chance = 1 - sides * (1 - _passes(enough, seen, margin, (width / se if se else math.inf), z))
         enough *= 1.01
     return enough / 1.01

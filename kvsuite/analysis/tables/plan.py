@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
+from kvsuite.analysis.costs import sample_seconds
 from kvsuite.analysis.effects import Part, compare
-from kvsuite.analysis.runs import noise
+from kvsuite.analysis.runs import OTHER_SEED, noise
 from kvsuite.analysis.stats import FEW
 from kvsuite.analysis.table import Cell, Column, Note, Row, Table, errors, infos
+from kvsuite.analysis.tables.decision import EVALUATIONS, UNITS
 from kvsuite.analysis.verdict import Effect
 from kvsuite.errors import UsageError
 from kvsuite.margins import Margins
@@ -33,7 +33,7 @@ def plan(run: Run, margins: Margins) -> Table:
                     of = "only {} of {} samples are there".format(*e.lacking)
                     silent += errors([f"partial: {row.method}, {e.endpoint}: {of}."])
                 if 0 < e.estimate.se < math.inf:
-                    rows.append(Row((row.method, e.endpoint), _cells(row.method, e, part)))
+                    rows.append(Row((row.method, e.endpoint), _cells(run, row.method, e, part)))
                     few = round(e.estimate.share * e.n)
                     if few < FEW:
                         said = f"from {few} large changes; half or twice as many prompts is possible"
@@ -48,11 +48,12 @@ def plan(run: Run, margins: Margins) -> Table:
     return Table("plan", title, ("noise", "endpoint"), columns, rows, [NOTE, *silent])
 
 
-def _cells(method: str, e: Effect, part: Part) -> dict[str, Cell]:
+def _cells(run: Run, method: str, e: Effect, part: Part) -> dict[str, Cell]:
     found = {"margin": Cell(100 * e.margin), "spread": Cell(100 * e.estimate.se * math.sqrt(e.n))}
     if math.isinf(e.needed):
         return found
     share = e.n / len(part.base)
     prompts = math.ceil(e.needed / share)
-    seconds = prompts * sum(float(np.nanmean(arm.seconds)) for arm in (part.base, part.methods[method]))
-    return found | {"prompts": Cell(prompts), "time": Cell(seconds)}
+    other = (run.baseline, 1) if method.endswith(OTHER_SEED) else (method, 0)
+    seconds = sample_seconds(run, EVALUATIONS[UNITS[e.endpoint]], {(run.baseline, 0), other})
+    return found | {"prompts": Cell(prompts), "time": Cell(prompts * seconds)}
