@@ -57,7 +57,7 @@ def decision(run: Run, decided: Sequence[Named]) -> list[Table]:
     damage = {m: own for m, es in effects.items() if (own := [e for e in es if e.endpoint != SPEED])}
     if not damage or "servers" in run.facts:
         return []
-    held, evens = _held(run), _break_evens(run)
+    shares, evens = held(run), _break_evens(run)
     verdicts = {method: overall(own) for method, own in damage.items()}
     rows = []
     for method, own in damage.items():
@@ -66,10 +66,10 @@ def decision(run: Run, decided: Sequence[Named]) -> list[Table]:
         if verdicts[method] == "undecided":
             words = _open(run, own)
         rows.append(
-            Row((method,), {"decision": Cell(words), **_cells(run, method, own, speed, evens.get(method), held)})
+            Row((method,), {"decision": Cell(words), **_cells(run, method, own, speed, evens.get(method), shares)})
         )
     shown = [c for c in COLUMNS if any(row.cells.get(c.key, Cell()).value not in (None, "capped") for row in rows)]
-    return [_headline(verdicts, held), Table("decision", "method by method", ("method",), shown, rows, [Note(MEANING)])]
+    return [_headline(verdicts, shares), Table("decision", "method by method", ("method",), shown, rows, [Note(MEANING)])]
 
 
 def _headline(verdicts: Mapping[str, str], held: Mapping[str, float]) -> Table:
@@ -153,7 +153,7 @@ def _cells(
     return found
 
 
-def _held(run: Run) -> dict[str, float]:
+def held(run: Run) -> dict[str, float]:
     """Bytes held after the prompt, as a part of the baseline's for the same prompts; those of chats are short."""
     answered: dict[str, dict[tuple[str, str, int], Answer]] = {}
     for r in run.records:
