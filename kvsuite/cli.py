@@ -191,7 +191,8 @@ def _plan(asked: argparse.Namespace) -> None:
         asks = [presets.Preset.of(name, raw, asked.margins) for name, raw in PRESETS.items()]
         tables = presets.presets(asks, shipped())
     else:
-        tables = [plan.plan(records.read(Path(asked.folder)), Margins.parse(asked.margins))]
+        run, margins = records.read(Path(asked.folder)), Margins.parse(asked.margins)
+        tables = [plan.plan(run, margins), *plan.blocks(run, margins)]
     terminal.write(tables, sys.stdout, shutil.get_terminal_size().columns)
 
 

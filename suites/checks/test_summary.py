@@ -78,6 +78,17 @@ def test_cost_of_an_arm_and_its_control():
     assert method.cost.mean == pytest.approx(20 / 12)
     assert (method.capped, method.baseline_capped, method.longer, method.shorter) == (3, 0, 3, 0)
     assert (first.ratio, method.ratio) == (1, 1)
+    assert (control.d, method.d) == ((1 / 3, 0), (1, 0)), "4 for 2, and 4 for 6; 3 for 2, 8 for 4, 9 for 6"
+
+
+def test_where_answers_part_is_told_of_arms_whose_tokens_are_known():
+    full = [answer(i, tokens=[1, 2, 3, 4, 5]) for i in range(3)]
+    mine = [answer(i, "m", tokens=[*range(1, at + 1), 9]) for i, at in enumerate((1, 3, 4))]
+    for rows in (length_rows(full + mine), sample_rows(full + mine)):
+        assert rows[0].parted is None, "itself"
+        assert rows[1].parted.mean == 3
+    unknown = [replace(a, tokens=[]) for a in full + mine]
+    assert [row.parted for row in (*length_rows(unknown), *sample_rows(unknown))] == [None] * 4
 
 
 def test_of_full_is_bytes_a_token_against_fulls_whatever_the_answers_length():
