@@ -27,7 +27,8 @@ from kvsuite.analysis.predictors import held_out
 from kvsuite.analysis.resample import Design
 from kvsuite.analysis.runs import arms, noise
 from kvsuite.analysis.speed import blocks_needed
-from kvsuite.analysis.stats import LEVEL, Estimate, Ratio, estimate, log_ratio_interval, mean_interval
+from kvsuite.analysis.stats import LEVEL, Estimate, Ratio, estimate, mean_interval
+from kvsuite.analysis.trimmed import log_ratio_interval
 from kvsuite.analysis.verdict import Named, Verdict, decide
 from kvsuite.analysis.verdict import effect as endpoint
 from kvsuite.columns import Arm, align, stack

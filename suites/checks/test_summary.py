@@ -16,10 +16,11 @@ from kvsuite.analysis.report import analyse, provenance
 from kvsuite.analysis.runs import parts
 from kvsuite.analysis.samples import sample_rows
 from kvsuite.analysis.speed import speed_rows
-from kvsuite.analysis.stats import Estimate, log_ratio_interval, mean_interval
+from kvsuite.analysis.stats import Estimate, mean_interval
 from kvsuite.analysis.table import Cell, Column, Row, Table
 from kvsuite.analysis.tables.speed import by_what
 from kvsuite.analysis.tables.verdicts import COLUMNS, distinct, effect_row
+from kvsuite.analysis.trimmed import log_ratio_interval
 from kvsuite.analysis.verdict import effect, judge
 from kvsuite.errors import UsageError
 from kvsuite.margins import Margins
