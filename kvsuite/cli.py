@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     fetching.set_defaults(run=_fetch)
     _report_options(commands.add_parser("report", help="the tables of a run that was left"))
     _compare_options(commands.add_parser("compare", help="what changed from one run or result to another beyond noise"))
-    _plan_options(commands.add_parser("plan", help="how many prompts and minutes decide a margin, from a run's noise"))
+    _plan_options(commands.add_parser("plan", help="how many prompts and minutes decide a margin"))
     _negatives_options(commands.add_parser("negatives", help="which samples methods break, from scores you have"))
     return parser
 
@@ -103,7 +103,8 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="RUN", help="a run folder with full and a control")
+    what = "a run folder with full and a control; without one, what the presets decide, by published runs"
+    parser.add_argument("folder", metavar="RUN", nargs="?", help=what)
     _margins_option(parser)
     parser.set_defaults(run=_plan)
 
@@ -163,7 +164,9 @@ def _compare(asked: argparse.Namespace) -> None:
             tables = changes.loads(before, after)
         else:
             arms, left_out = align([readers.arm(asked.before), readers.arm(asked.after)], asked.allow_missing)
-            tables = [changes.arms(one, other, margins, left_out) for one, other in kinds(arms)]
+            forced = readers.documents(asked.before), readers.documents(asked.after)
+            title = f"{arms[1].source} against {arms[0].source}"
+            tables = changes.arms(title, kinds(arms), forced, margins, left_out)
     terminal.write(tables, sys.stdout, shutil.get_terminal_size().columns)
 
 
@@ -179,12 +182,18 @@ def _report(asked: argparse.Namespace) -> None:
 
 
 def _plan(asked: argparse.Namespace) -> None:
-    from kvsuite.analysis.tables import plan
+    from kvsuite.analysis.shipped import shipped
+    from kvsuite.analysis.tables import plan, presets
+    from kvsuite.presets import PRESETS
     from kvsuite.report import terminal
 
-    margins = Margins.parse(asked.margins)
-    table = plan.plan(records.read(Path(asked.folder)), margins)
-    terminal.write([table], sys.stdout, shutil.get_terminal_size().columns)
+    if asked.folder is None:
+        asks = [presets.Preset.of(name, raw, asked.margins) for name, raw in PRESETS.items()]
+        tables = presets.presets(asks, shipped())
+    else:
+        run, margins = records.read(Path(asked.folder)), Margins.parse(asked.margins)
+        tables = [plan.plan(run, margins), *plan.blocks(run, margins)]
+    terminal.write(tables, sys.stdout, shutil.get_terminal_size().columns)
 
 
 def _named(given: Sequence[str]) -> dict[str, str]:

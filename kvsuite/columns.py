@@ -38,8 +38,6 @@ class Arm:
     """The most tokens the answer could have."""
     capped: Floats
     """1 where the cap ended it, else 0."""
-    seconds: Floats
-    """What the answer took."""
     text: list[str | None]
     files: dict[str, str] = field(default_factory=dict)
     """Dataset → the file it was read from, for messages."""
@@ -56,7 +54,7 @@ class Arm:
 
     def take(self, at: Sequence[int]) -> Arm:
         """The entries at these places, in this order."""
-        columns = ("score", "tokens", "cap", "capped", "seconds")
+        columns = ("score", "tokens", "cap", "capped")
         places = np.asarray(at, dtype=np.intp)
         return Arm(
             source=self.source,
@@ -73,7 +71,7 @@ def stack(repeats: Sequence[Arm]) -> Arm:
     """Several answers to each prompt as one arm: they belong to the prompt's cluster."""
     if len(repeats) == 1:
         return repeats[0]
-    first, columns = repeats[0], ("score", "tokens", "cap", "capped", "seconds")
+    first, columns = repeats[0], ("score", "tokens", "cap", "capped")
     return Arm(
         source=first.source,
         keys=[(d, f"{s} #{k}") for k, arm in enumerate(repeats) for d, s in arm.keys],
@@ -104,7 +102,6 @@ class ArmBuilder:
         tokens: float | None = None,
         cap: float | None = None,
         capped: bool | None = None,
-        seconds: float | None = None,
         text: str | None = None,
         cluster: str = "",
         type: str = "",
@@ -123,7 +120,7 @@ class ArmBuilder:
         self._files.setdefault(dataset, str(file))
         if type:
             self._types[dataset] = type
-        known = (math.nan if x is None else float(x) for x in (score, tokens, cap, capped, seconds))
+        known = (math.nan if x is None else float(x) for x in (score, tokens, cap, capped))
         self._rows[key] = (cluster or f"{dataset} {sample}", text, *known)
 
     def __len__(self) -> int:
@@ -134,7 +131,7 @@ class ArmBuilder:
         if not self._rows:
             raise UsageError(f"{self._source}: there is no answer in it")
         cluster, text, *columns = zip(*self._rows.values(), strict=True)
-        score, tokens, cap, capped, seconds = (np.array(column, dtype=np.float64) for column in columns)
+        score, tokens, cap, capped = (np.array(column, dtype=np.float64) for column in columns)
         return Arm(
             source=self._source,
             keys=list(self._rows),
@@ -143,7 +140,6 @@ class ArmBuilder:
             tokens=tokens,
             cap=cap,
             capped=capped,
-            seconds=seconds,
             text=list(text),
             files=self._files,
             types=self._types,
@@ -170,9 +166,9 @@ def align(arms: Sequence[Arm], allow_missing: bool = False) -> tuple[list[Arm], 
     return aligned, _left_out(lost, everything)
 
 
-def kinds(arms: Sequence[Arm]) -> list[list[Arm]]:
-    """Aligned arms, apart where some datasets have scores and others lengths: a run's tasks and its chats. Each part
-    says in its source which datasets it holds. What has neither in all arms is a part of its own."""
+def kinds(arms: Sequence[Arm]) -> dict[str, list[Arm]]:
+    """Aligned arms, apart where some datasets have scores and others lengths: a run's tasks and its chats, by the names
+    of their datasets; "answers" where there is one part alone. What has neither in all arms is a part of its own."""
     places: dict[str, list[int]] = {}
     for at, dataset in enumerate(arms[0].dataset):
         places.setdefault(dataset, []).append(at)
@@ -181,9 +177,9 @@ def kinds(arms: Sequence[Arm]) -> list[list[Arm]]:
         known = [all(not np.isnan(getattr(arm, name)[mine]).any() for arm in arms) for name in ("score", "tokens")]
         found.setdefault(tuple(known), []).append(dataset)
     if len(found) == 1:
-        return [list(arms)]
+        return {"answers": list(arms)}
     parts = [(", ".join(names), [at for name in names for at in places[name]]) for names in found.values()]
-    return [[replace(arm.take(at), source=f"{arm.source} ({what})") for arm in arms] for what, at in parts]
+    return {what: [replace(arm.take(at), source=f"{arm.source} ({what})") for arm in arms] for what, at in parts}
 
 
 def _missing(arms: Sequence[Arm], places: Sequence[dict[Key, int]], lost: Sequence[Key]) -> str:

@@ -81,6 +81,8 @@ class Answer(Record):
     prompt_tokens: int = 0
     context_tokens: int = 0
     prefill_seconds: float = 0.0
+    shared_seconds: float = 0.0
+    """Its part that is every arm's alike: the prefill of a sample is run once. Earlier versions did not record it."""
     decode_seconds: float = 0.0
     """The steps it took part in: what its reader waited."""
     decode_share: float = 0.0

@@ -73,7 +73,7 @@ class _Prompts:
         return cls(design, codes, np.bincount(codes).astype(float))
 
     def mean(self, column: Floats, bounds: tuple[float, float]) -> Ratio:
-        return Ratio(self._sums(column), self.sizes, bounds=bounds)
+        return Ratio(self._sums(column), self.sizes, bounds=bounds, skewed=True)
 
     def share(self, column: Floats, bounds: tuple[float, float]) -> Ratio:
         """Of flips. Where fewer than ten prompts had any, others still could: as much as the worst that was seen, one
@@ -139,7 +139,7 @@ def divergence(method: Positions, control: Positions | None = None, draws: int =
         kl=kl,
         flips=flips,
         change=change,
-        perplexity=Estimate.of(math.exp(loss.mean), loss.se, loss.df, log=True, bounds=(0.0, math.inf)),
+        perplexity=Estimate.of(math.exp(loss.mean), loss.se, loss.df, log=True, bounds=(0.0, math.inf), skew=loss.skew),
         p50=_percentile(method.kl, SHARES[0], p50),
         p99=_percentile(method.kl, SHARES[1], p99),
         largest=float(method.kl.max()),

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 
 from kvsuite.analysis.divergence import Divergence, Positions, divergence
 from kvsuite.analysis.shortfall import expected
-from kvsuite.analysis.verdict import Named, effect
+from kvsuite.analysis.stats import Estimate
+from kvsuite.analysis.verdict import Effect, Named, effect
 from kvsuite.margins import Margins
-from kvsuite.records import Forced, Run
-
-Documents = dict[tuple[str, str], Forced]
-"""By task and sample."""
+from kvsuite.readers.run import Documents, documents
+from kvsuite.records import Run
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Seen:
 @lru_cache(maxsize=2)  # several tables ask for the same run
 def divergences(run: Run) -> dict[str, Seen]:
     """By arm, in order. Of several controls one is the floor of the methods, and the next is its own."""
-    read = _read(run)
+    read = documents(run)
     base = read.pop(run.baseline, {})
     noises = [arm for arm in read if run.is_control(arm)]
     found = {}
@@ -46,7 +46,7 @@ def divergences(run: Run) -> dict[str, Seen]:
 def acted(run: Run) -> bool:
     """Whether a control's logits are known to differ from the baseline's: its noise acted, also where no answer
     changed."""
-    return any(any(r.kl) for arm, own in _read(run).items() if run.is_control(arm) for r in own.values())
+    return any(any(r.kl) for arm, own in documents(run).items() if run.is_control(arm) for r in own.values())
 
 
 def effects(run: Run, margins: Margins) -> list[Named]:
@@ -63,13 +63,50 @@ def effects(run: Run, margins: Margins) -> list[Named]:
     return found
 
 
-def _read(run: Run) -> dict[str, Documents]:
-    """Whole documents by arm."""
-    found: dict[str, Documents] = {}
-    for r in run.records:
-        if isinstance(r, Forced) and r.status == "ok":
-            found.setdefault(r.method, {})[r.task, r.sample] = r
-    return found
+@dataclass(frozen=True)
+class Shift:
+    """What became of the documents of one arm in another, or of an arm in a later run."""
+
+    before: Documents
+    asked: int
+    """Documents that were to be compared."""
+    divergence: Divergence
+    """The later arm's own KL and flips from its baseline; *excess*: less the earlier's of the same position;
+    perplexity: as a multiple of the earlier's."""
+
+    @property
+    def same(self) -> bool:
+        """Whether nothing changed at all."""
+        d = self.divergence
+        return not (self.kl.mean or self.kl.se) and not d.perplexity.se and d.perplexity.mean == 1
+
+    @property
+    def kl(self) -> Estimate:
+        """The change of the KL."""
+        return self.divergence.excess.get("kl", self.divergence.kl)
+
+    def mean(self, column: Literal["kl", "flips"]) -> float:
+        """The earlier arm's, over all positions."""
+        return float(np.mean([x for r in self.before.values() for x in getattr(r, column)]))
+
+    def effects(self, margins: Margins) -> Iterator[Effect]:
+        """Endpoints before their verdicts; nothing where nothing changed. Two baselines have no KL."""
+        n, d = len(self.before), self.divergence
+        if self.same:
+            return
+        if d.kl.mean or self.mean("kl"):
+            yield effect("kl", self.kl, margins.kl, 1, n, compared=n, asked=self.asked)
+        yield effect("perplexity", d.perplexity, margins.perplexity, 1, n, True, compared=n, asked=self.asked)
+
+
+def shift(one: Documents, other: Documents, asked: int = 0) -> Shift | None:
+    """The later documents against the earlier ones that are the same, of ``asked`` at least; None where there are
+    none."""
+    shared = [key for key in one if key in other and len(one[key].kl) == len(other[key].kl)]
+    if not shared:
+        return None
+    found = divergence(_positions(shared, other, one), _positions(shared, one, one))
+    return Shift({key: one[key] for key in shared}, max(asked, len(one.keys() | other.keys())), found)
 
 
 def _positions(keys: Iterable[tuple[str, str]], mine: Documents, base: Documents) -> Positions:

@@ -11,8 +11,9 @@ from kvsuite.analysis.forced import acted
 from kvsuite.analysis.serving import blocks, checks, served_rows, token_speeds
 from kvsuite.analysis.shortfall import expected, interrupted, timed
 from kvsuite.analysis.speed import REFERENCE, log_speeds, speed_rows
-from kvsuite.analysis.stats import Estimate, log_change
+from kvsuite.analysis.stats import Estimate
 from kvsuite.analysis.table import State
+from kvsuite.analysis.trimmed import log_change
 from kvsuite.analysis.verdict import Effect, Named, effect
 from kvsuite.margins import Margins
 from kvsuite.readers.run import answers, arms
@@ -168,7 +169,7 @@ def speeds(run: Run, margins: Margins) -> Fast:
         judged = [row for row in served if row.cell == last and row.method not in left_out]
         judged = [row for row in judged if not run.is_control(row.method)]
         found = [
-            (row.method, _speed(row.ratios["tpot"], margins, row.blocks, asked, interrupted(run)))
+            (row.method, _speed(row.ratios["tpot"], margins, row.blocks, (row.blocks, asked), interrupted(run)))
             for row in judged
             if "tpot" in row.ratios
         ]
@@ -186,7 +187,7 @@ def speeds(run: Run, margins: Margins) -> Fast:
     if at == largest:
         done = asked  # nothing that is missing could change these
     found = [
-        (m, _speed(row.speedup, margins, done, asked, at != largest))
+        (m, _speed(row.speedup, margins, row.rounds, (done, asked), at != largest))
         for m, row in here.items()
         if row.speedup is not None and _is_kernel(row.path)
     ]
@@ -201,9 +202,9 @@ def _is_kernel(path: str) -> bool:
     return bool(path) and not path.endswith(REFERENCE)
 
 
-def _speed(ratio: Estimate, margins: Margins, n: int, asked: int, partial: bool) -> Effect:
-    """*partial*, too, where it is not known how many there were to be."""
-    found = effect("speed", ratio, margins.speed, -1, n, ratio=True, compared=n, asked=asked)
+def _speed(ratio: Estimate, margins: Margins, blocks: int, done: tuple[int, int], partial: bool) -> Effect:
+    """``done``: of how many. *partial*, too, where it is not known how many there were to be."""
+    found = effect("speed", ratio, margins.speed, -1, blocks, True, *done)
     return replace(found, verdict="partial") if partial else found
 
 

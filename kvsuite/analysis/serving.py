@@ -13,7 +13,8 @@ import numpy as np
 
 from kvsuite.analysis.garbled import Check, check
 from kvsuite.analysis.speed import Goodput, goodput, p95
-from kvsuite.analysis.stats import Estimate, log_ratio_interval
+from kvsuite.analysis.stats import Estimate
+from kvsuite.analysis.trimmed import log_ratio_interval
 from kvsuite.columns import Arm, ArmBuilder, align
 from kvsuite.readers.base import Load
 from kvsuite.records import Probe, Run, Served

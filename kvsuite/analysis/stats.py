@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -49,8 +48,10 @@ class Estimate(Interval):
     least one's lower and the other's upper, and its p likewise."""
     share: float = 1.0
     """Of the clusters, that changed much."""
-    room: float = 1.0
-    """How far the figure would move if all changed as much as they can."""
+    room: float = 0.0
+    """How far the figure would move if all changed as much as they can; 0 where all did, as far as they do."""
+    skew: float = 0.0
+    """Of the figure's own distribution, where safe ends are corrected for it; on the scale of ``se``."""
 
     @classmethod
     def of(cls, mean: float, se: float, df: float, **more: Any) -> Estimate:
@@ -75,7 +76,9 @@ class Estimate(Interval):
         from scipy.special import stdtr  # Student's t
 
         away = side * (math.log(self.mean / limit) if self.log else self.mean - limit)
-        p = float(stdtr(self.df, -away / self.se)) if self.se > 0 else float(away <= 0)
+        z, skew = -away / self.se if self.se > 0 else math.nan, self._skewed(-side) if safe else 0.0
+        z += skew * (z**2 / 3 + 1 / 6) + skew**2 * z**3 / 27
+        p = float(stdtr(self.df, z)) if self.se > 0 else float(away <= 0)
         if self.unseen and (safe or not self.se):
             p = max(p, self.unseen.p(-1 if side > 0 else 1, side * (self.mean - limit)))
         return p
@@ -90,12 +93,21 @@ class Estimate(Interval):
             return tango_bound(self.pairs, side, level)
         from scipy.special import stdtrit  # quantile of t
 
-        reach = side * -float(stdtrit(self.df, level)) * self.se
+        z, skew = float(stdtrit(self.df, level)), self._skewed(side) if safe else 0.0
+        if skew:
+            z = 3 / skew * (math.cbrt(1 + skew * (z - skew / 6)) - 1)
+        reach = -side * z * self.se
         end = self.mean * math.exp(min(reach, 700)) if self.log else self.mean + reach
         if self.unseen and (safe or not self.se):
             unseen = self.mean + side * self.unseen.reach(side, level)
             end = max(end, unseen) if side > 0 else min(end, unseen)
         return min(max(end, self.bounds[0]), self.bounds[1])
+
+    def _skewed(self, side: float) -> float:
+        """What Hall's transformation (1992, On the removal of skewness by transformation) corrects an end on that side
+        by: where the long tail is there, few clusters seldom show it, and t is too sure. 0 where the tail is opposite:
+        that end is no less safe than it was."""
+        return max(side * self.skew, 0.0)
 
 
 @dataclass(frozen=True)
@@ -120,6 +132,8 @@ class Ratio:
     """Whether ``top`` is 1 where only the method shows something, -1 where only the other arm does, else 0."""
     bounds: tuple[float, float] = (-math.inf, math.inf)
     """What the figure can be at all."""
+    skewed: bool = False
+    """Whether safe ends are corrected for the skew of clusters."""
 
 
 def estimate(
@@ -171,7 +185,7 @@ def _pairs(ratio: Ratio, weight: Floats) -> Estimate:
     one, other = counts(mine)
     mean, changed = (one - other) / n, (one + other) / n
     se = math.sqrt(max(changed - mean**2, 0) / n)
-    return Estimate.of(mean, se, n - 1, bounds=ratio.bounds, pairs=(one, other, n), share=changed)
+    return Estimate.of(mean, se, n - 1, bounds=ratio.bounds, pairs=(one, other, n), share=changed, room=1.0)
 
 
 def _divided(top: Floats, bottom: Floats) -> Floats:
@@ -192,16 +206,15 @@ def _estimate(design: Design, ratio: Ratio, value: float, draws: Floats, weight:
     if ratio.large is not None and changed < FEW:
         apart = float(np.clip((value - ratio.log) / share, -1, 1)) if share else 0.0  # nor need what changed stay so
         unseen = Unseen(changed, clusters, (ratio.room[0] + max(apart, 0), ratio.room[1] + max(-apart, 0)))
-    more = {"unseen": unseen, "share": share, "room": max(ratio.room)}
+    more = {"unseen": unseen, "share": share, "room": 0.0 if ratio.large is None else max(ratio.room)}
+    more["skew"] = _skew(design, ratio, value, weight) if ratio.skewed else 0.0
     return Estimate.of(value, se, df, log=log, bounds=ratio.bounds, **more)
 
 
 def _freedom(design: Design, ratio: Ratio, value: float, weight: Floats) -> float:
     """Degrees of freedom of the spread (Satterthwaite): where few clusters of one dataset make most of it, there are
     few, however many the others have; and few where some hold most samples (Kish's effective number of clusters)."""
-    bottom = 1.0 if ratio.bottom is None else ratio.bottom
-    apart = weight * (ratio.top - value * bottom)
-    parts = []
+    apart, parts = _apart(ratio, value, weight), []
     for at, clusters, count in zip(design.strata, design.clusters, design.counts, strict=True):
         if count > 1:
             sizes = np.bincount(clusters, minlength=count).astype(float)
@@ -209,6 +222,24 @@ def _freedom(design: Design, ratio: Ratio, value: float, weight: Floats) -> floa
             parts.append((count * np.bincount(clusters, apart[at], minlength=count).var(ddof=1), max(kish - 1, 1e-9)))
     variance, df = np.array(parts).reshape(-1, 2).T
     return float(variance.sum() ** 2 / (variance**2 / df).sum()) if variance.any() else float(df.sum())
+
+
+def _skew(design: Design, ratio: Ratio, value: float, weight: Floats) -> float:
+    """Of the figure: the third cumulant of its clusters' sum over the power of the second, strata summed."""
+    apart, second, third = _apart(ratio, value, weight), 0.0, 0.0
+    for at, clusters, n in zip(design.strata, design.clusters, design.counts, strict=True):
+        if n > 2:
+            sums = np.bincount(clusters, apart[at], minlength=n)
+            off = sums - sums.mean()
+            second += n / (n - 1) * float((off**2).sum())
+            third += n**2 / ((n - 1) * (n - 2)) * float((off**3).sum())
+    return third / second**1.5 if second > 0 else 0.0
+
+
+def _apart(ratio: Ratio, value: float, weight: Floats) -> Floats:
+    """(n,): how far every sample takes the figure's sum from where its value would have it."""
+    found: Floats = weight * (ratio.top - value * (1.0 if ratio.bottom is None else ratio.bottom))
+    return found
 
 
 def _changed(design: Design, ratio: Ratio, weight: Floats) -> tuple[int, int]:
@@ -233,41 +264,6 @@ def mean_interval(scores: Sequence[float]) -> Interval:
     if np.isin(x, (0.0, 1.0)).all():
         return wilson(int(x.sum()), len(x))
     return estimate(Design.alone(len(x)), [Ratio(x, bounds=(0, 1))])[0]
-
-
-def log_ratio_interval(logs: Sequence[float]) -> Estimate:
-    """The geometric mean of ratios given as logarithms, with the 95 % interval: both trimmed (``_trimmed``). One has
-    none: (ratio, 0, inf)."""
-    middle, variance, df = _trimmed(logs)
-    return Estimate.of(math.exp(middle), math.sqrt(variance), df, log=True, bounds=(0.0, math.inf))
-
-
-def log_change(before: Sequence[float], after: Sequence[float]) -> Estimate:
-    """The ratio of two geometric means given as logarithms, at least two each, both trimmed (``_trimmed``), with
-    Welch's degrees of freedom and 95 % interval."""
-    (first, one, few), (later, other, many) = _trimmed(before), _trimmed(after)
-    parts = one**2 / few + other**2 / many
-    df = (one + other) ** 2 / parts if parts else many
-    return Estimate.of(math.exp(later - first), math.sqrt(one + other), df, log=True, bounds=(0.0, math.inf))
-
-
-TRIMMED = 0.2
-"""Of the blocks, at either end: one that something else held up counts for little."""
-UNTRIMMED = 6
-"""Blocks from which on some are trimmed: the interval of fewer would be too narrow."""
-
-
-def _trimmed(x: Sequence[float]) -> tuple[float, float, float]:
-    """The trimmed mean, the square of its standard error from the winsorized variance, and its degrees of freedom (Yuen
-    1974, The two-sample trimmed t for unequal population variances)."""
-    n = len(x)
-    cut = int(TRIMMED * n) if n >= UNTRIMMED else 0
-    if n < 2:
-        return statistics.fmean(x), math.inf, 0
-    ordered, left = np.sort(np.asarray(x, dtype=float)), n - 2 * cut
-    winsorized = np.clip(ordered, ordered[cut], ordered[n - 1 - cut])
-    variance = float(winsorized.var(ddof=1)) * (n - 1) / (left * (left - 1))
-    return float(ordered[cut : n - cut].mean()), variance, left - 1
 
 
 def counts(pairs: Floats) -> tuple[int, int]:

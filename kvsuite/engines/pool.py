@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from kvsuite.engines.decoder import Decoder
-from kvsuite.engines.request import Request, Response
+from kvsuite.engines.request import Request, Response, step_rows
 from kvsuite.engines.sampling import Sampling
 from kvsuite.engines.worker import MethodWorker, Prompt, failed, say
 from kvsuite.methods import Method
@@ -14,9 +14,6 @@ from kvsuite.methods import Method
 if TYPE_CHECKING:
     from kvsuite.engines.transformers import TransformersEngine
 
-TOGETHER = 8
-"""Batches that share the matrix products of one step on a CPU. It does not follow the number of methods, so that an
-answer does not depend on which other methods are measured."""
 PATIENCE = 10
 """How many times as long as the baseline a method or a cell may take before its timeout begins to count."""
 
@@ -110,8 +107,3 @@ class DecoderPool:
         limit = self.timeout + PATIENCE * baseline.seconds
         if worker.seconds > limit:
             yield from worker.fail(TimeoutError(f"took more than {limit:.3g} s"))
-
-
-def step_rows(width: int, device: str) -> int:
-    """Sequences that a step decodes at most: on a CPU of all methods together, on a GPU of one."""
-    return TOGETHER * width if device == "cpu" else width

@@ -6,6 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+TOGETHER = 8
+"""Batches that share the matrix products of one step on a CPU. It does not follow the number of methods, so that an
+answer does not depend on which other methods are measured."""
+
+
+def step_rows(width: int, device: str) -> int:
+    """Sequences that a step decodes at most: on a CPU of all methods together, on a GPU of one."""
+    return TOGETHER * width if device == "cpu" else width
+
 
 @dataclass(frozen=True)
 class Request:
@@ -35,6 +44,8 @@ class Response:
     """How many of the prompt's tokens were prefilled and compressed; the others are the suffix."""
     prefill_seconds: float = 0.0
     """The shared prefill, with the observations only where this method asked for them, and its own compression."""
+    shared_seconds: float = 0.0
+    """Of these, the prefill without observations, which was run once for all methods."""
     decode_seconds: float = 0.0
     """The steps it took part in, which it shared with its batch mates: what its reader waited."""
     decode_share: float = 0.0

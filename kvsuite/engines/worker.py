@@ -145,7 +145,7 @@ class MethodWorker:
             artifact=self.artifact,
         )
         shared = prompt.seconds - sum(s for o, s in prompt.observing.items() if o not in self.method.observes)
-        response.prefill_seconds = shared
+        response.prefill_seconds, response.shared_seconds = shared, prompt.seconds - sum(prompt.observing.values())
         self.sequences[row] = Sequence(prompt.request, response, length)
         self.spend(row, time.perf_counter() - start, prefilling=True)
         return row

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvsuite.plugin.presets import PRESETS, SMOKE
+from kvsuite.presets import PRESETS, SMOKE
 
 if TYPE_CHECKING:
     import pytest

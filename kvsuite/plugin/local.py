@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvsuite import environment, models, tasks
+from kvsuite.analysis.minutes import Speeds
 from kvsuite.engines.request import Request
 from kvsuite.errors import UsageError
 from kvsuite.methods import Method, parse
 from kvsuite.plugin.options import BASELINE, Options
-from kvsuite.plugin.plan import Speeds, duration, plan
+from kvsuite.plugin.plan import duration, plan
 from kvsuite.plugin.session import Session
 from kvsuite.records import Answer, Job, is_control, read
 from kvsuite.runs.here import Here
@@ -168,7 +169,7 @@ class Local(Session):
     @property
     def together(self) -> int:
         """Sequences that are decoded together at most."""
-        from kvsuite.engines.pool import step_rows
+        from kvsuite.engines.request import step_rows
 
         return step_rows(self.options.width, self.options.device)
 

@@ -18,7 +18,7 @@ from kvsuite.margins import Margins
 from kvsuite.methods import Method, parse, parse_all
 from kvsuite.plugin import servers
 from kvsuite.plugin.declared import HELP
-from kvsuite.plugin.presets import PRESETS
+from kvsuite.presets import PRESETS
 
 BASELINE = parse("full")
 CONTROL = parse("jitter")

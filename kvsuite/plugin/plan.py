@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from kvsuite import tasks
+from kvsuite.analysis.minutes import Load, Speeds
 from kvsuite.records import Job, cell_name
 
 if TYPE_CHECKING:
@@ -20,31 +21,6 @@ OTHER = 2.0
 """Seconds of a test that neither answers nor times."""
 CHECKED = 8
 """Samples that a test of the baseline answers once more."""
-
-
-@dataclass(frozen=True)
-class Speeds:
-    """Measured at the start of a run. Seconds."""
-
-    token: float
-    """Of prefilling one token."""
-    step: float
-    """Of a decoding step of one row."""
-    row: float
-    """That every further row adds to a step."""
-
-    def steps(self, tokens: float, rows: int) -> float:
-        """Decoding ``tokens`` tokens, ``rows`` at a time."""
-        return tokens / rows * (self.step + self.row * (rows - 1))
-
-
-@dataclass(frozen=True)
-class Load:
-    """What a task asks of the model: samples, and the mean tokens of a prompt and, at most, of an answer."""
-
-    samples: int
-    prompt: float
-    answer: float
 
 
 @dataclass
@@ -97,10 +73,9 @@ def _seconds(session: Local, speeds: Speeds, asked: Mapping[str, Any], known: di
     if cell_job(asked) in session.recorded:
         return 0.0
     if "kv_prefill" in asked:
-        return (4 * max(2, o.rounds // 3) + 2) * speeds.token * int(str(asked["kv_prefill"]))
+        return speeds.timing_prefill(int(str(asked["kv_prefill"])), o.rounds)
     if "kv_batch" in asked:
-        rows = int(str(asked["kv_batch"]))
-        return (8 * (o.rounds + 1) + 6) * speeds.steps(rows, rows)
+        return speeds.timing_decode(int(str(asked["kv_batch"])), o.rounds)
     if "kv_task" not in asked:
         return OTHER
     name = str(asked["kv_task"])
@@ -117,8 +92,8 @@ def _seconds(session: Local, speeds: Speeds, asked: Mapping[str, Any], known: di
     answers = sum(job not in session.recorded for job in jobs)
     if not answers:
         return 0.0
-    share = answers / len(jobs)
-    return share * load.samples * prompt * 1.5 + speeds.steps(answers * load.answer, min(answers, session.together))
+    share = round(answers / len(jobs) * load.samples)
+    return speeds.answering(replace(load, samples=share), answers, session.together)
 
 
 def cell_job(asked: Mapping[str, Any]) -> Job | None:

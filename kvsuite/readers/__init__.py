@@ -4,6 +4,6 @@ A result is named ``FORMAT:PATH#WHICH``; WHICH chooses among several in one file
 path is a folder that kvsuite left. A PATH may hold a ``#`` itself: the longest that is there is taken.
 """
 
-from kvsuite.readers.base import Load, arm, formats, read
+from kvsuite.readers.base import Load, arm, documents, formats, read
 
-__all__ = ["Load", "arm", "formats", "read"]
+__all__ = ["Load", "arm", "documents", "formats", "read"]

@@ -12,6 +12,7 @@ import numpy as np
 
 from kvsuite.columns import Arm, Floats
 from kvsuite.errors import UsageError
+from kvsuite.readers.run import Documents, named_documents
 from kvsuite.registry import Registry, function
 
 
@@ -56,12 +57,23 @@ def formats() -> list[str]:
 
 def read(spec: str) -> Arm | Load:
     """What ``FORMAT:PATH#WHICH`` names. Raises UsageError, naming the file, for what is not there or not whole."""
+    name, path, which = _named(spec)
+    found: Arm | Load = FORMATS.module(name).read(spec, path, which)
+    return found
+
+
+def documents(spec: str) -> Documents:
+    """The forced documents that ``spec`` names: none but of a run."""
+    name, path, which = _named(spec)
+    return named_documents(path, which) if name == "run" else {}
+
+
+def _named(spec: str) -> tuple[str, str, str]:
+    """FORMAT, PATH and WHICH."""
     name, colon, rest = spec.partition(":")
     if not colon or (name not in formats() and _is_there(_split(spec)[0])):
         name, rest = "run", spec
-    module = FORMATS.module(name)
-    found: Arm | Load = module.read(spec, *_split(rest))
-    return found
+    return name, *_split(rest)
 
 
 def _split(named: str) -> tuple[str, str]:

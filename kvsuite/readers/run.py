@@ -10,7 +10,10 @@ from typing import Any
 from kvsuite import records
 from kvsuite.columns import Arm, ArmBuilder
 from kvsuite.errors import UsageError, unknown
-from kvsuite.records import Answer, Run
+from kvsuite.records import Answer, Forced, Run
+
+Documents = dict[tuple[str, str], Forced]
+"""By task and sample."""
 
 
 def read(spec: str, path: str, which: str) -> Arm:
@@ -18,7 +21,7 @@ def read(spec: str, path: str, which: str) -> Arm:
     run = records.read(Path(path))
     found = arms(run)
     if not found:
-        raise UsageError(f"{path} holds no answers")
+        raise UsageError(f"{path} holds no answers to tasks or chats")
     method, _, repeat = which.partition("@")
     if not which:
         raise UsageError(
@@ -30,15 +33,16 @@ def read(spec: str, path: str, which: str) -> Arm:
 
 
 def arms(run: Run, evaluation: str = "", failed: bool = False) -> dict[tuple[str, int], Arm]:
-    """All answers of a run – or those to tasks of one evaluation – by method and repeat. A failed answer is missing
-    from its arm, or an entry without figures: it is neither wrong nor short."""
+    """All answers of a run but forced documents – or those to tasks of one evaluation – by method and repeat. A failed
+    answer is missing from its arm, or an entry without figures: it is neither wrong nor short."""
     gathered: dict[tuple[str, int], ArmBuilder] = {}
     known: set[tuple[object, ...]] = set()
-    for a in sorted(answers(run, evaluation), key=lambda a: a.status != "ok" and failed):  # asked again, it may succeed
+    given = (a for a in answers(run, evaluation) if not isinstance(a, Forced))
+    for a in sorted(given, key=lambda a: a.status != "ok" and failed):  # asked again, it may succeed
         arm = gathered.setdefault((a.method, a.repeat), ArmBuilder(f"{run.folder}#{a.method}"))
         figures: dict[str, Any] = {}
         if a.status == "ok":
-            figures = {"score": a.score, "capped": a.finish == "length", "seconds": a.seconds, "text": a.text}
+            figures = {"score": a.score, "capped": a.finish == "length", "text": a.text}
             figures["tokens"] = a.length if a.evaluation == "length" else None
         elif not failed or not a.sample or (a.method, a.repeat, a.task, a.sample) in known:
             continue
@@ -46,6 +50,20 @@ def arms(run: Run, evaluation: str = "", failed: bool = False) -> dict[tuple[str
         file = f"{run.folder / 'records.jsonl'}#{a.method}"
         arm.add(file, a.task, a.sample, cap=a.cap, cluster=a.cluster, type=a.type, **figures)
     return {key: arm.arm() for key, arm in gathered.items() if len(arm)}
+
+
+def documents(run: Run) -> dict[str, Documents]:
+    """By method, the documents whose continuations were forced through its cache; not those that failed."""
+    found: dict[str, Documents] = {}
+    for r in run.records:
+        if isinstance(r, Forced) and r.status == "ok":
+            found.setdefault(r.method, {})[r.task, r.sample] = r
+    return found
+
+
+def named_documents(path: str, which: str) -> Documents:
+    """Those of the method that ``run:PATH#WHICH`` names."""
+    return documents(records.read(Path(path))).get(which.partition("@")[0], {})
 
 
 def answers(run: Run, evaluation: str = "") -> Iterable[Answer]:

@@ -19,7 +19,7 @@ def arm(scores, source="arm", dataset="d", cluster=None, text=None):
     keys = [(dataset, str(i)) for i in range(n)]
     return Arm(
         source, keys, cluster or [str(i) for i in range(n)], np.asarray(scores, dtype=float),
-        nothing, nothing, nothing, nothing, text or [None] * n, {dataset: f"{source}.json"},
+        nothing, nothing, nothing, text or [None] * n, {dataset: f"{source}.json"},
     )  # fmt: skip
 
 

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 
 from kvsuite.analysis import stats
+from kvsuite.analysis.report import analyse
+from kvsuite.analysis.speed import blocks_needed
 from kvsuite.cli import main
 from kvsuite.records import Answer, RunFolder, Timing, encode, read
 from kvsuite.report import terminal
 from suites.checks.drawn import words
+from suites.checks.test_decision import forced
 
 FACTS = {
     "model": {"name": "tiny", "fingerprint": "1"}, "texts": {"chat": "2"}, "settings": {"cap": 200, "temperature": 0},
@@ -111,6 +114,17 @@ def test_what_both_answered_is_resampled_once(told, monkeypatch):
     assert len(calls) == 1, "chats of m: its tasks are counted, and full's answers are the same"
 
 
+def test_the_geometric_length_stands_beside_the_verdicts():
+    settings = {"settings": FACTS["settings"] | {"compress": "prompt", "batch": [8], "length": [512]}}
+    environment = {"environment": FACTS["environment"] | {"gpu": None, "dtype": "float32"}}
+    left("a", *chats("full"), *chats("m", NOISY), facts=FACTS | settings | environment | {"methods": ["full", "m"]})
+    report = analyse(read(Path("a")))
+    cell = report.cell("beside", "m", "log length")
+    assert cell.low < cell.value < cell.high
+    assert cell.value == pytest.approx(math.exp(np.log(NOISY / LENGTHS).mean()))
+    assert cell.p is not None
+
+
 def test_noise_is_no_change(told):
     left("a", *chats("full"), *chats("m"))
     left("b", *chats("full"), *chats("m", NOISY))
@@ -198,10 +212,8 @@ def test_arms_of_a_run_with_tasks_and_chats_are_compared_task_by_task(told):
     left("a", *chats("full"), *needles("full"), *worse)
     code, out, err = told("compare", "a#full", "a#m")
     assert (code, err) == (0, "")
-    chat, needle = out.split("a#m (needle) against a#full (needle)")
-    assert "a#m (chat) against a#full (chat)" in chat
-    assert "Worse (p < 5 % after Holm): answers: length." in chat
-    assert "Worse (p < 5 % after Holm): answers: quality." in needle
+    assert "a#m against a#full" in out
+    assert "Worse (p < 5 % after Holm): chat: length; needle: quality." in out
     left("b", *chats("full"), *needles("full")[:-2])
     assert "no sample n58 of needle" in one_line(told("compare", "a#m", "b#full"))
     assert "left out of needle: 2 of 60 samples" in told("compare", "a#m", "b#full", "--allow-missing")[1]
@@ -209,6 +221,47 @@ def test_arms_of_a_run_with_tasks_and_chats_are_compared_task_by_task(told):
     said = one_line(told("compare", "a#m", "c#full"))
     assert "c#full (needle)" in said
     assert "neither scores nor lengths" in said
+
+
+def test_forced_documents_of_two_runs_are_compared(told):
+    early, late = forced("m", 0.02, 0.001), forced("m", 0.12, 0.08)
+    left("a", *forced("full"), *early, *forced("still", 0.02))
+    left("b", *forced("full"), *late, *forced("still", 0.02))
+    code, out, err = told("compare", "a", "b")
+    assert (code, err) == (0, "")
+    assert "Worse (p < 5 % after Holm): m: kl; m: perplexity." in out
+    assert "still kl" not in out, "nothing changed"
+    before, after = (np.mean([r.kl for r in records]) for records in (early, late))
+    loss = np.mean([np.array(x.logs) - y.logs for x, y in zip(early, late, strict=True)])
+    assert f"m kl {after - before:+.4f} nats" in out
+    row = out.split("KL before")[1].split(" m ")[1].split()
+    assert [float(x) for x in row[:3]] == pytest.approx([before, after, after - before], abs=1e-5)
+    assert float(row[6]) == pytest.approx(math.exp(loss), abs=1e-3)
+    assert "Nothing is worse" in told("compare", "b", "a")[1]
+    left("c", *forced("full"), *forced("m", 0.12, 0.08, n=9))
+    _, out, _ = told("compare", "a", "c")
+    assert out.split(" m kl ")[1].split(" - ")[1].startswith("partial 9/16")
+
+
+def test_forced_documents_of_two_methods_are_compared_in_one_family_with_their_answers(told, monkeypatch):
+    drawn, write = [], terminal.write
+    monkeypatch.setattr(terminal, "write", lambda tables, *rest: (drawn.append(tables), write(tables, *rest)))
+    longer = [*chats("full"), *chats("m", LENGTHS * np.random.default_rng(4).uniform(0.7, 1.6, 60))]
+    left("chats", *longer)
+    left("both", *forced("full"), *forced("m", 0.025), *longer)
+    for run in ("chats", "both"):
+        assert told("compare", f"{run}#full", f"{run}#m")[0] == 0
+    (alone,), (together, shown) = drawn
+    assert {row.key for row in together.rows} == {("answers", "length"), *(("forced documents", x) for x in PAIRED)}
+    one, other = (table.cell(("answers", "length"), "effect").p for table in (alone, together))
+    assert 0.0001 < one < 0.6
+    assert other == pytest.approx(one * 3 / 2), "four tests, of which one has a smaller p, beside two"
+    assert shown.cell("forced documents", "before").value == 0
+    left("documents", *forced("full"), *forced("m", 0.02))
+    assert "no answers to tasks or chats" in one_line(told("compare", "documents#full", "documents#m"))
+
+
+PAIRED = ("kl", "perplexity")
 
 
 def test_a_torn_line_is_told_and_costs_itself(told):
@@ -284,10 +337,22 @@ def test_a_plan_from_two_seeds_is_the_formulas(told):
     assert int(prompts.replace(",", "")) == pytest.approx(wanted, rel=0.1)
     hours, minutes, seconds = map(int, time.split(":"))
     assert 3600 * hours + 60 * minutes + seconds == 3 * int(prompts.replace(",", "")), "1.5 s an answer, two arms"
+    shared = [replace(a, shared_seconds=0.25) for a in read(Path("a")).records]
+    took = told("plan", left("b", *shared), "--margins", "length=0.005")[1].split(" seed length ")[1].split()[3]
+    assert took == time, "another seed is another pass, with a prefill of its own"
     wider = told("plan", "a", "--margins", "length=0.01")[1].split(" seed length ")[1].split()[2]
     assert int(prompts.replace(",", "")) / int(wider.replace(",", "")) == pytest.approx(3.3, abs=0.7), (
         "less than 4, since few lengths change much"
     )
+
+
+def test_a_run_is_the_pilot_of_its_blocks(told):
+    seconds = 0.1, 0.11, 0.1, 0.12
+    left("a", *chats("full"), *chats("jitter", NOISY), timing("m", *seconds))
+    needed = blocks_needed([math.log(0.2 / s) for s in seconds], 0.1)
+    _, out, _ = told("plan", "a", "--margins", "speed=0.1")
+    assert f"m 8 · 512 4 {100 * statistics.stdev(map(math.log, seconds)):.1f} {needed:,}" in out
+    assert "decode step" not in told("plan", left("b", *chats("full"), *chats("jitter", NOISY)))[1]
 
 
 def test_one_control_plans_what_it_can_and_two_plan_broken(told):
@@ -296,6 +361,12 @@ def test_one_control_plans_what_it_can_and_two_plan_broken(told):
     one = [*chats("full"), *needles("full"), *chats("jitter", NOISY), *needles("jitter", off)]
     _, out, _ = told("plan", left("one", *one))
     assert ["jitter quality 5.0 " in out, "jitter length 15.0 " in out, "jitter broken " in out] == [1, 1, 0]
+    hours, minutes, seconds = map(int, out.split("jitter length ")[1].split()[3].split(":"))
+    prompts = int(out.split("jitter length ")[1].split()[2].replace(",", ""))
+    left("shared", *(replace(a, shared_seconds=0.25) for a in one))
+    less = told("plan", "shared")[1].split("jitter length ")[1].split()[3].split(":")
+    saved = 3600 * (hours - int(less[0])) + 60 * (minutes - int(less[1])) + seconds - int(less[2])
+    assert saved == pytest.approx(prompts / 4, abs=1), "one pass, one prefill"
     two = [*chats("jitter:seed=1", NOISY[::-1]), *needles("jitter:seed=1", np.roll(RIGHT, 1))]
     assert "jitter:seed=1 broken 5.0 " in told("plan", left("two", *one, *two))[1]
 

@@ -77,14 +77,23 @@ def test_from_which_context_on():
     assert int(said.split()[3].replace(",", "")) > 2048
 
 
+def missing(said):
+    return [int(x) for x in said.removeprefix("cannot tell: ").removesuffix(" min").split(" more documents, ")]
+
+
 def test_what_is_missing_is_told_in_documents_and_minutes():
     draw = np.random.default_rng(5)
     wild = [replace(r, kl=(np.array(r.kl) * draw.choice([0.1, 4])).tolist()) for r in forced("m", 0.01, 0.001)]
-    headline, said = decided(wild)
-    assert headline == "m: cannot tell yet"
-    more, minutes = (int(x) for x in said.removeprefix("cannot tell: ").removesuffix(" min").split(" more documents, "))
+    found = report(wild)
+    whole, said = found.run, found.cell("decision", "m", "decision").value
+    assert found.table("headline").title == "m: cannot tell yet"
+    more, minutes = missing(said)
     assert more > 0
     assert abs(minutes - more * 9 / 60) <= 1, "three arms at 3 s a document"
+    shared = analyse(replace(whole, records=[replace(r, shared_seconds=2.5) for r in whole.records]))
+    again, less = missing(shared.cell("decision", "m", "decision").value)
+    assert again == more
+    assert abs(less - more * 4 / 60) <= 1, "one prefill of 2.5 s a document, and .5 s an arm"
 
 
 def test_a_control_is_no_method_and_one_that_did_nothing_no_floor():

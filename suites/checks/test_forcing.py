@@ -1,6 +1,7 @@
 """Forced documents: every arm reads the same tokens, and is held against the baseline at the same positions."""
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -55,6 +56,18 @@ def test_full_against_itself_is_nothing_and_methods_differ_in_order(engine):
     means = {method: np.mean([r.kl for (_, m), r in found.items() if m == method]) for method in {m for _, m in found}}
     assert {x for (_, m), r in found.items() if m == "full" for x in (*r.kl, *r.flips)} == {0}
     assert 0 < means[JITTER] < means[INT8] < means[KIVI] < means[H2O]
+
+
+def test_what_arms_share_and_what_each_took_adds_up(engine):
+    start = time.perf_counter()
+    found = read(engine)
+    wall, own = time.perf_counter() - start, dict.fromkeys((d for d, _ in found), 0.0)
+    for (document, _), r in found.items():
+        assert 0 < r.response.shared_seconds < r.response.prefill_seconds
+        own[document] += r.response.prefill_seconds + r.response.decode_share - r.response.shared_seconds
+    assert len({(d, r.response.shared_seconds) for (d, _), r in found.items()}) == len(own), "alike for all arms"
+    shared = sum(found[document, "full"].response.shared_seconds for document in own)
+    assert 0.5 * wall < sum(own.values()) + shared <= wall
 
 
 def test_log_probabilities_are_the_models(engine):

@@ -179,8 +179,11 @@ def arm(answers, source="arm", keys=None, cluster=None, **columns):
     texts = [words if isinstance(words, str) or words is None else " ".join(words) for words in answers]
     size = np.array([max(len((text or "").split()), len(text or "") / 12) for text in texts])
     keys = keys or [("chat", str(at)) for at in range(len(texts))]
-    known = {name: np.full(len(texts), np.nan) for name in ("score", "seconds")}
-    known |= {"tokens": np.minimum(size, CAP), "cap": np.full(len(texts), float(CAP))}
+    known = {
+        "score": np.full(len(texts), np.nan),
+        "tokens": np.minimum(size, CAP),
+        "cap": np.full(len(texts), float(CAP)),
+    }
     known |= {"capped": (size >= CAP).astype(float), **columns}
     return Arm(source, keys, cluster or [sample for _, sample in keys], **known, text=texts)
 

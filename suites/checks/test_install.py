@@ -16,7 +16,7 @@ from kvsuite.records import Answer, Timing, read
 from suites.checks.depth import depth
 
 ROOT = Path(__file__).parents[2]
-PLUGIN = {"kvsuite", "kvsuite.plugin", "kvsuite.plugin.declared", "kvsuite.plugin.hooks", "kvsuite.plugin.presets"}
+PLUGIN = {"kvsuite", "kvsuite.plugin", "kvsuite.plugin.declared", "kvsuite.plugin.hooks", "kvsuite.presets"}
 """What an unrelated project imports."""
 SMALL = ["--kv-methods", "int8", "--kv-length", "256", "--kv-samples", "2", "--kv-batch", "2", "--kv-cap", "4"]
 

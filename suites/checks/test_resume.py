@@ -17,12 +17,12 @@ from kvsuite.records import Agreement, Answer, Timing, decode, read
 from suites.checks.depth import depth
 
 KILLS = depth(3, 20)
-SECONDS = ("prefill_seconds", "decode_seconds", "decode_share", "seconds", "baseline_seconds")
+SECONDS = ("prefill_seconds", "shared_seconds", "decode_seconds", "decode_share", "seconds", "baseline_seconds")
 
 
 def without_times(record):
     times = {name: None for name in SECONDS if hasattr(record, name) and not isinstance(record, Answer)}
-    times |= dict.fromkeys(SECONDS[:3]) if isinstance(record, Answer) else {}
+    times |= dict.fromkeys(SECONDS[:4]) if isinstance(record, Answer) else {}
     return dataclasses.replace(record, **times)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,21 +14,22 @@ from statsmodels.stats.proportion import proportion_confint
 
 from kvsuite.analysis.effects import DEFAULT, Part, compare, decided
 from kvsuite.analysis.length import is_empty, loops
+from kvsuite.analysis.resample import Design
 from kvsuite.analysis.shares import Unseen, tango_bound, tango_z
-from kvsuite.analysis.stats import LEVEL, Estimate, Interval, benjamini_hochberg, holm
+from kvsuite.analysis.stats import LEVEL, Estimate, Interval, Ratio, benjamini_hochberg, estimate, holm
 from kvsuite.analysis.tables.negatives import undecided
-from kvsuite.analysis.verdict import Effect, chances, decide, effect, judge, overall, samples_needed
+from kvsuite.analysis.verdict import Effect, decide, effect, judge, overall, samples_needed
 from kvsuite.columns import Arm
 from kvsuite.errors import UsageError
 from kvsuite.margins import Margins
+from suites.checks.simulations import chances
 
 DRAWS = 1000
 
 
 def arm(score=None, tokens=None, *, cap=1000, capped=0, text=None, file="x.json"):
     n = len(tokens if score is None else score)
-    seconds = None
-    columns = (score, tokens, cap, capped, seconds)
+    columns = (score, tokens, cap, capped)
     columns = [np.array(np.broadcast_to(math.nan if x is None else x, n), float) for x in columns]
     names = [f"s{i}" for i in range(n)]
     return Arm(file, [("d", s) for s in names], names, *columns, text or [None] * n, {"d": file})
@@ -105,17 +107,32 @@ def test_tangos_statistic_is_that_of_the_most_likely_shares(one, other, same, di
         st.just(("unseen", None)),
     ),
     st.sampled_from([-1, 1]), st.sampled_from([0.05, 0.025, 0.05 / 56]), st.booleans(), st.booleans(),
+    st.floats(-1, 1),
 )  # fmt: skip
-def test_a_bound_is_where_p_is_the_level(what, side, level, safe, log):
+def test_a_bound_is_where_p_is_the_level(what, side, level, safe, log, skew):
     kind, value = what
     if kind == "pairs":
         b, c, n = value
         seen = Estimate.of((b - c) / n, 0.1, n - 1, pairs=value)
     else:
-        seen = Estimate.of(1.1, 0.05, 7, log=log, unseen=value)
+        seen = Estimate.of(1.1, 0.05, 7, log=log, unseen=value, skew=skew)
+        plain = replace(seen, skew=0.0).bound(side, level, safe)
+        assert side * (seen.bound(side, level, safe) - plain) >= -1e-12, "a correction is to the safe side"
     end = seen.bound(side, level, safe)
     if abs(end) < 1 or kind == "unseen":
         assert seen.p(end, -side, safe) == pytest.approx(level, rel=1e-4)
+
+
+def test_skew_is_that_of_the_clusters_mean():
+    x = np.random.default_rng(0).exponential(1, 16)
+    seen, plain = estimate(Design.alone(16), [Ratio(x, skewed=True), Ratio(x)])
+    assert (seen.skew, plain.skew) == (pytest.approx(oracle.skew(x, bias=False) / 4), 0)
+    assert seen.bound(1, 0.05, safe=True) > plain.bound(1, 0.05, safe=True)
+    assert seen.bound(-1, 0.05, safe=True) == plain.bound(-1, 0.05, safe=True), "its tail is on the other side"
+    assert seen.bound(1, 0.05) == plain.bound(1, 0.05), "harm is not widened"
+    pairs = np.repeat(x, 3), np.full(48, 1 / 3)  # documents of three positions
+    design = Design.of(["d"] * 48, [f"{i // 3}" for i in range(48)])
+    assert estimate(design, [Ratio(pairs[0] / 3, pairs[1], skewed=True)])[0].skew == pytest.approx(seen.skew)
 
 
 def test_the_bounds_of_t_are_scipys():
@@ -286,7 +303,7 @@ def test_a_method_that_answers_nothing_has_an_interval(n):
 
 @pytest.mark.parametrize(("ratio", "margin"), [(False, 0.01), (True, 0.03), (False, 0.05)])
 def test_so_many_samples_as_are_needed_decide_4_times_of_5(ratio, margin):
-    seen = Estimate(float(ratio), 0, 0, 0.02, 99)
+    seen = Estimate(float(ratio), 0, 0, 0.02, 99, log=ratio, room=1.0)
     needed = samples_needed(seen, 100, margin, ratio)
     assert chances(seen, 100, round(needed), 0, margin, ratio)["within margin"] == pytest.approx(0.8, abs=0.01)
     assert samples_needed(seen, 200, margin, ratio) == pytest.approx(2 * needed)
@@ -298,6 +315,17 @@ def test_so_many_samples_as_are_needed_decide_4_times_of_5(ratio, margin):
     found = effect("perplexity" if ratio else "quality", seen, margin, 1 if ratio else -1, 100, ratio)
     visible = (oracle.t.ppf(0.95, 99) + oracle.norm.ppf(0.8)) * 0.02
     assert (found.needed, found.visible) == pytest.approx((needed, math.expm1(visible) if ratio else visible))
+
+
+def test_what_could_have_been_seen_is_seen_4_times_of_5():
+    """Scores of 0 and 1, also where nothing changed: identical answers would not have shown everything."""
+    n = 48
+    e = compared(arm([1] * n), arm([1] * n), margins=Margins(quality=0)).effect("quality")
+    assert 0.02 < e.visible < 0.25
+    chance = oracle.binom(n, e.visible)
+    alone = [compared(arm([1] * n), arm([0] * k + [1] * (n - k)), margins=Margins(quality=0)) for k in range(n // 2)]
+    found = [row.effect("quality").adjusted <= row.effect("quality").levels[0] for row in alone]
+    assert sum(chance.pmf(k) for k, seen in enumerate(found) if seen) + chance.sf(n // 2 - 1) > 0.75
 
 
 # methods against the baseline

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from kvsuite import records
 from kvsuite.analysis.effects import Part, compare, decided
+from kvsuite.analysis.forced import Shift, shift
 from kvsuite.analysis.length import same_caps
 from kvsuite.analysis.runs import broken, changes, elsewhere, lost, speed_changes
 from kvsuite.analysis.samples import same_answers
-from kvsuite.analysis.shortfall import interrupted
+from kvsuite.analysis.shortfall import expected, interrupted
 from kvsuite.analysis.speed import compare_loads
-from kvsuite.analysis.table import Cell, Column, Note, Row, Table, errors, infos
+from kvsuite.analysis.table import Cell, Column, Note, Row, Table, errors, infos, span
 from kvsuite.analysis.tables.verdicts import COLUMNS, distinct, effect_row, endpoints, margins_text, needs, partial
 from kvsuite.analysis.verdict import Effect, Named
-from kvsuite.columns import Arm, align
+from kvsuite.columns import Arm
 from kvsuite.errors import UsageError
 from kvsuite.margins import Margins
 from kvsuite.readers import Load
+from kvsuite.readers.run import Documents, documents
 from kvsuite.records import Run
 
 WORDS = {"harmful": "worse", "within margin": "not worse"}
 """A verdict on the later result."""
+DOCUMENTS = "forced documents"
 RENAMED = {"effect": "change", "verdict": "the later is"}
 SPEED = (
     "Speed is each run's own ratio to its baseline (the baseline itself: its seconds; of servers per token). One "
@@ -41,8 +44,10 @@ def runs(one: Run, other: Run, margins: Margins) -> list[Table]:
         for arm in part.methods.values():
             same_caps(arm, part.base)
     alike = {id(part): next(iter(part.methods)) for part in shared if _same(part)}
-    answers, _ = decided(compare([part for part in shared if id(part) not in alike], margins), margins)
-    effects = [(row.method, e) for row in answers for e in distinct(row)]
+    shifts = _shifts(one, other)
+    beside = [(arm, e) for arm, found in shifts.items() for e in found.effects(margins)]
+    answers, beside = decided(compare([part for part in shared if id(part) not in alike], margins), margins, beside)
+    effects = [(row.method, e) for row in answers for e in distinct(row)] + beside
     notes = infos([f"The same answers in both: {', '.join(dict.fromkeys(alike.values()))}."] if alike else [])
     notes += errors([f"partial: {run.folder} was interrupted." for run in (one, other) if interrupted(run)])
     notes += errors([_torn(run) for run in (one, other) if run.torn])
@@ -51,11 +56,20 @@ def runs(one: Run, other: Run, margins: Margins) -> list[Table]:
         [f"BROKEN {arm}: in {run.folder} its answers are no answers." for run in (one, other) for arm in broken(run)]
     )
     speeds = speed_changes(one, other, margins)
-    if not shared and not speeds:
+    if not (shared or speeds or shifts):
         raise UsageError(f"{one.folder} and {other.folder} have no method in common that answered or was timed")
     if speeds:
         notes += infos([SPEED, *elsewhere(one, other)])
-    return [_table(f"{other.folder} against {one.folder}", effects + speeds, margins, notes)]
+    title = f"{other.folder} against {one.folder}"
+    return [_table(title, effects + speeds, margins, notes), *_forced(title, shifts)]
+
+
+def _shifts(one: Run, other: Run) -> dict[str, Shift]:
+    """By arm, what became of its forced documents."""
+    before, after = documents(one), documents(other)
+    asked = max(sum(expected(run, "divergence").values()) for run in (one, other))
+    found = {arm: shift(before[arm], after[arm], asked) for arm in before if arm in after}
+    return {arm: changed for arm, changed in found.items() if changed is not None}
 
 
 def _torn(run: Run) -> str:
@@ -63,14 +77,24 @@ def _torn(run: Run) -> str:
     return f"partial: {lines} of {run.folder}/records.jsonl was cut off while being written."
 
 
-def arms(one: Arm, other: Arm, margins: Margins, left_out: Sequence[str] = ()) -> Table:
-    """Two results of the same samples. Raises UsageError where they have neither scores nor lengths in common."""
-    (base, later), _ = align([one, other])
-    rows, _ = decided(compare([Part(base, {"": later})], margins), margins)
-    found = [("answers", e) for row in rows for e in distinct(row)]
-    if not found:
-        raise UsageError(f"{one.source} and {other.source} have neither scores nor lengths for all their samples")
-    return _table(f"{other.source} against {one.source}", found, margins, infos(left_out))
+def arms(
+    title: str,
+    pairs: Mapping[str, Sequence[Arm]],
+    forced: tuple[Documents, Documents],
+    margins: Margins,
+    left_out: Sequence[str] = (),
+) -> list[Table]:
+    """Two results of the same samples, aligned and apart as ``columns.kinds`` has them, and of the same documents.
+    Raises UsageError for a pair that has neither scores nor lengths."""
+    shifts = {DOCUMENTS: changed} if (changed := shift(*forced)) is not None else {}
+    beside = [(name, e) for name, changed in shifts.items() for e in changed.effects(margins)]
+    parts = [Part(one, {what: other}) for what, (one, other) in pairs.items()]
+    rows, beside = decided(compare(parts, margins), margins, beside)
+    for (one, other), row in zip(pairs.values(), rows, strict=True):
+        if not row.effects:
+            raise UsageError(f"{one.source} and {other.source} have neither scores nor lengths for all their samples")
+    found = [(row.method, e) for row in rows for e in distinct(row)] + beside
+    return [_table(title, found, margins, infos(left_out)), *_forced(title, shifts)]
 
 
 def loads(one: Load, other: Load) -> list[Table]:
@@ -98,11 +122,33 @@ def _table(title: str, found: Sequence[Named], margins: Margins, notes: Sequence
     how = [
         "p: of no harm beyond the margin, one-sided, after Holm over all rows. worse: all of the interval is beyond "
         f"the margin; not worse: none of it; undecided: neither.{needs(rows)}",
-        endpoints(rows),
+        endpoints(rows).replace("beyond the control's", "less the earlier's"),
         f"{margins_text(margins)}.",
     ]
     notes = [Note(headline), *partial(rows), *notes, *(infos(how) if rows else [])]
     return Table("changes", title, ("what", "endpoint"), columns, rows, notes)
+
+
+def _forced(title: str, shifts: Mapping[str, Shift]) -> list[Table]:
+    """KL and flips of either side, each from its own baseline, and what became of them."""
+    if not shifts:
+        return []
+    columns = [Column("before", "KL before", "nats"), Column("after", "after", "nats")]
+    columns += [Column("kl", "change", "nats"), Column("kl", "95 %", "nats", "ends")]
+    columns += [Column("flipped", "flips before, %", "%"), Column("flips", "after", "%")]
+    columns.append(Column("perplexity", "perplexity", "×", "range"))
+    rows = []
+    for arm, found in shifts.items():
+        by = found.divergence
+        cells = {"before": Cell(found.mean("kl")), "after": Cell(by.kl.mean), "kl": Cell.estimated(found.kl)}
+        cells |= {"flipped": Cell(100 * found.mean("flips")), "flips": Cell(100 * by.flips.mean)}
+        rows.append(Row((arm,), {**cells, "perplexity": Cell.estimated(by.perplexity)}))
+    n = span([len(found.before) for found in shifts.values()])
+    note = (
+        f"{n} documents, position by position. KL and flips: from each side's own baseline. perplexity: of the "
+        "later, as a multiple of the earlier's."
+    )
+    return [Table("forced", f"{DOCUMENTS}, {title}", ("what",), columns, rows, [Note(note)], detail=True)]
 
 
 def _same(part: Part) -> bool:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from kvsuite.analysis.costs import sample_seconds
 from kvsuite.analysis.forced import divergences
 from kvsuite.analysis.latency import BreakEven
+from kvsuite.analysis.samples import held_share
 from kvsuite.analysis.speed import break_evens
 from kvsuite.analysis.table import Cell, Column, Note, Row, Table
 from kvsuite.analysis.verdict import SPEED, Effect, Named, overall
@@ -111,7 +113,7 @@ def _cleared(speed: Effect | None, even: BreakEven | None) -> str:
 
 
 def _open(run: Run, effects: Sequence[Effect]) -> str:
-    """What is missing for a verdict: samples of the kind that takes most, and the minutes they would take here."""
+    """What is missing for a verdict: samples of the kind that takes most, and the minutes they take with all arms."""
     if any(e.verdict == "partial" for e in effects):
         return "partial: answers are missing"
     waiting = [e for e in effects if e.verdict == "undecided" and e.estimate.known]
@@ -122,14 +124,8 @@ def _open(run: Run, effects: Sequence[Effect]) -> str:
     if not math.isfinite(wanted):
         return f"cannot tell: at the margin of {worst.endpoint}"
     more, kind = max(math.ceil(wanted) - worst.n, 1), UNITS[worst.endpoint]
-    minutes = more * _seconds(run, EVALUATIONS[kind]) / 60
+    minutes = more * sample_seconds(run, EVALUATIONS[kind]) / 60
     return f"cannot tell: {more:,} more {kind}, {max(1, math.ceil(minutes)):,} min"
-
-
-def _seconds(run: Run, evaluation: str) -> float:
-    """What a sample took, all arms together."""
-    made = [r for r in run.records if isinstance(r, Answer) and r.evaluation == evaluation and r.status == "ok"]
-    return sum(r.seconds for r in made) / max(len({(r.task, r.sample) for r in made}), 1)
 
 
 def _cells(
@@ -159,17 +155,13 @@ def _cells(
 
 def _held(run: Run) -> dict[str, float]:
     """Bytes held after the prompt, as a part of the baseline's for the same prompts; those of chats are short."""
-    held: dict[str, dict[tuple[str, str, int], int]] = {}
+    answered: dict[str, dict[tuple[str, str, int], Answer]] = {}
     for r in run.records:
-        if isinstance(r, Answer) and r.status == "ok" and r.nbytes and r.evaluation != "length":
-            held.setdefault(r.method, {})[r.task, r.sample, r.repeat] = r.nbytes
-    base = held.pop(run.baseline, {})
-    found = {}
-    for method, own in held.items():
-        shared = own.keys() & base.keys()
-        if shared:
-            found[method] = sum(own[key] for key in shared) / sum(base[key] for key in shared)
-    return found
+        if isinstance(r, Answer) and r.status == "ok" and r.evaluation != "length":
+            answered.setdefault(r.method, {})[r.task, r.sample, r.repeat] = r
+    base = answered.pop(run.baseline, {})
+    found = {method: held_share(own, base) for method, own in answered.items()}
+    return {method: share for method, share in found.items() if share is not None}
 
 
 def _break_evens(run: Run) -> dict[str, BreakEven]:
