@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -172,6 +173,14 @@ def test_the_plugin_and_the_command_write_the_same_page(tmp_path, capsysbinary):
     assert same
 
 
+def test_a_page_that_cannot_be_drawn_costs_itself_alone(tmp_path):
+    said = []
+    terminal = SimpleNamespace(write_line=lambda line, **how: said.append(line))
+    pytest_kv_report(replace(analyse(replace(failures(), folder=tmp_path)), figures=[None]), terminal)
+    assert said[0].startswith(f"no {tmp_path / 'report.html'}: AttributeError: ")
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_several_runs_are_for_pages_alone(capsys):
     assert main(["report", str(REPORTS / "vllm"), str(REPORTS / "smoke")]) == 2
     assert "several runs are shown side by side by --html" in capsys.readouterr().err
@@ -291,6 +300,12 @@ def test_light_and_dark(browse):  # noqa: F811
 
     assert colours("light") != colours("dark")
     assert colours("light")[0] == "rgb(255, 255, 255)"
+
+
+def test_paper_is_white(browse):  # noqa: F811
+    found = browse(page("failures"), color_scheme="dark").page
+    found.emulate_media(media="print")
+    assert found.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
 
 
 def test_a_price_gives_what_tokens_cost(browse):  # noqa: F811

@@ -42,7 +42,7 @@ def _width(run: Run, timings: Sequence[Timing], width: int) -> list[Figure]:
             marks.append(Mark(arm, even.length, even.pieces[0][0], even.pieces[-1][1]))
     x = Axis("tokens of context", "tokens", shown=(0.0, *(m.at for m in marks)))
     y = Axis("decode speed, × the uncompressed cache's", "×", shown=(1.0,))
-    said = "Bars: 95 % intervals of rounds that ran in turn."
+    said = "Bars: 95 % intervals of rounds that ran in turn; methods timed at one length stand side by side."
     notes = [Note(f"{said} The uncompressed cache against itself is this machine's noise.")]
     if marks:
         notes.append(

@@ -24,8 +24,12 @@ CONTROLS = {code: "\ufffd" for code in (*range(32), 127) if chr(code) not in "\n
 
 
 def pytest_kv_report(report: Report, terminalreporter: Any) -> None:
-    """Write the page beside the records."""
-    (report.run.folder / "report.html").write_text(render([report]), encoding="utf-8", errors="replace")
+    """Write the page beside the records. One that cannot be drawn costs itself alone."""
+    file = report.run.folder / "report.html"
+    try:
+        file.write_text(render([report]), encoding="utf-8", errors="replace")
+    except Exception as error:
+        terminalreporter.write_line(f"no {file}: {type(error).__name__}: {error}", red=True, bold=True)
 
 
 def render(reports: Sequence[Report]) -> str:
