@@ -96,7 +96,7 @@ class Parsed(html.parser.HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.tags[tag] += 1
         known = dict(attributes)
-        self.packed += known.get("type") == "text/plain"
+        self.packed += "type" in known and tag == "script"
         self.ids += [known["id"]] if "id" in known else []
         self.addresses += [value for key, value in known.items() if key in ("src", "href", "action", "xlink:href")]
         if tag not in VOID:
@@ -339,7 +339,7 @@ def test_everything_can_be_done_with_a_keyboard(browse):  # noqa: F811
     assert found.evaluate("document.activeElement.className") == "skip"
     assert found.evaluate("document.activeElement.getBoundingClientRect().left") >= 0
     found.keyboard.press("Enter")
-    tables = found.locator("details")
+    tables = found.locator("section[aria-labelledby=tables] details")
     second = tables.nth(1)
     assert second.get_attribute("open") is None
     second.locator("summary").focus()

@@ -37,6 +37,7 @@ def render(reports: Sequence[Report]) -> str:
     import jinja2
     from markupsafe import Markup
 
+    from kvsuite.report.html import raw
     from kvsuite.report.html.svg import short
     from kvsuite.report.html.view import Seen
 
@@ -48,7 +49,7 @@ def render(reports: Sequence[Report]) -> str:
     )
     env.filters["short"] = short
     looks = _looks(reports)
-    runs = [Seen(report, at, looks) for at, report in enumerate(reports)]
+    runs = [Seen(report, at, looks, raw.MOST // len(reports)) for at, report in enumerate(reports)]
     page = env.get_template("page.html").render(
         runs=runs,
         changed=[change for later in reports[1:] for change in _changed(reports[0], later)],

@@ -19,7 +19,7 @@ LONG = ("text", "reasoning", "calls")
 ACTIVE = ("=", "+", "-", "@", "\t", "\r")
 """How a text begins that a spreadsheet would compute."""
 MOST = 600_000
-"""Characters that the files of a page may take; what does not fit stays in ``records.jsonl``."""
+"""Characters that the files of a page may take, of all its runs; what does not fit stays in ``records.jsonl``."""
 
 
 @dataclass(frozen=True)

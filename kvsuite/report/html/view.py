@@ -71,10 +71,11 @@ class Drawn:
 class Seen:
     """What a page shows of one run."""
 
-    def __init__(self, report: Report, at: int, looks: Mapping[str, Look]) -> None:
+    def __init__(self, report: Report, at: int, looks: Mapping[str, Look], room: int) -> None:
+        """``room`` is how many characters its files may take."""
         self.report, self.at, self.looks = report, at, looks
         self.name = report.run.folder.name or str(report.run.folder)
-        self.files = raw.files(report.run)
+        self.files = raw.files(report.run, room)
         shown = [table for table in (*report.tables, *report.appendix) if table.key not in HIDDEN]
         self.alerts = [note for table in shown if not table.rows for note in table.notes]
         self.alerts += [note for note in report.notes if note.severity != "info"]
