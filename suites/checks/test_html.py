@@ -7,6 +7,7 @@ import html.parser
 import io
 import json
 import re
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -184,6 +185,12 @@ def test_a_page_that_cannot_be_drawn_costs_itself_alone(tmp_path):
 def test_several_runs_are_for_pages_alone(capsys):
     assert main(["report", str(REPORTS / "vllm"), str(REPORTS / "smoke")]) == 2
     assert "several runs are shown side by side by --html" in capsys.readouterr().err
+
+
+def test_a_page_is_not_printed_into_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main(["report", "--html", "a run"]) == 2
+    assert "kvsuite report --html a run > report.html" in capsys.readouterr().err
 
 
 def test_runs_side_by_side_say_what_changed_or_why_that_cannot_be_told():
