@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvsuite.analysis.endpoints import Endpoints
+from kvsuite.analysis.paper import d_shares
 from kvsuite.analysis.resample import Design, Floats
-from kvsuite.analysis.samples import floored
+from kvsuite.analysis.samples import floored, parted
 from kvsuite.analysis.stats import Interval, Ratio, estimate
 from kvsuite.columns import Arm
 from kvsuite.errors import UsageError
@@ -39,6 +40,10 @@ class LengthRow:
     longer: int = 0
     """Answers at least 3/2 as long as the baseline's, and at most 2/3: with no effect there are as many of both."""
     shorter: int = 0
+    d: tuple[float, float] | None = None
+    """The shares with the paper's D ≤ -50 %, which are longer, and D ≥ 50 %."""
+    parted: Interval | None = None
+    """See ``SampleRow.parted``."""
     ratio: float | None = None
     """Bytes held at the end for each token read and written, as a part of the baseline's: answers differ in length."""
 
@@ -76,6 +81,8 @@ def _row(counts: tuple[str, int, int, int, str], pairs: list[tuple[Answer, Answe
         same=sum(a.output_key == b.output_key for a, b in pairs),
         longer=sum(2 * m >= 3 * t for m, t in zip(mine, theirs, strict=True)),
         shorter=sum(3 * m <= 2 * t for m, t in zip(mine, theirs, strict=True)),
+        d=d_shares(np.array(theirs, dtype=float), np.array(mine, dtype=float)) if all(theirs) else None,
+        parted=None if itself else parted(pairs),
         ratio=held / whole if held is not None and whole else None,
     )
 

@@ -11,8 +11,9 @@ from kvsuite.analysis.forced import acted
 from kvsuite.analysis.serving import blocks, checks, served_rows, token_speeds
 from kvsuite.analysis.shortfall import expected, interrupted, timed
 from kvsuite.analysis.speed import REFERENCE, log_speeds, speed_rows
-from kvsuite.analysis.stats import Estimate, log_change
+from kvsuite.analysis.stats import Estimate
 from kvsuite.analysis.table import State
+from kvsuite.analysis.trimmed import log_change
 from kvsuite.analysis.verdict import Effect, Named, effect
 from kvsuite.margins import Margins
 from kvsuite.readers.run import answers, arms

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from kvsuite.analysis.divergence import parting
 from kvsuite.analysis.endpoints import Endpoints
 from kvsuite.analysis.resample import ROUNDING, Design, Floats, Mask, Rule, eligible
 from kvsuite.analysis.stats import Interval, Ratio, mean_interval
@@ -31,6 +32,8 @@ class SampleRow:
     pairs: int = 0
     same: int = 0
     """Of ``pairs`` answers, those that are the baseline's to the token, or to the letter."""
+    parted: Interval | None = None
+    """Tokens before the first that is not the baseline's (t_div), median; None where token ids are not known."""
     nbytes: float | None = None
     """Mean bytes held after the prompt."""
     ratio: float | None = None
@@ -65,6 +68,7 @@ def _row(method: str, answers: list[Answer], good: dict[str, Answer], baseline: 
         score=mean_interval(scores) if scores else None,
         pairs=len(paired),
         same=sum(a.output_key == b.output_key for a, b in paired),
+        parted=parted(paired) if good is not baseline else None,
         nbytes=sum(a.nbytes for a in mine) / len(mine),
         ratio=held_share(good, baseline),
         read=sum(a.read_end for a in mine) / (sum(a.nbytes_end for a in mine) or 1) or None,
@@ -72,6 +76,12 @@ def _row(method: str, answers: list[Answer], good: dict[str, Answer], baseline: 
         prefill=_rate(sum(a.prompt_tokens for a in mine), sum(a.prefill_seconds for a in mine)),
         decode=_rate(sum(a.length - 1 for a in mine), sum(a.decode_share for a in mine)),
     )
+
+
+def parted(pairs: Sequence[tuple[Answer, Answer]]) -> Interval | None:
+    """The median of t_div of pairs of answers; None where token ids are not known."""
+    known = [(a.tokens, b.tokens) for a, b in pairs if a.tokens and b.tokens]
+    return parting(known).median if known else None
 
 
 def held_share(mine: Mapping[Key, Answer], base: Mapping[Key, Answer]) -> float | None:

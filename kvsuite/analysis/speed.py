@@ -11,7 +11,8 @@ import numpy as np
 
 from kvsuite.analysis.latency import BreakEven, break_even, fit
 from kvsuite.analysis.resample import DRAWS, Design, Floats
-from kvsuite.analysis.stats import LEVEL, TRIMMED, UNTRIMMED, Estimate, Interval, Ratio, estimate, log_ratio_interval
+from kvsuite.analysis.stats import LEVEL, Estimate, Interval, Ratio, estimate
+from kvsuite.analysis.trimmed import TRIMMED, UNTRIMMED, log_ratio_interval
 from kvsuite.analysis.verdict import POWER
 from kvsuite.errors import UsageError
 from kvsuite.readers.base import Load

@@ -77,10 +77,19 @@ class Effect:
     def visible(self) -> float:
         """The smallest effect that this sample would have told from none, 4 times of 5: relative for a ratio."""
         found = self.estimate
-        from scipy import stats
+        if not found.known or not math.isfinite(found.se) or (self.ratio and found.mean <= 0):
+            return math.inf
+        from scipy.special import ndtri
 
-        reach = stats.t.isf(self.levels[0], found.df) + stats.norm.ppf(POWER) if found.df >= 1 else math.inf
-        seen = float(reach) * found.se
+        def away(side: Side) -> float:
+            end = found.bound(side, self.levels[0])
+            return abs(math.log(end / found.mean) if self.ratio and end > 0 else end - found.mean)
+
+        reach, se, power = max(away(1 if side < 0 else -1) for side in self.sides), found.se, float(ndtri(POWER))
+        for _ in range(20 if found.pairs else 0):  # shares that had that effect would vary, also where these do not
+            share = min(reach + power * se, 1.0)
+            se = max(found.se, math.sqrt(share * (1 - share) / self.n))
+        seen = reach + power * se
         return math.expm1(seen) if self.ratio and seen < 100 else seen
 
     @property
@@ -257,20 +266,3 @@ def _passes(n: float, seen: Estimate, margin: float, away: float, z: float) -> f
     upper = (k + z**2 / 2 + z * np.sqrt(k * (n - np.minimum(k, n)) / n + z**2 / 4)) / (n + z**2)
     chance = stats.binom.pmf(k, round(n), min(seen.share, 1))
     return float(chance @ (upper <= margin / seen.room) + (1 - chance.sum()) * many)
-
-
-def chances(
-    seen: Estimate, n: int, planned: int, effect: float, margin: float, ratio: bool = False, sides: int = 1
-) -> dict[Verdict, float]:
-    """The probability of every verdict on a lone method with a true ``effect`` (bad is positive; relative for a ratio)
-    from ``planned`` samples with the spread of these ``n``; of two ``sides``, each has its test."""
-    from scipy import stats
-
-    true, edge = (math.log1p(effect), math.log1p(margin)) if ratio else (effect, margin)
-    se = seen.se * math.sqrt(n / planned)
-    reach, further = (float(stats.t.isf(level, max(planned - 1, 1))) for level in (LEVEL, LEVEL / sides))
-    harmful = float(stats.norm.cdf((true - edge) / se - further))
-    within = float(stats.norm.cdf((edge - true) / se - reach))
-    if sides > 1:
-        within = max(within - float(stats.norm.sf((edge + true) / se - reach)), 0)
-    return {"harmful": harmful, "within margin": within, "undecided": 1 - within - harmful}

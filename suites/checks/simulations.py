@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from kvsuite.analysis.answered import extremes
 from kvsuite.analysis.benchmark import score, select
@@ -26,8 +27,9 @@ from kvsuite.analysis.predictors import held_out
 from kvsuite.analysis.resample import Design
 from kvsuite.analysis.runs import arms, noise
 from kvsuite.analysis.speed import blocks_needed
-from kvsuite.analysis.stats import LEVEL, Estimate, Ratio, estimate, log_ratio_interval, mean_interval
-from kvsuite.analysis.verdict import Named, chances, decide
+from kvsuite.analysis.stats import LEVEL, Estimate, Ratio, estimate, mean_interval
+from kvsuite.analysis.trimmed import log_ratio_interval
+from kvsuite.analysis.verdict import Named, Verdict, decide
 from kvsuite.analysis.verdict import effect as endpoint
 from kvsuite.columns import Arm, align, stack
 from kvsuite.margins import Margins
@@ -317,6 +319,21 @@ def selection(thin: int = 1) -> list[Row]:
     shares = _shares(draw(seed) for seed in range(DRAWS // thin))
     about = "negative benchmark, methods that do nothing: the interval covers 0"
     return [Row(about, name, share, *COVERAGE, n) for name, (share, n) in shares.items()]
+
+
+def chances(
+    seen: Estimate, n: int, planned: int, effect: float, margin: float, ratio: bool = False, sides: int = 1
+) -> dict[Verdict, float]:
+    """The probability of every verdict on a lone method with a true ``effect`` (bad is positive; relative for a ratio)
+    from ``planned`` samples with the spread of these ``n``; of two ``sides``, each has its test."""
+    true, edge = (math.log1p(effect), math.log1p(margin)) if ratio else (effect, margin)
+    se = seen.se * math.sqrt(n / planned)
+    reach, further = (float(stats.t.isf(level, max(planned - 1, 1))) for level in (LEVEL, LEVEL / sides))
+    harmful = float(stats.norm.cdf((true - edge) / se - further))
+    within = float(stats.norm.cdf((edge - true) / se - reach))
+    if sides > 1:
+        within = max(within - float(stats.norm.sf((edge + true) / se - reach)), 0)
+    return {"harmful": harmful, "within margin": within, "undecided": 1 - within - harmful}
 
 
 def blocks(thin: int = 1) -> list[Row]:

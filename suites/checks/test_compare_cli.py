@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from kvsuite.analysis import stats
+from kvsuite.analysis.report import analyse
+from kvsuite.analysis.speed import blocks_needed
 from kvsuite.cli import main
 from kvsuite.records import Answer, RunFolder, Timing, encode, read
 from kvsuite.report import terminal
@@ -110,6 +112,17 @@ def test_what_both_answered_is_resampled_once(told, monkeypatch):
     left("b", *chats("full"), *chats("m", NOISY), *needles("m", RIGHT[::-1]))
     assert told("compare", "a", "b")[0] == 0
     assert len(calls) == 1, "chats of m: its tasks are counted, and full's answers are the same"
+
+
+def test_the_geometric_length_stands_beside_the_verdicts():
+    settings = {"settings": FACTS["settings"] | {"compress": "prompt", "batch": [8], "length": [512]}}
+    environment = {"environment": FACTS["environment"] | {"gpu": None, "dtype": "float32"}}
+    left("a", *chats("full"), *chats("m", NOISY), facts=FACTS | settings | environment | {"methods": ["full", "m"]})
+    report = analyse(read(Path("a")))
+    cell = report.cell("beside", "m", "log length")
+    assert cell.low < cell.value < cell.high
+    assert cell.value == pytest.approx(math.exp(np.log(NOISY / LENGTHS).mean()))
+    assert cell.p is not None
 
 
 def test_noise_is_no_change(told):
@@ -331,6 +344,15 @@ def test_a_plan_from_two_seeds_is_the_formulas(told):
     assert int(prompts.replace(",", "")) / int(wider.replace(",", "")) == pytest.approx(3.3, abs=0.7), (
         "less than 4, since few lengths change much"
     )
+
+
+def test_a_run_is_the_pilot_of_its_blocks(told):
+    seconds = 0.1, 0.11, 0.1, 0.12
+    left("a", *chats("full"), *chats("jitter", NOISY), timing("m", *seconds))
+    needed = blocks_needed([math.log(0.2 / s) for s in seconds], 0.1)
+    _, out, _ = told("plan", "a", "--margins", "speed=0.1")
+    assert f"m 8 · 512 4 {100 * statistics.stdev(map(math.log, seconds)):.1f} {needed:,}" in out
+    assert "decode step" not in told("plan", left("b", *chats("full"), *chats("jitter", NOISY)))[1]
 
 
 def test_one_control_plans_what_it_can_and_two_plan_broken(told):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from kvsuite.analysis.speed import _mean_ratio, _p95_ratio, blocks_needed, compare_loads, goodput, p95
-from kvsuite.analysis.stats import log_ratio_interval
 from kvsuite.analysis.tables import changes
+from kvsuite.analysis.trimmed import log_ratio_interval
 from kvsuite.errors import UsageError
 from kvsuite.readers.base import Load
 from suites.checks.drawn import drawn

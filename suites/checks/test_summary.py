@@ -16,10 +16,11 @@ from kvsuite.analysis.report import analyse, provenance
 from kvsuite.analysis.runs import parts
 from kvsuite.analysis.samples import sample_rows
 from kvsuite.analysis.speed import speed_rows
-from kvsuite.analysis.stats import Estimate, log_ratio_interval, mean_interval
+from kvsuite.analysis.stats import Estimate, mean_interval
 from kvsuite.analysis.table import Cell, Column, Row, Table
 from kvsuite.analysis.tables.speed import by_what
 from kvsuite.analysis.tables.verdicts import COLUMNS, distinct, effect_row
+from kvsuite.analysis.trimmed import log_ratio_interval
 from kvsuite.analysis.verdict import effect, judge
 from kvsuite.errors import UsageError
 from kvsuite.margins import Margins
@@ -78,6 +79,17 @@ def test_cost_of_an_arm_and_its_control():
     assert method.cost.mean == pytest.approx(20 / 12)
     assert (method.capped, method.baseline_capped, method.longer, method.shorter) == (3, 0, 3, 0)
     assert (first.ratio, method.ratio) == (1, 1)
+    assert (control.d, method.d) == ((1 / 3, 0), (1, 0)), "4 for 2, and 4 for 6; 3 for 2, 8 for 4, 9 for 6"
+
+
+def test_where_answers_part_is_told_of_arms_whose_tokens_are_known():
+    full = [answer(i, tokens=[1, 2, 3, 4, 5]) for i in range(3)]
+    mine = [answer(i, "m", tokens=[*range(1, at + 1), 9]) for i, at in enumerate((1, 3, 4))]
+    for rows in (length_rows(full + mine), sample_rows(full + mine)):
+        assert rows[0].parted is None, "itself"
+        assert rows[1].parted.mean == 3
+    unknown = [replace(a, tokens=[]) for a in full + mine]
+    assert [row.parted for row in (*length_rows(unknown), *sample_rows(unknown))] == [None] * 4
 
 
 def test_of_full_is_bytes_a_token_against_fulls_whatever_the_answers_length():

@@ -18,10 +18,11 @@ from kvsuite.analysis.resample import Design
 from kvsuite.analysis.shares import Unseen, tango_bound, tango_z
 from kvsuite.analysis.stats import LEVEL, Estimate, Interval, Ratio, benjamini_hochberg, estimate, holm
 from kvsuite.analysis.tables.negatives import undecided
-from kvsuite.analysis.verdict import Effect, chances, decide, effect, judge, overall, samples_needed
+from kvsuite.analysis.verdict import Effect, decide, effect, judge, overall, samples_needed
 from kvsuite.columns import Arm
 from kvsuite.errors import UsageError
 from kvsuite.margins import Margins
+from suites.checks.simulations import chances
 
 DRAWS = 1000
 
@@ -302,7 +303,7 @@ def test_a_method_that_answers_nothing_has_an_interval(n):
 
 @pytest.mark.parametrize(("ratio", "margin"), [(False, 0.01), (True, 0.03), (False, 0.05)])
 def test_so_many_samples_as_are_needed_decide_4_times_of_5(ratio, margin):
-    seen = Estimate(float(ratio), 0, 0, 0.02, 99, room=1.0)
+    seen = Estimate(float(ratio), 0, 0, 0.02, 99, log=ratio, room=1.0)
     needed = samples_needed(seen, 100, margin, ratio)
     assert chances(seen, 100, round(needed), 0, margin, ratio)["within margin"] == pytest.approx(0.8, abs=0.01)
     assert samples_needed(seen, 200, margin, ratio) == pytest.approx(2 * needed)
@@ -314,6 +315,17 @@ def test_so_many_samples_as_are_needed_decide_4_times_of_5(ratio, margin):
     found = effect("perplexity" if ratio else "quality", seen, margin, 1 if ratio else -1, 100, ratio)
     visible = (oracle.t.ppf(0.95, 99) + oracle.norm.ppf(0.8)) * 0.02
     assert (found.needed, found.visible) == pytest.approx((needed, math.expm1(visible) if ratio else visible))
+
+
+def test_what_could_have_been_seen_is_seen_4_times_of_5():
+    """Scores of 0 and 1, also where nothing changed: identical answers would not have shown everything."""
+    n = 48
+    e = compared(arm([1] * n), arm([1] * n), margins=Margins(quality=0)).effect("quality")
+    assert 0.02 < e.visible < 0.25
+    chance = oracle.binom(n, e.visible)
+    alone = [compared(arm([1] * n), arm([0] * k + [1] * (n - k)), margins=Margins(quality=0)) for k in range(n // 2)]
+    found = [row.effect("quality").adjusted <= row.effect("quality").levels[0] for row in alone]
+    assert sum(chance.pmf(k) for k, seen in enumerate(found) if seen) + chance.sf(n // 2 - 1) > 0.75
 
 
 # methods against the baseline

@@ -15,6 +15,11 @@ from kvsuite.analysis.tables.shared import dtype_notes, failed, floor, served, s
 from kvsuite.readers.run import answers as task_answers
 from kvsuite.records import Answer, Run
 
+PARTED = Column("parted", "parts after", "tokens", "range")
+PARTING = (
+    "parts after: tokens before the first that differs, median with 95 %; answers that agree to the end part later (∞: "
+    "most do)."
+)
 FRAGMENTED = 0.05
 """Empty slots that are worth a column."""
 
@@ -83,10 +88,12 @@ def _samples(task: str, answers: Sequence[Answer], shares: Mapping[Who, Share], 
                 " Read: the part of the bytes held that the last step read; empty: the slots in use at the end that "
                 "held no token."
             )
+    columns += [PARTED] if any(row.parted for row in rows) else []
     drawn = [_row(row.method, shares[row.method, 0], _sample_cells(row)) for row in rows]
     controls = [(row.method, row.pairs, row.same) for row in rows if run.is_control(row.method)]
     failures = [(row.method, row.error) for row in rows if row.failed]
-    notes = [*_lost(shares), Note(note), *floor(run, controls), *dtype_notes(run), *failed(failures)]
+    told = infos([PARTING]) if PARTED in columns else []
+    notes = [*_lost(shares), Note(note), *told, *floor(run, controls), *dtype_notes(run), *failed(failures)]
     return Table(f"samples:{task}", title, ("method",), columns, drawn, notes)
 
 
@@ -95,6 +102,7 @@ def _sample_cells(row: SampleRow) -> dict[str, Cell]:
     return {
         "score": Cell.estimated(row.score),
         "same": Cell() if none else Cell(row.same, of=row.pairs),
+        "parted": Cell.estimated(row.parted),
         "held": Cell(None if row.nbytes is None else row.nbytes / 2**20),
         "ratio": Cell(row.ratio),
         "read": Cell(row.read),
@@ -113,7 +121,8 @@ def _divergence(task: str, answers: Sequence[Answer], shares: Mapping[Who, Share
         Column("kl", "95 %", "nats", "ends"),
         Column("excess", "beyond noise", "nats"),
     ]
-    columns += [Column("p99", "99 % below", "nats"), Column("flips", "flips, %", "%", "half")]
+    columns += [Column("p50", "50 % below", "nats"), Column("p99", "99 % below", "nats")]
+    columns += [Column("largest", "largest", "nats"), Column("flips", "flips, %", "%", "half")]
     columns += [Column("change", "|Δ log p|", "nats"), Column("perplexity", "perplexity", "×", "range")]
     note = (
         "The document's own continuation is fed to every arm's cache token by token; KL of the next token is of "
@@ -134,7 +143,9 @@ def _divergence_cells(d: Divergence) -> dict[str, Cell]:
     return {
         "kl": Cell.estimated(d.kl),
         "excess": Cell.estimated(d.excess.get("kl")),
+        "p50": Cell.estimated(d.p50),
         "p99": Cell.estimated(d.p99),
+        "largest": Cell(d.largest),
         "flips": Cell(100 * flips.mean, 100 * flips.low, 100 * flips.high),
         "change": Cell.estimated(d.change),
         "perplexity": Cell.estimated(d.perplexity),
@@ -151,13 +162,17 @@ def _length(task: str, answers: Sequence[Answer], shares: Mapping[Who, Share], r
     said = [
         f"Cost is the tokens of all answers against {run.baseline}'s to the same prompts, one cap for both; its "
         "interval resamples prompts. An answer at its cap counts as that long: more cap may show more effect.",
-        "1.5× and 2/3 count answers at least that much longer, at most that short: with no effect, as many of both.",
+        "1.5× and 2/3 count answers at least that much longer, at most that short: with no effect, as many of both. "
+        f"D: percent of answers with D = 1 - tokens / {run.baseline}'s at -50 % or less : at 50 % or more.",
     ]
     controls = [(_arm(row), row.pairs, row.same) for row in rows if run.is_control(row.method)]
     notes = [*_lost(shares), *infos(said), *floor(run, controls)]
     columns = [Column("cost", "cost", "×"), Column("cost", "95 %", "×", "ends"), Column("tokens", "tokens", "tokens")]
     columns += [Column("capped", "at cap"), Column("longer", "1.5×"), Column("shorter", "2/3")]
-    columns.append(Column("same", f"as {run.baseline}"))
+    columns += [Column("d", "D, %", "pairs"), Column("same", f"as {run.baseline}")]
+    if any(row.parted for row in rows):
+        columns.append(PARTED)
+        notes += infos([PARTING])
     if not served(run):
         columns.append(Column("ratio", "of full", "×"))
         notes.append(
@@ -186,5 +201,7 @@ def _length_cells(row: LengthRow) -> dict[str, Cell]:
         "tokens": Cell(row.tokens),
         **{key: Cell(count, of=row.pairs) if row.pairs else Cell() for key, count in counts.items()},
         **{key: Cell(count if row.pairs else None) for key, count in changed.items()},
+        "d": Cell() if row.d is None else Cell(round(100 * row.d[0]), of=round(100 * row.d[1])),
+        "parted": Cell.estimated(row.parted),
         "ratio": Cell(row.ratio),
     }

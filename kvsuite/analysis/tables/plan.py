@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 from kvsuite.analysis.costs import sample_seconds
 from kvsuite.analysis.effects import Part, compare
 from kvsuite.analysis.runs import OTHER_SEED, noise
+from kvsuite.analysis.speed import blocks_needed, log_speeds
 from kvsuite.analysis.stats import FEW
 from kvsuite.analysis.table import Cell, Column, Note, Row, Table, errors, infos
 from kvsuite.analysis.tables.decision import EVALUATIONS, UNITS
 from kvsuite.analysis.verdict import Effect
 from kvsuite.errors import UsageError
 from kvsuite.margins import Margins
-from kvsuite.records import Run
+from kvsuite.records import Run, Timing
 
 NOTE = Note(
     "spread: of one sample. prompts: with so many, a method without an effect is found within its margin 4 times of 5. "
@@ -46,6 +48,25 @@ def plan(run: Run, margins: Margins) -> Table:
     columns += [Column("prompts", "prompts"), Column("time", "time", "s", "clock")]
     title = f"to decide a margin · {run.facts['model']['name']}"
     return Table("plan", title, ("noise", "endpoint"), columns, rows, [NOTE, *silent])
+
+
+def blocks(run: Run, margins: Margins) -> list[Table]:
+    """Of every method's decode speed: the blocks that a pilot, this run, asks for; nothing where nothing was timed."""
+    rows = []
+    for t in (r for r in run.records if isinstance(r, Timing) and r.phase == "decode" and r.status == "ok"):
+        logs = log_speeds(t)
+        if t.method != run.baseline and len(logs) > 1 and len(set(logs)) > 1:
+            cells = {"rounds": Cell(len(logs)), "spread": Cell(100 * statistics.stdev(logs))}
+            cells["blocks"] = Cell(blocks_needed(logs, margins.speed)) if margins.speed else Cell()
+            rows.append(Row((t.method, f"{t.width} · {t.length}"), cells))
+    columns = [Column("rounds", "blocks here", "samples"), Column("spread", "spread, %", "%")]
+    columns.append(Column("blocks", "blocks", "samples"))
+    note = (
+        f"blocks: new ones (--kv-rounds) with which the speed's interval reaches ±{margins.speed:.0%} at most, 4 times "
+        "of 5. Few blocks tell little of the spread, and ask for more."
+    )
+    title = "to know a decode step's speed"
+    return [Table("blocks", title, ("method", "batch · length"), columns, rows, [Note(note)])] if rows else []
 
 
 def _cells(run: Run, method: str, e: Effect, part: Part) -> dict[str, Cell]:

@@ -23,6 +23,7 @@ COLUMNS = (
     Column("effect", "verdict", shows="verdict"),
     Column("seen", "as seen", "samples"),
     Column("needs", "needs", "samples"),
+    Column("visible", "visible"),
 )
 UNITS = {
     "kl": "nats", "perplexity": "×", "quality": "pt", "broken": "%", "length": "×", "truncation": "%", "speed": "×",
@@ -40,7 +41,7 @@ ENDPOINTS = {
 }
 NEEDS = (
     " Samples that decide 4 times of 5 – as seen: if the effect is as seen; needs: that a method without an effect is "
-    "within its margin."
+    "within its margin. visible: the smallest effect that these samples would have told from none 4 times of 5."
 )
 WORDS = (
     "harmful: all of the interval is beyond the margin; within margin: none of it; undecided: neither; not excluded: "
@@ -100,7 +101,10 @@ def effect_row(name: str, e: Effect) -> Row:
     )
     open_ = e.verdict in ("undecided", "not excluded")
     more = {"seen": e.decides, "needs": e.needed} if open_ else {}
-    return Row((name, e.endpoint), {"effect": cell} | {key: Cell(n) for key, n in more.items() if math.isfinite(n)})
+    cells = {"effect": cell} | {key: Cell(n) for key, n in more.items() if math.isfinite(n)}
+    if open_ and math.isfinite(e.visible):
+        cells["visible"] = Cell(scale * (e.visible + e.ratio), unit=UNITS[e.endpoint])
+    return Row((name, e.endpoint), cells)
 
 
 def partial(rows: Iterable[Row]) -> list[Note]:
@@ -110,7 +114,7 @@ def partial(rows: Iterable[Row]) -> list[Note]:
 
 def needs(rows: Iterable[Row]) -> str:
     """What *needs* means, where a row has a number of samples there."""
-    return NEEDS if any(row.cells.get("needs", Cell()).value for row in rows) else ""
+    return NEEDS if any(row.cells.keys() & {"needs", "visible"} for row in rows) else ""
 
 
 def endpoints(rows: Iterable[Row], where: str = "") -> str:
@@ -161,14 +165,20 @@ def _beside(rows: list[Comparison]) -> list[Table]:
     drawn = []
     for row in rows:
         cells = {name: _counted(found) for name in shown if (found := row.finding(name))}
+        if (logs := row.finding("log length")) and logs.estimate is not None:
+            mean, low, high = (math.exp(x) for x in (logs.estimate.mean, logs.estimate.low, logs.estimate.high))
+            cells["log length"] = Cell(mean, low, high, p=logs.adjusted)
         name = f"{row.method} (partial)" if any(e.verdict == "partial" for e in row.effects) else row.method
         drawn.append(Row((row.method,), cells, (name,)))
     note = Note(
         "Samples that only the method : only the other arm shows it on; * p < 5 % after Benjamini and Hochberg. net "
         "harm: broke, healed. churn: changed either way; longer (3/2), shorter (2/3): beyond the control's. cap hits, "
-        "empty, loops (ends in the same words four times over): full's."
+        "empty, loops (ends in the same words four times over): full's. geometric length: mean of the logarithms, as a "
+        "multiple, with 95 % and p of flipped signs, adjusted likewise."
     )
     columns = [Column(name, name, "pairs") for name in shown]
+    if any("log length" in row.cells for row in drawn):
+        columns += [Column("log length", "geometric length", "×", "range"), Column("log length", "p", shows="p")]
     return [Table("beside", "beside the verdicts, exploratory", ("method",), columns, drawn, [note])] if shown else []
 
 
