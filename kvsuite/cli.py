@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     fetching = commands.add_parser("fetch", help="download all that default runs need, and convert the model")
     fetching.set_defaults(run=_fetch)
     _report_options(commands.add_parser("report", help="the tables of a run that was left"))
+    _gate_options(commands.add_parser("gate", help="hold a run against limits: exit code 1 where one is missed"))
     _compare_options(commands.add_parser("compare", help="what changed from one run or result to another beyond noise"))
     _plan_options(commands.add_parser("plan", help="how many prompts and minutes decide a margin"))
     _negatives_options(commands.add_parser("negatives", help="which samples methods break, from scores you have"))
@@ -94,6 +95,15 @@ def _report_options(parser: argparse.ArgumentParser) -> None:
     form.add_argument("--markdown", action="store_true", help="as report.md holds it")
     form.add_argument("--json", action="store_true", help="every cell as numbers, for a program")
     parser.set_defaults(run=_report)
+
+
+def _gate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="RUN", help="a run folder")
+    parser.add_argument("--gate", action="append", default=[], metavar="GATE", help="as pytest's --kv-gate")
+    parser.add_argument("--against", default="", metavar="RUN", help="as --kv-against: an earlier run")
+    parser.add_argument("--undecided", default="warns", help="as --kv-undecided: passes, warns or fails")
+    parser.add_argument("--acknowledged", default="", metavar="FILE", help="as --kv-acknowledged")
+    parser.set_defaults(run=_gate)
 
 
 def _compare_options(parser: argparse.ArgumentParser) -> None:
@@ -191,6 +201,19 @@ def _report(asked: argparse.Namespace) -> None:
         print((markdown if asked.markdown else as_json).render(report), end="")
     else:
         terminal.write(report.tables, sys.stdout, shutil.get_terminal_size().columns, report.notes)
+
+
+def _gate(asked: argparse.Namespace) -> int:
+    from kvsuite.analysis.gates import Gates
+    from kvsuite.analysis.report import analyse
+    from kvsuite.report import terminal
+
+    held = Gates.of(asked.gate, asked.undecided, asked.against, asked.acknowledged)
+    if not (held.gates or held.against):
+        raise UsageError("say what the run is held against: --gate 'speed[int8]>=1.0', --against RUN")
+    report = analyse(records.read(Path(asked.folder)), held)
+    terminal.write([report.table("gates")], sys.stdout, shutil.get_terminal_size().columns)
+    return int(report.failed)
 
 
 def _plan(asked: argparse.Namespace) -> None:

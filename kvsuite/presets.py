@@ -26,6 +26,10 @@ SMOKE: dict[str, Any] = {
     # so few samples clear nobody, but they can convict
     "margins": "kl=0.02,perplexity=0.02,quality=0.1,broken=0.1,length=0.15,truncation=0.03,speed=0.05,"
     "veto=quality+broken+length+truncation",
+    "gate": [],
+    "against": "",
+    "undecided": "warns",
+    "acknowledged": "",
     "run": "",
     "resume": "",
     "executor": "here",

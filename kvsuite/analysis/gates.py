@@ -13,18 +13,27 @@ from dataclasses import dataclass, replace
 from datetime import date
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from kvsuite.analysis.shares import Side
 from kvsuite.analysis.stats import LEVEL, Estimate, holm
 from kvsuite.analysis.verdict import Effect
 from kvsuite.errors import UsageError, unknown
-from kvsuite.records import Run
+from kvsuite.records import Run, read
 
 State = Literal["passed", "failed", "undecided", "acknowledged"]
 Policy = Literal["passes", "warns", "fails"]
 POLICIES = ("passes", "warns", "fails")
-BETTER = {"bytes": -1, "kl": -1, "perplexity": -1, "quality": 1, "broken": -1, "length": 0, "truncation": -1, "speed": 1}
+BETTER = {
+    "bytes": -1,
+    "kl": -1,
+    "perplexity": -1,
+    "quality": 1,
+    "broken": -1,
+    "length": 0,
+    "truncation": -1,
+    "speed": 1,
+}
 """By endpoint, whether larger (1) or smaller (-1) is better; 0: it may be held from both sides. Numbers are as in
 ``--kv-margins``: shares, nats, and multiples of the baseline's (bytes, perplexity, length, speed)."""
 SPELLED = re.compile(r"\s*([\w-]+)\s*\[([^\]]+)\]\s*(>=|<=)\s*([^\s@]+)\s*(?:@\s*b(\d+)-l(\d+)\s*)?")
@@ -112,6 +121,16 @@ class Gates:
     against: Run | None = None
     """An earlier run: what is worse than there, beyond its margins, fails."""
     acknowledged: tuple[Acknowledged, ...] = ()
+
+    @classmethod
+    def of(cls, texts: Sequence[str], undecided: str = "warns", against: str = "", known: str = "") -> Gates:
+        """Of gates as they are written, an earlier run's folder, and a file of what is acknowledged. Raises
+        UsageError."""
+        if undecided not in POLICIES:
+            raise unknown("word for undecided gates", undecided, POLICIES)
+        parsed = tuple(dict.fromkeys(Gate.parse(text) for text in texts))
+        before = read(Path(against)) if against else None
+        return cls(parsed, cast(Policy, undecided), before, acknowledged(Path(known)) if known else ())
 
     def failed(self, outcomes: Sequence[Outcome]) -> bool:
         """Whether a run is to end with an error."""

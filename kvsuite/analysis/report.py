@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 
 from kvsuite.analysis.cost import Throughput, throughput
 from kvsuite.analysis.figure import Figure
 from kvsuite.analysis.figures import figures
+from kvsuite.analysis.gates import Gates
 from kvsuite.analysis.sentences import Sentence, limits, sentences
 from kvsuite.analysis.shortfall import interrupted, shares, timed
 from kvsuite.analysis.speed import OURS
 from kvsuite.analysis.table import Cell, Note, Table
 from kvsuite.analysis.tables import servers, speed
 from kvsuite.analysis.tables.answers import answers
+from kvsuite.analysis.tables.gates import gates, outcomes
 from kvsuite.analysis.tables.verdicts import verdicts
 from kvsuite.errors import unknown
 from kvsuite.records import Answer, Record, Run, Timing
+
+
+NO_GATES = Gates()
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,8 @@ class Report:
     """What the run cannot tell."""
     throughput: Throughput | None = None
     """What a price of tokens is made from."""
+    failed: bool = False
+    """Whether a gate says so."""
 
     def table(self, key: str) -> Table:
         """The table of this key. Raises UsageError where there is none."""
@@ -56,9 +64,12 @@ class Report:
         return next((table for table in self.tables if table.key == "shortfall"), None)
 
 
-def analyse(run: Run) -> Report:
-    """Everything that is shown of a run."""
-    tables = [*_shortfall(run), *servers.headlines(run), *verdicts(run), *servers.speed(run), *servers.served(run)]
+def analyse(run: Run, held: Gates = NO_GATES, today: date | None = None) -> Report:
+    """Everything that is shown of a run, and of the gates it is held against; ``today`` is when they were."""
+    judged, effects = verdicts(run)
+    found = outcomes(run, held, effects, today or date.today())
+    tables = [*_shortfall(run), *gates(held, found), *servers.headlines(run), *judged]
+    tables += [*servers.speed(run), *servers.served(run)]
     tables += [*speed.phases(run), *answers(run), *speed.promises(run)]
     torn = f"{run.torn} record lines were cut off while being written and are left out."
     notes = [*provenance(run.records), *([Note(torn, "warning")] if run.torn else [])]
@@ -72,6 +83,7 @@ def analyse(run: Run) -> Report:
         sentences(run, known),
         limits(run, known),
         throughput(run),
+        held.failed(found),
     )
 
 

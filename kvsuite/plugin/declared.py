@@ -35,6 +35,11 @@ HELP = {
     "triton; where one refuses, the reference does, and records say why",
     "margins": "how much worse a method may be before it counts as harmful; what is left out stays as in the preset; "
     "veto=A+B names endpoints that can convict but need not be within margin",
+    "gate": "ENDPOINT[METHOD]>=NUMBER or <=: what the run must keep, such as quality[kivi*]>=-0.01 or "
+    "speed[int8]>=1.0@b8-l4096; may be given several times, and adds to [tool.kvsuite.gates] (docs/ci.md)",
+    "against": "an earlier run: what is worse than there beyond its margin fails",
+    "undecided": "what a gate does that nothing decides: passes, warns or fails",
+    "acknowledged": "a TOML file of failures that are known and borne: gate, reason, date",
     "run": "the folder this run leaves (default: runs/ and the time)",
     "resume": "the folder of a run that was cut off: what it has recorded is not done again, what failed is",
     "executor": "who answers: here (this process, or pytest-xdist's workers with -n), or ray (the GPUs of a cluster)",
@@ -54,7 +59,7 @@ HELP = {
     "goodput": "find the highest rate that meets p95 targets in seconds, e.g. ttft=2,itl=0.2",
     "startup": "seconds a server may take until it answers",
 }
-REPEATED = ("plugin", "variant")
+REPEATED = ("gate", "plugin", "variant")
 """Options that may be given several times."""
 UNSHOWN = ("model", "methods", "run", "memory", "resume")
 """Options whose help says their defaults in other words."""

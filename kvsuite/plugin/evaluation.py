@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from _pytest.junitxml import xml_key
 
 from kvsuite import environment
-from kvsuite.analysis.report import analyse
+from kvsuite.analysis.report import Report, analyse
 from kvsuite.analysis.shortfall import interrupted
 from kvsuite.errors import UsageError
 from kvsuite.plugin import EVALUATIONS, SESSION, evaluates, options, untold
@@ -234,6 +235,20 @@ def _again(config: pytest.Config, folder: Path) -> str:
     return shlex.join(["pytest", *kept, "--kv-resume", str(folder)])
 
 
+def _hold(config: pytest.Config, report: Report) -> None:
+    """Let gates decide how pytest ends, and tell them to its JUnit file, which is then written once more."""
+    gates = next((table for table in report.tables if table.key == "gates"), None)
+    if gates is None:
+        return
+    session = config.pluginmanager.getplugin("session")
+    if report.failed and session is not None and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    if (xml := config.stash.get(xml_key, None)) is not None:
+        for row in gates.rows:
+            xml.add_global_property(" ".join(row.key), str(row.cells["state"].value))
+        xml.pytest_sessionfinish()
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Join what the workers left and let every report plugin view the run."""
     session = config.stash[SESSION]
@@ -244,8 +259,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     session.run.join()
     try:
         with _lenient():
-            report = analyse(read(session.folder))
+            report = analyse(read(session.folder), session.options.gates)
             config.hook.pytest_kv_report(report=report, terminalreporter=terminalreporter)
+        _hold(config, report)
         if isinstance(session, Local) and interrupted(report.run):
             terminalreporter.write_line(f"interrupted; go on with: {_again(config, session.folder)}", bold=True)
     except UsageError as error:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import pytest
 
 from kvsuite import environment, models, registry, tasks
+from kvsuite.analysis.gates import POLICIES, Gates
 from kvsuite.errors import UsageError, unknown
 from kvsuite.kernels import BACKENDS
 from kvsuite.margins import Margins
@@ -29,6 +30,7 @@ CHOICES = {
     "device": ("cpu", "cuda"),
     "backend": ("auto", *BACKENDS),
     "executor": ("here", "ray"),
+    "undecided": POLICIES,
 }
 FRAME = 160
 """Tokens that a chat template and an answer need beside a prompt, or a document's continuation."""
@@ -65,6 +67,7 @@ class Options:
     executor: str
     ray_address: str
     margins: Margins
+    gates: Gates
     servers: servers.Servers | None
     """What is compared instead of methods, if anything."""
 
@@ -112,7 +115,11 @@ def read(config: pytest.Config) -> Options:
         registry.load(file)
     if {"baseline", "variant"} & {*given, *here} and (own := [key for key in METHODS_ONLY if key in here]):
         raise UsageError(f"--kv-{own[0]} is about methods in this process; servers are configured by their own options")
-    options = check(given | here)
+    named = here.get("gate", [])
+    options = check(given | here | {"gate": [*given.get("gate", []), *named]})
+    for gate in options.gates.gates:
+        if gate.text in map(str.strip, named) and not any(map(gate.matches, options.arms)):
+            raise unknown(f"method of --kv-gate {gate.text!r}:", gate.pattern, options.arms)
     if not hasattr(config, "workerinput"):  # a worker of pytest-xdist that replaces another finds its records
         _check_folders(options)
     return options
@@ -148,6 +155,7 @@ def check(given: Mapping[str, Any]) -> Options:
         executor=raw["executor"],
         ray_address=str(raw["ray-address"]),
         margins=Margins.parse(f"{PRESETS[preset]['margins']},{raw['margins']}"),
+        gates=Gates.of([str(x) for x in raw["gate"]], raw["undecided"], str(raw["against"]), str(raw["acknowledged"])),
         servers=servers.check(raw, _number),
         **{key: _whole(key, raw[key], 0 if key == "seed" else 1) for key in ("cap", "rounds", "seed")},
         samples=_counts(raw["samples"]),
@@ -195,10 +203,13 @@ def _configured(file: Path) -> dict[str, Any]:
     table = tomllib.loads(file.read_text()).get("tool", {}).get("kvsuite", {})
     if not isinstance(table, dict):
         raise UsageError("kvsuite under [tool] must be a table of options")
+    gates = table.pop("gates", {})
+    if not isinstance(gates, dict) or not all(isinstance(text, str) for text in gates.values()):
+        raise UsageError('[tool.kvsuite.gates] has lines NAME = "GATE"')
     for key in table:
         if key not in HELP:
             raise unknown("key of [tool.kvsuite]", key, HELP)
-    return dict(table)
+    return table | ({"gate": list(gates.values())} if gates else {})
 
 
 def _items(key: str, value: Any) -> list[str]:

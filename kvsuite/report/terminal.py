@@ -23,7 +23,7 @@ NARROW = 15
 """Characters that a row's name keeps on a line."""
 
 
-FIRST = ("shortfall", "headline", "decision")
+FIRST = ("shortfall", "gates", "headline", "decision")
 """Tables that are printed without ``-v``, where a run has a decision."""
 
 

@@ -69,7 +69,10 @@ def decision(run: Run, decided: Sequence[Named]) -> list[Table]:
             Row((method,), {"decision": Cell(words), **_cells(run, method, own, speed, evens.get(method), shares)})
         )
     shown = [c for c in COLUMNS if any(row.cells.get(c.key, Cell()).value not in (None, "capped") for row in rows)]
-    return [_headline(verdicts, shares), Table("decision", "method by method", ("method",), shown, rows, [Note(MEANING)])]
+    return [
+        _headline(verdicts, shares),
+        Table("decision", "method by method", ("method",), shown, rows, [Note(MEANING)]),
+    ]
 
 
 def _headline(verdicts: Mapping[str, str], held: Mapping[str, float]) -> Table:

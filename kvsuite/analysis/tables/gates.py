@@ -8,7 +8,7 @@ from datetime import date
 from kvsuite.analysis.gates import Figure, Gate, Gates, Outcome, forgiven, judge
 from kvsuite.analysis.runs import broken
 from kvsuite.analysis.speed import REFERENCE, speed_rows
-from kvsuite.analysis.table import Cell, Column, Note, Row, Table, infos
+from kvsuite.analysis.table import Cell, Column, Row, Severity, Table, infos
 from kvsuite.analysis.tables.changes import WORDS, runs
 from kvsuite.analysis.tables.decision import held
 from kvsuite.analysis.verdict import Named
@@ -16,7 +16,7 @@ from kvsuite.errors import UsageError
 from kvsuite.margins import Margins
 from kvsuite.records import Run, Timing
 
-COLUMNS = (Column("state", "gate"), Column("value", "seen"), Column("bound", "bound"), Column("why", "why"))
+COLUMNS = (Column("state", "gate"), Column("value", "seen"), Column("bound", "bound"))
 MEANING = (
     "passed: the bound keeps the limit (one-sided 95 %). failed: the limit is missed, after Holm over all gates, so that "
     "gates whose limits are kept fail in 5 % of runs at most. undecided: neither."
@@ -31,7 +31,8 @@ def outcomes(run: Run, asked: Gates, effects: Sequence[Named], today: date) -> l
     methods = [m for m in run.facts["methods"] if m != run.baseline and not run.is_control(m)]
     garbled, share = broken(run), held(run)
     known = {(method, e.endpoint): e for method, e in effects}
-    timed = {(r.method, r.width, r.length): r for r in speed_rows([r for r in run.records if _decodes(r)])}
+    decoded = [r for r in run.records if isinstance(r, Timing) and r.phase == "decode"]
+    timed = {(r.method, r.width, r.length): r for r in speed_rows(decoded)}
 
     def figure(gate: Gate, method: str) -> Figure:
         if gate.endpoint == "bytes":
@@ -50,10 +51,6 @@ def outcomes(run: Run, asked: Gates, effects: Sequence[Named], today: date) -> l
     if asked.against is not None:
         found += _against(asked.against, run)
     return forgiven(found, asked.acknowledged, today)
-
-
-def _decodes(record: object) -> bool:
-    return isinstance(record, Timing) and record.phase == "decode"
 
 
 def _against(before: Run, run: Run) -> list[Outcome]:
@@ -79,11 +76,13 @@ def gates(asked: Gates, found: Sequence[Outcome]) -> list[Table]:
     rows = [_row(asked, o) for o in sorted(found, key=lambda o: order[o.state])]
     shown = [c for c in COLUMNS if any(row.cells[c.key].value not in (None, "") for row in rows)]
     notes: list[Note] = infos([f"{MEANING} An undecided gate {asked.undecided}."])
-    severity = "error" if asked.failed(found) else "warning" if asked.undecided == "warns" and by["undecided"] else "info"
+    severity = (
+        "error" if asked.failed(found) else "warning" if asked.undecided == "warns" and by["undecided"] else "info"
+    )
     return [Table("gates", title, ("held", "method"), shown, rows, notes, severity)]
 
 
 def _row(asked: Gates, o: Outcome) -> Row:
     state = Cell(o.state, state="failed" if asked.failed([o]) else "ok")
-    cells = {"state": state, "value": Cell(o.value), "bound": Cell(o.bound), "why": Cell(o.why)}
+    cells = {"state": state, "value": Cell(o.value), "bound": Cell(o.bound)}
     return Row((o.gate, o.method), cells)

@@ -12,7 +12,7 @@ from kvsuite.analysis.runs import broken, failures, noise, parts, speeds
 from kvsuite.analysis.shortfall import evaluation_of, shares
 from kvsuite.analysis.table import Cell, Column, Note, Row, Table, errors, infos
 from kvsuite.analysis.tables.decision import decision
-from kvsuite.analysis.verdict import Effect
+from kvsuite.analysis.verdict import Effect, Named
 from kvsuite.margins import Margins
 from kvsuite.records import Run
 
@@ -55,8 +55,9 @@ PARTIAL = Note(
 )
 
 
-def verdicts(run: Run) -> list[Table]:
-    """One row per method and primary endpoint, and what stands beside them; none for a run without answers."""
+def verdicts(run: Run) -> tuple[list[Table], list[Named]]:
+    """One row per method and primary endpoint, and what stands beside them; none for a run without answers. And the
+    endpoints themselves."""
     margins = Margins(**run.facts.get("margins", {}))
     fast = speeds(run, margins)
     methods, beside = decided(compare(parts(run), margins), margins, [*forced.effects(run, margins), *fast.effects])
@@ -66,7 +67,7 @@ def verdicts(run: Run) -> list[Table]:
     rows += [effect_row(name, e) for name, e in beside]
     rows += [Row((name, "speed"), {"effect": Cell(state=why)}) for name, why in fast.lost]
     if not rows:
-        return []
+        return [], []
     rows += [Row((name, "all"), {"effect": Cell(state="broken")}) for name in sorted(broken(run))]
     hidden = any(len(distinct(row)) < len(row.effects) for row in methods)
     noises = [effect_row(row.method, e) for row in controls for e in distinct(row)]
@@ -81,8 +82,8 @@ def verdicts(run: Run) -> list[Table]:
     margin = Note(f"{margins_text(margins)}.")
     notes = [*partial(rows), *infos(said), *errors(failures(run)), margin]
     table = Table("verdicts", "verdicts", ("method", "endpoint"), COLUMNS, rows, notes)
-    first = decision(run, [*beside, *((row.method, e) for row in methods for e in row.effects)])
-    return [*first, table, *_beside([*methods, *controls])]
+    effects = [*beside, *((row.method, e) for row in methods for e in row.effects)]
+    return [*decision(run, effects), table, *_beside([*methods, *controls])], effects
 
 
 def effect_row(name: str, e: Effect) -> Row:
