@@ -134,10 +134,17 @@ def check(base: Arm, variant: Arm, control: Arm | None) -> Check:
             if s.name in GUESSED and BLIND[s.name] ** s.n > LEVEL
         ]
     hard = [np.any([found[name].shown(k) for name in HOPELESS], axis=0) for k in range(len(others))]
-    hopeless = bool(hard[0].all()) and not any(x.any() for x in hard[1:])
-    failed = [s.name for s in signs if s.failed] or (list(HOPELESS) if hopeless else [])
+    all_hard = bool(hard[0].all()) and not any(x.any() for x in hard[1:])
+    failed = [s.name for s in signs if s.failed] or (list(HOPELESS) if all_hard else [])
     example = _example(base, others[0], found, failed) if failed else None
     return Check(len(base), signs, bool(failed), example, "; ".join(notes))
+
+
+def hopeless(base: Arm, variants: Sequence[Arm]) -> list[Mask]:
+    """For each variant (n,): which of its answers show one of `HOPELESS` where the baseline's does not. All arms are
+    aligned and all texts known."""
+    found = [_by_dataset(MARKS[name], base, list(variants)) for name in HOPELESS]
+    return [np.any([marks.shown(k) for marks in found], axis=0) for k in range(len(variants))]
 
 
 @dataclass(frozen=True)
