@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -247,6 +248,7 @@ def _texts(arm: Arm) -> list[str]:
 
 
 def _each(base: Arm, arms: list[Arm], told: Callable[[str], bool]) -> _Marks:
+    told = cache(told)  # many answers are the baseline's
     own, *others = (np.array([told(text) for text in _texts(arm)], np.bool_) for arm in (base, *arms))
     return _Marks(~own, others, own & ~others[0])
 

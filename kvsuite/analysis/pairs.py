@@ -12,7 +12,7 @@ import numpy as np
 
 from kvsuite.analysis.garbled import hopeless
 from kvsuite.analysis.samples import Broken, harm
-from kvsuite.columns import ArmBuilder
+from kvsuite.columns import Arm, ArmBuilder
 from kvsuite.readers.run import answers
 from kvsuite.records import Answer, Forced, Run, Served
 
@@ -75,52 +75,57 @@ def perplexity(forced: Forced) -> float | None:
     return math.exp(-sum(forced.logs) / len(forced.logs)) if forced.logs else None
 
 
+Sampled = tuple[str, str]
+"""Task and sample."""
+Answers = dict[Sampled, Answer]
+
+
 def pairs(run: Run) -> list[Pair]:
     """All answers of a run to its tasks, arm by arm, without the baseline's own. What was timed under load is left
     out."""
-    base: dict[int, dict[Sampled, Answer]] = {}
-    arms: dict[tuple[str, int], dict[Sampled, Answer]] = {}
+    arms: dict[tuple[str, int], Answers] = {}
     for a in sorted(answers(run), key=lambda a: a.status == "ok"):  # asked again, it may have succeeded
-        if a.method == run.baseline:
-            base.setdefault(a.repeat, {})[a.task, a.sample] = a
-        if a.method != run.baseline or a.repeat:
-            arms.setdefault((a.method, a.repeat), {})[a.task, a.sample] = a
-    found = []
+        arms.setdefault((a.method, a.repeat), {})[a.task, a.sample] = a
     order = {method: at for at, method in enumerate(run.facts.get("methods", ()))}
-    for (method, repeat), mine in sorted(arms.items(), key=lambda item: (order.get(item[0][0], len(order)), item[0])):
-        beside = base.get(0 if method == run.baseline else repeat, base.get(0, {}))
-        found += _pairs(_named(method, repeat), mine, beside)
-    return found
-
-
-Sampled = tuple[str, str]
-"""Task and sample."""
+    first = (run.baseline, 0)
+    ordered = sorted(arms.keys() - {first}, key=lambda arm: (order.get(arm[0], len(order)), arm))
+    beside: dict[tuple[str, int], list[tuple[str, int]]] = {}
+    for arm in ordered:
+        seed = (run.baseline, arm[1])  # the same noise of sampling
+        beside.setdefault(seed if seed in arms and seed != arm else first, []).append(arm)
+    found: dict[tuple[str, int], list[Pair]] = {}
+    for base, mine in beside.items():
+        theirs = arms.get(base, {})
+        garbled = _garbled(theirs, [_good(arms[arm], theirs) for arm in mine])
+        found |= {
+            arm: _pairs(_named(*arm), arms[arm], theirs, marked) for arm, marked in zip(mine, garbled, strict=True)
+        }
+    return [pair for arm in ordered for pair in found[arm]]
 
 
 def _named(method: str, repeat: int) -> str:
     return method + (f", other seed {repeat}" if repeat > 1 else ", other seed" if repeat else "")
 
 
-def _pairs(arm: str, mine: dict[Sampled, Answer], base: dict[Sampled, Answer]) -> list[Pair]:
-    both = {key: (a, base[key]) for key, a in mine.items() if key in base}
-    good = {key: pair for key, pair in both.items() if pair[0].status == pair[1].status == "ok"}
-    garbled = _garbled(good)
-    regressed, healed = _moved(good)
+def _good(mine: Answers, theirs: Answers) -> Answers:
+    """The answers that are there on both sides."""
+    return {k: a for k, a in mine.items() if a.status == "ok" and k in theirs and theirs[k].status == "ok"}
+
+
+def _pairs(arm: str, mine: Answers, base: Answers, garbled: set[Sampled]) -> list[Pair]:
+    good = _good(mine, base)
+    regressed, healed = _moved(good, base)
     found = []
     for key, a in mine.items():
-        b = base.get(key)
-        if b is None:
-            verdicts: list[Verdict] = ["failed"] if a.status != "ok" else ["unpaired"]
-        elif key not in good:
-            verdicts = ["failed"]
-        else:
+        verdicts: list[Verdict] = ["failed"] if a.status != "ok" or key in base else ["unpaired"]
+        if key in good:
             marks: dict[Verdict, bool] = {
                 "garbled": key in garbled,
                 "regressed": key in regressed,
                 "healed": key in healed,
             }
-            verdicts = _verdicts(a, b, marks)
-        found.append(Pair(arm, a, b, tuple(verdicts)))
+            verdicts = _verdicts(a, base[key], marks)
+        found.append(Pair(arm, a, base.get(key), tuple(verdicts)))
     return found
 
 
@@ -137,33 +142,37 @@ def _verdicts(a: Answer, b: Answer, marks: dict[Verdict, bool]) -> list[Verdict]
     return [verdict for verdict in VERDICTS if marks.get(verdict)] or ["differs"]
 
 
-def _garbled(good: dict[Sampled, tuple[Answer, Answer]]) -> set[Sampled]:
-    keys = [key for key, (a, _) in good.items() if not isinstance(a, Forced)]
+def _garbled(base: Answers, arms: Sequence[Answers]) -> list[set[Sampled]]:
+    """For each arm what is garbled of its answers to what the baseline answered. What an arm lacks stands in as the
+    baseline's answer, beside which it shows nothing."""
+    keys = [key for key, b in base.items() if b.status == "ok" and not isinstance(b, Forced)]
     if not keys:
-        return set()
-    arms = []
-    for side in (1, 0):
-        builder = ArmBuilder("")
-        for task, sample in keys:
-            builder.add("", task, sample, text=said(good[task, sample][side]))
-        arms.append(builder.arm())
-    [shown] = hopeless(arms[0], arms[1:])
-    return set(itertools.compress(keys, shown))
+        return [set() for _ in arms]
+    mine = [_texts(keys, {**base, **arm}) for arm in arms]
+    return [set(itertools.compress(keys, shown)) for shown in hopeless(_texts(keys, base), mine)]
 
 
-def said(answer: Answer) -> str:
+def _texts(keys: Iterable[Sampled], said: Answers) -> Arm:
+    builder = ArmBuilder("")
+    for task, sample in keys:
+        builder.add("", task, sample, text=_said(said[task, sample]))
+    return builder.arm()
+
+
+def _said(answer: Answer) -> str:
     """All that an answer says: of a server its reasoning and the tools it called, too."""
     if not isinstance(answer, Served):
         return answer.text
     return "\n".join(filter(None, (answer.reasoning, answer.text, answer.calls)))
 
 
-def _moved(good: dict[Sampled, tuple[Answer, Answer]]) -> tuple[set[Sampled], set[Sampled]]:
+def _moved(good: Answers, base: Answers) -> tuple[set[Sampled], set[Sampled]]:
     """What an arm broke, and what it healed, as *net harm* counts them."""
-    scored = [(key, a.score, b.score) for key, (a, b) in good.items() if a.score is not None and b.score is not None]
-    if not scored:
+    scored = [(key, a.score, base[key].score) for key, a in good.items() if a.score is not None]
+    known = [(key, score, theirs) for key, score, theirs in scored if theirs is not None]
+    if not known:
         return set(), set()
-    keys, mine, theirs = zip(*scored, strict=True)
+    keys, mine, theirs = zip(*known, strict=True)
     tasks = np.array([task for task, _ in keys])
     datasets = [np.flatnonzero(tasks == task) for task in dict.fromkeys(tasks.tolist())]
     down, up = harm(datasets, np.array(theirs, dtype=float), np.array(mine, dtype=float), Broken())

@@ -180,10 +180,11 @@ def many(samples, methods):
         prompt = " ".join(written(follow, dice, 60))[-400:]
         found.append(answer("full", at, " ".join(base), prompt=prompt))
         for method in range(methods):
-            text, apart = base, dice.randrange(len(base))
+            text, apart, score = base, dice.randrange(len(base)), 1.0
             if dice.random() > 0.25:
+                score = dice.choice([0.0, 0.5, 1.0])
                 text = [*base[:apart], *written(follow, dice, dice.randint(20, 180) - apart)]
-            found.append(answer(f"method-{method}", at, " ".join(text), dice.choice([0.0, 0.5, 1.0]), prompt=prompt))
+            found.append(answer(f"method-{method}", at, " ".join(text), score, prompt=prompt))
     return found
 
 
