@@ -88,10 +88,11 @@ def test_all_words_for_what_became_of_an_answer():
         ),
         "differs": (answer("full", 6, "one"), answer("int8", 6, "two")),
         "unpaired": (answer("int8", 7, "alone"),),
+        "bad before": (answer("full", 8, "bad", 0.2), answer("int8", 8, "worse", 0.1)),
     }
     found = {p.answer.sample: p.verdicts for p in pairs(report([a for case in cases.values() for a in case]).run)}
-    expected = ["garbled", "garbled", "healed", "capped", "longer", "shorter", "differs", "unpaired"]
-    assert [found[f"s{i}"] for i in range(8)] == [(word,) for word in expected]
+    expected = ["garbled", "garbled", "healed", "capped", "longer", "shorter", "differs", "unpaired", "differs"]
+    assert [found[f"s{i}"] for i in range(9)] == [(word,) for word in expected]
     assert list(MEANINGS) == list(VERDICTS)
 
 
@@ -220,7 +221,7 @@ def page(*reports):
     """The viewer in a page of its own."""
     here = Path(samples.__file__).parent
     folder = Environment(loader=FileSystemLoader(here), autoescape=True)
-    payloads = [payload(x, LIMIT // len(reports)) for x in reports]
+    payloads = [payload(x, LIMIT // len(reports)) for x in reports if x.pairs]
     body = folder.get_template("samples.html").render(payloads=payloads, meanings=MEANINGS)
     script, answers, style = ((here / x).read_text() for x in ("samples.js", "answer.js", "samples.css"))
     return (
@@ -381,6 +382,10 @@ def test_a_document_shows_where_it_diverges(browse):  # noqa: F811
     assert found.problems == []
 
 
+def test_without_answers_there_is_no_viewer():
+    assert 'id="answers"' not in page(report([]))
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 360])
 def test_everyone_can_use_it(browse, scheme, width):  # noqa: F811
@@ -391,6 +396,9 @@ def test_everyone_can_use_it(browse, scheme, width):  # noqa: F811
     )
     assert found.axe() == []
     assert found.page.evaluate("document.documentElement.scrollWidth") <= width
+    found.page.fill("[name=text]", "nothing of the kind")
+    found.page.wait_for_function("document.querySelectorAll('.answers-row').length === 0")
+    assert found.axe() == []
     found.page.emulate_media(media="print")
     assert found.page.locator(".answers-list").is_hidden()
     assert found.page.locator(".answers-figures").is_visible()

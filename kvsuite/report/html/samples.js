@@ -115,7 +115,6 @@
   }
 
   function draw() {
-    if (!shown.length) return spacer.replaceChildren();
     height = parseFloat(getComputedStyle(list).getPropertyValue("--row")) * parseFloat(getComputedStyle(list).fontSize);
     spacer.style.height = `${shown.length * height}px`;
     const first = Math.max(0, Math.floor(list.scrollTop / height) - AROUND);
