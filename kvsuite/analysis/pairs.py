@@ -48,16 +48,22 @@ class Pair:
     """All that apply, the worst first; one at least."""
 
     @property
+    def compared(self) -> bool:
+        """Whether there are two answers to look at: none failed, and no document was forced instead."""
+        good = self.base is not None and self.base.status == self.answer.status == "ok"
+        return good and not isinstance(self.answer, Forced)
+
+    @property
     def token(self) -> int | None:
         """Place of the first differing token, from 0; None where there is none or token ids are not known."""
-        if self.base is None or isinstance(self.answer, Forced) or not (self.answer.tokens and self.base.tokens):
+        if self.base is None or not self.compared or not (self.answer.tokens and self.base.tokens):
             return None
         return _first(self.base.tokens, self.answer.tokens)
 
     @property
     def character(self) -> int | None:
         """Place of the first differing character of the texts, from 0; None where there is none."""
-        return None if self.base is None else _first(self.base.text, self.answer.text)
+        return _first(self.base.text, self.answer.text) if self.base is not None and self.compared else None
 
     @property
     def kept(self) -> float | None:

@@ -73,7 +73,7 @@ const Answers = (() => {
   }
 
   function side(name, answer, place, base) {
-    const made = make("div", { class: "answers-side" }, make("h4", {}, base ? "baseline: " : "", make("bdi", {}, name)));
+    const made = make("div", { class: "answers-side" }, make("h4", {}, base && name !== "baseline" ? "baseline: " : "", make("bdi", {}, name)));
     if (!answer) return made.append(make("p", {}, "no answer")), made;
     if (answer.error) made.append(make("p", { class: "answers-error" }, "failed: ", make("bdi", {}, answer.error)));
     else made.append(text(answer.text || "", `answer of ${name}`, place));
@@ -85,7 +85,7 @@ const Answers = (() => {
 
   function difference(row) {
     if (row.token !== null) return `The first differing token is number ${row.token + 1}.`;
-    if (row.character !== null && !row.answer.kl) return `The first differing character is number ${row.character + 1}.`;
+    if (row.character !== null) return `The first differing character is number ${row.character + 1}.`;
     return row.verdicts.includes("same") && !row.answer.kl ? "The answers are identical." : "";
   }
 
@@ -134,8 +134,7 @@ const Answers = (() => {
     const prompt = row.sample.prompt
       ? text(row.sample.prompt, "end of the prompt")
       : make("p", { class: "answers-hint" }, "This run did not record its prompts.");
-    const place = row.base && !row.base.error && !row.answer.error ? row.character : null;
-    const sides = [side(row.baseline, row.base, place, true), side(row.arm, row.answer, place, false)];
+    const sides = [side(row.baseline, row.base, row.character, true), side(row.arm, row.answer, row.character, false)];
     const failed = sides.some((made) => made.querySelector(".answers-error"));
     return [
       make("h3", {}, make("bdi", {}, row.sample.sample)),
