@@ -86,8 +86,11 @@ def _negatives_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _report_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="RUN", help="a run folder")
+    parser.add_argument("folders", nargs="+", metavar="RUN", help="a run folder; after --html several, side by side")
     form = parser.add_mutually_exclusive_group()
+    form.add_argument(
+        "--html", action="store_true", help="one page that needs no network: kvsuite report --html RUN > a.html"
+    )
     form.add_argument("--markdown", action="store_true", help="as report.md holds it")
     form.add_argument("--json", action="store_true", help="every cell as numbers, for a program")
     parser.set_defaults(run=_report)
@@ -169,10 +172,19 @@ def _compare(asked: argparse.Namespace) -> None:
 
 def _report(asked: argparse.Namespace) -> None:
     from kvsuite.analysis.report import analyse
-    from kvsuite.report import as_json, markdown, terminal
+    from kvsuite.report import as_json, html, markdown, terminal
 
-    report = analyse(records.read(Path(asked.folder)))
-    if asked.markdown or asked.json:
+    if len(asked.folders) > 1 and not asked.html:
+        raise UsageError("several runs are shown side by side by --html; kvsuite compare prints what changed")
+    if asked.html and sys.stdout.isatty():
+        raise UsageError(
+            f"--html writes a page to standard output: kvsuite report --html {asked.folders[0]} > report.html"
+        )
+    reports = [analyse(records.read(Path(folder))) for folder in asked.folders]
+    report = reports[0]
+    if asked.html:
+        sys.stdout.buffer.write(html.render(reports).encode(errors="replace"))
+    elif asked.markdown or asked.json:
         print((markdown if asked.markdown else as_json).render(report), end="")
     else:
         terminal.write(report.tables, sys.stdout, shutil.get_terminal_size().columns, report.notes)

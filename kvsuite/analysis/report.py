@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from kvsuite.analysis.cost import Throughput, throughput
+from kvsuite.analysis.figure import Figure
+from kvsuite.analysis.figures import figures
 from kvsuite.analysis.pairs import Pair, pairs
+from kvsuite.analysis.sentences import Sentence, limits, sentences
 from kvsuite.analysis.shortfall import interrupted, shares, timed
 from kvsuite.analysis.speed import OURS
 from kvsuite.analysis.table import Cell, Note, Table
@@ -29,6 +33,13 @@ class Report:
     """Every single figure: too long for a terminal."""
     notes: Sequence[Note]
     """To be read at the end."""
+    figures: Sequence[Figure] = ()
+    sentences: Sequence[Sentence] = ()
+    """One a method, for whoever reads nothing else."""
+    limits: Sequence[str] = ()
+    """What the run cannot tell."""
+    throughput: Throughput | None = None
+    """What a price of tokens is made from."""
 
     def table(self, key: str) -> Table:
         """The table of this key. Raises UsageError where there is none."""
@@ -58,7 +69,17 @@ def analyse(run: Run) -> Report:
     tables += [*speed.phases(run), *answers(run), *speed.promises(run)]
     torn = f"{run.torn} record lines were cut off while being written and are left out."
     notes = [*provenance(run.records), *([Note(torn, "warning")] if run.torn else [])]
-    return Report(run, tables, speed.timings(run), notes)
+    known = {table.key: table for table in tables}
+    return Report(
+        run,
+        tables,
+        speed.timings(run),
+        notes,
+        figures(run, known),
+        sentences(run, known),
+        limits(run, known),
+        throughput(run),
+    )
 
 
 def _shortfall(run: Run) -> list[Table]:

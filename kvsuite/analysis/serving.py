@@ -341,3 +341,10 @@ def differing(facts: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[str, .
         for name in dict.fromkeys([*theirs, *mine])
         if mine.get(name) != theirs.get(name)
     )
+
+
+def stored(run: Run) -> dict[str, float]:
+    """By arm, the bytes that its server stores for a token as a part of the baseline's; arms that say so alone."""
+    found = {server.method: _per_token(server.facts) for server in told(run)}
+    base = found.pop(run.baseline, None)
+    return {arm: own / base for arm, own in found.items() if own and base}

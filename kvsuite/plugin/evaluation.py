@@ -25,7 +25,7 @@ from kvsuite.plugin.serving import Serving
 from kvsuite.plugin.session import Session
 from kvsuite.records import is_control, read
 from kvsuite.registry import Registry, function
-from kvsuite.report import markdown, terminal
+from kvsuite.report import html, markdown, terminal
 from kvsuite.tasks import Task
 
 ALONE = "speed is timed alone: run -m throughput without -n or --kv-executor"
@@ -45,7 +45,7 @@ def begin(config: pytest.Config) -> None:
     if kind is Serving and getattr(config.option, "dist", "no") != "no":
         raise pytest.UsageError("servers are asked from one process: run without -n")
     config.stash[SESSION] = kind(asked, worker.get("workerid", ""), folder)
-    plugins = {"terminal": terminal, "markdown": markdown, **reports}
+    plugins = {"html": html, "terminal": terminal, "markdown": markdown, **reports}  # the last one draws first
     for name, module in plugins.items():
         if not config.pluginmanager.is_registered(module):
             config.pluginmanager.register(module, f"kvsuite.report.{name}")

@@ -55,7 +55,7 @@ def test_workers_leave_the_same_records(run):
     assert run("length or samples", "-n", "2").ret == 0
     assert {(a.task, a.method, a.repeat, a.sample): (a.tokens, a.score, a.nbytes) for a in left(Answer)} == alone
     assert len(left(Answer)) == len(alone), "a task is answered by one worker"
-    assert sorted(p.name for p in Path("left").iterdir()) == ["records.jsonl", "report.md", "run.json"]
+    assert sorted(p.name for p in Path("left").iterdir()) == ["records.jsonl", "report.html", "report.md", "run.json"]
 
 
 def test_speed_is_not_timed_beside_other_work(run):

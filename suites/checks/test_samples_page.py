@@ -12,15 +12,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from jinja2 import Environment, FileSystemLoader
 
 from kvsuite.analysis.pairs import MEANINGS, VERDICTS, pairs
 from kvsuite.analysis.report import Report, analyse
 from kvsuite.engines.request import Reply, Response
 from kvsuite.plugin import visits
 from kvsuite.records import Answer, Forced, Run, read
-from kvsuite.report.html import samples
-from kvsuite.report.html.samples import LIMIT, payload
+from kvsuite.report.html import render
+from kvsuite.report.html.samples import payload
 from kvsuite.runs.here import record
 from kvsuite.tasks import Sample
 from kvsuite.tasks.needle import Needle
@@ -41,7 +40,8 @@ HOSTILE = [
 
 
 def report(records, folder="somewhere/one", **facts):
-    return Report(Run(Path(folder), {"methods": ["full", "jitter", "int8", "kivi"], **facts}, records), [], [], [])
+    known = json.loads((REPORTS / "smoke" / "run.json").read_text()) | {"methods": ["full", "jitter", "int8", "kivi"]}
+    return Report(Run(Path(folder), known | facts, records), [], [], [])
 
 
 def answer(method, at, text, score=1.0, **more):
@@ -209,28 +209,8 @@ def test_what_is_too_much_is_left_out_from_the_end_and_counted(large):
     assert unpacked(payload(some, 10)) | {"left_out": 0} == unpacked(payload(report([])))
 
 
-STYLE = """
-:root { --ink: #1c2126; --soft: #5a636c; --line: #dfe3e7; --wash: #f6f7f9; --paper: #fff; --link: #0b5cad;
-  --good: #00664a; --bad: #a63c00; --bad-wash: #fdeadf; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ec; --soft: #a3acb5; --line: #333b43; --wash: #1d2227;
-  --paper: #14181c; --link: #7db9f0; --good: #6fd6b0; --bad: #ffac7d; --bad-wash: #40220f; } }
-body { background: var(--paper); color: var(--ink); } a { color: var(--link); }
-"""
-
-
 def page(*reports):
-    """The viewer in a page of its own."""
-    here = Path(samples.__file__).parent
-    folder = Environment(loader=FileSystemLoader(here), autoescape=True)
-    payloads = [payload(x, LIMIT // len(reports)) for x in reports if x.pairs]
-    body = folder.get_template("samples.html").render(payloads=payloads, meanings=MEANINGS)
-    script, answers, style = ((here / x).read_text() for x in ("samples.js", "answer.js", "samples.css"))
-    return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>answers</title><style>{STYLE}{style}</style>"
-        f"<main><h1>answers</h1><section id=samples>{body}</section></main>"
-        f"<script>{answers}</script><script>{script}</script></html>"
-    )
+    return render(reports)
 
 
 def opened(browse, html, fragment="", **options):  # noqa: F811

@@ -19,7 +19,7 @@ from kvsuite.analysis.pairs import VERDICTS, Pair, perplexity
 from kvsuite.analysis.report import Report
 from kvsuite.records import Answer, Forced, Served
 
-LIMIT = 4_000_000
+LIMIT = 3_500_000
 """Characters that the answers of all runs of a page may take."""
 COLUMNS = (
     "text", "error", "finish", "cap", "score", "prompt_tokens", "nbytes", "nbytes_end", "dense_end", "read_end", "kept",
