@@ -339,7 +339,7 @@ def test_everything_can_be_done_with_a_keyboard(browse):  # noqa: F811
     assert found.evaluate("document.activeElement.className") == "skip"
     assert found.evaluate("document.activeElement.getBoundingClientRect().left") >= 0
     found.keyboard.press("Enter")
-    tables = found.locator("details")
+    tables = found.locator("section[aria-labelledby=tables] details")
     second = tables.nth(1)
     assert second.get_attribute("open") is None
     second.locator("summary").focus()

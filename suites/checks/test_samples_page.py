@@ -252,7 +252,7 @@ def test_a_search_finds_words_of_answers_and_errors(browse):  # noqa: F811
     for text, count in (("OUT OF MEM", 1), ("was 12", 1), ("number", 3), ("nothing of the kind", 0)):
         found.page.fill("[name=text]", text)
         want = "3 answers" if count == 3 else f"{count} of 3 answers"
-        found.page.wait_for_function("want => document.querySelector('.answers-count').textContent === want", arg=want)
+        found.page.wait_for_selector(f".answers-count:text-is('{want}')")
         assert len(listed(found.page)) == count
     assert found.page.locator("[name=csv]").is_disabled()
     assert found.problems == []
@@ -292,7 +292,7 @@ def test_a_link_opens_its_answer_and_survives_a_reload(browse):  # noqa: F811
     found.page.wait_for_selector("#answers[data-ready]")
     assert found.page.locator("#answers").get_attribute("data-opened") == "two/needle/s2/int8"
     found.page.evaluate("location.hash = '#sample=two/needle/none/int8'")
-    found.page.wait_for_function("document.querySelector('.answers-detail').textContent.includes('not in this page')")
+    found.page.wait_for_selector(".answers-detail:has-text('not in this page')")
     assert found.problems == []
 
 
@@ -378,7 +378,7 @@ def test_everyone_can_use_it(browse, scheme, width):  # noqa: F811
     assert found.axe() == []
     assert found.page.evaluate("document.documentElement.scrollWidth") <= width
     found.page.fill("[name=text]", "nothing of the kind")
-    found.page.wait_for_function("document.querySelectorAll('.answers-row').length === 0")
+    found.page.wait_for_selector(".answers-row", state="detached")
     assert found.axe() == []
     found.page.emulate_media(media="print")
     assert found.page.locator(".answers-list").is_hidden()
@@ -417,7 +417,7 @@ def test_a_thousand_samples_of_eight_methods_are_ready_soon(browse, large_page):
         ready.append(int(found.page.locator("#answers").get_attribute("data-ready")))
         begin = time.perf_counter()
         found.page.fill("[name=text]", "bytes of a cache")
-        found.page.wait_for_function("document.querySelector('.answers-count').textContent.includes(' of ')")
+        found.page.wait_for_selector(".answers-count:has-text(' of ')")
         filtered.append(time.perf_counter() - begin)
     print(f"ready after {sorted(ready)} ms, searched in {[f'{x:.2f}' for x in sorted(filtered)]} s")
     assert min(ready) < 2000

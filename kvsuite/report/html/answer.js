@@ -1,7 +1,7 @@
 // One answer beside the baseline's, as elements. Whatever a model said becomes text nodes, never markup.
 "use strict";
 const Answers = (() => {
-  const MIB = 1024 * 1024, SVG = "http://www.w3.org/2000/svg";
+  const MIB = 1024 * 1024, SVG = document.querySelector(".answers-svg")?.namespaceURI;
 
   function make(tag, attributes, ...inside) {
     const made = document.createElement(tag);
