@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from kvsuite.analysis.cost import Throughput, throughput
 from kvsuite.analysis.figure import Figure
 from kvsuite.analysis.figures import figures
+from kvsuite.analysis.pairs import Pair, pairs
 from kvsuite.analysis.sentences import Sentence, limits, sentences
 from kvsuite.analysis.shortfall import interrupted, shares, timed
 from kvsuite.analysis.speed import OURS
@@ -49,6 +51,11 @@ class Report:
     def cell(self, table: str, row: str | tuple[str, ...], column: str) -> Cell:
         """The cell of these keys. Raises UsageError for keys that are not there."""
         return self.table(table).cell(row, column)
+
+    @cached_property
+    def pairs(self) -> list[Pair]:
+        """Every answer beside the baseline's to the same sample."""
+        return pairs(self.run)
 
     @property
     def shortfall(self) -> Table | None:
