@@ -70,6 +70,8 @@ class Answer(Record):
     sample: str = ""
     cluster: str = ""
     """The document the sample was made of, where several can be made of one."""
+    prompt: str = ""
+    """The end of the user's message; earlier runs did not record it."""
     repeat: int = 0
     score: float | None = None
     """0 to 1; None where the task has no reference."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -134,10 +135,17 @@ def check(base: Arm, variant: Arm, control: Arm | None) -> Check:
             if s.name in GUESSED and BLIND[s.name] ** s.n > LEVEL
         ]
     hard = [np.any([found[name].shown(k) for name in HOPELESS], axis=0) for k in range(len(others))]
-    hopeless = bool(hard[0].all()) and not any(x.any() for x in hard[1:])
-    failed = [s.name for s in signs if s.failed] or (list(HOPELESS) if hopeless else [])
+    all_hard = bool(hard[0].all()) and not any(x.any() for x in hard[1:])
+    failed = [s.name for s in signs if s.failed] or (list(HOPELESS) if all_hard else [])
     example = _example(base, others[0], found, failed) if failed else None
     return Check(len(base), signs, bool(failed), example, "; ".join(notes))
+
+
+def hopeless(base: Arm, variants: Sequence[Arm]) -> list[Mask]:
+    """For each variant (n,): which of its answers show one of `HOPELESS` where the baseline's does not. All arms are
+    aligned and all texts known."""
+    found = [_by_dataset(MARKS[name], base, list(variants)) for name in HOPELESS]
+    return [np.any([marks.shown(k) for marks in found], axis=0) for k in range(len(variants))]
 
 
 @dataclass(frozen=True)
@@ -240,6 +248,7 @@ def _texts(arm: Arm) -> list[str]:
 
 
 def _each(base: Arm, arms: list[Arm], told: Callable[[str], bool]) -> _Marks:
+    told = cache(told)  # many answers are the baseline's
     own, *others = (np.array([told(text) for text in _texts(arm)], np.bool_) for arm in (base, *arms))
     return _Marks(~own, others, own & ~others[0])
 

@@ -1,6 +1,6 @@
 """Gates: limits that a run's figures have to keep, judged on the bounds of their intervals, never on the figures.
 
-``quality[kivi*]>=-0.01`` holds the methods of a pattern against a limit; ``speed[int8]>=1@b8-l4096`` names the timed cell.
+``quality[kivi*]>=-0.01`` holds the methods of a pattern against a limit; ``speed[int8]>=1@b8-l4096`` a timed cell.
 """
 
 from __future__ import annotations
@@ -139,8 +139,8 @@ class Gates:
 
 
 def acknowledged(file: Path) -> tuple[Acknowledged, ...]:
-    """The tables ``[[acknowledged]]`` of a TOML file: gate, reason, date; method and until where they are wanted. Raises
-    UsageError."""
+    """The tables ``[[acknowledged]]`` of a TOML file: gate, reason, date; method and until where they are wanted.
+    Raises UsageError."""
     try:
         tables = tomllib.loads(file.read_text(encoding="utf-8")).get("acknowledged", [])
     except (OSError, ValueError) as error:
@@ -168,9 +168,9 @@ Figure = Effect | Estimate | float | str
 def judge(gates: Sequence[Gate], methods: Sequence[str], figure: Callable[[Gate, str], Figure]) -> list[Outcome]:
     """Every gate on every method that it is about.
 
-    *passed*: the limit is kept at the one-sided level of 5 %. *failed*: it is missed, by one-sided p after Holm's correction
-    over all gates and methods, so that a set of gates whose limits are all kept fails in 5 % of runs at most. *undecided*:
-    neither.
+    *passed*: the limit is kept, at the one-sided level of 5 %. *failed*: it is missed, by one-sided p after Holm's
+    correction over all gates and methods: a set of gates whose limits are all kept fails in 5 % of runs at most.
+    *undecided*: neither.
     """
     asked = [(gate, method, figure(gate, method)) for gate in gates for method in methods if gate.matches(method)]
     tests = [estimate.p(gate.limit, gate.side) for gate, _, x in asked if (estimate := _estimate(x)) is not None]

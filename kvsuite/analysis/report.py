@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import cached_property
 
 from kvsuite.analysis.cost import Throughput, throughput
 from kvsuite.analysis.figure import Figure
 from kvsuite.analysis.figures import figures
 from kvsuite.analysis.gates import Gates
+from kvsuite.analysis.pairs import Pair, pairs
 from kvsuite.analysis.sentences import Sentence, limits, sentences
 from kvsuite.analysis.shortfall import interrupted, shares, timed
 from kvsuite.analysis.speed import OURS
@@ -20,7 +22,6 @@ from kvsuite.analysis.tables.gates import gates, outcomes
 from kvsuite.analysis.tables.verdicts import verdicts
 from kvsuite.errors import unknown
 from kvsuite.records import Answer, Record, Run, Timing
-
 
 NO_GATES = Gates()
 
@@ -57,6 +58,11 @@ class Report:
     def cell(self, table: str, row: str | tuple[str, ...], column: str) -> Cell:
         """The cell of these keys. Raises UsageError for keys that are not there."""
         return self.table(table).cell(row, column)
+
+    @cached_property
+    def pairs(self) -> list[Pair]:
+        """Every answer beside the baseline's to the same sample."""
+        return pairs(self.run)
 
     @property
     def shortfall(self) -> Table | None:

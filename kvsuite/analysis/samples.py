@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from kvsuite.analysis.divergence import parting
 from kvsuite.analysis.endpoints import Endpoints
-from kvsuite.analysis.resample import ROUNDING, Design, Floats, Mask, Rule, eligible
+from kvsuite.analysis.resample import ROUNDING, Design, Floats, Mask, Places, Rule, eligible
 from kvsuite.analysis.stats import Interval, Ratio, mean_interval
 from kvsuite.columns import Arm
 from kvsuite.errors import UsageError
@@ -130,11 +130,7 @@ def ask(
     if not (scored(arm) and scored(base) and scored(reference)):
         return Endpoints()
     difference, one, b = arm.score - base.score, arm.score, reference.score
-    level = np.zeros(len(b))
-    for at in design.datasets:
-        level[at] = np.concatenate([b[at], one[at]]).mean()
-    high = np.maximum(b, one) >= np.maximum(level, np.nextafter(0, 1))
-    down, up = high & rule.fell(b, one), high & rule.fell(one, b)
+    down, up = harm(design.datasets, b, one, rule)
     asked = Endpoints(
         endpoints={"quality": _quality(base.score, difference)},
         pairs={"net harm": down.astype(float) - up},
@@ -154,6 +150,16 @@ def ask(
             beyond, measured, eligible=True, large=beyond != 0, bounds=(-1, 1), paired=True
         )
     return asked
+
+
+def harm(datasets: Iterable[Places], base: Floats, score: Floats, rule: Broken) -> tuple[Mask, Mask]:
+    """(n,) each: the samples that a method broke, and those that it healed, of what one of the two answers well: at
+    least as well as both do on average in the sample's dataset."""
+    level = np.zeros(len(base))
+    for at in datasets:
+        level[at] = np.concatenate([base[at], score[at]]).mean()
+    high = np.maximum(base, score) >= np.maximum(level, np.nextafter(0, 1))
+    return high & rule.fell(base, score), high & rule.fell(score, base)
 
 
 def _quality(base: Floats, difference: Floats) -> Ratio:

@@ -216,6 +216,7 @@ def _served(r: Reply, arm: str, task: Task, sample: Sample | None, cap: int, abo
         type=task.type,
         sample=r.id,
         cluster=about,
+        prompt=sample.prompt_end if sample else "",
         score=task.score(sample, r.text) if sample and not broken else None,
         text=r.text,
         finish=r.finish,

@@ -143,6 +143,7 @@ def record(task: Task, sample: Sample, r: Response, cap: int) -> Answer:
             "type": task.type,
             "sample": sample.id,
             "cluster": sample.cluster,
+            "prompt": sample.prompt_end,
             "cap": cap,
         }
     )

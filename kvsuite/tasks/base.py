@@ -13,6 +13,7 @@ from kvsuite.registry import Registry, classes
 Type = Literal["qa", "summarization", "few-shot", "synthetic", "code", "chat", "text"]
 
 Evaluation = Literal["samples", "length", "divergence", "throughput"]
+PROMPT_END = 400
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class Sample:
     """The document it was made of, where several samples can be made of one: they are not independent."""
     before: tuple[tuple[str, str], ...] = ()
     """Role and text of the messages before the user's."""
+
+    @property
+    def prompt_end(self) -> str:
+        """The last ``PROMPT_END`` characters of the user's message: what is recorded of it."""
+        return (self.context + self.question)[-PROMPT_END:]
 
 
 class Task:

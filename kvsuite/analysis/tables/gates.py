@@ -18,8 +18,8 @@ from kvsuite.records import Run, Timing
 
 COLUMNS = (Column("state", "gate"), Column("value", "seen"), Column("bound", "bound"))
 MEANING = (
-    "passed: the bound keeps the limit (one-sided 95 %). failed: the limit is missed, after Holm over all gates, so that "
-    "gates whose limits are kept fail in 5 % of runs at most. undecided: neither."
+    "passed: the bound keeps the limit (one-sided 95 %). failed: the limit is missed, after Holm over all gates, so "
+    "that gates whose limits are kept fail in 5 % of runs at most. undecided: neither."
 )
 WORSE = WORDS["harmful"]
 
@@ -75,10 +75,11 @@ def gates(asked: Gates, found: Sequence[Outcome]) -> list[Table]:
     order = {state: at for at, state in enumerate(by)}
     rows = [_row(asked, o) for o in sorted(found, key=lambda o: order[o.state])]
     shown = [c for c in COLUMNS if any(row.cells[c.key].value not in (None, "") for row in rows)]
-    notes: list[Note] = infos([f"{MEANING} An undecided gate {asked.undecided}."])
-    severity = (
-        "error" if asked.failed(found) else "warning" if asked.undecided == "warns" and by["undecided"] else "info"
-    )
+    said = [f"{o.gate}, {o.method}: {o.why}." for o in found if o.why]
+    notes = infos([*said, f"{MEANING} An undecided gate {asked.undecided}."])
+    severity: Severity = "warning" if by["undecided"] and asked.undecided == "warns" else "info"
+    if asked.failed(found):
+        severity = "error"
     return [Table("gates", title, ("held", "method"), shown, rows, notes, severity)]
 
 

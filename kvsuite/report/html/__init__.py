@@ -37,7 +37,9 @@ def render(reports: Sequence[Report]) -> str:
     import jinja2
     from markupsafe import Markup
 
+    from kvsuite.analysis.pairs import MEANINGS
     from kvsuite.report.html import raw
+    from kvsuite.report.html.samples import LIMIT, payload
     from kvsuite.report.html.svg import short
     from kvsuite.report.html.view import Seen
 
@@ -54,6 +56,8 @@ def render(reports: Sequence[Report]) -> str:
         runs=runs,
         changed=[change for later in reports[1:] for change in _changed(reports[0], later)],
         figures=[[(run, drawn) for run in runs for drawn in run.drawn(key)] for key in _keys(reports)],
+        payloads=[payload(report, LIMIT // len(reports)) for report in reports if report.pairs],
+        meanings=MEANINGS,
         hashes=[_hash(script) for script in scripts],
         scripts=list(map(Markup, scripts)),
         styles=list(map(Markup, styles)),

@@ -14,7 +14,7 @@ from typing import Any
 
 from kvsuite.records import Record, Run, Timing
 
-LONG = ("text", "reasoning", "calls")
+LONG = ("prompt", "text", "reasoning", "calls")
 """Words of a model, which are no figures."""
 ACTIVE = ("=", "+", "-", "@", "\t", "\r")
 """How a text begins that a spreadsheet would compute."""
