@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kvsuite.cache.checker import AttentionChecker
-from kvsuite.cache.layer import LayerCache
+from kvsuite.cache.layer import RELEASE_EVERY, LayerCache
 from kvsuite.cache.observations import AttentionMass, LastQueries, NewestAttention
 from kvsuite.cache.prefill import PrefilledLayer
 from kvsuite.kernels import triton as kernels
@@ -87,7 +87,7 @@ QUICK = [  # every codec's layout, every way of choosing what stays
     "h2o:budget=16 + int4",
     "streaming-llm:budget=24",
     "snapkv:budget=24,window=8 + ada + kivi:bits=4,group=16,residual=32",
-    "redundant:budget=24,every=16",
+    "redundant:budget=24,every=8",
     "h2o:budget=0.4",
 ]
 
@@ -96,7 +96,7 @@ QUICK = [  # every codec's layout, every way of choosing what stays
 def test_a_method_by_kernels_is_the_method(text, device):
     """What is held is the same bit for bit at every step, what is attended is right by the checker of the timings, and
     bytes, lengths and room are counted alike."""
-    lengths, steps = (45, 20), 20
+    lengths, steps = depth(((53, 22), 12), ((45, 20), 20))  # each row takes another page, and fills a residual
     theirs = build("reference", text, lengths, steps, CPU)
     ours = build("triton", text, lengths, steps, device)
     rows, checkers = (1, None, 0), [AttentionChecker(0), AttentionChecker(1)]
@@ -317,16 +317,20 @@ def test_a_full_cache_refuses_before_it_writes(device):
     assert all(torch.equal(x, y) for x, y in zip(before, (*ours.kv.k.pools, ours.kv.num_slots), strict=True))
 
 
-BLOCKS = [
-    "streaming-llm:budget=20,positions=absolute + kivi:bits=2,group=8,residual=16",
-    *depth([], ["h2o:budget=12 + kivi:bits=4,group=16,residual=16"]),
-]
+BLOCKS = depth(
+    ["streaming-llm:budget=8,sinks=0,positions=absolute + kivi:bits=2,group=8,residual=16"],  # whose first page goes
+    [
+        "streaming-llm:budget=20,positions=absolute + kivi:bits=2,group=8,residual=16",
+        "h2o:budget=12 + kivi:bits=4,group=16,residual=16",
+    ],
+)
 
 
 @pytest.mark.parametrize("text", BLOCKS)
-def test_pages_without_a_token_go_back_and_what_is_attended_stays_right(text, device):
+def test_pages_without_a_token_go_back_and_what_is_attended_stays_right(text, device, monkeypatch):
     """Longer than any page is needed: both backends give the same columns back, and take pages again."""
-    steps, rows = depth(70, 100), (0, None, 1)
+    monkeypatch.setattr("kvsuite.cache.layer.RELEASE_EVERY", depth(8, RELEASE_EVERY))
+    steps, rows = depth(44, 100), (0, None, 1)
     caches = [build(*what[:1], text, (45, 20), steps, what[1]) for what in (("reference", CPU), ("triton", device))]
     theirs, ours = caches
     held, checker = [], AttentionChecker(1)

@@ -155,8 +155,7 @@ def test_replayed_steps_are_the_steps(model, text, device):
 
 LONG = {
     # steps, and whether a page is given back on the way
-    "int4": (20, False),
-    **depth({}, {"h2o:budget=12 + kivi:bits=4,group=16,residual=16": (24, False)}),
+    **depth({}, {"int4": (20, False), "h2o:budget=12 + kivi:bits=4,group=16,residual=16": (24, False)}),
     "streaming-llm:budget=8,sinks=0,positions=absolute + kivi:bits=4,group=16,residual=16": (42, True),
 }
 

@@ -6,12 +6,13 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvsuite.kernels.reference import mass as reference
 from kvsuite.kernels.triton import mass as fused
 from suites.checks import naive
+from suites.checks.depth import depth
 
 SINGLE = torch.finfo(torch.float32).eps / 2
 EMPTY = torch.empty
@@ -124,6 +125,7 @@ def check(device, heads, kv_heads, length, dim, dtype, seed, rows_first, tiles, 
 
 
 def test_mass_and_log_sum_exp_are_those_of_dense_attention(device):
+    @settings(max_examples=depth(8, 100))
     @given(problem=problems())
     def examples(problem):
         check(device, **problem)

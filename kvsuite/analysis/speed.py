@@ -37,6 +37,8 @@ class SpeedRow:
     error: str
     rate: float | None = None
     """Tokens per second, all sequences, median round."""
+    baseline_rate: float | None = None
+    """Of the baseline, in the same rounds."""
     speedup: Estimate | None = None
     rounds: int = 0
     nbytes: int = 0
@@ -59,8 +61,8 @@ def speed_rows(timings: Sequence[Timing]) -> list[SpeedRow]:
         if not failed:
             row = replace(row, nbytes=t.nbytes, nbytes_read=t.nbytes_read, checked=t.checked)
         if not failed and len(logs := log_speeds(t)) > 1:
-            rate = t.tokens / statistics.median(t.seconds)
-            row = replace(row, rate=rate, speedup=log_ratio_interval(logs), rounds=len(logs))
+            rate, beside = (t.tokens / statistics.median(seconds) for seconds in (t.seconds, t.baseline_seconds))
+            row = replace(row, rate=rate, baseline_rate=beside, speedup=log_ratio_interval(logs), rounds=len(logs))
         rows.append(row)
     return rows
 

@@ -1,4 +1,4 @@
-"""A run whose answers are made by servers: each arm is visited in turn and asked the same."""
+"""A run whose answers are made by servers, which are all asked the same (`Visits` goes to them)."""
 
 from __future__ import annotations
 
@@ -12,23 +12,32 @@ from typing import Any
 
 import pytest
 
-from kvsuite import environment, models
+from kvsuite import environment, models, tasks
 from kvsuite.analysis.garbled import Check
 from kvsuite.analysis.serving import checks
+from kvsuite.engines.request import Ask
 from kvsuite.errors import UsageError
 from kvsuite.plugin import schedule
-from kvsuite.plugin.schedule import Cell
+from kvsuite.plugin.options import Options
+from kvsuite.plugin.schedule import Cell, Period
 from kvsuite.plugin.servers import AGAIN, BASELINE, Servers
 from kvsuite.plugin.session import Session
 from kvsuite.plugin.visits import Visits
-from kvsuite.records import Served, read
+from kvsuite.records import Record, Served, read
 
 
 class Serving(Session):
-    """Everything is measured in one go when the first test asks, since servers are started and stopped for it."""
+    """What is asked and what came back; everything is measured in one go when the first test asks, since servers are
+    started and stopped for it."""
 
-    _names: Sequence[str] = ()
-    _timed = False
+    def __init__(self, options: Options, worker: str = "", folder: Path | None = None) -> None:
+        """As any session."""
+        super().__init__(options, worker, folder)
+        self.loads: Sequence[Cell] = ()
+        """The cells, where chosen tests time them."""
+        self.found: list[Served] = []
+        """Every answer so far."""
+        self._visits: Visits | None = None
 
     @property
     def asked(self) -> Servers:
@@ -42,18 +51,33 @@ class Serving(Session):
         return schedule.cells(self.options, self.asked)
 
     def fetch(self, names: Sequence[str], evaluations: Sequence[str]) -> None:
-        """Make sure that texts, model and client are here; remember what will be measured. Raises UsageError."""
-        self._names, self._timed = names, "throughput" in evaluations
+        """Make sure that texts, model and client are here. Raises UsageError."""
         specs = self.asked.specs.values()
         if any(s.kind != "openvino" for s in specs) and importlib.util.find_spec("httpx") is None:
             raise UsageError("asking a server needs httpx: pip install 'kvsuite[client]'")
         if any(s.needs_model for s in specs):
             self.model()
-        timed = [schedule.DIGEST] if self._timed and self.asked.workload is None else []
-        super().fetch([*names, *timed], evaluations)
-        self.chosen = names  # what is timed is no task's answer
-        if self._timed:  # a trace that cannot be read is told before a server is started
-            schedule.load_asks(self.cells[0], self.options, self.asked, 0, BASELINE, self.count_tokens)
+        super().fetch(names, evaluations)
+        if "throughput" in evaluations:
+            self.loads = self.cells
+            if self.asked.workload is None:
+                tasks.task(schedule.DIGEST).fetch()
+            self.asks(self.loads[0], BASELINE, 0)  # a trace that cannot be read is told before a server is started
+
+    def asks(self, cell: Cell, arm: str, draw: int) -> list[Ask]:
+        """A cell's requests: other prompts in every draw, such as a block's, and the same in every arm."""
+        return schedule.load_asks(cell, self.options, self.asked, draw, arm, self.count_tokens)
+
+    def requests(self, period: Period) -> int:
+        """How many a period has, but for those that search for goodput."""
+        timed = sum(len(self.asks(cell, period.arm, period.block)) for cell in self.loads) if period.timed else 0
+        return timed + (sum(len(self.samples(tasks.task(n))) for n in self.chosen) if period.answers else 0)
+
+    def record(self, record: Record) -> None:
+        """Write one record, and keep an answer."""
+        super().record(record)
+        if isinstance(record, Served):
+            self.found.append(record)
 
     def model(self) -> Path:
         """What ``{model}`` stands for: the model asked for, else the default one."""
@@ -89,15 +113,13 @@ class Serving(Session):
     def measured(self) -> list[Served]:
         """All answers; the first call makes them. A baseline that cannot be started ends the session, in a sentence."""
         if self._visits is None:
-            self._visits = Visits(self, self._names, self._timed)
+            self._visits = Visits(self)
             try:
                 asyncio.run(self._visits.all())
             except UsageError as error:
-                self.ready()
+                self.describe()
                 pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
-        return self._visits.found
-
-    _visits: Visits | None = None
+        return self.found
 
     @cached_property
     def checks(self) -> Mapping[str, Check]:
@@ -105,14 +127,9 @@ class Serving(Session):
         self.measured()
         return checks(read(self.folder))
 
-    def ready(self) -> None:
-        """Describe the run before the first request, since that takes a moment."""
-        if not self._described:
-            self.describe()
-
     def expected(self) -> dict[str, Any]:
         """The samples of each task, and how many blocks are timed."""
-        return super().expected() | ({"blocks": self.options.rounds} if self._timed else {})
+        return super().expected() | ({"blocks": self.options.rounds} if self.loads else {})
 
     def facts(self) -> dict[str, Any]:
         """Which model is served by what, and which arm is the baseline."""
@@ -129,6 +146,6 @@ class Serving(Session):
             "baseline": BASELINE,
             "controls": [AGAIN],
             "servers": {arm: spec.text for arm, spec in self.asked.specs.items()},
-            "cells": [cell.name for cell in self.cells] if self._timed else [],
+            "cells": [cell.name for cell in self.loads],
             "environment": {"threads": None, "dtype": None, "gpu": None},
         }

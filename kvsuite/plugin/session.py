@@ -108,8 +108,7 @@ class Session:
 
     def record(self, record: Record) -> None:
         """Write one record; the first one is preceded by ``run.json``."""
-        if not self._described:
-            self.describe()
+        self.describe()
         self.run.append(record)
 
     def check_resumed(self) -> None:
@@ -129,7 +128,9 @@ class Session:
         self.run.amend({"resumed": now, "finished": None, "methods": list(methods), "expected": expected})
 
     def describe(self) -> None:
-        """Write ``run.json``, or what is new in that of a run that goes on."""
+        """Write ``run.json``, or what is new in that of a run that goes on; once."""
+        if self._described:
+            return
         self._described = True
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         if self.options.resume is not None:

@@ -12,6 +12,7 @@ from kvsuite.kernels.context import AttentionParams, LayerContext, Needs
 from kvsuite.kernels.paged import PagedKV
 from kvsuite.kernels.rope import Rope
 from kvsuite.methods import parse
+from suites.checks.depth import depth
 from suites.checks.table import has_compiler
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
@@ -93,7 +94,7 @@ def worst(kv, q, out, rows, params):
     sinks=st.booleans(),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=depth(8, 100), deadline=None)
 def test_the_error_is_within_the_references_bound(
     text, dim, group, dtype, kv_dtype, lengths, queries, exponents, window, softcap, sinks, seed
 ):

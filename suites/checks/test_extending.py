@@ -1,12 +1,14 @@
 """docs/extending.md is followed as a newcomer would: its files are written, its commands run."""
 
 import re
+import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from kvsuite.records import read
+from suites.checks import forked
 from suites.checks.tiny import ROOT, SMALL
 
 PAGE = (ROOT / "docs" / "extending.md").read_text()
@@ -36,15 +38,17 @@ def test_the_page_has_the_files_and_commands_that_are_checked():
 
 def test_every_command_of_the_page_runs(folder, world):
     small = [*SMALL, "--kv-model", str(world / "model"), "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
-    for command in COMMANDS:
-        words = command
+    for at, command in enumerate(COMMANDS):
         if command.startswith("pytest"):
-            given = [w for at, w in enumerate(small) if "--kv-methods" not in (w, small[at - 1])]
-            words = " ".join([sys.executable, "-m", command, *given, str(ROOT / "suites" / "samples")])
-        elif command.startswith("kvsuite"):
-            words = f"{sys.executable} -m {command}"
-        done = subprocess.run(words, shell=True, cwd=folder, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, (command, done.stdout[-2000:], done.stderr[-2000:])
+            own = [*shlex.split(command)[1:], "--kv-run", f"runs/{at}", str(ROOT / "suites" / "samples")]
+            ran = forked.run([*small, *own], folder)
+            code, told = ran.ret, "\n".join([*ran.outlines, *ran.errlines])
+        else:
+            words = command.replace("kvsuite", f"{sys.executable} -m kvsuite", 1)
+            ran = subprocess.run(words, shell=True, cwd=folder, capture_output=True, text=True, check=False)
+            code, told = ran.returncode, ran.stdout + ran.stderr
+        assert code == 0, (command, told[-3000:])
         [said] = [said for key, said in SAID.items() if key in command]
-        assert said in " ".join(done.stdout.split()), (command, done.stdout[-2000:])
-    assert Path(folder / "runs").is_dir()
+        assert said in " ".join(told.split()), (command, told[-3000:])
+    runs = sorted((folder / "runs").iterdir())
+    assert [[*read(run).facts["plugins"]] for run in runs] == [["every_other.py"], ["sums.py"], ["loudest.py"]]

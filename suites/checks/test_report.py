@@ -17,6 +17,7 @@ from kvsuite.cli import main
 from kvsuite.errors import UsageError
 from kvsuite.records import read
 from kvsuite.report import as_json, markdown, terminal, text
+from suites.checks import forked
 from suites.checks import test_partial as partial
 from suites.checks import test_served_analysis as servers
 
@@ -76,7 +77,7 @@ def test_a_session_computes_its_report_once_for_all_plugins(pytester, bootstraps
     pytester.makeconftest(COUNTING)
     copy = f"import shutil\ndef test_it(kv_session):\n    shutil.copytree({str(VLLM)!r}, kv_session.folder)"
     pytester.makepyfile(test_it=copy, outside=OUTSIDE)
-    result = pytester.runpytest_subprocess("--kv-run", "left")
+    result = forked.run(["--kv-run", "left"], pytester.path)
     result.assert_outcomes(passed=1)
     bound = report.cell("verdicts", ("fp8_e5m2", "length"), "effect").high
     result.stdout.fnmatch_lines([f"at most {bound:.4f} in left, smoke", f"resampled {len(bootstraps)} times"])

@@ -6,17 +6,15 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from kvsuite.records import Agreement, Answer, Timing, decode, read
+from suites.checks import forked
 from suites.checks.depth import depth
 
-KILLS = depth(3, 20)
 SECONDS = ("prefill_seconds", "shared_seconds", "decode_seconds", "decode_share", "seconds", "baseline_seconds")
 
 
@@ -35,20 +33,15 @@ def results(folder):
     return found
 
 
-def start(command):
-    return subprocess.Popen(
-        [sys.executable, "-m", "pytest", *command], start_new_session=True, stdout=subprocess.DEVNULL
-    )
-
-
 def kill_after(process, lines, seconds):
     """kill -9 of all of it, so many lines after the first record is there, or seconds."""
-    while process.poll() is None and sum(f.read_bytes().count(b"\n") for f in Path("left").glob("records*")) < lines:
+    while process.is_alive() and sum(f.read_bytes().count(b"\n") for f in Path("left").glob("records*")) < lines:
         time.sleep(0.01)
     time.sleep(seconds)
-    alive = process.poll() is None
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    alive = process.is_alive()
+    if alive:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.join()
     return alive
 
 
@@ -77,16 +70,15 @@ def undisturbed(finished):
     return results("whole")
 
 
-@pytest.mark.parametrize("parallel", depth([["-n", "2"]], [[], ["-n", "2"]]), ids=" ".join)
-def test_a_run_that_is_killed_at_any_moment_goes_on(run, go, undisturbed, parallel):
+@pytest.mark.parametrize(("parallel", "kills"), [([], depth(3, 20)), (["-n", "2"], depth(1, 20))], ids=str)
+def test_a_run_that_is_killed_at_any_moment_goes_on(run, go, pytester, undisturbed, parallel, kills):
     dice, killed = random.Random(0), 0
-    command = go("samples or length", *parallel)
-    for at in range(KILLS):
+    for at in range(kills):
         resume = ["--kv-resume", "left"] if Path("left/run.json").is_file() else ["--kv-run", "left"]
         before = len(results("left")) if Path("left").is_dir() else 0
-        lines = dice.randrange(before + 1, max(before + 2, len(undisturbed) * (at + 1) // KILLS))
-        killed += kill_after(start([*command[: command.index("--kv-run")], *command[command.index("left") + 1 :],
-                                    *resume]), lines, dice.uniform(0, 0.05))  # fmt: skip
+        lines = dice.randrange(before + 1, max(before + 2, len(undisturbed) * (at + 1) // kills))
+        process = forked.start(go("samples or length", *parallel, *resume), pytester.path)
+        killed += kill_after(process, lines, dice.uniform(0, 0.05))
     assert killed, "at least one was still running"
     there = results("left")
     result = run("samples or length", "--kv-resume", "left", *parallel)
@@ -197,7 +189,11 @@ def test_only_what_is_chosen_runs_and_a_test_takes_as_long_as_its_jobs(run):
     assert {r.method for r in found.records if isinstance(r, Answer)} == {"full", "jitter", "int8"}
     assert {r.method for r in found.records if isinstance(r, Timing)} == {"int8"}
     assert not [r for r in found.records if isinstance(r, Agreement)]
-    assert "partial" not in Path("left/report.md").read_text()
+    report = Path("left/report.md").read_text()
+    assert "partial" not in report
+    rates = [line for line in report.splitlines() if line.startswith("| full, tok/s")]
+    assert len(rates) == 2, "decode and prefill"
+    assert not [line for line in rates if "| - |" in line], "full was timed in turn with int8"
     [line] = [x for x in result.outlines if "call" in x and "test_samples.py::test_answers[int8-needle]" in x]
     took = sum(r.seconds for r in found.records if isinstance(r, Answer) and (r.method, r.task) == ("int8", "needle"))
     assert float(line.split("s ")[0]) == pytest.approx(took, abs=0.02)

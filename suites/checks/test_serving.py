@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from kvsuite.records import Probe, Served, read
+from suites.checks import forked
 from suites.checks.scripted import Server
 
 ROOT = Path(__file__).parents[2]
@@ -57,19 +58,32 @@ def watched(tmp_path):
 @pytest.fixture
 def command(texts, tmp_path, watched):
     """A command line and an environment in which to run it; its temporary files go to a folder of its own."""
-    own = {"KVSUITE_CACHE": str(texts), "PYTHONPATH": str(ROOT), "COLUMNS": "120", **watched}
+    own = {"KVSUITE_CACHE": str(texts), "PYTHONPATH": f"{tmp_path}:{ROOT}", "COLUMNS": "120", **watched}
 
     def make(marker, *arguments):
-        here = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
+        here = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
         here += ["-p", "no:cacheprovider", *EVALUATIONS, *SMALL, "--kv-run", str(tmp_path / "left"), "-m", marker]
-        return [*here, *arguments], os.environ | own
+        return [*here, *arguments], own
 
     return make
 
 
-def go(command):
-    words, environment = command
-    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120, check=False)
+@pytest.fixture
+def go(command, tmp_path):
+    """Run it; what is in the folder of its temporary files can be imported."""
+
+    def run(marker, *arguments):
+        words, own = command(marker, *arguments)
+        return forked.run(words, tmp_path, **own)
+
+    return run
+
+
+def in_a_shell(command):
+    """A process of its own, which has not imported torch and gets signals."""
+    words, own = command
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen([sys.executable, "-m", "pytest", *words], env=os.environ | own, **quiet)
 
 
 def left_behind(folder):
@@ -93,17 +107,16 @@ VARIANTS = {
 }
 
 
-def test_what_a_run_tells_of_its_servers(command, tmp_path):
+def test_what_a_run_tells_of_its_servers(go, tmp_path):
     variants = [f"--kv-variant={name}={SCRIPTED} {flags}" for name, flags in VARIANTS.items()]
     variants.append(
         f"--kv-variant=absent={shlex.quote(sys.executable)} -c 'raise SystemExit(\"no such device\")' {{port}}"
     )
     (tmp_path / "hurry.py").write_text("from kvsuite.engines import openai\nopenai.BACKOFF = 0.01\n")
     marker, together = "throughput or length or samples", ("--kv-serve", "together")
-    words, environment = command(marker, f"--kv-baseline={SCRIPTED}", *variants, *together, "-p", "hurry")
-    result = go((words, environment | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}))
+    result = go(marker, f"--kv-baseline={SCRIPTED}", *variants, *together, "-p", "hurry")
     report = (tmp_path / "left" / "report.md").read_text()
-    assert result.returncode == pytest.ExitCode.TESTS_FAILED, result.stdout[-3000:]
+    assert result.ret == pytest.ExitCode.TESTS_FAILED, result.outlines[-30:]
     headlines = report[report.index("## headlines") : report.index("## verdicts")]
     for said in (
         "BROKEN garbage: its answers are no answers",
@@ -115,7 +128,7 @@ def test_what_a_run_tells_of_its_servers(command, tmp_path):
         assert said in headlines
     assert "BROKEN fp8" not in report
     assert "fp8 stores 11,523 bytes a token, the baseline 23,046." in report
-    failed = [line for line in result.stdout.splitlines() if line.startswith("FAILED")]
+    failed = [line for line in result.outlines if line.startswith("FAILED")]
     assert not [line for line in failed if "[fp8" in line or "[baseline" in line or "[ignored" in line]
     assert [line for line in failed if "test_answers_are_answers[garbage]" in line]
     speeds = [line for line in report.splitlines() if line.startswith("| closed:4 256 tokens | garbage")]
@@ -138,12 +151,12 @@ def test_what_a_run_tells_of_its_servers(command, tmp_path):
     assert left_behind(tmp_path) == ([], [])
 
 
-def test_alone_they_run_a_b_b_a_one_at_a_time(command, tmp_path):
-    result = go(command("throughput", f"--kv-baseline={SCRIPTED}", f"--kv-variant=fp8={SCRIPTED} --kv-cache-dtype fp8"))
-    assert result.returncode == 0, result.stdout[-3000:]
+def test_alone_they_run_a_b_b_a_one_at_a_time(go, tmp_path):
+    result = go("throughput", f"--kv-baseline={SCRIPTED}", f"--kv-variant=fp8={SCRIPTED} --kv-cache-dtype fp8")
+    assert result.ret == 0, result.outlines[-30:]
     found = [r for r in read(tmp_path / "left").records if isinstance(r, Probe)]
     probes = sorted(found, key=lambda probe: probe.leg)
-    assert "partial" not in result.stdout, "nothing is missing"
+    assert "partial" not in result.stdout.str(), "nothing is missing"
     arms = ["baseline", "baseline again", "fp8"]
     assert [p.method for p in probes] == [*arms, *arms[::-1]] * 2
     starts = {p.method: len({q.command for q in probes if q.method == p.method}) for p in probes}
@@ -151,10 +164,10 @@ def test_alone_they_run_a_b_b_a_one_at_a_time(command, tmp_path):
     assert left_behind(tmp_path) == ([], [])
 
 
-def test_every_arm_is_asked_the_same_and_cold(command, tmp_path):
+def test_every_arm_is_asked_the_same_and_cold(go, tmp_path):
     with Server(model="theirs") as base, Server(cache_dtype="fp8_e4m3", kv_tokens=93184) as other:
-        result = go(command("throughput or samples", "--kv-baseline", base.url, "--kv-variant", f"fp8={other.url}/v1"))
-        assert result.returncode == 0, result.stdout[-3000:]
+        result = go("throughput or samples", "--kv-baseline", base.url, "--kv-variant", f"fp8={other.url}/v1")
+        assert result.ret == 0, result.outlines[-30:]
         asked = [[body for _, body in server.calls] for server in (base, other)]
     timed = [r for r in read(tmp_path / "left").records if isinstance(r, Served) and r.cell]
     prompts = {m: sorted((r.block, r.sample, r.text) for r in timed if r.method == m) for m in ("baseline", "fp8")}
@@ -172,15 +185,15 @@ def test_every_arm_is_asked_the_same_and_cold(command, tmp_path):
     assert facts["model"]["name"] == "theirs"
 
 
-def test_warm_prompts_find_themselves_in_the_prefix_cache(command, tmp_path):
+def test_warm_prompts_find_themselves_in_the_prefix_cache(go, tmp_path):
     with Server() as base:
-        result = go(command("throughput", "--kv-baseline", base.url, "--kv-prefix", "warm"))
-    assert result.returncode == 0, result.stdout[-3000:]
+        result = go("throughput", "--kv-baseline", base.url, "--kv-prefix", "warm")
+    assert result.ret == 0, result.outlines[-30:]
     timed = [r for r in read(tmp_path / "left").records if isinstance(r, Served)]
     assert all(r.cached_tokens == r.prompt_tokens for r in timed)
 
 
-def test_answers_are_as_long_as_the_model_makes_them_unless_asked(command, tmp_path):
+def test_answers_are_as_long_as_the_model_makes_them_unless_asked(go, tmp_path):
     for end, lengths, said in (
         ("natural", {5}, "Answers end where the model ends them, or at their cap: tokens is"),
         ("forced", {24}, "Answers were forced to go on to their cap, past where the model would end them: tokens is"),
@@ -188,26 +201,26 @@ def test_answers_are_as_long_as_the_model_makes_them_unless_asked(command, tmp_p
         run = tmp_path / end
         with Server(behaviour="short") as base:
             urls = ["--kv-baseline", base.url, "--kv-run", str(run)]
-            result = go(command("throughput or samples", *urls, "--kv-end", end))
-        assert result.returncode == 0, result.stdout[-3000:]
+            result = go("throughput or samples", *urls, "--kv-end", end)
+        assert result.ret == 0, result.outlines[-30:]
         served = [r for r in read(run).records if isinstance(r, Served)]
         assert {r.count for r in served if r.cell} == lengths
         assert {r.count for r in served if not r.cell} == {5}, "what is scored ends where the model ends it"
         assert said in (run / "report.md").read_text()
 
 
-def test_a_server_that_will_not_be_forced_is_told_of(command, tmp_path):
+def test_a_server_that_will_not_be_forced_is_told_of(go, tmp_path):
     with Server(behaviour="several") as base:
-        result = go(command("throughput", "--kv-baseline", base.url, "--kv-end", "forced"))
-    assert result.returncode == 0, result.stdout[-3000:]
+        result = go("throughput", "--kv-baseline", base.url, "--kv-end", "forced")
+    assert result.ret == 0, result.outlines[-30:]
     assert "model would end them, but 32 of 32 ended sooner: tokens is" in (tmp_path / "left" / "report.md").read_text()
 
 
-def test_a_second_run_finds_nothing_of_the_first_in_the_prefix_cache(command, tmp_path):
+def test_a_second_run_finds_nothing_of_the_first_in_the_prefix_cache(go, tmp_path):
     with Server() as base:
         for run in (tmp_path / "first", tmp_path / "second"):
-            result = go(command("throughput", "--kv-baseline", base.url, "--kv-run", str(run)))
-            assert result.returncode == 0, result.stdout[-3000:]
+            result = go("throughput", "--kv-baseline", base.url, "--kv-run", str(run))
+            assert result.ret == 0, result.outlines[-30:]
             assert {r.cached_tokens for r in read(run).records if isinstance(r, Served)} == {0}
 
 
@@ -215,34 +228,33 @@ def test_servers_are_compared_without_torch(command, tmp_path):
     for name in ("torch", "transformers"):
         (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('blocked', name={name!r})")
     with Server() as base:
-        words, environment = command("throughput or length or samples", "--kv-baseline", base.url, "--kv-rounds", "1")
+        words, own = command("throughput or length or samples", "--kv-baseline", base.url, "--kv-rounds", "1")
         words = [word for word in words if word not in EVALUATIONS] + [str(ROOT / "suites")]
-        result = go((words, environment | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}))
-    assert result.returncode == 0, result.stdout[-3000:]
+        assert in_a_shell((words, own)).wait(120) == 0
     assert (tmp_path / "left" / "report.md").is_file()
 
 
-def test_a_baseline_that_compresses_is_said(command, tmp_path):
+def test_a_baseline_that_compresses_is_said(go, tmp_path):
     with Server(cache_dtype="fp8_e4m3") as base:
-        go(command("samples", "--kv-baseline", base.url))
+        go("samples", "--kv-baseline", base.url)
     report = (tmp_path / "left" / "report.md").read_text()
     assert "COMPRESSED baseline: its own cache is compressed, fp8_e4m3." in report
 
 
-def test_a_baseline_that_cannot_be_started_ends_the_run_in_a_sentence(command, tmp_path):
+def test_a_baseline_that_cannot_be_started_ends_the_run_in_a_sentence(go, tmp_path):
     broken = f"{shlex.quote(sys.executable)} -c 'raise SystemExit(\"no such device\")' {{port}}"
-    result = go(command("samples", f"--kv-baseline={broken}"))
-    assert result.returncode == pytest.ExitCode.USAGE_ERROR
-    assert "baseline: the server ended with code 1 before it answered: no such device" in result.stdout
-    assert "Traceback" not in result.stdout
+    result = go("samples", f"--kv-baseline={broken}")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert "baseline: the server ended with code 1 before it answered: no such device" in result.stdout.str()
+    assert "Traceback" not in result.stdout.str()
     assert left_behind(tmp_path) == ([], [])
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
 def test_nothing_is_left_behind_by_a_run_that_is_ended(command, tmp_path, how):
     slow = f"--kv-variant=slow={SCRIPTED} --itl 0.2"
-    words, environment = command("samples", f"--kv-baseline={SCRIPTED} --itl 0.2", slow, "--kv-serve", "together")
-    with subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+    baseline = f"--kv-baseline={SCRIPTED} --itl 0.2"
+    with in_a_shell(command("samples", baseline, slow, "--kv-serve", "together")) as run:
         records, deadline = tmp_path / "left" / "records.jsonl", time.monotonic() + 60
         while not records.is_file() and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -257,7 +269,7 @@ def test_nothing_is_left_behind_by_a_run_that_is_ended(command, tmp_path, how):
     assert read(tmp_path / "left").records, "what was answered is kept"
 
 
-def test_a_trace_is_asked_as_it_stands(command, tmp_path):
+def test_a_trace_is_asked_as_it_stands(go, tmp_path):
     turns = [
         {
             "id": "a1",
@@ -284,9 +296,9 @@ def test_a_trace_is_asked_as_it_stands(command, tmp_path):
     trace.write_text("".join(json.dumps(turn) + "\n" for turn in turns))
     with Server() as base, Server(cache_dtype="fp8_e4m3", kv_tokens=93184) as other:
         urls = ["--kv-baseline", base.url, "--kv-variant", f"fp8={other.url}"]
-        result = go(command("throughput", *urls, "--kv-workload", str(trace), "--kv-requests", "0"))
+        result = go("throughput", *urls, "--kv-workload", str(trace), "--kv-requests", "0")
         bodies = [body for _, body in other.calls if body["max_tokens"] == 24]
-    assert result.returncode == 0, result.stdout[-3000:]
+    assert result.ret == 0, result.outlines[-30:]
     timed = [r for r in read(tmp_path / "left").records if isinstance(r, Served) and r.method == "fp8"]
     assert {r.cell for r in timed} == {"closed:4 trace.jsonl"}
     assert len(bodies) == len(timed) == 4 * len(turns)
@@ -295,11 +307,11 @@ def test_a_trace_is_asked_as_it_stands(command, tmp_path):
     assert [body["tools"] for body in bodies if "tools" in body] == [turns[1]["tools"]] * 4
 
 
-def test_goodput_is_searched_for_in_every_arm(command, tmp_path):
+def test_goodput_is_searched_for_in_every_arm(go, tmp_path):
     with Server(itl=0.001) as base, Server(itl=0.001, cache_dtype="fp8", kv_tokens=93184) as other:
         urls = ["--kv-baseline", base.url, "--kv-variant", f"fp8={other.url}"]
-        result = go(command("throughput", *urls, "--kv-goodput", "ttft=1,itl=0.5", "--kv-rounds", "1"))
-    assert result.returncode == 0, result.stdout[-3000:]
+        result = go("throughput", *urls, "--kv-goodput", "ttft=1,itl=0.5", "--kv-rounds", "1")
+    assert result.ret == 0, result.outlines[-30:]
     report = (tmp_path / "left" / "report.md").read_text()
     table = report.split("## goodput")[1].split("## ")[0]
     rows = [line for line in table.splitlines() if line.startswith(("| base", "| fp8"))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 
 from kvsuite.analysis.latency import BreakEven
@@ -26,13 +27,21 @@ def _phase(phase: str, rows: Sequence[SpeedRow], run: Run) -> Table:
     done, asked = timed(run)
     absent = Cell(state="missing" if done < asked else "ok")
 
-    def row(method: str, unit: str, key: str = "") -> Row:
+    def full(place: tuple[int, int]) -> Cell:
+        """Its own cell; where that was not timed, its rounds in turn with the methods."""
+        if (own := by.get(("full", *place))) is not None:
+            return _state(own) if own.rate is None else Cell(own.rate)
+        beside = [r.baseline_rate for r in rows if (r.width, r.length) == place and r.baseline_rate is not None]
+        return Cell(statistics.median(beside)) if beside else absent
+
+    def row(method: str) -> Row:
         here = {f"{w} · {n}": by.get((method, w, n)) for w, n in places}
-        cells = {at: absent if r is None else _speed(r, unit) for at, r in here.items()}
-        return Row((key or method,), cells, (f"{method}, {unit}",), unit)
+        cells = {at: absent if r is None else _speed(r) for at, r in here.items()}
+        return Row((method,), cells, (f"{method}, ×",), "×")
 
     methods = dict.fromkeys([*(r.method for r in rows), *(run.facts["methods"] if done < asked else [])])
-    drawn = [row("full", "tok/s", "full, tok/s"), *(row(method, "×") for method in methods)]
+    rates = {f"{w} · {n}": full((w, n)) for w, n in places}
+    drawn = [Row(("full, tok/s",), rates, ("full, tok/s",), "tok/s"), *map(row, methods)]
     columns = [Column(f"{w} · {n}", f"{w} · {n}", shows="half") for w, n in places]
     notes = [*missing(run), *_meaning(phase, rows)]
     if phase == "decode":
@@ -68,10 +77,8 @@ def _state(row: SpeedRow) -> Cell:
     return Cell(state="failed" if row.failed else "not measured")
 
 
-def _speed(row: SpeedRow, unit: str) -> Cell:
-    if row.speedup is None:
-        return _state(row)
-    return Cell(row.rate) if unit == "tok/s" else Cell.estimated(row.speedup)
+def _speed(row: SpeedRow) -> Cell:
+    return _state(row) if row.speedup is None else Cell.estimated(row.speedup)
 
 
 def by_what(rows: Sequence[SpeedRow], gpu: str | None) -> list[str]:
