@@ -15,8 +15,7 @@ import pytest
 
 from kvsuite.analysis.pairs import MEANINGS, VERDICTS, pairs
 from kvsuite.analysis.report import Report, analyse
-from kvsuite.engines.request import Reply, Response
-from kvsuite.plugin import visits
+from kvsuite.engines.request import Response
 from kvsuite.records import Answer, Forced, Run, read
 from kvsuite.report.html import render
 from kvsuite.report.html.samples import payload
@@ -127,10 +126,10 @@ def test_another_seed_of_the_baseline_is_an_arm_and_a_second_try_counts():
 
 def test_the_end_of_a_prompt_is_recorded():
     sample = Sample("s0", "a long text " * 100, "What is it?", "it", 8)
-    local = record(Needle(), sample, Response("s0", "int8", text="it"), 8)
-    served = visits._served(Reply("s0", text="it"), "fp8", Needle(), sample, 8, "")
-    assert local.prompt == served.prompt == ("a long text " * 100 + "What is it?")[-400:]
-    assert visits._served(Reply("s0"), "fp8", Needle(), None, 8, "").prompt == ""
+    assert (
+        record(Needle(), sample, Response("s0", "int8", text="it"), 8).prompt
+        == ("a long text " * 100 + "What is it?")[-400:]
+    )
 
 
 def test_what_the_list_calls_regressed_is_what_the_report_counts():

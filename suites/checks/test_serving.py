@@ -137,12 +137,13 @@ def test_what_a_run_tells_of_its_servers(go, tmp_path):
     verdicts = report[report.index("## verdicts") : report.index("## beside")]
     assert "| fp8 | speed" in verdicts
     assert [line for line in verdicts.splitlines() if line.startswith("| garbage |")] == [
-        "| garbage | all | BROKEN | - | - | BROKEN | - | - |"
+        "| garbage | all | BROKEN | - | - | BROKEN | - | - | - |"
     ]
     told = [sys.executable, "-m", "kvsuite.cli", "report", "--markdown", str(tmp_path / "left")]
     assert subprocess.run(told, capture_output=True, text=True, check=True, cwd=ROOT).stdout == report
     run = read(tmp_path / "left")
     served = [r for r in run.records if isinstance(r, Served)]
+    assert {bool(r.prompt) for r in served if r.task} == {True}
     expected = 8 + 8 + 2 * 2 * 4  # needle, chat, and two blocks of two legs
     assert {m: sum(r.method == m for r in served) for m in run.facts["methods"]} == dict.fromkeys(
         run.facts["methods"], expected
