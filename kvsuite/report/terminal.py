@@ -28,29 +28,38 @@ FIRST = ("shortfall", "gates", "headline", "decision")
 
 
 def pytest_kv_report(report: Report, terminalreporter: Any) -> None:
-    """Print what decides, and with ``-v`` all tables of the run."""
+    """Print what decides, and with ``-v`` all tables of the run; last, where the page is."""
     writer, tables, notes = terminalreporter._tw, report.tables, report.notes
-    more = ""
-    if terminalreporter.verbosity < 1 and any(table.key == "decision" for table in tables):
-        hidden = [table for table in tables if table.key not in FIRST]
-        tables, more = [table for table in tables if table.key in FIRST], " (all tables: -v, report.md)"
-        loud = (note for table in hidden for note in table.notes if note.severity == "error")
+    brief = terminalreporter.verbosity < 1 and any(table.key == "decision" for table in tables)
+    if brief:
+        loud = [note for table in tables for note in table.notes if note.severity == "error"]
+        tables = [_brief(table) for table in tables if table.key in FIRST]
         notes = [*dict.fromkeys(loud), *notes]
-    write(tables, writer._file, writer.fullwidth, notes)
-    terminalreporter.write_line(f"records and report: {report.run.folder}{more}")
+    write(tables, writer._file, writer.fullwidth, notes, brief)
+    page = report.run.folder / "report.html"  # drawn after this, as it takes longest
+    terminalreporter.write_line(f"report: {page}{' (all tables: -v)' if brief else ''}")
 
 
-def write(tables: Sequence[Table], file: TextIO, width: int, last: Sequence[Note] = ()) -> None:
-    """Draw tables, and ``last`` notes, for a window of ``width`` columns."""
+def _brief(table: Table) -> Table:
+    """A table under the headline needs no title, and no explanation of its words."""
+    title = "" if table.key == "decision" else table.title
+    return replace(table, title=title, notes=[note for note in table.notes if note.severity == "warning"])
+
+
+def write(tables: Sequence[Table], file: TextIO, width: int, last: Sequence[Note] = (), brief: bool = False) -> None:
+    """Draw tables, and ``last`` notes, for a window of ``width`` columns; ``brief``: those columns that fit at once."""
     console = Console(file=file, width=width, highlight=False, markup=False, emoji=False)
     for table in tables:
-        console.print()
-        console.print(table.title, style="italic" if table.severity == "info" else STYLES[table.severity])
+        if table.title:
+            console.print()
+            console.print(table.title, style="italic" if table.severity == "info" else STYLES[table.severity])
         for part in _fitting(_Grid.of(table), console) if table.rows else ():
             console.print(part if isinstance(part, str) else _drawn(part, width))
+            if brief and not isinstance(part, str):
+                break
         for note in table.notes:
             console.print(note.text, style=STYLES[note.severity])
-    if last:
+    if last and not brief:
         console.print()
     for note in last:
         console.print(note.text, style="bold" if note.severity == "info" else STYLES[note.severity])
@@ -130,7 +139,7 @@ def _drawn(grid: _Grid, width: int) -> rich.table.Table:
     drawn = rich.table.Table(box=None, pad_edge=False, padding=(0, 1))
     for at, name in enumerate(grid.names):
         if at < grid.heads:
-            drawn.add_column(name)
+            drawn.add_column(name, overflow="fold")
         else:
             drawn.add_column(name.replace(" tok", gap + "tok"), justify="right", no_wrap=True)
     for row in grid.rows:

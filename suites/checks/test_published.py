@@ -1,17 +1,19 @@
 """What a run leaves can be published: it names neither who ran it nor where."""
 
+import io
 import json
 import platform
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from kvsuite.analysis.report import analyse
 from kvsuite.environment import scrub
 from kvsuite.records import Answer, Probe, RunFolder, Timing, read
-from kvsuite.report import html
+from kvsuite.report import html, terminal
 from kvsuite.report.markdown import render
 
 REPORTS = Path(__file__).parents[2] / "reports"
@@ -142,3 +144,18 @@ def test_published_reports_tell_neither_who_nor_where():
         assert not re.search(r"(?<![\w.-])/(root|home|Users|tmp|work|mnt|data|scratch)\b", text), file
         assert not re.search(rf"(?<![\w.-])({'|'.join(MACHINES)})(?![\w-])", text), file
         assert scrub(text) == text, file
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_the_default_run_ends_in_a_few_lines(width):
+    drawn = io.StringIO()
+    reporter = SimpleNamespace(
+        verbosity=0, _tw=SimpleNamespace(_file=drawn, fullwidth=width), write_line=lambda line: drawn.write(line + "\n")
+    )
+    terminal.pytest_kv_report(analyse(read(REPORTS / "cpu" / "smoke")), reporter)
+    lines = drawn.getvalue().strip().splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("Scored and timed"))
+    assert at <= 12, "the verdict and its table"
+    assert lines[0].startswith("int8, fp8, kivi:bits=4: no damage found")
+    assert lines[-1].endswith("report.html (all tables: -v)")
+    assert max(map(len, lines)) <= width
