@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     _compare_options(commands.add_parser("compare", help="what changed from one run or result to another beyond noise"))
     _plan_options(commands.add_parser("plan", help="how many prompts and minutes decide a margin, from a run's noise"))
     _negatives_options(commands.add_parser("negatives", help="which samples methods break, from scores you have"))
+    _badges_options(commands.add_parser("badges", help="what a run decides, as SVG and as JSON for shields.io"))
     return parser
 
 
@@ -91,6 +92,12 @@ def _report_options(parser: argparse.ArgumentParser) -> None:
     form.add_argument("--markdown", action="store_true", help="as report.md holds it")
     form.add_argument("--json", action="store_true", help="every cell as numbers, for a program")
     parser.set_defaults(run=_report)
+
+
+def _badges_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="RUN", help="a run folder")
+    parser.add_argument("--into", required=True, type=Path, metavar="FOLDER", help="where the files are written")
+    parser.set_defaults(run=_badges)
 
 
 def _compare_options(parser: argparse.ArgumentParser) -> None:
@@ -176,6 +183,13 @@ def _report(asked: argparse.Namespace) -> None:
         print((markdown if asked.markdown else as_json).render(report), end="")
     else:
         terminal.write(report.tables, sys.stdout, shutil.get_terminal_size().columns, report.notes)
+
+
+def _badges(asked: argparse.Namespace) -> None:
+    from kvsuite.analysis.report import analyse
+    from kvsuite.report import badge
+
+    print(*badge.write(analyse(records.read(Path(asked.folder))), asked.into), sep="\n")
 
 
 def _plan(asked: argparse.Namespace) -> None:
