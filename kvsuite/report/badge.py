@@ -83,9 +83,9 @@ def badges(report: Report) -> list[Badge]:
 
 
 def write(report: Report, folder: Path) -> list[Path]:
-    """Write ``NAME.svg`` and ``NAME.json`` for each badge; return the SVG files."""
+    """Write ``NAME.svg`` and ``NAME.json`` for each badge; return the SVG files. Raises UsageError like `badges`, and
+    where nothing can be written."""
     found = badges(report)
-    folder.mkdir(parents=True, exist_ok=True)
     names: dict[str, Badge] = {}
     for badge in found:
         name = stem = re.sub(r"[^\w.]+", "-", badge.label).strip("-.").lower() or "method"
@@ -94,9 +94,13 @@ def write(report: Report, folder: Path) -> list[Path]:
             count += 1
             name = f"{stem}-{count}"
         names[name] = badge
-    for name, badge in names.items():
-        (folder / f"{name}.svg").write_text(badge.svg(), encoding="utf-8")
-        (folder / f"{name}.json").write_text(badge.endpoint(), encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, badge in names.items():
+            (folder / f"{name}.svg").write_text(badge.svg(), encoding="utf-8")
+            (folder / f"{name}.json").write_text(badge.endpoint(), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"badges cannot be written into {folder}: {error.strerror}") from error
     return [folder / f"{name}.svg" for name in names]
 
 

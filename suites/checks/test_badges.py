@@ -102,3 +102,9 @@ def test_a_run_that_decides_nothing_has_no_badges(smoke, tmp_path):
     with pytest.raises(UsageError, match="decides nothing of a method"):
         badge.write(a_report(smoke, []), tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_cannot_be_is_told(smoke, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"badges cannot be written into .*file: "):
+        badge.write(a_report(smoke, [("a", "harmful")]), tmp_path / "file")
