@@ -51,11 +51,16 @@ def _parser() -> argparse.ArgumentParser:
     listing.set_defaults(run=_methods)
     fetching = commands.add_parser("fetch", help="download all that default runs need, and convert the model")
     fetching.set_defaults(run=_fetch)
+    starting = commands.add_parser("init", help="write a project's configuration and its CI into this folder")
+    starting.add_argument("--ci", choices=("github", "gitlab", "none"), default="github")
+    starting.set_defaults(run=_init)
     _report_options(commands.add_parser("report", help="the tables of a run that was left"))
     _gate_options(commands.add_parser("gate", help="hold a run against limits: exit code 1 where one is missed"))
     _compare_options(commands.add_parser("compare", help="what changed from one run or result to another beyond noise"))
     _plan_options(commands.add_parser("plan", help="how many prompts and minutes decide a margin"))
     _negatives_options(commands.add_parser("negatives", help="which samples methods break, from scores you have"))
+    _badges_options(commands.add_parser("badges", help="what a run decides, as SVG and as JSON for shields.io"))
+    _summary_options(commands.add_parser("ci-summary", help="a run in short, as markdown for a CI job or a comment"))
     return parser
 
 
@@ -106,6 +111,19 @@ def _gate_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_gate)
 
 
+def _badges_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="RUN", help="a run folder")
+    parser.add_argument("--into", required=True, type=Path, metavar="FOLDER", help="where the files are written")
+    parser.set_defaults(run=_badges)
+
+
+def _summary_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="RUN", help="a run folder")
+    parser.add_argument("--against", type=Path, metavar="RUN", help="an earlier run: what changed since")
+    parser.add_argument("--page", default="", metavar="URL", help="where all of the report can be read")
+    parser.set_defaults(run=_summary)
+
+
 def _compare_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("before", metavar="RUN_A", help="a run folder, or FORMAT:PATH#WHICH")
     parser.add_argument("after", metavar="RUN_B", help="the later one, of the same kind")
@@ -136,6 +154,12 @@ def _run(asked: argparse.Namespace) -> int:
                 return process.wait()
             except KeyboardInterrupt:  # which pytest has got, too
                 continue
+
+
+def _init(asked: argparse.Namespace) -> None:
+    from kvsuite import start
+
+    print(*start.init(Path(), asked.ci), sep="\n")
 
 
 def _negatives(asked: argparse.Namespace) -> None:
@@ -201,6 +225,21 @@ def _report(asked: argparse.Namespace) -> None:
         print((markdown if asked.markdown else as_json).render(report), end="")
     else:
         terminal.write(report.tables, sys.stdout, shutil.get_terminal_size().columns, report.notes)
+
+
+def _badges(asked: argparse.Namespace) -> None:
+    from kvsuite.analysis.report import analyse
+    from kvsuite.report import badge
+
+    print(*badge.write(analyse(records.read(Path(asked.folder))), asked.into), sep="\n")
+
+
+def _summary(asked: argparse.Namespace) -> None:
+    from kvsuite.analysis.report import analyse
+    from kvsuite.report import summary
+
+    against = records.read(asked.against) if asked.against else None
+    print(summary.render(analyse(records.read(Path(asked.folder))), against, asked.page), end="")
 
 
 def _gate(asked: argparse.Namespace) -> int:

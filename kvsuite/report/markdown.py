@@ -32,18 +32,19 @@ def render(report: Report) -> str:
         f"{where['gpu'] or where['cpu']}, {where['cores']} cores, {how}"
         f"Python {where['python']}, {packages} · kvsuite {where['kvsuite']} ({commit})",
         "It speaks of this model, these texts and this machine.",
-        *[_table(table) for table in (*report.tables, *report.appendix)],
+        *map(table, (*report.tables, *report.appendix)),
         *[f"**{note.text}**" for note in report.notes],
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _table(table: Table) -> str:
-    lines = [f"## {table.title}"]
-    if names := header(table):
-        marks = ["---"] * len(table.heads) + ["---:"] * len(table.columns)
-        lines += ["", *map(_line, [names, marks, *([cell.text for cell in row] for row in body(table))])]
-    for note in table.notes:
+def table(shown: Table) -> str:
+    """One table under its title, with its notes."""
+    lines = [f"## {shown.title}"]
+    if names := header(shown):
+        marks = ["---"] * len(shown.heads) + ["---:"] * len(shown.columns)
+        lines += ["", *map(_line, [names, marks, *([cell.text for cell in row] for row in body(shown))])]
+    for note in shown.notes:
         lines += ["", note.text]
     return "\n".join(lines)
 

@@ -65,9 +65,8 @@ def decision(run: Run, decided: Sequence[Named]) -> list[Table]:
         words = _damaged(own) if verdicts[method] == "harmful" else _cleared(speed, evens.get(method))
         if verdicts[method] == "undecided":
             words = _open(run, own)
-        rows.append(
-            Row((method,), {"decision": Cell(words), **_cells(run, method, own, speed, evens.get(method), shares)})
-        )
+        cells = _cells(run, method, own, speed, evens.get(method), shares)
+        rows.append(Row((method,), {"decision": Cell(words, verdict=verdicts[method]), **cells}))
     shown = [c for c in COLUMNS if any(row.cells.get(c.key, Cell()).value not in (None, "capped") for row in rows)]
     return [
         _headline(verdicts, shares),
