@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from suites.checks.test_install import files, go, installed, wheel  # noqa: F401
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "reports" / "cpu" / "smoke"
 PAGE = (ROOT / "docs" / "ci.md").read_text()
-COMMANDS = [line.partition("#")[0].split() for line in PAGE.splitlines() if line.startswith("    kvsuite ")]
+COMMANDS = [shlex.split(line, comments=True) for line in PAGE.splitlines() if line.startswith("    kvsuite ")]
 ACTION = yaml.safe_load((ROOT / ".github" / "actions" / "kvsuite" / "action.yml").read_text())
 WORKFLOWS = [*ROOT.glob(".github/workflows/*.yml"), ROOT / "kvsuite" / "templates" / "github.yml"]
 SMALL = 'methods = "int8"\nlength = 256\nsamples = 2\nbatch = 2\ncap = 4\nrounds = 2\n'
@@ -81,7 +82,7 @@ def test_the_action_runs_what_it_is_given(go, shell, world, tmp_path):  # noqa: 
 def test_every_command_of_the_page_works(go):  # noqa: F811
     for name in ("ci", "main"):
         shutil.copytree(SMOKE, go.home / "runs" / name)
-    assert [words[1] for words in COMMANDS] == ["init", "init", "ci-summary", "ci-summary", "badges"]
+    assert [words[1] for words in COMMANDS] == ["init", "init", "ci-summary", "ci-summary", "gate", "badges"]
     said = [go(*words) for words in COMMANDS]
     assert [done.returncode for done in said] == [0] * len(COMMANDS), [done.stderr for done in said]
     assert "The same answers in both" in said[3].stdout
