@@ -66,7 +66,7 @@ def _used(config: pytest.Config) -> bool:
     if named or "kvsuite.plugin" in config.option.plugins or config.getini("kv_suites") or _given(config):
         return True
     file = config.rootpath / "pyproject.toml"
-    return file.is_file() and "[tool.kvsuite]" in file.read_text(encoding="utf-8")
+    return file.is_file() and re.search(r"^\[tool\.kvsuite[\].]", file.read_text(encoding="utf-8"), re.M) is not None
 
 
 def _words(expression: str) -> set[str]:
