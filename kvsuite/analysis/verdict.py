@@ -79,7 +79,7 @@ class Effect:
         found = self.estimate
         if not found.known or not math.isfinite(found.se) or (self.ratio and found.mean <= 0):
             return math.inf
-        from scipy.special import ndtri
+        from scipy.special import nctdtrinc, ndtri  # of the noncentral t, and of the normal distribution
 
         def away(side: Side) -> float:
             end = found.bound(side, self.levels[0])
@@ -89,6 +89,9 @@ class Effect:
         for _ in range(20 if found.pairs else 0):  # shares that had that effect would vary, also where these do not
             share = min(reach + power * se, 1.0)
             se = max(found.se, math.sqrt(share * (1 - share) / self.n))
+        if not found.pairs and se > 0 and math.isfinite(reach):  # a spread that is estimated takes some power
+            away_by = float(nctdtrinc(found.df, 1 - POWER, reach / se))
+            power = away_by - reach / se if math.isfinite(away_by) else power
         seen = reach + power * se
         return math.expm1(seen) if self.ratio and seen < 100 else seen
 

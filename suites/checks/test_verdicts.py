@@ -313,8 +313,9 @@ def test_so_many_samples_as_are_needed_decide_4_times_of_5(ratio, margin):
     assert chances(seen, 100, 5000, 3 * margin, margin, ratio)["harmful"] > 0.99
     assert samples_needed(seen, 100, 0) == math.inf
     found = effect("perplexity" if ratio else "quality", seen, margin, 1 if ratio else -1, 100, ratio)
-    visible = (oracle.t.ppf(0.95, 99) + oracle.norm.ppf(0.8)) * 0.02
-    assert (found.needed, found.visible) == pytest.approx((needed, math.expm1(visible) if ratio else visible))
+    assert found.needed == pytest.approx(needed)
+    away = (math.log1p(found.visible) if ratio else found.visible) / 0.02
+    assert oracle.nct.sf(oracle.t.ppf(0.95, 99), 99, away) == pytest.approx(0.8)
 
 
 def test_what_could_have_been_seen_is_seen_4_times_of_5():
