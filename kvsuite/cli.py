@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvsuite import records, registry
+from kvsuite import ci, records, registry
 from kvsuite.errors import UsageError
 from kvsuite.margins import Margins
 
@@ -51,16 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     listing.set_defaults(run=_methods)
     fetching = commands.add_parser("fetch", help="download all that default runs need, and convert the model")
     fetching.set_defaults(run=_fetch)
-    starting = commands.add_parser("init", help="write a project's configuration and its CI into this folder")
-    starting.add_argument("--ci", choices=("github", "gitlab", "none"), default="github")
-    starting.set_defaults(run=_init)
     _report_options(commands.add_parser("report", help="the tables of a run that was left"))
-    _gate_options(commands.add_parser("gate", help="hold a run against limits: exit code 1 where one is missed"))
     _compare_options(commands.add_parser("compare", help="what changed from one run or result to another beyond noise"))
     _plan_options(commands.add_parser("plan", help="how many prompts and minutes decide a margin"))
     _negatives_options(commands.add_parser("negatives", help="which samples methods break, from scores you have"))
-    _badges_options(commands.add_parser("badges", help="what a run decides, as SVG and as JSON for shields.io"))
-    _summary_options(commands.add_parser("ci-summary", help="a run in short, as markdown for a CI job or a comment"))
+    ci.add(commands)
     return parser
 
 
@@ -102,28 +97,6 @@ def _report_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_report)
 
 
-def _gate_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="RUN", help="a run folder")
-    parser.add_argument("--gate", action="append", default=[], metavar="GATE", help="as pytest's --kv-gate")
-    parser.add_argument("--against", default="", metavar="RUN", help="as --kv-against: an earlier run")
-    parser.add_argument("--undecided", default="warns", help="as --kv-undecided: passes, warns or fails")
-    parser.add_argument("--acknowledged", default="", metavar="FILE", help="as --kv-acknowledged")
-    parser.set_defaults(run=_gate)
-
-
-def _badges_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="RUN", help="a run folder")
-    parser.add_argument("--into", required=True, type=Path, metavar="FOLDER", help="where the files are written")
-    parser.set_defaults(run=_badges)
-
-
-def _summary_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="RUN", help="a run folder")
-    parser.add_argument("--against", type=Path, metavar="RUN", help="an earlier run: what changed since")
-    parser.add_argument("--page", default="", metavar="URL", help="where all of the report can be read")
-    parser.set_defaults(run=_summary)
-
-
 def _compare_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("before", metavar="RUN_A", help="a run folder, or FORMAT:PATH#WHICH")
     parser.add_argument("after", metavar="RUN_B", help="the later one, of the same kind")
@@ -156,12 +129,6 @@ def _run(asked: argparse.Namespace) -> int:
                 continue
 
 
-def _init(asked: argparse.Namespace) -> None:
-    from kvsuite import start
-
-    print(*start.init(Path(), asked.ci), sep="\n")
-
-
 def _negatives(asked: argparse.Namespace) -> None:
     from kvsuite import readers
     from kvsuite.analysis.samples import Broken
@@ -171,7 +138,10 @@ def _negatives(asked: argparse.Namespace) -> None:
 
     rule = Broken(asked.theta, asked.benign, asked.inclusive)
     margins = Margins.parse(asked.margins)
-    specs = _named(asked.candidate)
+    specs = ci.named(asked.candidate)
+    for name in specs:
+        if name == "eligible" or "&" in name or "|" in name:
+            raise UsageError(f"--candidate {name!r}: eligible, & and | have a meaning in the results")
     arms = [readers.arm(s) for s in (asked.baseline, *specs.values(), *([asked.control] if asked.control else []))]
     (base, *others), left_out = align(arms, asked.allow_missing)
     control = others.pop() if asked.control else None
@@ -227,34 +197,6 @@ def _report(asked: argparse.Namespace) -> None:
         terminal.write(report.tables, sys.stdout, shutil.get_terminal_size().columns, report.notes)
 
 
-def _badges(asked: argparse.Namespace) -> None:
-    from kvsuite.analysis.report import analyse
-    from kvsuite.report import badge
-
-    print(*badge.write(analyse(records.read(Path(asked.folder))), asked.into), sep="\n")
-
-
-def _summary(asked: argparse.Namespace) -> None:
-    from kvsuite.analysis.report import analyse
-    from kvsuite.report import summary
-
-    against = records.read(asked.against) if asked.against else None
-    print(summary.render(analyse(records.read(Path(asked.folder))), against, asked.page), end="")
-
-
-def _gate(asked: argparse.Namespace) -> int:
-    from kvsuite.analysis.gates import Gates
-    from kvsuite.analysis.report import analyse
-    from kvsuite.report import terminal
-
-    held = Gates.of(asked.gate, asked.undecided, asked.against, asked.acknowledged)
-    if not (held.gates or held.against):
-        raise UsageError("say what the run is held against: --gate 'speed[int8]>=1.0', --against RUN")
-    report = analyse(records.read(Path(asked.folder)), held)
-    terminal.write([report.table("gates")], sys.stdout, shutil.get_terminal_size().columns)
-    return int(report.failed)
-
-
 def _plan(asked: argparse.Namespace) -> None:
     from kvsuite.analysis.shipped import shipped
     from kvsuite.analysis.tables import plan, presets
@@ -268,20 +210,6 @@ def _plan(asked: argparse.Namespace) -> None:
         run, margins = records.read(Path(asked.folder)), Margins.parse(asked.margins)
         tables = [plan.plan(run, margins), *plan.blocks(run, margins)]
     terminal.write(tables, sys.stdout, shutil.get_terminal_size().columns)
-
-
-def _named(given: Sequence[str]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for text in given:
-        name, equals, spec = text.partition("=")
-        if not (name and equals and spec):
-            raise UsageError(f"--candidate {text!r}: write NAME=SPEC")
-        if name in found:
-            raise UsageError(f"--candidate {name} is there twice")
-        if name == "eligible" or "&" in name or "|" in name:
-            raise UsageError(f"--candidate {name!r}: eligible, & and | have a meaning in the results")
-        found[name] = spec
-    return found
 
 
 def _methods(asked: argparse.Namespace) -> None:

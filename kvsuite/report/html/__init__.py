@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvsuite.analysis.report import Report
-from kvsuite.analysis.table import Note
+from kvsuite.analysis.table import Note, Table
 from kvsuite.analysis.tables import changes
 from kvsuite.errors import UsageError
 from kvsuite.margins import Margins
@@ -34,25 +34,17 @@ def pytest_kv_report(report: Report, terminalreporter: Any) -> None:
 
 def render(reports: Sequence[Report]) -> str:
     """The page on one run, or on several side by side."""
-    import jinja2
     from markupsafe import Markup
 
     from kvsuite.analysis.pairs import MEANINGS
     from kvsuite.report.html import raw
     from kvsuite.report.html.samples import LIMIT, payload
-    from kvsuite.report.html.svg import short
     from kvsuite.report.html.view import Seen
 
-    env = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    scripts, styles = (
-        [file.read_text(encoding="utf-8") for file in sorted(HERE.glob(kind))] for kind in ("*.js", "*.css")
-    )
-    env.filters["short"] = short
-    looks = _looks(reports)
+    scripts, looks = _files("*.js"), _looks(reports)
     runs = [Seen(report, at, looks, raw.MOST // len(reports)) for at, report in enumerate(reports)]
-    page = env.get_template("page.html").render(
+    return _filled(
+        "page.html",
         runs=runs,
         changed=[change for later in reports[1:] for change in _changed(reports[0], later)],
         figures=[[(run, drawn) for run in runs for drawn in run.drawn(key)] for key in _keys(reports)],
@@ -60,9 +52,32 @@ def render(reports: Sequence[Report]) -> str:
         meanings=MEANINGS,
         hashes=[_hash(script) for script in scripts],
         scripts=list(map(Markup, scripts)),
-        styles=list(map(Markup, styles)),
     )
-    return page.translate(CONTROLS)
+
+
+def board(table: Table) -> str:
+    """A page with one table."""
+    from kvsuite.report.html.view import Grid
+
+    return _filled("board.html", table=Grid.of(table))
+
+
+def _files(kind: str) -> list[str]:
+    return [file.read_text(encoding="utf-8") for file in sorted(HERE.glob(kind))]
+
+
+def _filled(template: str, **values: Any) -> str:
+    import jinja2
+    from markupsafe import Markup
+
+    from kvsuite.report.html.svg import short
+
+    env = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    env.filters["short"] = short
+    styles = list(map(Markup, _files("*.css")))
+    return env.get_template(template).render(styles=styles, **values).translate(CONTROLS)
 
 
 def _hash(script: str) -> str:
