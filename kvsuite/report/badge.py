@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvsuite.analysis.report import Report
+from kvsuite.analysis.sentences import Tone
 from kvsuite.analysis.table import Row
 from kvsuite.errors import UsageError
 
@@ -20,6 +21,9 @@ DECIDED = {"within margin": "no damage found", "harmful": "damaged", "undecided"
 COLOURS = {"within margin": "#2e7d32", "harmful": "#c62828"}
 OPEN = "#616161"
 """Colour of what is not decided."""
+TONES: dict[Tone, str] = {"good": "within margin", "bad": "harmful", "open": "undecided"}
+LONGEST = 80
+"""Letters of a text that are drawn, and of a file's name."""
 LETTER, PADDING = 6.6, 6
 """Width of a letter, and of the space beside a text, in pixels."""
 SVG = """\
@@ -53,9 +57,10 @@ class Badge:
 
     def svg(self) -> str:
         """The badge as one SVG document."""
-        label_width, message_width = (round(LETTER * len(text)) for text in (self.label, self.message))
+        label, message = _short(self.label), _short(self.message)
+        label_width, message_width = (round(LETTER * len(text)) for text in (label, message))
         left = label_width + 2 * PADDING
-        texts = {"label": self.label, "message": self.message, "where": self.where}
+        texts = {"label": label, "message": message, "where": self.where}
         return SVG.format(
             width=left + message_width + 2 * PADDING, left=left, pad=PADDING, message_x=left + PADDING,
             label_width=label_width, message_width=message_width, colour=self.colour,
@@ -88,7 +93,8 @@ def write(report: Report, folder: Path) -> list[Path]:
     found = badges(report)
     names: dict[str, Badge] = {}
     for badge in found:
-        name = stem = re.sub(r"[^\w.]+", "-", badge.label).strip("-.").lower() or "method"
+        plain = re.sub(r"[^\w.]+", "-", badge.label, flags=re.ASCII).strip("-.").lower()
+        name = stem = plain[-LONGEST:].lstrip("-.") or "method"
         count = 1
         while name in names:
             count += 1
@@ -105,11 +111,17 @@ def write(report: Report, folder: Path) -> list[Path]:
 
 
 def _decisions(report: Report) -> Iterator[tuple[str, str, str]]:
+    """Of servers there is no table of decisions; what their sentences say is told."""
     broken = {row.key[0] for row in _rows(report, "verdicts") if row.key[1] == "all"}
-    for row in _rows(report, "decision"):
+    rows = _rows(report, "decision")
+    for row in rows:
         method, verdict = row.key[0], row.cells["decision"].verdict
         if method not in broken:
             yield method, DECIDED[verdict], verdict
+    for said in report.sentences if not rows else ():
+        if said.method not in broken:
+            verdict = TONES[said.tone]
+            yield said.method, said.lead.partition(":")[0].lower() if said.tone == "open" else DECIDED[verdict], verdict
     yield from ((method, "BROKEN", "harmful") for method in sorted(broken))
 
 
@@ -119,11 +131,18 @@ def _speeds(report: Report) -> Iterator[tuple[str, str, str]]:
         cell = row.cells.get("effect")
         if row.key[1] == "speed" and cell is not None and isinstance(cell.value, float) and cell.verdict != "noise":
             partial = " partial" if cell.state == "partial" else ""
-            yield f"{row.key[0]} {phase}", f"{cell.value:.2f}×{partial}", cell.verdict
+            noise = (
+                ", within noise" if cell.low is not None and cell.high is not None and cell.low < 1 < cell.high else ""
+            )
+            yield f"{row.key[0]} {phase}", f"{cell.value:.2f}×{partial}{noise}", cell.verdict
 
 
 def _rows(report: Report, key: str) -> list[Row]:
     return [row for table in report.tables if table.key == key for row in table.rows]
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
 
 
 def _escaped(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from kvsuite.analysis.report import Report
@@ -10,7 +11,7 @@ from kvsuite.analysis.tables import changes
 from kvsuite.errors import UsageError
 from kvsuite.margins import Margins
 from kvsuite.records import Run
-from kvsuite.report.markdown import table
+from kvsuite.report import markdown
 
 FIRST = ("shortfall", "headline", "decision", "headlines")
 """Tables that decide."""
@@ -20,10 +21,10 @@ def render(report: Report, against: Run | None = None, page: str = "") -> str:
     """What decides, what changed against an earlier run, and a link to the page. Runs that cannot be compared cost
     the comparison only."""
     facts = report.run.facts
-    parts = [f"# kvsuite · {facts['model']['name']}", *map(table, _first(report.tables))]
+    parts = [_text(f"# kvsuite · {facts['model']['name']}"), *map(_table, _first(report.tables))]
     if against is not None:
         parts += _changes(against, report.run)
-    parts += [f"**{note.text}**" for note in report.notes if note.severity != "info"]
+    parts += [_text(f"**{note.text}**") for note in report.notes if note.severity != "info"]
     parts += [f"[All tables](<{page}>)"] if page else []
     parts.append(f"{facts['started']} · `{report.run.folder}` · It speaks of this model, these texts and this machine.")
     return "\n\n".join(parts) + "\n"
@@ -41,6 +42,15 @@ def _first(tables: Sequence[Table]) -> list[Table]:
 def _changes(against: Run, run: Run) -> list[str]:
     try:
         margins = Margins(**run.facts.get("margins", {}))
-        return [table(t) for t in changes.runs(against, run, margins)]
+        return [_table(t) for t in changes.runs(against, run, margins)]
     except UsageError as error:
-        return [f"**Not compared with {against.folder}: {error}.**"]
+        return [_text(f"**Not compared with {against.folder}: {error}.**")]
+
+
+def _table(table: Table) -> str:
+    return _text(markdown.table(table))
+
+
+def _text(said: str) -> str:
+    """Names, and answers that a server gave, as text: a comment's HTML is not theirs."""
+    return re.sub(r"<(?=\S)", "&lt;", said)

@@ -98,6 +98,27 @@ def test_what_is_broken_or_partial_is_not_cleared(smoke):
     assert all(b.where.endswith(", partial") for b in found)
 
 
+def test_servers_are_decided_too():
+    found = badge.badges(analyse(read(SMOKE.parent / "vllm")))
+    assert {b.label: (b.message, b.verdict) for b in found} == {
+        "fp8_e4m3": ("cannot tell yet", "undecided"), "fp8_e5m2": ("damaged", "harmful"),
+        "fp8_e4m3 speed": ("0.94×, within noise", "undecided"), "fp8_e5m2 speed": ("1.08×, within noise", "undecided"),
+    }  # fmt: skip
+
+
+def test_speed_alone_clears_nobody():
+    found = {b.label: b for b in badge.badges(analyse(read(SMOKE.parent / "decode")))}
+    assert (found["int8"].message, found["int8"].colour) == ("its answers were not judged", badge.OPEN)
+    assert found["int8 decode"].message == "1.32×"
+
+
+def test_a_long_name_is_cut(smoke, tmp_path):
+    names = ["字" * 300, "x" * 300, "x" * 301]
+    files = badge.write(a_report(smoke, [(name, "harmful") for name in names]), tmp_path)
+    assert [file.name for file in files] == ["method.svg", f"{'x' * 80}.svg", f"{'x' * 80}-2.svg"]
+    assert int(xml.fromstring(files[1].read_text()).get("width")) < 700
+
+
 def test_a_run_that_decides_nothing_has_no_badges(smoke, tmp_path):
     with pytest.raises(UsageError, match="decides nothing of a method"):
         badge.write(a_report(smoke, []), tmp_path / "new")

@@ -138,6 +138,15 @@ def test_a_summary_tells_what_became_worse(tmp_path):
     assert "int8: quality" not in summary.render(later)
 
 
+def test_a_summary_holds_no_html_of_others(tmp_path):
+    shutil.copytree(SMOKE, tmp_path / "run")
+    for file in (tmp_path / "run").glob("*.json*"):
+        file.write_text(re.sub("(?<![a-z])int4(?![a-z])", "</table><img src=x>|", file.read_text()))
+    said = summary.render(analyse(read(tmp_path / "run")), read(tmp_path / "run"))
+    assert "| &lt;/table>&lt;img src=x>\\| | damaged: KL +0.071" in said
+    assert not re.search(r"<\S", said)
+
+
 def test_runs_that_cannot_be_compared_cost_the_comparison_only():
     said = summary.render(analyse(read(SMOKE)), read(ROOT / "reports" / "cpu" / "noise"))
     assert "## method by method" in said
