@@ -64,7 +64,7 @@ class Task:
         raise NotImplementedError
 
 
-TASKS = Registry("task", "tasks", classes(Task), ("kvsuite.tasks",), ("base", "jsonl"))
+TASKS = Registry("task", "tasks", classes(Task), ("kvsuite.tasks",), ("base", "jsonl", "reference"))
 _FILES: dict[str, Task] = {}
 """The tasks that were made of the user's prompts, by name."""
 
@@ -80,8 +80,13 @@ def made() -> list[str]:
 
 
 def task(name: str) -> Task:
-    """The task of that name; ``jsonl:FILE`` makes one, which from then on has the name of the file. Raises UsageError
-    with the nearest known name, and for a file that is not whole."""
+    """The task of that name; ``jsonl:FILE`` makes one, which from then on has the name of the file, and
+    ``reference:TASK`` one of another's references. Raises UsageError with the nearest known name, and for a file that
+    is not whole."""
+    if name.startswith("reference:"):
+        from kvsuite.tasks.reference import Reference
+
+        return Reference(task(name.removeprefix("reference:")))
     if name.startswith("jsonl:"):
         return _from_file(name)
     if name in _FILES:
