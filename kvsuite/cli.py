@@ -11,10 +11,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvsuite import ci, records, registry
 from kvsuite.errors import UsageError
 from kvsuite.margins import Margins
+
+if TYPE_CHECKING:
+    from kvsuite.analysis.table import Table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -155,9 +159,7 @@ def _negatives(asked: argparse.Namespace) -> None:
 
 
 def _compare(asked: argparse.Namespace) -> None:
-    from kvsuite import readers
     from kvsuite.analysis.tables import changes
-    from kvsuite.columns import align, kinds
     from kvsuite.report import terminal
 
     margins = Margins.parse(asked.margins)
@@ -166,15 +168,25 @@ def _compare(asked: argparse.Namespace) -> None:
         one, other = map(records.read, folders)
         tables = changes.runs(one, other, margins)
     else:
-        before, after = readers.read(asked.before), readers.read(asked.after)
-        if isinstance(before, readers.Load) and isinstance(after, readers.Load):
-            tables = changes.loads(before, after)
-        else:
-            arms, left_out = align([readers.arm(asked.before), readers.arm(asked.after)], asked.allow_missing)
-            forced = readers.documents(asked.before), readers.documents(asked.after)
-            title = f"{arms[1].source} against {arms[0].source}"
-            tables = changes.arms(title, kinds(arms), forced, margins, left_out)
+        tables = _compared(asked, margins)
     terminal.write(tables, sys.stdout, shutil.get_terminal_size().columns)
+
+
+def _compared(asked: argparse.Namespace, margins: Margins) -> list[Table]:
+    """Two results that are no whole runs."""
+    from kvsuite import readers
+    from kvsuite.analysis.tables import changes
+    from kvsuite.columns import align, kinds
+
+    (early, alone), (late, bare) = readers.documents(asked.before), readers.documents(asked.after)
+    if early and late and alone and bare:
+        return changes.arms(f"{asked.after} against {asked.before}", {}, (early, late), margins)
+    before, after = readers.read(asked.before), readers.read(asked.after)
+    if isinstance(before, readers.Load) and isinstance(after, readers.Load):
+        return changes.loads(before, after)
+    arms, left_out = align([readers.arm(asked.before), readers.arm(asked.after)], asked.allow_missing)
+    title = f"{arms[1].source} against {arms[0].source}"
+    return changes.arms(title, kinds(arms), (early, late), margins, left_out)
 
 
 def _report(asked: argparse.Namespace) -> None:
