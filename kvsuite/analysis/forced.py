@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from kvsuite.analysis.divergence import Divergence, Positions, divergence
-from kvsuite.analysis.resample import Design, Floats
+from kvsuite.analysis.resample import DRAWS, Design, Floats
 from kvsuite.analysis.shortfall import expected
 from kvsuite.analysis.stats import Estimate, Ratio, estimate
 from kvsuite.analysis.verdict import Effect, Named, effect
@@ -86,7 +86,9 @@ def _chosen(read: Documents, task: str) -> Documents:
     return {key: r for key, r in read.items() if (key[0] == task if task else not key[0].startswith(PREFIX))}
 
 
-def references(arms: Mapping[str, tuple[Documents, Documents]], margins: Margins, asked: int) -> list[Named]:
+def references(
+    arms: Mapping[str, tuple[Documents, Documents]], margins: Margins, asked: int, draws: int = DRAWS
+) -> list[Named]:
     """The endpoint *reference* of every arm, from its documents and those it is held against: by how much a token of a
     reference answer is more likely in its log, the mean over answers. Where fewer than ten answers fell by half of the
     largest fall that any arm shows, others could."""
@@ -102,7 +104,7 @@ def references(arms: Mapping[str, tuple[Documents, Documents]], margins: Margins
             change: Floats = np.array([x for _, x in own])
             design = Design.of([r.task for r, _ in own], [r.cluster or r.sample for r, _ in own])
             ratio = Ratio(change, large=np.abs(change) >= worst / 2, room=(worst, worst), skewed=True)
-            seen, n = estimate(design, [ratio])[0], len(own)
+            seen, n = estimate(design, [ratio], draws=draws)[0], len(own)
             found.append((arm, effect("reference", seen, margins.reference, -1, n, compared=n, asked=max(asked, n))))
     return found
 
