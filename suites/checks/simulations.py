@@ -19,16 +19,16 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from kvsuite.analysis.answered import extremes
 from kvsuite.analysis import forced as forcing
+from kvsuite.analysis.answered import extremes
 from kvsuite.analysis.benchmark import score, select
 from kvsuite.analysis.effects import DEFAULT, Comparison, Part, compare, decided
 from kvsuite.analysis.garbled import check
 from kvsuite.analysis.predictors import held_out
 from kvsuite.analysis.resample import Design
 from kvsuite.analysis.runs import arms, noise
-from kvsuite.analysis.speed import blocks_needed
 from kvsuite.analysis.shipped import Shipped, shipped
+from kvsuite.analysis.speed import blocks_needed
 from kvsuite.analysis.stats import LEVEL, Estimate, Ratio, estimate, mean_interval
 from kvsuite.analysis.tables.presets import Preset
 from kvsuite.analysis.trimmed import log_ratio_interval
@@ -561,7 +561,7 @@ def sharp(thin: int = 1) -> list[Row]:
         "16 samples, 37.5 points lost: harmful": (0.7, 1.0), "one of four types fails: harmful": (0.9, 1.0),
         "one of four types fails: within margin": (0.0, 0.0),
     }  # fmt: skip
-    return _bounded("much harm is found", bounds, (draw(seed) for seed in range(1000 // thin)))
+    return _bounded("much harm is found", bounds, (draw(seed) for seed in range(500 // thin)))
 
 
 def failing(thin: int = 1) -> list[Row]:
@@ -682,7 +682,7 @@ def answers(thin: int = 1) -> list[Row]:
         **{f"{n} answers, one in twenty lost: within margin": (0.0, 0.07) for n in (64, 160, 400)},
     }  # fmt: skip
     about = "reference answers, margin .1 nats a token (one in twenty lost is .115)"
-    return _bounded(about, bounds, (draw(seed) for seed in range(1000 // thin)))
+    return _bounded(about, bounds, (draw(seed) for seed in range(500 // thin)))
 
 
 def deciding(thin: int = 1) -> list[Row]:
@@ -694,7 +694,7 @@ def deciding(thin: int = 1) -> list[Row]:
         decides = [x for x in preset.effects(known) if x not in preset.margins.veto]
         damage = [x for x in decides if x != SPEED]
         cleared: dict[str, list[float]] = {"no damage": [], "speed": []}
-        draws = 400 // thin
+        draws = 200 // thin
         for seed in range(draws):
             rng = np.random.default_rng([20, seed])
             methods = [f"m{at}" for at in range(preset.methods)]

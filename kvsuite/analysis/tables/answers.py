@@ -116,7 +116,8 @@ def _sample_cells(row: SampleRow) -> dict[str, Cell]:
 def _divergence(task: str, answers: Sequence[Answer], shares: Mapping[Who, Share], run: Run) -> Table:
     answer, seen = task.startswith(PREFIX), divergences(run, task)
     positions = max((d.divergence.n for d in seen.values()), default=0)
-    title = f"{task} · {_counted('references' if answer else 'documents', shares)}, {positions:,} forced tokens · {setting(run)}"
+    counted = _counted("references" if answer else "documents", shares)
+    title = f"{task} · {counted}, {positions:,} forced tokens · {setting(run)}"
     columns = [
         Column("kl", "KL", "nats"),
         Column("kl", "95 %", "nats", "ends"),

@@ -30,8 +30,8 @@ MEANING = (
     "of full: bytes held after the prompt. speed: of decode steps; and the context from which they are the faster, by "
     "the line through the lengths that were timed (any: at all, never: at none). "
     "KL, flips (another most likely token), perplexity: on forced text; KL beyond the control's. reference: change of "
-    "the log probability of a token of the right answer. tasks: of the mean score. A method is damaged by what is harmful below; no damage is within every margin that must be held. "
-    "Bytes and speed damage nothing."
+    "the log probability of a token of the right answer. tasks: of the mean score. A method is damaged by what is "
+    "harmful below; no damage is within every margin that must be held. Bytes and speed damage nothing."
 )
 SAID = {
     "kl": "KL {:+.3f}",

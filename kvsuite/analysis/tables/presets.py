@@ -118,10 +118,11 @@ def _decides(asked: Sequence[Preset], known: Shipped) -> Table:
     runs = ", ".join(f"reports/cpu/{run}" for run in dict.fromkeys(s.run for s in known.spreads.values()))
     note = (
         "needs: samples with which a method without an effect is found within its margin 4 times of 5; clears: whether "
-        "the preset has them (convicts only: the endpoint clears nobody, and none needs it). harm from: the smallest effect that is found "
-        "harmful 4 times of 5. Both at the strictest level of Holm's correction. The "
+        "the preset has them (convicts only: the endpoint clears nobody, and no method needs it to). harm from: the "
+        "smallest effect that is found harmful 4 times of 5. Both at the strictest level of Holm's correction. The "
         "spread of KL grows with it. Spreads are those of "
-        f"{runs}; broken has none, since noise broke nothing there. Of your model: kvsuite plan RUN."
+        f"{runs}; broken, which can only convict, has none, since noise broke nothing there. Of your model: kvsuite "
+        "plan RUN."
     )
     return Table("decides", "what they decide", ("preset", "endpoint"), columns, rows, [Note(note)])
 
