@@ -83,6 +83,9 @@ def _negatives_options(parser: argparse.ArgumentParser) -> None:
         "--benign", choices=("mean", "median"), default="mean", help="eligible from here on, by dataset"
     )
     parser.add_argument("--inclusive", action="store_true", help="scores of exactly (1 - θ) × baseline count, too")
+    parser.add_argument(
+        "--absolute", action="store_true", help="θ is points of the score, not a part of the baseline's"
+    )
     parser.add_argument("--allow-missing", action="store_true", help="compare the samples that all have")
     _margins_option(parser)
     _plugin_option(parser)
@@ -140,7 +143,7 @@ def _negatives(asked: argparse.Namespace) -> None:
     from kvsuite.columns import align
     from kvsuite.report import terminal
 
-    rule = Broken(asked.theta, asked.benign, asked.inclusive)
+    rule = Broken(asked.theta, asked.benign, asked.inclusive, asked.absolute)
     margins = Margins.parse(asked.margins)
     specs = ci.named(asked.candidate)
     for name in specs:

@@ -16,7 +16,7 @@ from kvsuite.cli import main
 from kvsuite.records import Answer, RunFolder, Timing, encode, read
 from kvsuite.report import terminal
 from suites.checks.drawn import words
-from suites.checks.test_decision import forced
+from suites.checks.test_decision import forced, references
 
 FACTS = {
     "model": {"name": "tiny", "fingerprint": "1"}, "texts": {"chat": "2"}, "settings": {"cap": 200, "temperature": 0},
@@ -270,6 +270,10 @@ def test_forced_documents_alone_are_compared(told):
         told("compare", "chats#full", "documents#m")
     )
     assert "there are full, m" in one_line(told("compare", "documents", "documents#m"))
+    left("early", *references("full"), *references("m"))
+    left("late", *references("full"), *references("m", 0.3))
+    for pair in (("early", "late"), ("early#m", "late#m")):
+        assert "reference." in told("compare", *pair)[1].partition("Worse (p < 5 % after Holm): ")[2].partition("\n")[0]
     left("others", *(replace(r, sample=f"x{r.sample}") for r in forced("m", 0.09)))
     assert "no document in common" in one_line(told("compare", "documents#full", "others#m"))
 

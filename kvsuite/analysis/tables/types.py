@@ -51,7 +51,7 @@ def _groups(arm: Arm) -> dict[str, list[int]]:
     """Places by type, then by task where a type has several."""
     of_type, of_task = dict[str, list[int]](), dict[tuple[str, str], list[int]]()
     for at, task in enumerate(arm.dataset):
-        kind = arm.types.get(task, "other")
+        kind = arm.types.get(task) or task
         of_type.setdefault(kind, []).append(at)
         of_task.setdefault((kind, task), []).append(at)
     several = {kind for kind in of_type if sum(k == kind for k, _ in of_task) > 1}
