@@ -683,8 +683,10 @@ def answers(thin: int = 1) -> list[Row]:
         found["160 answers, no effect: within margin"] = verdict(rng, 160, 0, 0) == "within margin"
         return found
 
+    off = 2.6 * math.sqrt(LEVEL * (1 - LEVEL) / 500)
     bounds = {
-        "64 answers, no effect, margin 0: harmful": SIZE, "64 answers, .15 nats less likely: harmful": (0.95, 1.0),
+        "64 answers, no effect, margin 0: harmful": (LEVEL - off, LEVEL + off),
+        "64 answers, .15 nats less likely: harmful": (0.95, 1.0),
         "64 answers, one in five lost: harmful": (0.8, 1.0), "160 answers, no effect: within margin": (0.95, 1.0),
         **{f"{n} answers, one in twenty lost: within margin": (0.0, 0.07) for n in (64, 160, 400)},
     }  # fmt: skip
