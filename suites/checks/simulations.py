@@ -729,6 +729,10 @@ def _null(rng: np.random.Generator, name: str, preset: Preset, known: Shipped) -
         return endpoint(name, _once(Ratio(moved, paired=True, bounds=(-1, 1))), margin, -1, n)
     if name == "kl":  # as far from 0 as those that we measured: it varies by half
         return endpoint(name, _once(Ratio(2 * spread.spread * rng.gamma(4, 0.25, n), skewed=True)), margin, 1, n)
+    if name == "reference":
+        moved, room = rng.normal(0, spread.spread, n), spread.room
+        ratio = Ratio(moved, large=np.abs(moved) >= room / 2, room=(room, room), skewed=True)
+        return endpoint(name, _once(ratio), margin, -1, n)
     if name == SPEED:
         return endpoint(name, log_ratio_interval(rng.normal(0, spread.spread, n)), margin, -1, n, ratio=True)
     seen = _once(Ratio(rng.normal(0, spread.spread, n), skewed=True))
