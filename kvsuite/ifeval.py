@@ -1,7 +1,8 @@
 """Whether an answer keeps a rule, as IFEval checks it; pure functions.
 
-IFEval: Zhou et al. 2023, github.com/google-research/google-research, instruction_following_eval/instructions.py. Written
-anew. The one difference: an answer in one case need not be English, which the authors ask the library langdetect.
+IFEval: Zhou et al. 2023, github.com/google-research/google-research, instruction_following_eval/instructions.py.
+Written anew. The one difference: an answer in one case need not be English, which the authors ask the library
+langdetect.
 """
 
 from __future__ import annotations
