@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import random
 import sysconfig
 from collections.abc import Callable, Sequence
@@ -15,6 +16,14 @@ from kvsuite.tasks.base import Sample, Task
 BEFORE = "Complete the code given below.\n"
 QUESTION = "\nNext line of code:\n"
 """As in LongBench's lcc (github.com/THUDM/LongBench, config/dataset2prompt.json)."""
+EXAMPLES = (
+    (
+        "def area(width, height):\n    return width * height\n\n\ndef volume(width, height, depth):",
+        "return area(width, height) * depth",
+    ),
+    ("total = 0\nfor price in prices:", "total += price"),
+)
+"""Code and its next line, as turns before the prompt: a small model of chats else talks about the code."""
 LONGEST, SHORTEST = 100, 12
 """Characters of a line that is asked for."""
 TRIES = 40
@@ -23,8 +32,9 @@ TRIES = 40
 
 class CodeLine(Task):
     """The standard library of the Python that runs; the texts' fingerprint tells versions apart. The line asked for
-    stands once more in what is shown of its file. Scores the edit similarity of the answer's first line of code, as
-    LongBench does for lcc."""
+    and the one before it stand once more in what is shown of the file: what was said must be held to know what comes.
+    Scores the edit similarity of the answer's first line of code, as
+    LongBench does for lcc, of lines without their indentation."""
 
     name = "code-line"
     type = "code"
@@ -35,6 +45,10 @@ class CodeLine(Task):
     def samples(self, count: int, lengths: Sequence[int], seed: int, tokens: Callable[[str], int]) -> list[Sample]:
         files, order = self.fetch(), random.Random(f"code-line {seed}")
         order.shuffle(files)
+        before = tuple(
+            turn for code, line in EXAMPLES for turn in (("user", BEFORE + code + QUESTION), ("assistant", line))
+        )
+        around = tokens("".join(text for _, text in before) + BEFORE + QUESTION)
         found: list[Sample] = []
         ids: set[str] = set()
         for file in files * (1 + count):  # a second line of a file only where there are too few
@@ -44,25 +58,30 @@ class CodeLine(Task):
             lines = file.read_text(encoding="utf-8").splitlines()
             for at in order.sample(range(len(lines)), min(TRIES, len(lines))):
                 name = f"code-line-l{length}-{file.stem}-{at + 1}"
-                if name in ids or not _asked(lines[at]) or lines[at] not in lines[:at]:
+                if name in ids or not _asked(lines[at]) or not _repeated(lines[: at + 1]):
                     continue
-                shown = _last_lines(lines[:at], length - tokens(BEFORE + QUESTION), tokens)
-                if shown and lines[at] in shown:
+                shown = _last_lines(lines[:at], length - around, tokens)
+                if shown and _repeated([*shown, lines[at]]):
                     ids.add(name)
                     context = BEFORE + "\n".join(shown)
-                    found.append(Sample(name, context, QUESTION, lines[at].strip(), 64, cluster=file.stem))
+                    found.append(Sample(name, context, QUESTION, lines[at].strip(), 64, file.stem, before))
                     break
         if len(found) == count:
             return found
         raise UsageError(f"Python's standard library does not hold {count} samples of {max(lengths)} tokens")
 
     def score(self, sample: Sample, answer: str) -> float:
-        return scorers.code_similarity(answer, sample.reference)
+        return scorers.code_similarity("\n".join(line.strip() for line in answer.splitlines()), sample.reference)
 
 
 def _asked(line: str) -> bool:
     text = line.strip()
     return SHORTEST <= len(text) <= LONGEST and not any(mark in text for mark in ("`", "#", "//"))
+
+
+def _repeated(lines: Sequence[str]) -> bool:
+    """Whether the last two lines stand somewhere before."""
+    return tuple(lines[-2:]) in itertools.pairwise(lines[:-2]) if len(lines) > 3 else False
 
 
 def _last_lines(lines: Sequence[str], length: int, tokens: Callable[[str], int]) -> list[str] | None:

@@ -65,7 +65,7 @@ class Summarize(Task):
 
 
 def year(paper: str) -> int:
-    """When a paper with that id in the ACL Anthology was published: ``2020.acl-main.443``, ``P18-1001``, ``W96-0213``."""
+    """When the ACL published a paper of that id in its Anthology: ``2020.acl-main.443``, ``P18-1001``."""
     if found := re.match(r"\d{4}(?=\.)", paper):
         return int(found[0])
     short = int(paper[1:3])
