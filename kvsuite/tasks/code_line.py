@@ -14,8 +14,7 @@ from kvsuite.errors import UsageError
 from kvsuite.tasks.base import Sample, Task
 
 BEFORE = "Complete the code given below.\n"
-QUESTION = "\nNext line of code:\n"
-"""As in LongBench's lcc (github.com/THUDM/LongBench, config/dataset2prompt.json)."""
+QUESTION = '\n\nWhich line of code comes after "{line}"? Answer with that line only.'
 EXAMPLES = (
     (
         "def area(width, height):\n    return width * height\n\n\ndef volume(width, height, depth):",
@@ -46,9 +45,11 @@ class CodeLine(Task):
         files, order = self.fetch(), random.Random(f"code-line {seed}")
         order.shuffle(files)
         before = tuple(
-            turn for code, line in EXAMPLES for turn in (("user", BEFORE + code + QUESTION), ("assistant", line))
+            turn
+            for code, line in EXAMPLES
+            for turn in (("user", BEFORE + code + _question(code.split("\n"))), ("assistant", line))
         )
-        around = tokens("".join(text for _, text in before) + BEFORE + QUESTION)
+        around = tokens("".join(text for _, text in before) + BEFORE)
         found: list[Sample] = []
         ids: set[str] = set()
         for file in files * (1 + count):  # a second line of a file only where there are too few
@@ -60,11 +61,11 @@ class CodeLine(Task):
                 name = f"code-line-l{length}-{file.stem}-{at + 1}"
                 if name in ids or not _asked(lines[at]) or not _repeated(lines[: at + 1]):
                     continue
-                shown = _last_lines(lines[:at], length - around, tokens)
+                shown = _last_lines(lines[:at], length - around - tokens(_question(lines[:at])), tokens)
                 if shown and _repeated([*shown, lines[at]]):
                     ids.add(name)
                     context = BEFORE + "\n".join(shown)
-                    found.append(Sample(name, context, QUESTION, lines[at].strip(), 64, file.stem, before))
+                    found.append(Sample(name, context, _question(shown), lines[at].strip(), 64, file.stem, before))
                     break
         if len(found) == count:
             return found
@@ -74,14 +75,18 @@ class CodeLine(Task):
         return scorers.code_similarity("\n".join(line.strip() for line in answer.splitlines()), sample.reference)
 
 
+def _question(shown: Sequence[str]) -> str:
+    return QUESTION.format(line=shown[-1].strip())
+
+
 def _asked(line: str) -> bool:
     text = line.strip()
     return SHORTEST <= len(text) <= LONGEST and not any(mark in text for mark in ("`", "#", "//"))
 
 
 def _repeated(lines: Sequence[str]) -> bool:
-    """Whether the last two lines stand somewhere before."""
-    return tuple(lines[-2:]) in itertools.pairwise(lines[:-2]) if len(lines) > 3 else False
+    """Whether the last two lines stand somewhere before, neither empty."""
+    return all(map(str.strip, lines[-2:])) and tuple(lines[-2:]) in itertools.pairwise(lines[:-2])
 
 
 def _last_lines(lines: Sequence[str], length: int, tokens: Callable[[str], int]) -> list[str] | None:

@@ -16,16 +16,15 @@ from kvsuite.tasks.base import Sample, Task
 
 PUZZLES: dict[str, dict[str, Any]] = {
     "letter_counting": {"min_words": 3, "max_words": 6},
-    "chain_sum": {"min_terms": 2, "max_terms": 4, "min_digits": 1, "max_digits": 2},
+    "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
     "spell_backward": {"min_word_len": 3, "max_word_len": 4},
     "word_sorting": {"min_words": 3, "max_words": 4},
-    "number_filtering": {"min_numbers": 3, "max_numbers": 5},
 }
 """Dataset of reasoning-gym → how hard it is: what a model of 135 million parameters sometimes solves."""
 QUESTION = "\n\nThink step by step. Then write the final answer in a line of its own, after 'Answer:'."
 ROOM = 384
 """Tokens of a trace and its answer; what is longer is cut and scores what is there."""
-SAID = re.compile(r"answer\W*?:", re.IGNORECASE)
+SAID = re.compile(r"answer(?: is)?\W*?:|answer is\b", re.IGNORECASE)
 
 
 class Reasoning(Task):
@@ -54,11 +53,12 @@ class Reasoning(Task):
 
 
 def final(answer: str) -> str:
-    """What an answer gives as its result: the line after the last "Answer:", else the last line; without marks."""
+    """What an answer gives as its result: the line after the last "Answer:", else the last line; of an equation what
+    is behind its last sign; without marks."""
     *_, last = SAID.split(answer)
     lines = [line for line in last.strip().splitlines() if line.strip()]
     line = (lines[0] if len(SAID.split(answer)) > 1 else lines[-1]) if lines else ""
-    return line.strip().strip("*$").strip().removesuffix(".")
+    return line.rpartition("=")[2].strip(" *$\t").removesuffix(".")
 
 
 def _dataset(kind: str, seed: int) -> Any:

@@ -39,7 +39,12 @@ class Summarize(Task):
 
     def samples(self, count: int, lengths: Sequence[int], seed: int, tokens: Callable[[str], int]) -> list[Sample]:
         files = self.fetch()
-        rows = [json.loads(line) for file in files if file.suffix == ".jsonl" for line in file.open(encoding="utf-8")]
+        rows = [
+            json.loads(line)
+            for file in files
+            if file.suffix == ".jsonl"
+            for line in file.read_text(encoding="utf-8").splitlines()
+        ]
         summaries = {row["id"]: row["summary"] for row in rows}
         papers = [file for file in files if file.stem in summaries]
         random.Random(f"summarize {seed}").shuffle(papers)

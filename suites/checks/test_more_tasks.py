@@ -8,11 +8,30 @@ from pathlib import Path
 import pytest
 
 from kvsuite import models, sandbox
-from kvsuite.tasks import human_eval, reasoning, summarize, task
+from kvsuite.tasks import Sample, human_eval, reasoning, summarize, task
 
 
 def words(text):
     return len(text.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("<think>Is it 5?</think>7", 0),
+        ("<think>Is it 7?</think>\n\nIt is 5.", 1),
+        ("opened in the prompt: 7</think>5", 1),
+        ("<think>5 it is, but the cap", 0),
+        ("5", 1),
+    ],
+)
+def test_a_local_answer_is_scored_on_what_follows_its_thinking(text, score):
+    from kvsuite.engines.request import Response
+    from kvsuite.runs.here import record
+
+    sample = Sample("n", "", "", "5", 8)
+    found = record(task("needle"), sample, Response("n", "full", text=text, finish="stop"), 8)
+    assert (found.score, found.text) == (score, text)
 
 
 def sound(samples):
@@ -67,7 +86,7 @@ def test_a_line_of_code_stands_once_more_in_what_is_shown():
         wanted = [300, 600][at % 2]
         text = "".join(said for _, said in sample.before) + sample.context + sample.question
         assert wanted - 40 <= words(text) <= wanted
-        shown = [line.strip() for line in sample.context.splitlines()]
+        shown = [line.strip() for line in sample.context.split("\n")]
         assert sample.reference in shown[:-1]
         file, line = Path(sysconfig.get_path("stdlib"), f"{sample.cluster}.py"), int(sample.id.rpartition("-")[2])
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
@@ -147,12 +166,14 @@ def test_a_bare_body_goes_behind_the_prompt_as_it_is():
         ("The final answer is:\n\n7\nThat is all.", "7"),
         ("I think\n7", "7"),
         ("$7$", "7"),
+        ("The answer is 7.", "7"),
+        ("3 + 5 = 8, so\n8 - 1 = 7", "7"),
         ("", ""),
         ("Answer:", ""),
     ],
 )
 def test_the_result_of_a_trace(answer, result):
-    assert reasoning.final(answer) == (result if "is:" not in answer else "That is all")
+    assert reasoning.final(answer) == result
 
 
 def test_puzzles_are_scored_by_their_library():
