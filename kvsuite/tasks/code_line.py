@@ -37,6 +37,7 @@ class CodeLine(Task):
 
     name = "code-line"
     type = "code"
+    chance = 0.0
 
     def fetch(self) -> list[Path]:
         return sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))

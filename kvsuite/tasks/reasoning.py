@@ -33,6 +33,7 @@ class Reasoning(Task):
 
     name = "reasoning"
     type = "synthetic"
+    chance = 0.0
 
     def fetch(self) -> list[Path]:
         found = importlib.util.find_spec("reasoning_gym")  # `samples` says what to install where it is missing

@@ -31,6 +31,7 @@ class Summarize(Task):
 
     name = "summarize"
     type = "summarization"
+    chance = 0.0
 
     def fetch(self) -> list[Path]:
         folder = models.papers()
