@@ -27,7 +27,7 @@ FIRST = 2016
 
 class Summarize(Task):
     """Papers of ACLSum (Takeshita et al. 2024) from 2016 on: title, abstract and body up to the length. Scores ROUGE-L
-    against what a human wrote of the aspect asked for."""
+    against what a human wrote of the aspect asked for; answers about other papers share words with it, too."""
 
     name = "summarize"
     type = "summarization"
