@@ -74,6 +74,13 @@ class Task:
         raise NotImplementedError
 
 
+def after_thinking(text: str) -> str:
+    """What an answer says after its thinking aloud, which ends at ``</think>`` (Qwen3, DeepSeek-R1; some templates
+    open it in the prompt); empty where the answer ended before."""
+    _, end, answer = text.rpartition("</think>")
+    return answer.strip() if end else "" if text.lstrip().startswith("<think>") else text
+
+
 TASKS = Registry("task", "tasks", classes(Task), ("kvsuite.tasks",), ("base", "jsonl", "messages"))
 _FILES: dict[str, Task] = {}
 """The tasks that were made of the user's prompts, by name."""
