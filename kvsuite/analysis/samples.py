@@ -29,6 +29,8 @@ class SampleRow:
     error: str
     """Why the first failed answer failed."""
     score: Interval | None = None
+    chance: float = 0.0
+    """What guessing scores on these samples; 0 in earlier runs."""
     pairs: int = 0
     same: int = 0
     """Of ``pairs`` answers, those that are the baseline's to the token, or to the letter."""
@@ -66,6 +68,7 @@ def _row(method: str, answers: list[Answer], good: dict[str, Answer], baseline: 
     return SampleRow(
         *counts,
         score=mean_interval(scores) if scores else None,
+        chance=sum(a.chance for a in mine) / len(mine),
         pairs=len(paired),
         same=sum(a.output_key == b.output_key for a, b in paired),
         parted=parted(paired) if good is not baseline else None,

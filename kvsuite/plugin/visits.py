@@ -192,8 +192,9 @@ class Leg:
             session.record(
                 _served(
                     reply, by_id[reply.id], method=arm, leg=self.number, block=self.period.block, type=kind.type,
-                    score=kind.score(sample, reply.text) if sample and not reply.error else None,
-                    prompt=sample.prompt_end if sample else "", task=task, cell=cell,
+                    score=kind.score(sample, tasks.after_thinking(reply.text)) if sample and not reply.error else None,
+                    prompt=sample.prompt_end if sample else "", prompt_hash=sample.prompt_hash if sample else "",
+                    chance=sample.chance if sample else 0.0, task=task, cell=cell,
                     width=arrivals.concurrency, **more,
                 )
             )  # fmt: skip

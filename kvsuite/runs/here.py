@@ -11,7 +11,7 @@ from kvsuite import models
 from kvsuite.engines.request import Request, Response
 from kvsuite.records import Answer, Forced, Job
 from kvsuite.runs.setting import Setting
-from kvsuite.tasks import Sample, Task
+from kvsuite.tasks import Sample, Task, after_thinking
 
 if TYPE_CHECKING:
     from kvsuite.engines.forcing import Continued
@@ -148,13 +148,15 @@ def record(task: Task, sample: Sample, r: Response, cap: int) -> Answer:
         | {
             "status": "failed" if broken else "ok",
             "finish": "" if broken else r.finish,
-            "score": None if broken else task.score(sample, r.text),
+            "score": None if broken else task.score(sample, after_thinking(r.text)),
             "evaluation": task.evaluation,
             "task": task.name,
             "type": task.type,
             "sample": sample.id,
             "cluster": sample.cluster,
             "prompt": sample.prompt_end,
+            "prompt_hash": sample.prompt_hash,
+            "chance": sample.chance,
             "cap": cap,
         }
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,14 @@ class Sample:
     """The document it was made of, where several samples can be made of one: they are not independent."""
     before: tuple[tuple[str, str], ...] = ()
     """Role and text of the messages before the user's."""
+    chance: float = 0.0
+    """What guessing scores on average: an answer that names any one of what could be right."""
+
+    @property
+    def prompt_hash(self) -> str:
+        """The first 16 digits of the sha256 of all messages, as a JSON list of role and text."""
+        said = [*self.before, ("user", self.context + self.question)]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
     @property
     def prompt_end(self) -> str:
@@ -64,7 +74,14 @@ class Task:
         raise NotImplementedError
 
 
-TASKS = Registry("task", "tasks", classes(Task), ("kvsuite.tasks",), ("base", "jsonl", "reference"))
+def after_thinking(text: str) -> str:
+    """What an answer says after its thinking aloud, which ends at ``</think>`` (Qwen3, DeepSeek-R1; some templates
+    open it in the prompt); empty where the answer ended before."""
+    _, end, answer = text.rpartition("</think>")
+    return answer.strip() if end else "" if text.lstrip().startswith("<think>") else text
+
+
+TASKS = Registry("task", "tasks", classes(Task), ("kvsuite.tasks",), ("base", "jsonl", "messages", "reference"))
 _FILES: dict[str, Task] = {}
 """The tasks that were made of the user's prompts, by name."""
 

@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-from kvsuite import models
 from kvsuite.errors import UsageError
-from kvsuite.tasks.base import Sample, Task
-from kvsuite.tasks.needle import first_sentences
+from kvsuite.tasks.base import Sample
+from kvsuite.tasks.messages import MessageTask, first_sentences
 
 LONGEST = 1 << 16
 """Tokens of an answer: the run's cap decides."""
 QUESTION = "\n\nSummarize this message."
 
 
-class Digest(Task):
+class Digest(MessageTask):
     """Every sample is another message, or another part of one, so that no prompt begins like another. Answers end
     where the model ends them; they are timed, not scored."""
 
     name = "digest"
     type = "summarization"
     evaluation = "throughput"
-
-    def fetch(self) -> list[Path]:
-        return sorted(models.messages().glob("*.txt"))
 
     def samples(self, count: int, lengths: Sequence[int], seed: int, tokens: Callable[[str], int]) -> list[Sample]:
         files = self.fetch()

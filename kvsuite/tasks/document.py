@@ -5,27 +5,22 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-from kvsuite import models
 from kvsuite.errors import UsageError
-from kvsuite.tasks.base import Sample, Task
-from kvsuite.tasks.needle import first_sentences
+from kvsuite.tasks.base import Sample
+from kvsuite.tasks.messages import MessageTask, first_sentences
 
 POSITIONS = 128
 """Tokens that are forced."""
 
 
-class Document(Task):
+class Document(MessageTask):
     """Every sample is another message, from a random place in it. ``reference`` is the text that follows the context,
     at least as long as what is forced of it."""
 
     name = "document"
     type = "text"
     evaluation = "divergence"
-
-    def fetch(self) -> list[Path]:
-        return sorted(models.messages().glob("*.txt"))
 
     def samples(self, count: int, lengths: Sequence[int], seed: int, tokens: Callable[[str], int]) -> list[Sample]:
         files, order = self.fetch(), random.Random(f"document {seed}")

@@ -5,26 +5,22 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-from kvsuite import models
 from kvsuite.errors import UsageError
-from kvsuite.tasks.base import Sample, Task
+from kvsuite.tasks.base import Sample
+from kvsuite.tasks.messages import MessageTask, first_sentences
 
 CITIES = ("Amsterdam", "Bogotá", "Cairo", "Dhaka", "Edinburgh", "Florence", "Geneva", "Hanoi", "Istanbul", "Jakarta")
 GOLDEN = 0.6180339887498949
 QUESTION = "\n\nWhat is the secret number of {city}? Answer with the number only."
 
 
-class Needle(Task):
+class Needle(MessageTask):
     """One sentence with a five-digit number at a depth of a message cut to length. Depths follow the golden ratio, so
     any number of samples covers them evenly. Scores 1 where the answer names the number, else 0."""
 
     name = "needle"
     type = "synthetic"
-
-    def fetch(self) -> list[Path]:
-        return sorted(models.messages().glob("*.txt"))
 
     def samples(self, count: int, lengths: Sequence[int], seed: int, tokens: Callable[[str], int]) -> list[Sample]:
         files = self.fetch()
@@ -50,14 +46,3 @@ class Needle(Task):
     def score(self, sample: Sample, answer: str) -> float:
         numbers = (number.replace(",", "") for number in re.findall(r"\d[\d,]*", answer))
         return float(sample.reference in numbers)
-
-
-def first_sentences(text: str, length: int, tokens: Callable[[str], int]) -> list[str] | None:
-    """The first sentences of a text that fill ``length`` tokens, or None where it is too short."""
-    taken: list[str] = []
-    for sentence in re.split(r"(?<=[.!?;])\s+", " ".join(text.split())):
-        length -= tokens(" " + sentence)
-        if length < 0:
-            return taken
-        taken.append(sentence)
-    return None

@@ -37,8 +37,8 @@ def test_all_that_default_runs_need_is_fetched(downloaded, monkeypatch, capsys):
     before = len(downloaded)
     for get in (models.default_model, models.default_gguf, models.messages, models.questions):
         assert str(get()) in said.values(), get
-    for name in tasks.names():
-        assert list(tasks.task(name).fetch())
+    for name in set(tasks.names()) - {"reasoning", "summarize"}:  # a library of the user's; no papers in this package
+        assert list(tasks.task(name).fetch()) or name == "kv-retrieval"  # which is made of random words
     assert len(downloaded) == before, "all of it was there"
 
 

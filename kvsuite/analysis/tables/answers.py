@@ -94,8 +94,22 @@ def _samples(task: str, answers: Sequence[Answer], shares: Mapping[Who, Share], 
     controls = [(row.method, row.pairs, row.same) for row in rows if run.is_control(row.method)]
     failures = [(row.method, row.error) for row in rows if row.failed]
     told = infos([PARTING]) if PARTED in columns else []
-    notes = [*_lost(shares), Note(note), *told, *floor(run, controls), *dtype_notes(run), *failed(failures)]
+    notes = [*_lost(shares), *_room(rows, run.baseline), Note(note), *told]
+    notes += [*floor(run, controls), *dtype_notes(run), *failed(failures)]
     return Table(f"samples:{task}", title, ("method",), columns, drawn, notes)
+
+
+def _room(rows: Sequence[SampleRow], baseline: str) -> list[Note]:
+    """Whether the baseline's score leaves room to lose, and to win."""
+    base = next((row for row in rows if row.method == baseline), None)
+    if base is None or base.score is None:
+        return []
+    score, n = base.score, base.n - base.failed
+    if score.low <= base.chance:
+        known = f"{score.mean:.2f} ({score.low:.2f}–{score.high:.2f}) on {n} samples"
+        text = f"Measures nothing here: {baseline} scores {known}, which is not above guessing ({base.chance:.2f})."
+        return [Note(text, "warning")]
+    return infos([f"{baseline} scores 1 on all {n} samples: a method can only lose."] if score.mean == 1 else [])
 
 
 def _sample_cells(row: SampleRow) -> dict[str, Cell]:
