@@ -55,6 +55,9 @@ class Task:
     """What its answers are for: their scores, their lengths, or the time they take; *divergence*: there is no answer,
     the reference is forced through every arm's cache."""
 
+    literal: bool = True
+    """Whether a reference is an answer as the model would write it, which can be forced."""
+
     @property
     def spelled(self) -> str:
         """Canonical text: the name, and how answers are scored where that was chosen."""

@@ -15,13 +15,13 @@ PREFIX = "reference:"
 
 class Reference(Task):
     """The samples of another task; what is forced of a reference is at most as long as an answer may be. Raises
-    UsageError for a task whose answers are not scored."""
+    UsageError for a task whose references are no answers."""
 
     evaluation = "divergence"
 
     def __init__(self, scored: Task) -> None:
-        if scored.evaluation != "samples":
-            raise UsageError(f"--kv-tasks {PREFIX}{scored.name}: answers to {scored.name} have no reference")
+        if scored.evaluation != "samples" or not scored.literal:
+            raise UsageError(f"--kv-tasks {PREFIX}{scored.name}: answers to {scored.name} have no reference to force")
         self.scored = scored
         self.name, self.type = f"{PREFIX}{scored.name}", scored.type
 

@@ -68,7 +68,7 @@ def test_references_are_those_of_another_task(folder, lines):
     assert forced.fetch() == scored.fetch()
     mine = task("reference:" + lines({"prompt": "1 + 1", "reference": "2"}, name="sums.jsonl"))
     assert (mine.name, task("reference:sums").name) == ("reference:sums", "reference:sums")
-    for name in ("chat", "document", "digest", "reference:needle"):
+    for name in ("chat", "document", "digest", "reference:needle", "instructions"):
         with pytest.raises(UsageError, match="have no reference"):
             task(f"reference:{name}")
     with pytest.raises(UsageError, match="did you mean 'needle'"):
