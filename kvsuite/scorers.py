@@ -21,6 +21,11 @@ from kvsuite.errors import UsageError
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
+GSM8K_NUMBER = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
+LATEX = {"\n": "", r"\!": "", r"\\": "\\", r"\left": "", r"\right": "", r"^{\circ}": "", r"^\circ": "", r"\$": ""}
+"""What AIME's rule takes out of an answer or replaces in it, in this order."""
+STOPS = ("</s>", "<|im_end|>", "<|eot_id|>")
+"""Where lm-evaluation-harness ends an answer; a decoded text has them where they are no special tokens."""
 CONTROL = re.compile(r"[\x00-\x1f]")
 FIRST_LINE = ("trec", "triviaqa", "samsum", "lsht")
 """Datasets of LongBench whose answers count up to the first line's end."""
@@ -125,6 +130,61 @@ def choice(answer: str, reference: str) -> float:
     return float(any(f"The correct answer is {said}" in answer for said in (f"({reference})", reference)))
 
 
+def first_choice(answer: str, reference: str) -> float:
+    """1 if the first "The correct answer is (A)" of an answer names the right letter; without brackets where there is
+    none with (LongBench v2: github.com/THUDM/LongBench, pred.py: extract_answer)."""
+    answer = answer.strip().replace("*", "")
+    found = re.search(r"The correct answer is \(([A-D])\)", answer) or re.search(
+        r"The correct answer is ([A-D])", answer
+    )
+    return float(found is not None and found[1] == reference)
+
+
+def last_number(answer: str, reference: str) -> float:
+    """1 if the last number of an answer, up to the next "Q:", is that behind the reference's ``####`` (lm-evaluation-
+    harness: gsm8k-cot-zeroshot.yaml, flexible-extract and exact_match)."""
+    found = GSM8K_NUMBER.findall(_until(answer, "Q:"))
+    said = next(group for group in found[-1] if group).strip() if found else "[invalid]"
+    return float(_gsm8k(said) == _gsm8k(reference))
+
+
+def whole_number(answer: str, reference: str) -> float:
+    r"""1 if an answer is the reference, a whole number: what is in its last ``\boxed``, else between its first and last
+    ``$``, else all of it, without LaTeX's spacing, signs and units (lm-evaluation-harness: lm_eval/tasks/aime/utils.py,
+    of whose normalization the steps are left out that no whole number can come of)."""
+    answer = _until(answer, "Question:")
+    first, last = answer.find("$"), answer.rfind("$")
+    said = answer[first + 1 : last] if first != last else answer
+    boxed = _last_box(answer)
+    return float(_bare(said if boxed is None else boxed) == _bare(reference))
+
+
+def after_prefix(answer: str, reference: str, prefix: str) -> float:
+    """difflib's ratio of answer and reference, both without the prefix with which an answer must begin (MRCR: grade in
+    the dataset's README.md)."""
+    if not answer.startswith(prefix):
+        return 0.0
+    return difflib.SequenceMatcher(None, answer.removeprefix(prefix), reference.removeprefix(prefix)).ratio()
+
+
+def scbench(task: str, answer: str, reference: Any, options: Sequence[str] = ()) -> float:
+    """An answer's score on a task of SCBench (github.com/microsoft/MInference, scbench/compute_scores.py, of which
+    tasks with other rules are left out). Raises UsageError for a reference that its rule does not take."""
+    match task:
+        case "kv" | "prefix_suffix" if isinstance(reference, str):
+            return float(reference in answer)
+        case "vt" if isinstance(reference, list) and reference:
+            return round(string_match_all(answer, reference), 2)
+        case "qa_eng" if isinstance(reference, str):
+            return float(reference.upper() in answer.upper())
+        case "mf" if isinstance(reference, (int, float)):
+            number = re.search(r"\d+\.\d+|\d+", answer)
+            return float(number is not None and type(reference)(float(number[0])) == reference)
+        case "choice_eng" if reference in options:
+            return _book_choice(answer.strip(), (reference, "ABCD"[list(options).index(reference)]))
+    raise UsageError(f"there is no rule here to score {task} of SCBench against {reference!r}"[:200])
+
+
 def first_boxed(answer: str, reference: str) -> float:
     r"""1 if the first ``\boxed{…}`` of an answer holds the reference (kvpress: math500/calculate_metrics.py)."""
     _, box, rest = answer.partition("boxed{")
@@ -164,6 +224,60 @@ BY_NAME: dict[str, tuple[Any, str]] = {
     "code-similarity": (code_similarity, "code"),
 }
 """Scorers of an answer and one reference, and the type of task they are for."""
+
+
+def _until(answer: str, stop: str) -> str:
+    for text in (stop, *STOPS):
+        answer = answer.partition(text)[0]
+    return answer
+
+
+def _gsm8k(text: str) -> str:
+    text = re.sub(r"(?s).*#### ", "", re.sub(r"[,$]", "", text))
+    return re.sub(r"\.$", "", text).lower()
+
+
+def _last_box(answer: str) -> str | None:
+    r"""What is in the last ``\boxed``; None without one, or where it is not closed."""
+    if r"\boxed " in answer:
+        return answer.rpartition(r"\boxed ")[2].partition("$")[0]
+    start, depth = answer.rfind(r"\boxed"), 0
+    for at in range(start, len(answer)) if start >= 0 else ():
+        depth += {"{": 1, "}": -1}.get(answer[at], 0)
+        if answer[at] == "}" and depth == 0:
+            box = answer[start : at + 1]
+            return box[len(r"\boxed{") : -1] if box.startswith(r"\boxed{") else None
+    return None
+
+
+def _bare(text: str) -> str:
+    """A number as AIME's rule compares it; as it is where the rule fails on it."""
+    bare = text
+    for mark, instead in LATEX.items():
+        bare = bare.replace(mark, instead)
+    if bare.count(r"\text{ ") > 1:
+        return text
+    bare = bare.partition(r"\text{ ")[0].replace(r"\%", "").replace(r"\%", "")
+    bare = re.sub(r"(^|[ {])\.", r"\g<1>0.", bare)  # .5 is 0.5
+    left, equals, right = bare.partition("=")
+    return (right if equals and len(left) <= 2 and "=" not in right else bare).replace(" ", "")
+
+
+def _book_choice(answer: str, labels: Sequence[str]) -> float:
+    """SCBench: get_score_one_longbook_choice_eng, with the option's text and letter as labels."""
+    if not answer:
+        return 0.0
+    if answer[0] in "ABCD":
+        return float(answer[0] in labels)
+    if answer in labels:
+        return 1.0
+    answer = re.sub(" {2,}", " ", re.sub("[\n\"'.,?!{}]", " ", answer))
+    for prefix in ("answer is:", "answer:", "answer is", "option is"):
+        _, found, after = answer.partition(prefix)
+        if found:  # one character, a space, is passed over unseen
+            return float(any(after[1:].startswith(label) for label in labels)) if after else 0.0
+    word = next((word for word in answer.split() if word in "ABCD"), "")
+    return float(word in labels)
 
 
 def _to_brace(text: str) -> str:
