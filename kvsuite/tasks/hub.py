@@ -18,7 +18,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from kvsuite import scorers
+from kvsuite import final_numbers, scorers
 from kvsuite.errors import UsageError, unknown
 from kvsuite.tasks.base import Sample, Task, Type
 from kvsuite.tasks.rows import Rows, Where, fingerprint, load
@@ -35,8 +35,8 @@ RULES: dict[str, Callable[[str, str, dict[str, Any]], float]] = {
     "longbench": lambda part, said, row: scorers.longbench(part, said, row["answers"], row["all_classes"] or ()),
     "longbench-v2": lambda part, said, row: scorers.first_choice(said, row["answer"]),
     "ruler": lambda part, said, row: scorers.ruler(part, said, row["answer"]),
-    "gsm8k": lambda part, said, row: scorers.last_number(said, row["answer"]),
-    "aime": lambda part, said, row: scorers.whole_number(said, str(next(iter(row.values())))),
+    "gsm8k": lambda part, said, row: final_numbers.last_number(said, row["answer"]),
+    "aime": lambda part, said, row: final_numbers.whole_number(said, str(next(iter(row.values())))),
     "mrcr": lambda part, said, row: scorers.after_prefix(said, row["answer"], row["random_string_to_prepend"]),
     "scbench": lambda part, said, row: scorers.scbench(part, said, row["answer"], row.get("options") or ()),
 }

@@ -29,8 +29,8 @@ V2 |= {f"choice_{letter}": f" {letter.lower()}" for letter in "ABCD"}
 RULER = {"context": "C ", "question": "Q?", "answer_prefix": " It is", "answer": ["7"], "task": "vt"}
 TURN = {"input": "k?", "answer": "v"}
 TALK = [("user", "write a poem"), ("assistant", "P1"), ("user", "Prepend zz to the 1st poem.")]
-MRCR = {"prompt": json.dumps([{"role": role, "content": text} for role, text in TALK]), "answer": "zzP1", "n_needles": 2}
-MRCR |= {"random_string_to_prepend": "zz"}
+MRCR = {"prompt": json.dumps([{"role": role, "content": text} for role, text in TALK]), "answer": "zzP1"}
+MRCR |= {"n_needles": 2, "random_string_to_prepend": "zz"}
 
 
 @pytest.fixture(autouse=True)
@@ -67,12 +67,12 @@ PROMPTS = [
     ),
     (
         "longbench/qasper", LONG,
-        "You are given a scientific article and a question. Answer the question as concisely as you can, using a single "
-        "phrase or sentence if possible. If the question cannot be answered based on the information in the article, "
-        'write "unanswerable". If the question is a yes/no question, answer "yes", "no", or "unanswerable". Do not '
-        "provide any explanation.\n\nArticle: C",
-        "\n\n Answer the question based on the above article as concisely as you can, using a single phrase or sentence "
-        "if possible. If the question cannot be answered based on the information in the article, write "
+        "You are given a scientific article and a question. Answer the question as concisely as you can, using a "
+        "single phrase or sentence if possible. If the question cannot be answered based on the information in the "
+        'article, write "unanswerable". If the question is a yes/no question, answer "yes", "no", or "unanswerable". '
+        "Do not provide any explanation.\n\nArticle: C",
+        "\n\n Answer the question based on the above article as concisely as you can, using a single phrase or "
+        "sentence if possible. If the question cannot be answered based on the information in the article, write "
         '"unanswerable". If the question is a yes/no question, answer "yes", "no", or "unanswerable". Do not provide '
         "any explanation.\n\nQuestion: I\n\nAnswer:", 128,
     ),
@@ -113,6 +113,9 @@ def test_prompts_are_as_published(copy, name, row, context, question, most):
     assert (sample.context, sample.question, sample.max_new_tokens) == (context, question, most)
 
 
+PLAIN = ("trec", "triviaqa", "samsum", "lcc", "repobench-p")
+
+
 def test_every_table_is_whole():
     """Each part makes a benchmark whose rule is known and whose type is that of the paper."""
     known = {f.name for f in fields(hub.Benchmark)} | {"parts"}
@@ -130,7 +133,7 @@ def test_every_table_is_whole():
         assert found.part in scorers.LONGBENCH_RULES or b.rule != "longbench"
         assert found.type == LONGBENCH.get(found.part, found.type)
     assert {n for n, t in made.items() if t.benchmark.plain} == {
-        f"{b}/{part}" for b in ("longbench", "longbench-e") for part in "trec triviaqa samsum lcc repobench-p".split()
+        f"{b}/{part}" for b in ("longbench", "longbench-e") for part in PLAIN
     } | {"longbench/lsht"}
     assert {n: t.chance for n, t in made.items() if t.chance} == {"longbench-v2": 0.25, "scbench/choice_eng": 0.25}
 
@@ -248,8 +251,8 @@ def test_without_a_hub_a_sentence_comes_at_once(name, tmp_path, monkeypatch):
     with pytest.raises(UsageError) as offline:
         task(f"hub:{name}").fetch()
     assert str(offline.value) == (
-        f"{dataset} cannot be had from Hugging Face's hub (HF_HUB_OFFLINE is set, and it is not in the cache); run once "
-        "where the hub can be reached, or name a copy: hub:NAME=PATH"
+        f"{dataset} cannot be had from Hugging Face's hub (HF_HUB_OFFLINE is set, and it is not in the cache); run "
+        "once where the hub can be reached, or name a copy: hub:NAME=PATH"
     )
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
@@ -289,7 +292,9 @@ def test_a_run_says_what_it_read_and_what_it_cut(run, copy):
     """LongBench's prompt is cut to the model's 1024 tokens; an answer to RULER goes on from its first words."""
     spec = copy("longbench/hotpotqa", LONG | {"context": "passage " * 300}, LONG | {"_id": "b"})
     tasks = f"{spec},{copy('ruler/vt@4096', *[RULER] * 2)}"
-    outcome = run("samples", "--kv-tasks", tasks, "--kv-compress", "context", "--kv-methods", "full,int8")
+    outcome = run(
+        "samples", "--kv-tasks", tasks, "--kv-compress", "context", "--kv-methods", "full,int8", "-k", "answers"
+    )
     assert outcome.ret == 0, outcome.stdout
     facts = read(Path("left")).facts
     assert facts["fitted"] == {"longbench/hotpotqa": {"cut in the middle": 1}}
@@ -299,7 +304,7 @@ def test_a_run_says_what_it_read_and_what_it_cut(run, copy):
     assert {a.sample for a in answers} == {"hotpotqa-a1", "hotpotqa-b", "vt-0", "vt-1"}
     longest = max(a.prompt_tokens for a in answers)
     assert longest in (1024 - options.FRAME - 6, 1024 - options.FRAME - 7)
-    assert any("longbench/hotpotqa 2 (1 cut in the middle)" in line for line in outcome.stdout.splitlines())
+    outcome.stdout.fnmatch_lines(["*longbench/hotpotqa 2 (1 cut in the middle)*"])
 
 
 REAL = Path(os.environ.get("KVSUITE_LONGBENCH", "none"), "multi_news.jsonl")
