@@ -153,6 +153,8 @@ def test_turns_carry_the_right_answers_and_their_context(copy):
     assert [task("scbench/kv").score(third, said) for said in ("v2!", "v1")] == [1, 0]
     short = [s for s in only(spec, 10, room=600) if s.id.startswith("kv-0")]
     assert len({(s.before or (("", s.context + s.question),))[0][1] for s in short}) == 1, "one cut for all turns"
+    for s in short:
+        assert sum(len(text) + hub.MESSAGE for _, text in s.before) + len(s.context + s.question) <= 600
     assert task("scbench/kv").fitted == {"cut in the middle": 5}
 
 
@@ -182,6 +184,11 @@ def test_a_long_prompt_keeps_its_first_and_last_half(copy):
     assert (tiny.context, tiny.question) == (prompt[:50], prompt[-50:])
     with pytest.raises(UsageError, match="does not fit the model's context, whatever is cut"):
         only(spec, room=1)
+    asked = copy("longbench/qmsum", LONG | {"input": text})  # the cut is within the question
+    [whole], [cut] = only(asked), only(asked, room=2000)
+    prompt = whole.context + whole.question
+    assert cut.context + cut.question == prompt[:1000] + prompt[-1000:]
+    assert cut.context == whole.context
 
 
 def test_what_is_said_first_and_what_has_no_template(copy, tiny_llama):
@@ -222,6 +229,8 @@ def test_a_repository_is_read_from_a_copy_and_from_the_cache(tmp_path, monkeypat
     cached = task("hub:gsm8k")
     assert [dict(row) for row in cached.rows] == found
     assert cached.fingerprint() == copied.fingerprint() == rows.fingerprint(found)
+    assert rows.fingerprint([dict(reversed(row.items())) for row in found]) == cached.fingerprint()
+    assert task("hub:gsm8k").rows is cached.rows, "loaded once, however often it is named"
     assert cached.fingerprint() != rows.fingerprint(found[:2])
 
 
