@@ -45,7 +45,7 @@ def load(where: Where) -> Rows:
         raise
     except Exception as error:  # whatever the libraries raise
         raise UsageError(f"{where.place!r} cannot be read as {where.dataset}: {_said(error)}") from error
-    offline, reached = bool(_library("huggingface_hub").constants.HF_HUB_OFFLINE), False
+    offline, reached = bool(_library("huggingface_hub.constants").HF_HUB_OFFLINE), False
     try:
         reached = not offline and _answers(where.dataset)
         if where.file:
@@ -114,7 +114,7 @@ def _answers(dataset: str) -> bool:
 
 def _refused(error: Exception) -> bool:
     """Whether it is the hub that says no."""
-    return isinstance(error, _library("huggingface_hub").errors.HfHubHTTPError)
+    return isinstance(error, _library("huggingface_hub.errors").HfHubHTTPError)
 
 
 def _said(error: Exception) -> str:
@@ -142,4 +142,6 @@ def _library(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UsageError(f"published benchmarks need the library {name}: pip install 'kvsuite[local]'") from error
+        raise UsageError(
+            f"published benchmarks need the library {name.partition('.')[0]}: pip install 'kvsuite[local]'"
+        ) from error

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 import zipfile
 from dataclasses import fields
@@ -21,7 +23,7 @@ from kvsuite.records import Answer, read
 from kvsuite.runs.here import Here
 from kvsuite.tasks import base, hub, rows, task
 from suites.checks.test_tasks import Chatting, asked_of
-from suites.checks.tiny import left
+from suites.checks.tiny import ROOT, left
 
 LONG = {"_id": "a1", "context": "C", "input": "I", "answers": ["x", "y"], "all_classes": None, "length": 3}
 V2 = {"_id": "b", "context": " C\n", "question": "Q? ", "answer": "B", "difficulty": "easy"}
@@ -269,6 +271,14 @@ def test_without_a_hub_a_sentence_comes_at_once(name, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match=f"{dataset} cannot be had from Hugging Face's hub \\(it cannot be reached, "):
         task(f"hub:{name}").fetch()
     assert datasets.config.HF_HUB_OFFLINE is False, "left as it was"
+
+
+def test_the_sentence_needs_nothing_loaded_before(tmp_path):
+    """The hub's client loads its modules when they are first imported, and no model has been loaded before."""
+    code = "from kvsuite.tasks import task; task('hub:gsm8k').fetch()"
+    here = os.environ | {"HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=here, capture_output=True, text=True, check=False)
+    assert "UsageError: openai/gsm8k cannot be had from Hugging Face's hub (HF_HUB_OFFLINE is set" in done.stderr
 
 
 def test_what_cannot_be_named_or_read_is_refused(copy, tmp_path):
