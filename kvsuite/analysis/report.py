@@ -79,6 +79,11 @@ def analyse(run: Run, held: Gates = NO_GATES, today: date | None = None) -> Repo
     tables += [*speed.phases(run), *answers(run), *speed.promises(run)]
     torn = f"{run.torn} record lines were cut off while being written and are left out."
     notes = [*provenance(run.records), *([Note(torn, "warning")] if run.torn else [])]
+    notes += [
+        Note(f"{task}: {count} {what}, to fit the model's context.")
+        for task, done in run.facts.get("fitted", {}).items()
+        for what, count in done.items()
+    ]
     known = {table.key: table for table in tables}
     return Report(
         run,

@@ -89,18 +89,22 @@ class TransformersEngine:
         where the tokenizer or the template does not tell where that is."""
         said = [*request.before, ("user", request.context + request.question)]
         messages = [{"role": role, "content": text} for role, text in said]
-        if "MistralCommon" in type(self.tokenizer).__name__:  # its text holds control tokens that it does not read back
+        own = "MistralCommon" in type(self.tokenizer).__name__ and not request.plain
+        if own:  # its text holds control tokens that it does not read back
             text, plain = "", False
             encoded = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
         else:
-            plain = not getattr(self.tokenizer, "chat_template", None)
+            plain = request.plain or not getattr(self.tokenizer, "chat_template", None)
             text = messages[-1]["content"]
             if plain and request.before:
                 raise UsageError(f"sample {request.id} has several messages, but the model has no chat template")
             if not plain:
                 text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            text += request.opening
             encoded = self.tokenizer(text, add_special_tokens=plain)
         ids = list(encoded["input_ids"])
+        if own and request.opening:
+            ids += self.tokenizer(request.opening, add_special_tokens=False)["input_ids"]
         if not ids:
             raise UsageError(f"sample {request.id} has an empty prompt")
         if compress == "prompt" or not request.question:

@@ -18,7 +18,8 @@ HELP = {
     "batch": "widths of decoding batches, comma-separated; answers are decoded at the largest, on a CPU all methods "
     "together in steps of 8 times as many rows",
     "length": "prompt lengths in tokens, comma-separated",
-    "tasks": "tasks, comma-separated; jsonl:FILE or jsonl:FILE#SCORER is a task of your own prompts",
+    "tasks": "tasks, comma-separated; jsonl:FILE or jsonl:FILE#SCORER is a task of your own prompts, "
+    "hub:NAME a published benchmark",
     "samples": "samples per task: a number for all, and others for some of them, such as 48,chat=8",
     "cap": "most tokens of a chat answer",
     "temperature": "of chat answers; 0 is greedy",

@@ -79,7 +79,7 @@ class Local(Session):
 
     def announce(self, items: Sequence[pytest.Item]) -> str:
         """Arms, tasks and cells, what computes, and how long it will take here, by speeds measured now."""
-        parts = [f"{name} {len(self.samples(tasks.task(name)))}" for name in self.chosen]
+        parts = [f"{name} {len(self.samples(tasks.task(name)))}{_fitted(tasks.task(name))}" for name in self.chosen]
         parts += [f"{self.timed_cells} timed cells"] if self.timed_cells else []
         what = f"{len(self.methods)} methods on {self.model_name}: {' · '.join(parts)}"
         if self.elsewhere:
@@ -256,3 +256,9 @@ class Local(Session):
             request = Request("text", "", "", 1 << 30)
             self._prompts[length] = self.engine.prefill(request, self.text(length), [], observes)
         return self._prompts[length]
+
+
+def _fitted(task: Task) -> str:
+    """What was done so that its samples fit the model, in brackets."""
+    done = ", ".join(f"{count} {what}" for what, count in task.fitted.items())
+    return f" ({done})" if done else ""

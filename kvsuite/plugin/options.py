@@ -6,6 +6,7 @@ import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,6 +76,19 @@ class Options:
     def arms(self) -> tuple[str, ...]:
         """Names of what is compared."""
         return tuple(m.name for m in self.methods) if self.servers is None else tuple(self.servers.specs)
+
+    @cached_property
+    def limit(self) -> int | None:
+        """The most tokens a prompt and its answer can have, where that is known before anything is loaded."""
+        if self.model is None:
+            return None if self.servers else 8192
+        if self.servers and self.model.is_file():  # GGUF
+            return None
+        return models.model_limit(self.model)
+
+    def room(self, answer: int) -> float:
+        """The tokens that a prompt may have before an answer of at most so many; infinite where nobody knows."""
+        return math.inf if self.limit is None else self.limit - FRAME - min(answer, self.cap)
 
     @property
     def width(self) -> int:
@@ -171,9 +185,8 @@ def _check_sizes(options: Options) -> None:
     if options.servers is None:
         for method in options.methods:
             method.check_context(longest)
-    limit = _limit(options)
-    if limit is not None and longest + FRAME > limit:
-        raise UsageError(f"--kv-length {longest} does not fit the model's context of {limit} tokens")
+    if options.limit is not None and longest + FRAME > options.limit:
+        raise UsageError(f"--kv-length {longest} does not fit the model's context of {options.limit} tokens")
 
 
 def _check_folders(options: Options) -> None:
@@ -186,15 +199,6 @@ def _check_folders(options: Options) -> None:
             raise UsageError("--kv-resume: a comparison of servers cannot be resumed, since its legs belong together")
         if not (options.resume / "run.json").is_file():
             raise UsageError(f"--kv-resume {str(options.resume)!r} is not a run folder")
-
-
-def _limit(options: Options) -> int | None:
-    """The most tokens a prompt and its answer can have, where that is known before anything is loaded."""
-    if options.model is None:
-        return None if options.servers else 8192
-    if options.servers and options.model.is_file():  # GGUF
-        return None
-    return models.model_limit(options.model)
 
 
 def _configured(file: Path) -> dict[str, Any]:

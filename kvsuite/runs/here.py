@@ -125,7 +125,7 @@ class Here:
     def request(self, sample: Sample) -> Request:
         """What the engine is asked for a sample."""
         cap = min(sample.max_new_tokens, self.setting.cap)
-        return Request(sample.id, sample.context, sample.question, cap, sample.before)
+        return Request(sample.id, sample.context, sample.question, cap, sample.before, sample.opening, sample.plain)
 
 
 def record(task: Task, sample: Sample, r: Response, cap: int) -> Answer:
