@@ -171,7 +171,10 @@ def _held(answers: Sequence[Answer]) -> float | None:
 
 
 def cost_interval(
-    mine: Sequence[float], theirs: Sequence[float], caps: Sequence[float], prompts: Sequence[str] = ()
+    mine: Sequence[float] | Floats,
+    theirs: Sequence[float] | Floats,
+    caps: Sequence[float] | Floats,
+    prompts: Sequence[str] = (),
 ) -> Interval:
     """Σ mine / Σ theirs over pairs, resampling prompts: independent ones, or those named, several pairs each. One
     prompt has no interval."""
