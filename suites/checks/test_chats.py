@@ -132,3 +132,29 @@ def test_methods_at_several_settings_stand_together_by_bytes():
         ["kivi", "kivi:bits=2", "0.30", "1.00"],
     ]
     assert sweep(found, {}) == []
+
+
+# figures
+
+
+def figures(found):
+    return {figure.key: figure for figure in analyse(found).figures}
+
+
+def test_the_seconds_of_requests_are_drawn_as_shares():
+    answers = [*chat("full", 20, 30), *chat("full", 30, 20, repeat=1), *chat("m", 11, 91), *chat("jitter", 20, 30)]
+    drawn = figures(run(answers, SPEEDS))["requests:chat"]
+    assert [s.name for s in drawn.series] == ["full", "full, other seed", "m"]
+    assert [(p.x, p.y) for p in drawn.series[2].points] == [(pytest.approx(2.1), 50), (pytest.approx(2.9), 100)]
+
+
+def test_length_is_drawn_over_bytes():
+    needles = [
+        Answer(arm, task="needle", sample=f"n{i}", score=1.0, nbytes=nbytes, tokens=[i])
+        for arm, nbytes in (("full", 100), ("m", 25))
+        for i in range(3)
+    ]
+    drawn = figures(run(needles, chat("full", 20, 30, 40), chat("full", 30, 20, 40, repeat=1), chat("m", 40, 60, 80)))
+    [series] = drawn["tradeoff:length:chat"].series
+    assert (series.arm, series.points[0].x, series.points[0].y) == ("m", 0.25, pytest.approx(2))
+    assert drawn["tradeoff:length:chat"].bands[0].low < 1 < drawn["tradeoff:length:chat"].bands[0].high
