@@ -18,7 +18,7 @@ from kvsuite.methods import Method, parse
 from kvsuite.plugin.options import BASELINE, Options
 from kvsuite.plugin.plan import duration, plan
 from kvsuite.plugin.session import Session
-from kvsuite.records import Answer, Job, is_control, read
+from kvsuite.records import REFERENCE, Answer, Job, is_control, read
 from kvsuite.runs.here import Here
 from kvsuite.runs.setting import Executor, Setting
 from kvsuite.tasks import Sample, Task
@@ -117,7 +117,7 @@ class Local(Session):
         return Here(
             Setting(
                 self.model_folder, self.methods, begun.get("compute_dtype", o.dtype), o.device, o.backend, o.width,
-                o.compress, o.cap, o.temperature, o.seed, o.timeout, o.memory * 2**30,
+                o.compress, o.cap, o.temperature, o.repeats, o.seed, o.timeout, o.memory * 2**30,
             )
         )  # fmt: skip
 
@@ -196,12 +196,13 @@ class Local(Session):
         return {"environment": self.executor.facts()}
 
     def jobs(self, task: Task) -> list[Job]:
-        """What a task asks for: every arm answers every sample once. A chat is answered with sampling, and once more by
-        the baseline with other noise: its control."""
-        methods = self._taking_part(self._asked.get(task.name, set()))
-        who = [(method.name, 0) for method in methods]
-        if task.evaluation == "length" and self.options.temperature > 0:
-            who.append((BASELINE.name, 1))
+        """What a task asks for: every arm answers every sample once. A chat is answered with sampling, so many times as
+        is asked for, by the baseline once more: that is what all others are paired with."""
+        o, arms = self.options, [method.name for method in self._taking_part(self._asked.get(task.name, set()))]
+        who = [(arm, 0) for arm in arms]
+        if task.evaluation == "length" and o.temperature > 0:
+            drawn = [*arms, *(f"{REFERENCE}{t:g}" for t in o.references)]
+            who = [(arm, repeat) for repeat in range(o.repeats) for arm in drawn] + [(BASELINE.name, o.repeats)]
         return [Job(task.evaluation, arm, task.name, s.id, repeat) for arm, repeat in who for s in self.samples(task)]
 
     def answers(self, name: str) -> list[Answer]:

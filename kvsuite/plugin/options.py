@@ -55,6 +55,10 @@ class Options:
     """How many of each task; of one that is not named, as many as under the empty name."""
     cap: int
     temperature: float
+    repeats: int
+    """Answers of an arm to each chat, with other noise."""
+    references: tuple[float, ...]
+    """Temperatures at which the uncompressed cache answers chats, too."""
     rounds: int
     timeout: float
     memory: float
@@ -105,6 +109,7 @@ class Options:
             "samples",
             "cap",
             "temperature",
+            "repeats",
             "seed",
             "dtype",
             "device",
@@ -115,7 +120,10 @@ class Options:
         return own if self.servers is None else own | self.servers.settings()
 
 
-METHODS_ONLY = ("methods", "compress", "dtype", "device", "backend", "memory", "executor", "ray-address")
+METHODS_ONLY = (
+    *("methods", "compress", "dtype", "device", "backend", "memory", "executor", "ray-address"),
+    *("repeats", "reference-temperatures"),
+)
 """Options that would do nothing to a server: refused on a command line, overlooked in a file that serves both."""
 
 
@@ -162,6 +170,7 @@ def check(given: Mapping[str, Any]) -> Options:
         device=raw["device"],
         backend=raw["backend"],
         temperature=_number("temperature", raw["temperature"]),
+        references=_references(raw["reference-temperatures"]),
         timeout=_number("timeout", raw["timeout"]),
         memory=_number("memory", raw["memory"]) if raw["memory"] else environment.memory() / 4,
         run=Path(str(raw["run"])) if raw["run"] else None,
@@ -171,11 +180,22 @@ def check(given: Mapping[str, Any]) -> Options:
         margins=Margins.parse(f"{PRESETS[preset]['margins']},{raw['margins']}"),
         gates=Gates.of([str(x) for x in raw["gate"]], raw["undecided"], str(raw["against"]), str(raw["acknowledged"])),
         servers=servers.check(raw, _number),
-        **{key: _whole(key, raw[key], 0 if key == "seed" else 1) for key in ("cap", "rounds", "seed")},
+        **{key: _whole(key, raw[key], 0 if key == "seed" else 1) for key in ("cap", "repeats", "rounds", "seed")},
         samples=_counts(raw["samples"]),
     )
+    _check_drawn(options)
     _check_sizes(options)
     return options
+
+
+def _check_drawn(options: Options) -> None:
+    if options.temperature:
+        if options.temperature in options.references:
+            raise UsageError(f"--kv-reference-temperatures {options.temperature:g} is the run's own --kv-temperature")
+    elif options.repeats > 1:
+        raise UsageError(f"--kv-repeats {options.repeats}: at --kv-temperature 0 every repeat is the same answer")
+    elif options.references:
+        raise UsageError("--kv-reference-temperatures: at --kv-temperature 0 nothing is drawn that they could change")
 
 
 def _check_sizes(options: Options) -> None:
@@ -245,6 +265,14 @@ def _counts(value: Any) -> dict[str, int]:
     if "" not in found:
         raise UsageError(f"--kv-samples {value}: begin with a number for all tasks, such as 8,chat=4")
     return found
+
+
+def _references(value: Any) -> tuple[float, ...]:
+    key = "reference-temperatures"
+    found = dict.fromkeys(_number(key, x) for x in _items(key, value)) if value else {}
+    if 0 in found:
+        raise UsageError(f"--kv-{key} must be over 0")
+    return tuple(found)
 
 
 def _number(key: str, value: Any) -> float:
