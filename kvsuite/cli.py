@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     _compare_options(commands.add_parser("compare", help="what changed from one run or result to another beyond noise"))
     _plan_options(commands.add_parser("plan", help="how many prompts and minutes decide a margin"))
     _negatives_options(commands.add_parser("negatives", help="which samples methods break, from scores you have"))
+    _why_options(commands.add_parser("why", help="what the caches had lost of the samples that a run's methods broke"))
     ci.add(commands)
     return parser
 
@@ -111,6 +112,15 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="RUN", nargs="?", help=what)
     _margins_option(parser)
     parser.set_defaults(run=_plan)
+
+
+def _why_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="RUN", help="a run folder whose answers were made in process, with scores")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="the model that answered, if not the default")
+    parser.add_argument("--method", action="append", default=[], help="of the run's; several times for several")
+    parser.add_argument("--sample", action="append", default=[], metavar="ID", help="of the run's; else all")
+    _plugin_option(parser)
+    parser.set_defaults(run=_why)
 
 
 def _margins_option(parser: argparse.ArgumentParser) -> None:
@@ -195,6 +205,19 @@ def _report(asked: argparse.Namespace) -> None:
         print((markdown if asked.markdown else as_json).render(report), end="")
     else:
         terminal.write(report.tables, sys.stdout, shutil.get_terminal_size().columns, report.notes)
+
+
+def _why(asked: argparse.Namespace) -> None:
+    from kvsuite.analysis.tables.causes import causes
+    from kvsuite.report import terminal
+    from kvsuite.runs.why import Why
+
+    folder = Path(asked.folder)
+    why = Why(records.read(folder), asked.model, asked.method, asked.sample)
+    for at, loss in enumerate(why.losses(), start=1):
+        done = f"{at} of {len(why.asked)}: {loss.method}, {loss.sample}"
+        print(f"{done}: {loss.error}" if loss.error else done, file=sys.stderr, flush=True)
+    terminal.write(causes(records.read(folder)), sys.stdout, shutil.get_terminal_size().columns)
 
 
 def _plan(asked: argparse.Namespace) -> None:

