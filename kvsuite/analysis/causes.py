@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvsuite.analysis.divergence import first_difference
-from kvsuite.analysis.resample import Design, Floats, eligible
+from kvsuite.analysis.resample import DRAWS, ROUNDING, Design, Floats, eligible
 from kvsuite.analysis.samples import Broken
 from kvsuite.analysis.stats import Estimate, Interval, mean_interval
 from kvsuite.readers.run import answers
@@ -21,8 +21,8 @@ from kvsuite.records import Answer, Job, Loss, Run
 
 RULE = Broken()
 DROPPED = {
-    "span_gone": "heads without a token of the reference's sentence",
-    "span_kept": "tokens of that sentence kept",
+    "span_kept": "tokens of the reference's sentence kept",
+    "span_gone": "heads that keep none of them",
     "attention": "attention to tokens not held, over the answer",
     "parting": "the same where the answers part",
 }
@@ -92,6 +92,8 @@ class Contrast:
     difference: Interval | None
     """Broken less intact, with Welch's interval of documents; None where one group has fewer than two of them, or
     nothing differs within either."""
+    p: float | None
+    """That documents fell into the groups by chance: two-sided, of permutations."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def causes(run: Run) -> list[Cause]:
 def _contrast(key: str, broken: Sequence[tuple[Looked, Loss]], intact: Sequence[tuple[Looked, Loss]]) -> Contrast:
     one, other = (_documents(key, group) for group in (broken, intact))
     bounded = key in DROPPED
-    return Contrast(key, _mean(one, bounded), _mean(other, bounded), _welch(one, other))
+    return Contrast(key, _mean(one, bounded), _mean(other, bounded), _welch(one, other), _permuted(one, other))
 
 
 def _documents(key: str, group: Sequence[tuple[Looked, Loss]]) -> Floats:
@@ -159,3 +161,12 @@ def _welch(one: Floats, other: Floats) -> Interval | None:
 
     ends = stats.ttest_ind(one, other, equal_var=False).confidence_interval(0.95)
     return Interval(float(one.mean() - other.mean()), float(ends.low), float(ends.high))
+
+
+def _permuted(one: Floats, other: Floats) -> float | None:
+    if not (len(one) and len(other)):
+        return None
+    every, n = np.concatenate([one, other]), len(one)
+    drawn = np.random.default_rng(0).permuted(np.tile(every, (DRAWS, 1)), axis=1)
+    seen, others = (abs(x[..., :n].mean(-1) - x[..., n:].mean(-1)) for x in (every, drawn))
+    return float(1 + (others >= seen - ROUNDING).sum()) / (DRAWS + 1)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from kvsuite.analysis.causes import DROPPED, ROUNDED, Cause, Contrast
 from kvsuite.analysis.causes import causes as found_causes
-from kvsuite.analysis.stats import Interval
+from kvsuite.analysis.stats import LEVEL, Interval
 from kvsuite.analysis.table import Cell, Column, Note, Row, Table, errors, infos
 from kvsuite.records import Loss, Run
 
@@ -14,8 +15,9 @@ NAMES = DROPPED | ROUNDED
 EXPLAINED = (
     "Of samples that the baseline answers well, looked at once more after the run. Heads: kv heads of all layers, when "
     "the answer begins. Attention: the uncompressed cache's, over the baseline's answer, to tokens that the method's "
-    "cache no longer holds when it is fed that answer. Error: √(Σ(K̂ - K)² / ΣK²) of what is held. 95 %: of documents. "
-    "A figure that goes with the damage need not be its cause."
+    "cache no longer holds when it is fed that answer. Error: √(Σ(K̂ - K)² / ΣK²) of what is held. 95 %: of documents; "
+    "p: that they fell into the groups by chance, of permutations, not adjusted. A figure that goes with the damage "
+    "need not be its cause."
 )
 
 
@@ -30,6 +32,7 @@ def causes(run: Run) -> list[Table]:
         columns = [Column("broken", "broken", "%"), Column("broken", "95 %", "%", "ends")]
         columns += [Column("intact", "unbroken", "%"), Column("intact", "95 %", "%", "ends")]
         columns += [Column("difference", "difference", "points"), Column("difference", "95 %", "points", "ends")]
+        columns += [Column("difference", "p", shows="p")]
         said = [*infos([sentence(cause) for cause in mine]), Note(EXPLAINED)]
         said += errors([f"FAILED {error}" for at, error in sorted(failed) if at == task])
         title = f"{task} · what the caches had lost where answers broke"
@@ -39,6 +42,7 @@ def causes(run: Run) -> list[Table]:
 
 def _row(cause: Cause, contrast: Contrast) -> Row:
     cells = {name: _cell(getattr(contrast, name)) for name in ("broken", "intact", "difference")}
+    cells["difference"] = replace(cells["difference"], p=contrast.p)
     of = f"{cause.method} ({cause.broken} broken, {cause.intact} not)"
     return Row((cause.method, contrast.key), cells, (of, NAMES[contrast.key]))
 
@@ -57,9 +61,7 @@ def sentence(cause: Cause) -> str:
     if main.intact is None:
         return f"{said}; none is left unbroken to compare with."
     said += f", in the other {cause.intact} {_percent(main.intact)}"
-    if main.difference is None or main.difference.low <= 0 <= main.difference.high:
-        return f"{said}: no difference that can be told."
-    return f"{said}."
+    return f"{said}{'' if main.p is not None and main.p < LEVEL else ', which may be chance'} (p = {main.p:.2g})."
 
 
 def _percent(x: Interval) -> str:
