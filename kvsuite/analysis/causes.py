@@ -155,12 +155,14 @@ def _mean(x: Floats, bounded: bool) -> Interval | None:
 
 
 def _welch(one: Floats, other: Floats) -> Interval | None:
-    if min(len(one), len(other)) < 2 or not (one.std() or other.std()):
+    if min(len(one), len(other)) < 2:
         return None
-    from scipy import stats
-
-    ends = stats.ttest_ind(one, other, equal_var=False).confidence_interval(0.95)
-    return Interval(float(one.mean() - other.mean()), float(ends.low), float(ends.high))
+    parts = [float(x.var(ddof=1)) / len(x) for x in (one, other)]
+    se2 = sum(parts)
+    if se2 < ROUNDING**2:
+        return None
+    df = se2**2 / sum(part**2 / (len(x) - 1) for part, x in zip(parts, (one, other), strict=True))
+    return Estimate.of(float(one.mean() - other.mean()), math.sqrt(se2), df)
 
 
 def _permuted(one: Floats, other: Floats) -> float | None:
