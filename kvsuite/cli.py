@@ -11,10 +11,15 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvsuite import ci, records, registry
 from kvsuite.errors import UsageError
 from kvsuite.margins import Margins
+
+if TYPE_CHECKING:
+    from kvsuite.analysis.samples import Broken
+    from kvsuite.analysis.tables.negatives import Negatives
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,8 +77,9 @@ def _plugin_option(parser: argparse.ArgumentParser) -> None:
 
 def _negatives_options(parser: argparse.ArgumentParser) -> None:
     spec = "FORMAT:PATH#WHICH, e.g. artifact:FOLDER/PREFIX, kvpress:predictions.csv, lm-eval:FOLDER, runs/TIME#METHOD"
-    parser.add_argument("--baseline", required=True, metavar="SPEC", help=f"scores of the uncompressed model: {spec}")
-    parser.add_argument("--candidate", required=True, action="append", metavar="NAME=SPEC", help="scores of a method")
+    parser.add_argument("folder", nargs="?", metavar="RUN", help="a run folder: its own methods, baseline and control")
+    parser.add_argument("--baseline", metavar="SPEC", help=f"else scores of the uncompressed model: {spec}")
+    parser.add_argument("--candidate", action="append", default=[], metavar="NAME=SPEC", help="and of a method")
     parser.add_argument("--control", metavar="SPEC", help="the uncompressed model once more, with other noise")
     parser.add_argument("--theta", type=float, default=0.10, help="a score this much below the baseline's is negative")
     parser.add_argument(
@@ -140,28 +146,40 @@ def _run(asked: argparse.Namespace) -> int:
 
 
 def _negatives(asked: argparse.Namespace) -> None:
-    from kvsuite import readers
     from kvsuite.analysis.samples import Broken
     from kvsuite.analysis.tables import negatives
-    from kvsuite.columns import align
     from kvsuite.report import terminal
 
-    rule = Broken(asked.theta, asked.benign, asked.inclusive)
-    margins = Margins.parse(asked.margins)
-    specs = ci.named(asked.candidate)
-    for name in specs:
-        if name == "eligible" or "&" in name or "|" in name:
-            raise UsageError(f"--candidate {name!r}: eligible, & and | have a meaning in the results")
-    arms = [readers.arm(s) for s in (asked.baseline, *specs.values(), *([asked.control] if asked.control else []))]
-    (base, *others), left_out = align(arms, asked.allow_missing)
-    control = others.pop() if asked.control else None
-    methods = dict(zip(specs, others, strict=True))
-    found = negatives.negatives(base, methods, control, rule, margins, left_out)
+    rule, margins = Broken(asked.theta, asked.benign, asked.inclusive), Margins.parse(asked.margins)
+    if asked.folder and (asked.baseline or asked.candidate or asked.control):
+        raise UsageError("a run folder has its own baseline, methods and control: leave out the other options")
+    if asked.folder:
+        found = negatives.of_run(records.read(Path(asked.folder)), rule, margins, asked.allow_missing)
+    else:
+        found = _negatives_of_scores(asked, rule, margins)
     if asked.json:
         print(json.dumps(negatives.as_json(found), indent=2, ensure_ascii=False, allow_nan=False))
         print(*found.notes, sep="\n", file=sys.stderr)
     else:
         terminal.write(negatives.tables(found), sys.stdout, shutil.get_terminal_size().columns)
+
+
+def _negatives_of_scores(asked: argparse.Namespace, rule: Broken, margins: Margins) -> Negatives:
+    from kvsuite import readers
+    from kvsuite.analysis.tables import negatives
+    from kvsuite.columns import align
+
+    if not (asked.baseline and asked.candidate):
+        raise UsageError("say which scores: a run folder, or --baseline and --candidate")
+    specs = ci.named(asked.candidate)
+    for name in specs:
+        if name in ("eligible", negatives.NOISE) or "&" in name or "|" in name:
+            raise UsageError(f"--candidate {name!r}: eligible, by noise, & and | have a meaning in the results")
+    arms = [readers.arm(s) for s in (asked.baseline, *specs.values(), *([asked.control] if asked.control else []))]
+    (base, *others), left_out = align(arms, asked.allow_missing)
+    control = others.pop() if asked.control else None
+    methods = dict(zip(specs, others, strict=True))
+    return negatives.negatives(base, methods, control, rule, margins, left_out)
 
 
 def _compare(asked: argparse.Namespace) -> None:

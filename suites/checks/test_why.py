@@ -231,8 +231,8 @@ def test_a_run_is_looked_into_once(left, world, capsys):
     assert next(sorted(loss) for loss in losses if loss)[:2] == ["attention", "k_error"]
     for wrong, sentence_said in (
         (["why", "left"], "say where it is, --model"),
-        ([*command, "--method", "h2o:budget=65"], "no method with scores in left 'h2o:budget=65'"),
-        ([*command, "--sample", "x"], "sample in left that the baseline answers well 'x'"),
+        ([*command, "--method", "h2o:budget=65"], "unknown method with scores in left 'h2o:budget=65'"),
+        ([*command, "--sample", "x"], "unknown sample in left that the baseline answers well 'x'"),
     ):
         assert main(wrong) == 2
         assert sentence_said in capsys.readouterr().err
