@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     _compare_options(commands.add_parser("compare", help="what changed from one run or result to another beyond noise"))
     _plan_options(commands.add_parser("plan", help="how many prompts and minutes decide a margin"))
     _negatives_options(commands.add_parser("negatives", help="which samples methods break, from scores you have"))
+    _paper_options(commands.add_parser("paper", help="figures and tables of the paper beside its artifact's and ours"))
     _why_options(commands.add_parser("why", help="what the caches had lost of the samples that a run's methods broke"))
     ci.add(commands)
     return parser
@@ -118,6 +119,14 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="RUN", nargs="?", help=what)
     _margins_option(parser)
     parser.set_defaults(run=_plan)
+
+
+def _paper_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("figures", nargs="*", metavar="FIGURE", help="fig6, table9, …; else all")
+    parser.add_argument("--run", dest="folder", type=Path, metavar="RUN", help="a run folder: ours")
+    parser.add_argument("--artifact", type=Path, metavar="FOLDER", help="a clone of the artifact: its data, recomputed")
+    parser.add_argument("--markdown", action="store_true", help="as docs/paper.md has it")
+    parser.set_defaults(run=_paper)
 
 
 def _why_options(parser: argparse.ArgumentParser) -> None:
@@ -223,6 +232,20 @@ def _report(asked: argparse.Namespace) -> None:
         print((markdown if asked.markdown else as_json).render(report), end="")
     else:
         terminal.write(report.tables, sys.stdout, shutil.get_terminal_size().columns, report.notes)
+
+
+def _paper(asked: argparse.Namespace) -> None:
+    from kvsuite.analysis.tables import paper
+    from kvsuite.report import markdown, terminal
+
+    run = records.read(asked.folder) if asked.folder else None
+    artifact = paper.Artifact(asked.artifact) if asked.artifact else None
+    tables = paper.figures(asked.figures, run, artifact)
+    if asked.markdown:
+        shown = [paper.overview(), *(t for t in tables if t.rows)] if not asked.figures else tables
+        print(*([] if asked.figures else [paper.INTRO]), *map(markdown.table, shown), sep="\n\n")
+    else:
+        terminal.write(tables, sys.stdout, shutil.get_terminal_size().columns)
 
 
 def _why(asked: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from kvsuite.analysis import paper
 from kvsuite.analysis.effects import Comparison, Part, compare, decided
 from kvsuite.analysis.forced import acted
-from kvsuite.analysis.resample import Design
+from kvsuite.analysis.resample import DRAWS, Design
 from kvsuite.analysis.samples import Broken, same_answers
 from kvsuite.analysis.stats import Interval, wilson
 from kvsuite.analysis.table import Cell, Column, Row, Table, infos
@@ -50,7 +50,7 @@ class Negatives:
 
 def negatives(
     base: Arm, methods: Mapping[str, Arm], control: Arm | None, rule: Broken, margins: Margins, left_out: list[str],
-    noisy: bool = False,
+    noisy: bool = False, draws: int = DRAWS,
 ) -> Negatives:  # fmt: skip
     """Algorithm 1 and what its numbers are worth. Arms are aligned. ``noisy``: the control's noise is known to have
     acted, even where it changed no answer. Raises UsageError for samples without a score."""
@@ -72,8 +72,8 @@ def negatives(
         rule,
         int(found.eligible.sum()),
         len(base),
-        decided(compare([part], margins, rule), margins)[0],
-        decided(compare([part], margins), margins)[0] if rule != Broken() else [],
+        decided(compare([part], margins, rule, draws), margins)[0],
+        decided(compare([part], margins, draws=draws), margins)[0] if rule != Broken() else [],
         {name: paper.swapped(design, base.score, arm.score, rule) for name, arm in methods.items()},
         paper.sets(found.negative),
         paper.by_type(with_noise, types),
@@ -82,7 +82,7 @@ def negatives(
     )
 
 
-def of_run(run: Run, rule: Broken, margins: Margins, allow_missing: bool = False) -> Negatives:
+def of_run(run: Run, rule: Broken, margins: Margins, allow_missing: bool = False, draws: int = DRAWS) -> Negatives:
     """The same of a run's own scored tasks: the first control is the floor. Raises UsageError where there are none, and
     for arms that do not hold the same samples unless ``allow_missing``."""
     found = {method: arm for (method, repeat), arm in arms(run, "samples").items() if not repeat}
@@ -92,7 +92,7 @@ def of_run(run: Run, rule: Broken, margins: Margins, allow_missing: bool = False
     known = dict(zip(found, others, strict=True))
     control = next((arm for method, arm in known.items() if run.is_control(method)), None)
     methods = {method: arm for method, arm in known.items() if not run.is_control(method)}
-    return negatives(base, methods, control, rule, margins, left_out, acted(run))
+    return negatives(base, methods, control, rule, margins, left_out, acted(run), draws)
 
 
 def _scored(base: Arm, methods: Mapping[str, Arm], control: Arm | None) -> tuple[Arm, Mapping[str, Arm], Arm | None]:
