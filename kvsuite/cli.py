@@ -18,8 +18,7 @@ from kvsuite.errors import UsageError
 from kvsuite.margins import Margins
 
 if TYPE_CHECKING:
-    from kvsuite.analysis.samples import Broken
-    from kvsuite.analysis.tables.negatives import Negatives
+    from kvsuite.analysis.tables.negatives import Compared
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -163,9 +162,10 @@ def _negatives(asked: argparse.Namespace) -> None:
     if asked.folder and (asked.baseline or asked.candidate or asked.control):
         raise UsageError("a run folder has its own baseline, methods and control: leave out the other options")
     if asked.folder:
-        found = negatives.of_run(records.read(Path(asked.folder)), rule, margins, asked.allow_missing)
+        compared = negatives.Compared.of(records.read(Path(asked.folder)), asked.allow_missing)
     else:
-        found = _negatives_of_scores(asked, rule, margins)
+        compared = _compared(asked)
+    found = negatives.negatives(compared, rule, margins)
     if asked.json:
         print(json.dumps(negatives.as_json(found), indent=2, ensure_ascii=False, allow_nan=False))
         print(*found.notes, sep="\n", file=sys.stderr)
@@ -173,7 +173,7 @@ def _negatives(asked: argparse.Namespace) -> None:
         terminal.write(negatives.tables(found), sys.stdout, shutil.get_terminal_size().columns)
 
 
-def _negatives_of_scores(asked: argparse.Namespace, rule: Broken, margins: Margins) -> Negatives:
+def _compared(asked: argparse.Namespace) -> Compared:
     from kvsuite import readers
     from kvsuite.analysis.tables import negatives
     from kvsuite.columns import align
@@ -188,7 +188,7 @@ def _negatives_of_scores(asked: argparse.Namespace, rule: Broken, margins: Margi
     (base, *others), left_out = align(arms, asked.allow_missing)
     control = others.pop() if asked.control else None
     methods = dict(zip(specs, others, strict=True))
-    return negatives.negatives(base, methods, control, rule, margins, left_out)
+    return negatives.Compared(base, methods, control, left_out)
 
 
 def _compare(asked: argparse.Namespace) -> None:

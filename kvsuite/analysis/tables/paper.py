@@ -16,10 +16,9 @@ from kvsuite import readers
 from kvsuite.analysis.length import length_rows
 from kvsuite.analysis.samples import Broken
 from kvsuite.analysis.table import Cell, Column, Note, Row, Table, infos
-from kvsuite.analysis.tables.negatives import NOISE, Negatives, negatives, of_run
+from kvsuite.analysis.tables.negatives import NOISE, Compared, Counts, counted
 from kvsuite.columns import align
 from kvsuite.errors import UsageError, unknown
-from kvsuite.margins import Margins
 from kvsuite.readers.run import answers
 from kvsuite.records import Run
 
@@ -47,16 +46,16 @@ class Artifact:
         self.folder, self.known = first.parent, known
 
     @cached_property
-    def negatives(self) -> Negatives:
+    def counts(self) -> Counts:
         """Algorithm 1 by the paper's text, but with the code's ``<=``."""
         prefixes = [self.known["baseline"], *self.known["methods"].values()]
-        (base, *others), left_out = align([readers.arm(f"artifact:{self.folder}/{prefix}") for prefix in prefixes])
+        (base, *others), _ = align([readers.arm(f"artifact:{self.folder}/{prefix}") for prefix in prefixes])
         methods = dict(zip(self.known["methods"], others, strict=True))
-        return negatives(base, methods, None, Broken(inclusive=True), Margins(), left_out, draws=1)
+        return counted(Compared(base, methods, None), Broken(inclusive=True))
 
     def figure(self, kind: str) -> Found:
         """What its data give for one kind of figure."""
-        return {"thetas": _thetas, "types": _types}[kind](self.negatives) if kind != "length" else {}
+        return {"thetas": _thetas, "types": _types}[kind](self.counts) if kind != "length" else {}
 
 
 def _known() -> dict[str, Any]:
@@ -69,7 +68,7 @@ def _of(n: int, of: int, noise: int | None = None) -> str:
     return f"{n} of {of}{beside}"
 
 
-def _thetas(found: Negatives) -> Found:
+def _thetas(found: Counts) -> Found:
     said = {
         f"{method}, θ = {theta:.0%}": _of(n, found.eligible, counts.get(NOISE))
         for theta, counts in found.sweep.items()
@@ -81,7 +80,7 @@ def _thetas(found: Negatives) -> Found:
     return said | {f"{name}, θ = 10%": _of(n, found.eligible) for name, n in both.items()}
 
 
-def _types(found: Negatives) -> Found:
+def _types(found: Counts) -> Found:
     return {
         f"{kind}: {method}": _of(n, counts["eligible"], counts.get(NOISE))
         for kind, counts in found.by_type.items()
@@ -106,7 +105,7 @@ def _length(run: Run) -> Found:
 def _ours(run: Run, kind: str) -> Found:
     if kind == "length":
         return _length(run)
-    return {"thetas": _thetas, "types": _types}[kind](of_run(run, Broken(), Margins(), draws=1))
+    return {"thetas": _thetas, "types": _types}[kind](counted(Compared.of(run), Broken()))
 
 
 def figures(wanted: Sequence[str], run: Run | None, artifact: Artifact | None) -> list[Table]:
