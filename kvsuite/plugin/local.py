@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvsuite import environment, models, tasks
+from kvsuite import models, tasks
 from kvsuite.analysis.minutes import Speeds
 from kvsuite.engines.request import Request
 from kvsuite.errors import UsageError
@@ -102,7 +102,7 @@ class Local(Session):
     @property
     def model_name(self) -> str:
         """For people."""
-        return self.options.model.name if self.options.model else "SmolLM2-135M-Instruct"
+        return self.options.model.name if self.options.model else models.DEFAULT
 
     @property
     def model_folder(self) -> Path:
@@ -188,8 +188,8 @@ class Local(Session):
 
     def known(self) -> dict[str, Any]:
         """The model, too."""
-        weights = [f for f in self.model_folder.iterdir() if f.suffix in (".safetensors", ".bin", ".json")]
-        return super().known() | {"model": {"name": self.model_name, "fingerprint": environment.fingerprint(weights)}}
+        model = {"name": self.model_name, "fingerprint": models.fingerprint(self.model_folder)}
+        return super().known() | {"model": model}
 
     def facts(self) -> dict[str, Any]:
         """How torch runs the model."""
