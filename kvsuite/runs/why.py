@@ -113,7 +113,7 @@ def _setting(run: Run, model: Path, methods: list[Method]) -> Setting:
     s, dtype = run.facts["settings"], run.facts["environment"]["compute_dtype"]
     return Setting(
         model, tuple(methods), dtype, s["device"], s["backend"], 1,
-        s["compress"], s["cap"], s["temperature"], s["seed"], timeout=math.inf, memory=math.inf,
+        s["compress"], s["cap"], s["temperature"], s.get("repeats", 1), s["seed"], timeout=math.inf, memory=math.inf,
     )  # fmt: skip
 
 

@@ -86,7 +86,7 @@ def _asked(line: str) -> bool:
 
 def _repeated(lines: Sequence[str]) -> bool:
     """Whether the last two lines stand somewhere before, neither empty."""
-    one, two = lines[-2:]
+    one, two = lines[-2:] if len(lines) > 1 else ("", "")
     return bool(one.strip() and two.strip()) and (one, two) in itertools.pairwise(lines[:-2])
 
 

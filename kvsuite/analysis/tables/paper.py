@@ -95,10 +95,9 @@ def _length(run: Run) -> Found:
     chats = list(answers(run, "length"))
     for task in dict.fromkeys(a.task for a in chats):
         for row in length_rows([a for a in chats if a.task == task], run.baseline):
-            if row.d is not None and row.pairs and (row.method, row.repeat) != (run.baseline, 0):
+            if row.d is not None and row.pairs and (row.control or row.method != run.baseline):
                 longer, shorter = row.d
-                name = row.method + (", other seed" if row.repeat else "")
-                found[name] = f"{100 * shorter:.1f} / {100 * longer:.1f} ({row.pairs} prompts)"
+                found[row.name] = f"{100 * shorter:.1f} / {100 * longer:.1f} ({row.pairs} prompts)"
     return found
 
 
