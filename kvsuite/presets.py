@@ -21,6 +21,8 @@ SMOKE: dict[str, Any] = {
     "samples": "48,chat=8,document=16",
     "cap": 96,
     "temperature": 1.0,
+    "repeats": 1,
+    "reference-temperatures": "",
     "rounds": 9,
     "timeout": 120,
     "memory": "",

@@ -202,6 +202,48 @@ class Forced(Answer):
 
 
 @dataclass(frozen=True)
+class Loss(Record):
+    """What a method's cache lacked of the uncompressed one when it answered a sample (``kvsuite why``). Shares are
+    means over layers and kv heads, of attention over query heads."""
+
+    kind: ClassVar[str] = "loss"
+
+    task: str = ""
+    sample: str = ""
+    repeat: int = 0
+    kept: float = 0.0
+    """Of the prompt's tokens, the share that was held when the answer began."""
+    span: str = ""
+    """The sentence of the context in which the reference stands; empty where it stands nowhere, or several times."""
+    span_tokens: int = 0
+    span_kept: float | None = None
+    """Of the span's tokens, the share that was held then."""
+    span_gone: float | None = None
+    """The share of heads that held none of them."""
+    layers: list[float] = field(default_factory=list)
+    """``span_kept`` layer by layer."""
+    positions: int = 0
+    """Tokens of the baseline's answer, spread evenly, at which attention was looked at."""
+    attention: float | None = None
+    """The share of the uncompressed cache's attention there that goes to tokens which the method's no longer held, mean
+    over these positions. The method's cache was fed the baseline's answer."""
+    parting: float | None = None
+    """The same at the token at which the answers part; None where they do not, or where that was decided by the
+    uncompressed prefill."""
+    k_error: float | None = None
+    """Of the prompt's tokens that were held then: √(Σ(K̂ - K)² / ΣK²), K̂ as attention reads it."""
+    v_error: float | None = None
+    span_k_error: float | None = None
+    """Of the span's tokens alone."""
+    span_v_error: float | None = None
+
+    @property
+    def job(self) -> Job | None:
+        """One arm's answer to one sample, looked into."""
+        return Job("why", self.method, self.task, self.sample, self.repeat)
+
+
+@dataclass(frozen=True)
 class Probe(Record):
     """What a server said of itself around one leg: on ``/metrics``, in its log, in its own words."""
 
@@ -269,7 +311,7 @@ def cell_name(width: int, length: int) -> str:
     return f"b{width} l{length}"
 
 
-KINDS: dict[str, type[Record]] = {kind.kind: kind for kind in (Answer, Served, Forced, Probe, Agreement, Timing)}
+KINDS: dict[str, type[Record]] = {kind.kind: kind for kind in (Answer, Served, Forced, Loss, Probe, Agreement, Timing)}
 
 
 def encode(record: Record) -> str:
@@ -392,6 +434,16 @@ def is_control(method: str) -> bool:
     return method.startswith("jitter")
 
 
+REFERENCE = "full:temperature="
+"""What an arm's name begins with that is the uncompressed cache at another temperature than the run's: a known effect
+on length to hold methods against. It is no method and no control: nothing judges or ranks it."""
+
+
+def is_reference(arm: str) -> bool:
+    """Whether an arm is the uncompressed cache at another temperature."""
+    return arm.startswith(REFERENCE)
+
+
 def read(folder: Path) -> Run:
     """A run folder, workers' files included: arm by arm in the order the run names them, each in the order of time.
     A line that was cut off costs itself alone, and a failed job that was done again its first record. Raises UsageError
@@ -420,7 +472,7 @@ def _once(records: list[Record]) -> list[Record]:
     return [r for at, r in enumerate(records) if r.job is None or r.status == "ok" or again[r.job] == at]
 
 
-LATER = {"end": "natural"}
+LATER = {"end": "natural", "repeats": 1}
 """Settings that earlier runs do not have, and what they did."""
 
 

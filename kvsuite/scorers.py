@@ -1,8 +1,8 @@
 """Scores of published benchmarks, each from 0 to 1 as the benchmark's own code gives it; pure functions.
 
 LongBench: github.com/THUDM/LongBench, LongBench/metrics.py and eval.py (Bai et al. 2024). RULER:
-github.com/NVIDIA/RULER, scripts/eval/synthetic/constants.py (Hsieh et al. 2024), as kvpress applies it. What follows is
-written anew; oddities that change a score are kept and named.
+github.com/NVIDIA/RULER, scripts/eval/synthetic/constants.py (Hsieh et al. 2024), as kvpress applies it. Others say
+where they are from. What follows is written anew; oddities that change a score are kept and named.
 """
 
 from __future__ import annotations
@@ -125,6 +125,42 @@ def choice(answer: str, reference: str) -> float:
     return float(any(f"The correct answer is {said}" in answer for said in (f"({reference})", reference)))
 
 
+def first_choice(answer: str, reference: str) -> float:
+    """1 if the first "The correct answer is (A)" of an answer names the right letter; without brackets where there is
+    none with (LongBench v2: github.com/THUDM/LongBench, pred.py: extract_answer)."""
+    answer = answer.strip().replace("*", "")
+    found = re.search(r"The correct answer is \(([A-D])\)", answer) or re.search(
+        r"The correct answer is ([A-D])", answer
+    )
+    return float(found is not None and found[1] == reference)
+
+
+def after_prefix(answer: str, reference: str, prefix: str) -> float:
+    """difflib's ratio of answer and reference, both without the prefix with which an answer must begin (MRCR: grade in
+    the dataset's README.md)."""
+    if not answer.startswith(prefix):
+        return 0.0
+    return difflib.SequenceMatcher(None, answer.removeprefix(prefix), reference.removeprefix(prefix)).ratio()
+
+
+def scbench(task: str, answer: str, reference: Any, options: Sequence[str] = ()) -> float:
+    """An answer's score on a task of SCBench (github.com/microsoft/MInference, scbench/compute_scores.py, of which
+    tasks with other rules are left out). Raises UsageError for a reference that its rule does not take."""
+    match task:
+        case "kv" | "prefix_suffix" if isinstance(reference, str):
+            return float(reference in answer)
+        case "vt" if isinstance(reference, list) and reference:
+            return round(string_match_all(answer, reference), 2)
+        case "qa_eng" if isinstance(reference, str):
+            return float(reference.upper() in answer.upper())
+        case "mf" if isinstance(reference, (int, float)):
+            number = re.search(r"\d+\.\d+|\d+", answer)
+            return float(number is not None and type(reference)(float(number[0])) == reference)
+        case "choice_eng" if reference in options:
+            return _book_choice(answer.strip(), (reference, "ABCD"[list(options).index(reference)]))
+    raise UsageError(f"there is no rule here to score {task} of SCBench against {reference!r}"[:200])
+
+
 def first_boxed(answer: str, reference: str) -> float:
     r"""1 if the first ``\boxed{…}`` of an answer holds the reference (kvpress: math500/calculate_metrics.py)."""
     _, box, rest = answer.partition("boxed{")
@@ -164,6 +200,23 @@ BY_NAME: dict[str, tuple[Any, str]] = {
     "code-similarity": (code_similarity, "code"),
 }
 """Scorers of an answer and one reference, and the type of task they are for."""
+
+
+def _book_choice(answer: str, labels: Sequence[str]) -> float:
+    """SCBench: get_score_one_longbook_choice_eng, with the option's text and letter as labels."""
+    if not answer:
+        return 0.0
+    if answer[0] in "ABCD":
+        return float(answer[0] in labels)
+    if answer in labels:
+        return 1.0
+    answer = re.sub(" {2,}", " ", re.sub("[\n\"'.,?!{}]", " ", answer))
+    for prefix in ("answer is:", "answer:", "answer is", "option is"):
+        _, found, after = answer.partition(prefix)
+        if found:  # one character, a space, is passed over unseen
+            return float(any(after[1:].startswith(label) for label in labels)) if after else 0.0
+    word = next((word for word in answer.split() if word in "ABCD"), "")
+    return float(word in labels)
 
 
 def _to_brace(text: str) -> str:

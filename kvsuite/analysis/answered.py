@@ -28,6 +28,14 @@ class Answered:
         return set(self.whole.keys)
 
 
+def apart(base: list[Answered], method: list[Answered]) -> list[Answered]:
+    """The baseline's first repeat whose noise no repeat of the method shares, once for each of those: every M_k is
+    paired with it as B_k is. Given its answers, all of a prompt's M_k and B_k can change places under the null, so
+    that a test may flip the sign of their sum."""
+    count = min(len(base) - 1, len(method))
+    return [base[count]] * count
+
+
 def shared(
     name: str,
     base: list[Answered],
@@ -54,7 +62,7 @@ def shared(
     for some, floored in chosen:
         ends = extremes(align(wholes[: len(some)], allow_missing=True)[0])
         parts = [
-            Part(first, {name: second}, floor[0] if floor else None, coupled, asked, floored)
+            Part(first, {name: second}, floor[0] if floor else None, coupled, asked, floored, repeats=count)
             for first, second, *floor in (align(some, allow_missing=True)[0], *(ends or ()))
         ]
         found.append(replace(parts[0], extremes=(parts[1], parts[2])) if ends else parts[0])

@@ -95,6 +95,8 @@ class Part:
 
     extremes: tuple[Part, Part] | None = None
     """The same with failed answers as bad and as good for the method as they could have been (``answered.py``)."""
+    repeats: int = 1
+    """Entries of each prompt, all of one cluster."""
     acted: bool = False
     """Whether the control's noise is known to have acted, as its logits differ: the same answers are then a floor of
     0."""
@@ -169,7 +171,7 @@ def _compare(part: Part, margins: Margins, rule: Broken, draws: int, seed: int) 
         others = [key for key in a.pairs if key not in a.endpoints and key not in a.findings]
         findings += [Finding(key, None, p[key], counts=tallies[key]) for key in others]
         mine, noise = (_count(x, reference, allowed, rule) for x in (part.methods[name], floor))
-        n = 0 if part.floored else len(base)
+        n = 0 if part.floored else len(base) // part.repeats
         yield Comparison(name, n, effects, findings, mine, noise, int(allowed.sum()))
 
 
@@ -185,7 +187,7 @@ DIRECTIONS: dict[str, Literal[-1, 0, 1]] = {"quality": -1, "broken": 1, "length"
 
 
 def _effect(key: str, found: Estimate, margins: Margins, allowed: Mask, part: Part) -> Effect:
-    n = int(allowed.sum()) if key == "broken" else len(allowed)
+    n = int(allowed.sum()) if key == "broken" else len(allowed) // part.repeats
     margin, ratio = getattr(margins, key), key == "length"
     hidden = ratio and length.capped(part.base, margin)
     return effect(key, found, margin, DIRECTIONS[key], n, ratio, len(allowed), part.asked, hidden)

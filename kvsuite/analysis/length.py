@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,16 +17,19 @@ from kvsuite.columns import Arm
 from kvsuite.errors import UsageError
 from kvsuite.records import Answer
 
+T = TypeVar("T")
+OTHER_SEED = "other seed"
 LOOP, PIECE, TIMES = 60, 200, 4
 """Characters that make a loop at least, of a piece at most, and how often it must come."""
 
 
 @dataclass(frozen=True)
 class LengthRow:
-    """One arm: a method, or the baseline with other noise (``repeat`` > 0)."""
+    """One arm, all its repeats."""
 
     method: str
-    repeat: int
+    control: bool
+    """Whether it is the baseline with other noise."""
     n: int
     failed: int
     error: str
@@ -38,32 +42,101 @@ class LengthRow:
     baseline_capped: int = 0
     same: int = 0
     longer: int = 0
-    """Answers at least 3/2 as long as the baseline's, and at most 2/3: with no effect there are as many of both."""
+    """Answers at least 3/2 as long as the baseline's of noise that no arm shares, and at most 2/3: with no effect there
+    are as many of both."""
     shorter: int = 0
     d: tuple[float, float] | None = None
     """The shares with the paper's D ≤ -50 %, which are longer, and D ≥ 50 %."""
     parted: Interval | None = None
-    """See ``SampleRow.parted``."""
+    """See ``SampleRow.parted``; of an arm's first answers, one a prompt."""
     ratio: float | None = None
     """Bytes held at the end for each token read and written, as a part of the baseline's: answers differ in length."""
 
+    @property
+    def name(self) -> str:
+        """The method's, or the control's."""
+        return named(self.method, self.control)
+
+
+Pairs = list[tuple[Answer, Answer]]
+"""An arm's answer and the baseline's to the same prompt."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """One arm's answers, each with the baseline's of two kinds."""
+
+    method: str
+    control: bool
+    answers: list[Answer]
+    """Failed ones included."""
+    pairs: Pairs
+    """With the baseline's of the same noise; of a control with other noise."""
+    apart: Pairs
+    """With one whose noise no arm shares, so that a method's pairs and the control's part alike: what single answers
+    are counted by. The same where the baseline answered once."""
+
+    @property
+    def name(self) -> str:
+        """The method's, or the control's."""
+        return named(self.method, self.control)
+
+
+def named(method: str, control: bool) -> str:
+    """What an arm is called."""
+    return f"{method}, {OTHER_SEED}" if control else method
+
+
+def beside(answers: Sequence[Answer], base: str = "full") -> list[Beside]:
+    """One task's answers of all arms, in order of appearance; of a baseline that answered again, it and its control."""
+    good: dict[str, dict[int, dict[str, Answer]]] = {}
+    for a in answers:
+        there = good.setdefault(a.method, {}).setdefault(a.repeat, {})
+        if a.status == "ok":
+            there[a.sample] = a
+    own = good.get(base, {})
+    last = max(own, default=0)
+    found = []
+    for method, repeats in good.items():
+        mine = [a for a in answers if a.method == method]
+        alike = [pair for repeat, some in repeats.items() for pair in _paired(some, own.get(repeat, {}))]
+        if method != base or not last:
+            found.append(Beside(method, False, mine, alike, _apart(repeats, own) if last else alike))
+            continue
+        itself = [(a, b) for a, b in alike if a.repeat != last]
+        found.append(Beside(base, False, [a for a in mine if a.repeat != last], itself, itself))
+        one, other = halves([own[repeat] for repeat in sorted(own)])
+        pairs = [pair for x, y in zip(other, one, strict=True) for pair in _paired(x, y)]
+        noise = _apart({repeat: some for repeat, some in own.items() if repeat != last}, own)
+        found.append(Beside(base, True, [a for a in mine if a.repeat == last], pairs, noise))
+    return found
+
+
+def _apart(repeats: dict[int, dict[str, Answer]], own: dict[int, dict[str, Answer]]) -> Pairs:
+    return [pair for some in repeats.values() for pair in _paired(some, own[max(own)])]
+
+
+def _paired(mine: dict[str, Answer], base: dict[str, Answer]) -> Pairs:
+    return [(mine[sample], b) for sample, b in base.items() if sample in mine]
+
+
+def halves(base: list[T]) -> tuple[list[T], list[T]]:
+    """Half of the baseline's repeats, and as many others: what they differ by is the noise of sampling. Of three or
+    more, none is on both sides."""
+    half = len(base) // 2
+    return base[:half], base[half : 2 * half]
+
 
 def length_rows(answers: Sequence[Answer], base: str = "full") -> list[LengthRow]:
-    """One task's answers of all arms, in order of appearance. Errors and time-outs are failures, never short answers.
-    Raises UsageError where two arms had different caps for a prompt."""
-    arms = dict.fromkeys((a.method, a.repeat) for a in answers)
-    good = {arm: {a.sample: a for a in answers if (a.method, a.repeat) == arm and a.status == "ok"} for arm in arms}
-    baseline = good.get((base, 0), {})
-    rows = []
-    for arm in arms:
-        errors = [a.error for a in answers if (a.method, a.repeat) == arm and a.status == "failed"]
-        counts = (*arm, len(good[arm]) + len(errors), len(errors), errors[0] if errors else "")
-        pairs = [(good[arm][sample], b) for sample, b in baseline.items() if sample in good[arm]]
-        rows.append(_row(counts, pairs, itself=arm == (base, 0)))
-    return rows
+    """A row for each of ``beside``. Errors and time-outs are failures, never short answers. Raises UsageError where
+    two arms had different caps for a prompt."""
+    return [_row(arm, base) for arm in beside(answers, base)]
 
 
-def _row(counts: tuple[str, int, int, int, str], pairs: list[tuple[Answer, Answer]], itself: bool) -> LengthRow:
+def _row(arm: Beside, base: str) -> LengthRow:
+    errors = [a.error for a in arm.answers if a.status == "failed"]
+    counts = (arm.method, arm.control, len(arm.answers), len(errors), errors[0] if errors else "")
+    pairs, itself = arm.pairs, arm.method == base and not arm.control
     for a, b in pairs:
         if a.cap != b.cap:
             raise UsageError(f"sample {a.sample}: {a.method} had a cap of {a.cap} tokens, the baseline {b.cap}")
@@ -71,18 +144,22 @@ def _row(counts: tuple[str, int, int, int, str], pairs: list[tuple[Answer, Answe
         return LengthRow(*counts)
     mine, theirs = [a.length for a, _ in pairs], [b.length for _, b in pairs]
     held, whole = (_held(answers) for answers in zip(*pairs, strict=True))
+    lengths = [(a.length, b.length) for a, b in arm.apart]
+    caps, prompts = [a.cap for a, _ in pairs], [a.cluster or a.sample for a, _ in pairs]
     return LengthRow(
         *counts,
         pairs=len(pairs),
-        cost=Interval(1, 1, 1) if itself else cost_interval(mine, theirs, [a.cap for a, _ in pairs]),
+        cost=Interval(1, 1, 1) if itself else cost_interval(mine, theirs, caps, prompts),
         tokens=sum(mine) / len(mine),
         capped=sum(a.finish == "length" for a, _ in pairs),
         baseline_capped=sum(b.finish == "length" for _, b in pairs),
         same=sum(a.output_key == b.output_key for a, b in pairs),
-        longer=sum(2 * m >= 3 * t for m, t in zip(mine, theirs, strict=True)),
-        shorter=sum(3 * m <= 2 * t for m, t in zip(mine, theirs, strict=True)),
-        d=d_shares(np.array(theirs, dtype=float), np.array(mine, dtype=float)) if all(theirs) else None,
-        parted=None if itself else parted(pairs),
+        longer=sum(2 * m >= 3 * t for m, t in lengths),
+        shorter=sum(3 * m <= 2 * t for m, t in lengths),
+        d=d_shares(*np.array([(t, m) for m, t in lengths], dtype=float).T)
+        if lengths and all(t for _, t in lengths)
+        else None,
+        parted=None if itself else parted([(a, b) for a, b in pairs if a.repeat == pairs[0][0].repeat]),
         ratio=held / whole if held is not None and whole else None,
     )
 
@@ -93,10 +170,17 @@ def _held(answers: Sequence[Answer]) -> float | None:
     return sum(a.nbytes_end for a in answers) / dense if dense else None
 
 
-def cost_interval(mine: Sequence[float], theirs: Sequence[float], caps: Sequence[float]) -> Interval:
-    """Σ mine / Σ theirs over pairs of independent prompts. One pair has no interval."""
+def cost_interval(
+    mine: Sequence[float] | Floats,
+    theirs: Sequence[float] | Floats,
+    caps: Sequence[float] | Floats,
+    prompts: Sequence[str] = (),
+) -> Interval:
+    """Σ mine / Σ theirs over pairs, resampling prompts: independent ones, or those named, several pairs each. One
+    prompt has no interval."""
     columns = (np.asarray(x, dtype=float) for x in (mine, theirs, caps))
-    return estimate(Design.alone(len(mine)), [_cost(*columns)])[0]
+    design = Design.of([""] * len(prompts), prompts) if prompts else Design.alone(len(mine))
+    return estimate(design, [_cost(*columns)])[0]
 
 
 def _cost(mine: Floats, theirs: Floats, caps: Floats) -> Ratio:

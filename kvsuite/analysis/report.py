@@ -18,6 +18,8 @@ from kvsuite.analysis.speed import OURS
 from kvsuite.analysis.table import Cell, Note, Table
 from kvsuite.analysis.tables import servers, speed
 from kvsuite.analysis.tables.answers import answers
+from kvsuite.analysis.tables.causes import causes
+from kvsuite.analysis.tables.chats import chats, sweep
 from kvsuite.analysis.tables.gates import gates, outcomes
 from kvsuite.analysis.tables.types import types
 from kvsuite.analysis.tables.verdicts import verdicts
@@ -77,9 +79,15 @@ def analyse(run: Run, held: Gates = NO_GATES, today: date | None = None) -> Repo
     found = outcomes(run, held, effects, today or date.today())
     tables = [*_shortfall(run), *gates(held, found), *servers.headlines(run), *judged]
     tables += [*servers.speed(run), *servers.served(run)]
-    tables += [*speed.phases(run), *types(run), *answers(run), *speed.promises(run)]
+    tables += [*speed.phases(run), *types(run), *answers(run), *causes(run), *chats(run), *speed.promises(run)]
+    tables += sweep(run, {table.key: table for table in tables})
     torn = f"{run.torn} record lines were cut off while being written and are left out."
     notes = [*provenance(run.records), *([Note(torn, "warning")] if run.torn else [])]
+    notes += [
+        Note(f"{task}: {count} {what}, to fit the model's context.")
+        for task, done in run.facts.get("fitted", {}).items()
+        for what, count in done.items()
+    ]
     known = {table.key: table for table in tables}
     return Report(
         run,

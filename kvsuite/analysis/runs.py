@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from kvsuite.analysis.answered import Answered, shared
+from kvsuite.analysis.answered import Answered, apart, shared
 from kvsuite.analysis.effects import Part
 from kvsuite.analysis.forced import acted
+from kvsuite.analysis.length import halves, named
 from kvsuite.analysis.serving import blocks, checks, served_rows, token_speeds
 from kvsuite.analysis.shortfall import expected, interrupted, timed
 from kvsuite.analysis.speed import REFERENCE, log_speeds, speed_rows
@@ -21,7 +22,6 @@ from kvsuite.records import Run, Timing
 
 FULL = "full"
 """What methods in this process are timed against."""
-OTHER_SEED = "other seed"
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,9 @@ def noise(run: Run) -> list[Part]:
     found = []
     for known in _known(run):
         found += _parts(run, known, controls=True)
-        base = known.repeats.get(run.baseline, [])
-        if len(base) > 1:
-            name = f"{run.baseline}, {OTHER_SEED}"
-            found += shared(name, base[:1], base[1:2], [], known.expected, coupled=False)
+        one, other = halves(known.repeats.get(run.baseline, []))
+        if other:
+            found += shared(named(run.baseline, True), one, other, [], known.expected, coupled=False)
     return found
 
 
@@ -65,9 +64,9 @@ def _known(run: Run) -> list[Known]:
     found = []
     for evaluation in ("samples", "length"):
         repeats: dict[str, list[Answered]] = {}
-        whole = arms(run, evaluation, failed=True)
-        for who, arm in sorted(arms(run, evaluation).items(), key=lambda item: item[0][1]):
-            repeats.setdefault(who[0], []).append(Answered(arm, whole[who]))
+        good = arms(run, evaluation)
+        for who, whole in sorted(arms(run, evaluation, failed=True).items(), key=lambda item: item[0][1]):
+            repeats.setdefault(who[0], []).append(Answered(good.get(who) or whole.take([]), whole))
         if evaluation == "length" and run.sampled:  # a server's A/A arm has other seeds, too
             again = [repeats.pop(method) for method in list(repeats) if run.is_control(method)]
             repeats.get(run.baseline, []).extend(arm for arms in again for arm in arms)
@@ -77,8 +76,8 @@ def _known(run: Run) -> list[Known]:
 
 def _parts(run: Run, known: Known, controls: bool) -> list[Part]:
     """Methods that answered the same samples share a part: what one of them lacks, the others keep. With several seeds
-    of the baseline, sampling is the noise and the next seed the control; with one, rounding is, and one control is the
-    floor of another – of several the one that answered most."""
+    of the baseline, sampling is the noise, and the first that no method has in common is what all pairs are made with;
+    with one, rounding is, and one control is the floor of another – of several the one that answered most."""
     base = known.repeats.get(run.baseline, [])
     sampled = len(base) > 1
     noises = [method for method in known.repeats if run.is_control(method)]
@@ -88,7 +87,7 @@ def _parts(run: Run, known: Known, controls: bool) -> list[Part]:
             continue
         others = [other for other in noises if other != method]
         floor = max(others, key=lambda other: sum(len(x.arm) for x in known.repeats[other]), default="")
-        control = base[1:] + base[:1] if sampled else known.repeats.get(floor, [])
+        control = apart(base, repeats) if sampled else known.repeats.get(floor, [])
         for part in shared(method, base, repeats, control, known.expected, sampled):
             own = method if part.extremes else ""
             key = ("" if sampled else floor, tuple(part.base.keys), part.asked, part.floored, own)
@@ -106,7 +105,7 @@ def changes(one: Run, other: Run) -> list[Part]:
         sampled, expected = len(base) > 1, max(before.expected, after.expected)
         noise = next((before.repeats[method] for method in before.repeats if one.is_control(method)), [])
         for method in (m for m in before.repeats if m in after.repeats and m not in left_out):
-            control = [] if method != one.baseline else base[1:] + base[:1] if sampled else noise
+            control = [] if method != one.baseline else apart(base, after.repeats[method]) if sampled else noise
             found += shared(method, before.repeats[method], after.repeats[method], control, expected, sampled)
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -46,7 +47,7 @@ def shares(run: Run) -> dict[str, dict[Who, Share]]:
     """By task and arm, in order of appearance; then what never appeared."""
     ok: dict[str, dict[Who, set[str]]] = {}
     failed: dict[str, dict[Who, set[str]]] = {}
-    for a in answers(run):
+    for a in answers(run, references=True):
         for found in (ok, failed):
             found.setdefault(a.task, {}).setdefault((a.method, a.repeat), set())
         (ok if a.status == "ok" else failed)[a.task][a.method, a.repeat].add(a.sample)
@@ -62,9 +63,17 @@ def shares(run: Run) -> dict[str, dict[Who, Share]]:
 
 def _arms(run: Run, task: str) -> list[Who]:
     """Who was to answer a task."""
-    again = "servers" not in run.facts and run.facts["settings"].get("temperature", 0) > 0
-    once: list[Who] = [(method, 0) for method in run.facts["methods"]]
-    return [*once, (run.baseline, 1)] if again and evaluation_of(run, task) == "length" else once
+    settings, methods = run.facts["settings"], run.facts["methods"]
+    if "servers" in run.facts or not settings.get("temperature", 0) or evaluation_of(run, task) != "length":
+        return [(method, 0) for method in methods]
+    repeats = settings.get("repeats", 1)
+    return [*((method, repeat) for repeat in range(repeats) for method in methods), (run.baseline, repeats)]
+
+
+def total(some: Iterable[Share]) -> Share:
+    """Of several repeats."""
+    ok, failed, asked = (sum(x) for x in zip(*((s.ok, s.failed, s.asked) for s in some), strict=True))
+    return Share(ok, failed, asked)
 
 
 def _share(ok: set[str], failed: set[str], wanted: int) -> Share:

@@ -14,7 +14,6 @@ from kvsuite.cache import adapter
 from kvsuite.cache.adapter import KVCache
 from kvsuite.engines.graph import StepGraph
 from kvsuite.engines.request import Response
-from kvsuite.engines.sampling import Sampling
 from kvsuite.engines.worker import MethodWorker, Prompt
 
 
@@ -24,10 +23,10 @@ class Decoder:
     on its prompt, its method and the width, never on its mates."""
 
     def __init__(
-        self, model: Any, workers: Sequence[MethodWorker], width: int, sampling: Sampling, stop: frozenset[int]
+        self, model: Any, workers: Sequence[MethodWorker], width: int, stop: frozenset[int] = frozenset()
     ) -> None:
         """``width``: most sequences at a time, padded to a power of two. ``stop``: token ids that end an answer."""
-        self.model, self.workers, self.sampling, self.stop = model, workers, sampling, stop
+        self.model, self.workers, self.stop = model, workers, stop
         self.width = padded_width(width)
         self.cache = KVCache(*(worker.member for worker in workers))
         self.logits = torch.empty(0)
@@ -147,8 +146,8 @@ class Decoder:
             response.finish, response.error = "error", "logits are not finite"
         else:
             token = greedy
-            if self.sampling.temperature > 0:
-                token = self.sampling.pick(logits, response.id, len(response.tokens))
+            if worker.sampling.temperature > 0:
+                token = worker.sampling.pick(logits, response.id, len(response.tokens))
             response.tokens.append(token)
             response.margins.append(best[0] - best[1])
             if token in self.stop:

@@ -17,7 +17,6 @@ from torch import Tensor
 from kvsuite.engines.decoder import Decoder
 from kvsuite.engines.pool import PATIENCE
 from kvsuite.engines.request import Request, Response
-from kvsuite.engines.sampling import Sampling
 from kvsuite.engines.worker import MethodWorker, Prompt, failed, say
 from kvsuite.methods import Method
 
@@ -84,7 +83,7 @@ class Forcing:
         workers = list(self.arms.values())
         groups = [workers] if together and workers else [[worker] for worker in workers]
         width = max(TOGETHER, len(methods)) if together else ROWS
-        self.decoders = [Decoder(engine.model, group, width, Sampling(), frozenset()) for group in groups]
+        self.decoders = [Decoder(engine.model, group, width) for group in groups]
 
     def _arms(self) -> dict[str, MethodWorker]:
         found = {}
@@ -110,7 +109,9 @@ class Forcing:
     def _group(self, documents: Sequence[Continued]) -> list[ForcedResponse]:
         prompts, observes = list[tuple[Continued, Prompt]](), [o for m in self.methods for o in m.observes]
         found = {
-            (d.request.id, m.name): ForcedResponse(failed(m, d.request, "", 0)) for d in documents for m in self.methods
+            (d.request.id, m.name): ForcedResponse(failed(m.name, d.request, ""))
+            for d in documents
+            for m in self.methods
         }
         for document in documents:
             try:

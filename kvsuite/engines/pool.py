@@ -28,23 +28,25 @@ class DecoderPool:
         asked: Sequence[tuple[Request, list[int], list[int]]],
         width: int,
         sampling: Sampling,
+        again: Mapping[str, Sampling],
         timeout: float,
         memory: float,
         done: Mapping[tuple[str, str], float],
     ) -> None:
-        """``asked``: requests with their context's and suffix's tokens; ``width``: rows of each method; ``timeout`` in
-        seconds, ``memory`` in bytes, ``done`` as `TransformersEngine.generate` takes them."""
-        self.timeout, self.repeat = timeout, sampling.repeat
+        """``asked``: requests with their context's and suffix's tokens; ``width``: rows of each arm; ``timeout`` in
+        seconds, ``memory`` in bytes, ``again`` and ``done`` as `TransformersEngine.generate` takes them."""
+        self.timeout = timeout
+        self.arms = {m.name: (m, sampling) for m in methods} | {name: (methods[0], own) for name, own in again.items()}
+        """By name, the baseline first."""
         self.memory = memory if engine.model.device.type == "cpu" else float("inf")  # a GPU's caches are all reserved
         self.workers: dict[str, MethodWorker | str] = {}
-        """Each method's worker, or why there is none."""
-        self.methods = list(methods)
-        for method in methods:
+        """Each arm's worker, or why there is none."""
+        for name, (method, own) in self.arms.items():
             lengths = [(len(c), len(s) + r.max_new_tokens) for r, c, s in asked]
             try:
-                self.workers[method.name] = engine.worker(method, width, lengths, self.repeat)
+                self.workers[name] = engine.worker(method, width, lengths, own, name)
             except Exception as error:
-                self.workers[method.name] = say(error)
+                self.workers[name] = say(error)
         for (_, name), seconds in done.items():
             worker = self.workers.get(name)
             if isinstance(worker, MethodWorker):
@@ -52,14 +54,14 @@ class DecoderPool:
         able = [worker for worker in self.workers.values() if isinstance(worker, MethodWorker)]
         together = [able] if engine.model.device.type == "cpu" and able else [[worker] for worker in able]
         rows = step_rows(width, engine.model.device.type)
-        self.decoders = [Decoder(engine.model, group, rows, sampling, engine.stop) for group in together]
+        self.decoders = [Decoder(engine.model, group, rows, engine.stop) for group in together]
 
-    def take(self, prompt: Prompt, methods: Sequence[Method]) -> Iterator[Response]:
-        """Give a prompt to these methods. Yields the answers that end meanwhile, failed ones included."""
-        for method in methods:
-            worker = self.workers[method.name]
+    def take(self, prompt: Prompt, names: Sequence[str]) -> Iterator[Response]:
+        """Give a prompt to these arms. Yields the answers that end meanwhile, failed ones included."""
+        for name in names:
+            worker = self.workers[name]
             if isinstance(worker, str):
-                yield failed(method, prompt.request, worker, self.repeat)
+                yield self.lost(name, prompt.request, worker)
                 continue
             decoder = next(d for d in self.decoders if worker in d.workers)
             yield from self._refuse_late(worker)
@@ -74,7 +76,11 @@ class DecoderPool:
                     ended = list(worker.fail(error))
                     yield from ended
             if prompt.request.id not in [response.id for response in ended]:
-                yield failed(method, prompt.request, worker.failure, self.repeat)
+                yield self.lost(name, prompt.request, worker.failure)
+
+    def lost(self, name: str, request: Request, error: str) -> Response:
+        """An arm's answer to a request that it did not answer."""
+        return failed(name, request, error, self.arms[name][1].repeat)
 
     def drain(self) -> Iterator[Response]:
         """Decode until all answers have ended."""
@@ -101,7 +107,7 @@ class DecoderPool:
         return total == 0 or total + worker.reserved <= self.memory
 
     def _refuse_late(self, worker: MethodWorker) -> Iterator[Response]:
-        baseline = self.workers[self.methods[0].name]
+        baseline = self.workers[next(iter(self.arms))]
         if worker is baseline or worker.failure or not isinstance(baseline, MethodWorker) or baseline.failure:
             return
         limit = self.timeout + PATIENCE * baseline.seconds

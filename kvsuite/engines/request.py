@@ -27,6 +27,10 @@ class Request:
     max_new_tokens: int
     before: tuple[tuple[str, str], ...] = ()
     """Role and text of the messages before the user's."""
+    opening: str = ""
+    """The first words of the answer, which are given."""
+    plain: bool = False
+    """Whether it is asked without a chat template."""
 
 
 @dataclass

@@ -29,6 +29,9 @@ class Sampling:
         return int((logits.double().cpu() / self.temperature + torch.from_numpy(noise)).argmax())
 
 
+GREEDY = Sampling()
+
+
 @functools.lru_cache(maxsize=64)  # methods that are decoded together draw the same noise, a few steps apart
 def gumbel(key: tuple[object, ...], size: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """``size`` standard Gumbel draws out of a Philox stream of its own per key; draw i belongs to token id i."""

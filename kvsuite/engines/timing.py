@@ -12,7 +12,6 @@ from kvsuite.cache import adapter
 from kvsuite.cache.checker import AttentionChecker
 from kvsuite.engines.decoder import Decoder
 from kvsuite.engines.request import Request
-from kvsuite.engines.sampling import Sampling
 from kvsuite.engines.transformers import TransformersEngine
 from kvsuite.engines.worker import Prompt
 from kvsuite.methods import Method
@@ -35,7 +34,7 @@ class DecodeCell:
         with torch.inference_mode():
             lengths = [(length, steps + 3)]  # and the two of `check`
             self.worker = engine.worker(method, width, lengths)
-            self.decoder = Decoder(engine.model, [self.worker], width, Sampling(), frozenset())
+            self.decoder = Decoder(engine.model, [self.worker], width)
             for _ in range(width):
                 for response in self.decoder.admit(self.worker, prompt):
                     raise Unchecked(response.error or "the answer ended before it began")

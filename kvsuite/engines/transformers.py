@@ -19,8 +19,8 @@ from kvsuite.engines.packing import pack
 from kvsuite.engines.pool import DecoderPool
 from kvsuite.engines.precision import compute_dtype
 from kvsuite.engines.request import Request, Response
-from kvsuite.engines.sampling import Sampling
-from kvsuite.engines.worker import MethodWorker, Prompt, failed, say
+from kvsuite.engines.sampling import GREEDY, Sampling
+from kvsuite.engines.worker import MethodWorker, Prompt, say
 from kvsuite.errors import UsageError
 from kvsuite.methods import Codec, Method
 from kvsuite.methods.artifact import Artifact
@@ -64,14 +64,21 @@ class TransformersEngine:
             reason += f"; {pack(model)}"
         return cls(model, tokenizer, kv_dtype, reason, backend)
 
-    def worker(self, method: Method, rows: int, lengths: Iterable[tuple[int, int]], repeat: int = 0) -> MethodWorker:
+    def worker(
+        self,
+        method: Method,
+        rows: int,
+        lengths: Iterable[tuple[int, int]],
+        sampling: Sampling = GREEDY,
+        name: str = "",
+    ) -> MethodWorker:
         """A method's caches for ``rows`` sequences of these lengths; see `MethodWorker`. Raises UsageError where its
         codec has yet to learn something of the model."""
         if _learns(method) and method.codec not in self.artifacts:
             raise UsageError(f"{method.name} must be calibrated before it is used")
         return MethodWorker(
             method, self.layers, rows, lengths,
-            repeat=repeat, backend=self.backend, artifact=self.artifacts.get(method.codec),
+            sampling=sampling, name=name, backend=self.backend, artifact=self.artifacts.get(method.codec),
         )  # fmt: skip
 
     def calibrate(self, methods: Iterable[Method], text: Callable[[], list[int]]) -> None:
@@ -87,29 +94,50 @@ class TransformersEngine:
         """Context and suffix as token ids. The prompt is tokenized as a whole, so both ways of compressing answer the
         same tokens; with ``compress="context"`` it is split before the first token of the question. Raises UsageError
         where the tokenizer or the template does not tell where that is."""
-        said = [*request.before, ("user", request.context + request.question)]
-        messages = [{"role": role, "content": text} for role, text in said]
-        if "MistralCommon" in type(self.tokenizer).__name__:  # its text holds control tokens that it does not read back
-            text, plain = "", False
-            encoded = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
+        text, plain = self._templated(request)
+        if text is None:
+            encoded = self.tokenizer.apply_chat_template(_messages(request), tokenize=True, return_dict=True)
         else:
-            plain = not getattr(self.tokenizer, "chat_template", None)
-            text = messages[-1]["content"]
-            if plain and request.before:
-                raise UsageError(f"sample {request.id} has several messages, but the model has no chat template")
-            if not plain:
-                text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             encoded = self.tokenizer(text, add_special_tokens=plain)
         ids = list(encoded["input_ids"])
+        if text is None and request.opening:
+            ids += self.tokenizer(request.opening, add_special_tokens=False)["input_ids"]
         if not ids:
             raise UsageError(f"sample {request.id} has an empty prompt")
         if compress == "prompt" or not request.question:
             return ids, []
-        offsets, start = self._offsets(text, plain), _place(request, text)
+        offsets, start = self._offsets(text or "", plain), _place(request, text or "")
         cut = next((i for i, (first, last) in enumerate(offsets) if last > start and last > first), len(ids))
         if cut == 0:
             raise UsageError(f"sample {request.id} has no context before its question; use --kv-compress prompt")
         return ids[:cut], ids[cut:]
+
+    def _templated(self, request: Request) -> tuple[str | None, bool]:
+        """The whole prompt as text, and whether it is plain, without a chat template. None where the tokenizer's text
+        holds control tokens that it does not read back."""
+        if "MistralCommon" in type(self.tokenizer).__name__ and not request.plain:
+            return None, False
+        messages = _messages(request)
+        if not request.plain and getattr(self.tokenizer, "chat_template", None):
+            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            return text + request.opening, False
+        if request.before:
+            raise UsageError(f"sample {request.id} has several messages, but the model has no chat template")
+        return messages[-1]["content"] + request.opening, True
+
+    def tokens_of(self, request: Request, passage: str) -> list[int]:
+        """The places in a prompt of the tokens that hold a passage of it; none where it cannot be found, or where the
+        tokenizer does not tell where its tokens stand."""
+        text, plain = self._templated(request)
+        start = -1 if text is None or not passage else text.find(passage)
+        if text is None or start < 0:
+            return []
+        try:
+            offsets = self._offsets(text, plain)
+        except UsageError:
+            return []
+        end = start + len(passage)
+        return [at for at, (first, last) in enumerate(offsets) if first < end and last > start and last > first]
 
     def _offsets(self, text: str, plain: bool) -> list[tuple[int, int]]:
         """Where each token of a text begins and ends."""
@@ -164,7 +192,8 @@ class TransformersEngine:
         *,
         width: int = 8,
         compress: Compress = "prompt",
-        sampling: Sampling | None = None,
+        sampling: Sampling = GREEDY,
+        again: Mapping[str, Sampling] | None = None,
         timeout: float = math.inf,
         memory: float = math.inf,
         done: Mapping[tuple[str, str], float] | None = None,
@@ -175,24 +204,25 @@ class TransformersEngine:
         Each prompt is prefilled once; then every method takes it into one of its ``width`` rows. On a CPU all methods
         are decoded together, in steps of 8 × ``width`` rows whatever the methods are; on a GPU each by itself. No more
         sequences are held than have rows, nor more than ``memory`` bytes are reserved for. ``done``: (request's id,
-        method's name) → seconds of answers that are there: they are not made again, and count for timeouts.
+        method's name) → seconds of answers that are there: they are not made again, and count for timeouts. ``again``:
+        name → how the baseline's tokens are drawn when it answers once more, as another arm of that name.
         """
         asked = [(request, *self.encode(request, compress)) for request in requests]
         if not asked:
             return
         self._refuse_long(asked)
         done = done or {}
-        pool = DecoderPool(self, methods, asked, width, sampling or Sampling(), timeout, memory, done)
+        pool = DecoderPool(self, methods, asked, width, sampling, again or {}, timeout, memory, done)
         for request, context, suffix in asked:
-            missing = [method for method in methods if (request.id, method.name) not in done]
+            missing = [name for name in pool.arms if (request.id, name) not in done]
             if not missing:
                 continue
-            observes = [observation for method in missing for observation in method.observes]
+            observes = [observation for name in missing for observation in pool.arms[name][0].observes]
             try:
                 prompt = self.prefill(request, context, suffix, observes)
             except Exception as error:  # a prompt too large for this machine costs its own answers
-                for method in missing:
-                    yield failed(method, request, say(error), pool.repeat)
+                for name in missing:
+                    yield pool.lost(name, request, say(error))
                 continue
             for response in pool.take(prompt, missing):
                 yield self._finished(response)
@@ -210,6 +240,11 @@ class TransformersEngine:
             total = len(context) + len(suffix) + request.max_new_tokens
             if limit and total > limit:
                 raise UsageError(f"sample {request.id} needs {total} tokens, the model's context has {limit}")
+
+
+def _messages(request: Request) -> list[dict[str, str]]:
+    said = [*request.before, ("user", request.context + request.question)]
+    return [{"role": role, "content": text} for role, text in said]
 
 
 def _learns(method: Method) -> bool:

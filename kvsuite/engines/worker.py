@@ -13,6 +13,7 @@ from kvsuite.cache.adapter import Member
 from kvsuite.cache.observations import Observation
 from kvsuite.cache.prefill import PrefilledLayer
 from kvsuite.engines.request import Request, Response
+from kvsuite.engines.sampling import GREEDY, Sampling
 from kvsuite.kernels.context import LayerContext
 from kvsuite.methods import Method
 from kvsuite.methods.artifact import Artifact
@@ -54,14 +55,15 @@ class MethodWorker:
         rows: int,
         lengths: Iterable[tuple[int, int]],
         *,
-        repeat: int = 0,
+        sampling: Sampling = GREEDY,
+        name: str = "",
         backend: str = "auto",
         artifact: Artifact | None = None,
     ) -> None:
-        """``lengths``: of each sequence to come, the context's tokens and the most that follow; ``repeat``: which draw
-        of the sampling noise it answers with; ``backend``: who computes on its caches; ``artifact``: what its codec has
-        learned."""
-        self.method, self.repeat = method, repeat
+        """``lengths``: of each sequence to come, the context's tokens and the most that follow; ``sampling``: how its
+        tokens are drawn; ``name`` of its responses: the method's unless given; ``backend``: who computes on its caches;
+        ``artifact``: what its codec has learned."""
+        self.method, self.sampling, self.name = method, sampling, name or method.name
         self.sequences: list[Sequence | None] = [None] * rows
         self.seconds = 0.0
         """Spent for this method alone, and its share of the steps it took part in."""
@@ -135,10 +137,10 @@ class MethodWorker:
         length = prompt.context[0].k.shape[1]
         response = Response(
             id=prompt.request.id,
-            method=self.method.name,
+            method=self.name,
             prompt_tokens=length + len(prompt.suffix),
             context_tokens=length,
-            repeat=self.repeat,
+            repeat=self.sampling.repeat,
             cache=self.provenance,
             path=self.path,
             refusal=self.refusal,
@@ -190,9 +192,9 @@ class MethodWorker:
             yield sequence.response
 
 
-def failed(method: Method, request: Request, error: str, repeat: int) -> Response:
-    """A method's answer to a request that it did not answer."""
-    return Response(request.id, method.name, finish="error", error=error, repeat=repeat)
+def failed(name: str, request: Request, error: str, repeat: int = 0) -> Response:
+    """The answer to a request that was not answered."""
+    return Response(request.id, name, finish="error", error=error, repeat=repeat)
 
 
 def say(error: Exception) -> str:

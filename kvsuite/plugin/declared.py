@@ -18,10 +18,15 @@ HELP = {
     "batch": "widths of decoding batches, comma-separated; answers are decoded at the largest, on a CPU all methods "
     "together in steps of 8 times as many rows",
     "length": "prompt lengths in tokens, comma-separated",
-    "tasks": "tasks, comma-separated; jsonl:FILE or jsonl:FILE#SCORER is a task of your own prompts",
+    "tasks": "tasks, comma-separated; jsonl:FILE or jsonl:FILE#SCORER is a task of your own prompts, "
+    "hub:NAME a published benchmark",
     "samples": "samples per task: a number for all, and others for some of them, such as 48,chat=8",
     "cap": "most tokens of a chat answer",
     "temperature": "of chat answers; 0 is greedy",
+    "repeats": "answers of each method to each chat, with other noise; prompts are what counts, repeats make each "
+    "prompt's figure sharper",
+    "reference-temperatures": "temperatures at which the uncompressed cache answers chats, too, e.g. 0.9,1.1: a known "
+    "effect on length, beside the methods'; nothing judges it",
     "rounds": "pairs of rounds per timed cell",
     "timeout": "seconds a method may take for a task or a cell beyond 10 times what the baseline takes; seconds a "
     "server has for an answer",

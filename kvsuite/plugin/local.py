@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvsuite import environment, models, tasks
+from kvsuite import models, tasks
 from kvsuite.analysis.minutes import Speeds
 from kvsuite.engines.request import Request
 from kvsuite.errors import UsageError
@@ -18,7 +18,7 @@ from kvsuite.methods import Method, parse
 from kvsuite.plugin.options import BASELINE, Options
 from kvsuite.plugin.plan import duration, plan
 from kvsuite.plugin.session import Session
-from kvsuite.records import Answer, Job, is_control, read
+from kvsuite.records import REFERENCE, Answer, Job, is_control, read
 from kvsuite.runs.here import Here
 from kvsuite.runs.setting import Executor, Setting
 from kvsuite.tasks import Sample, Task
@@ -79,7 +79,7 @@ class Local(Session):
 
     def announce(self, items: Sequence[pytest.Item]) -> str:
         """Arms, tasks and cells, what computes, and how long it will take here, by speeds measured now."""
-        parts = [f"{name} {len(self.samples(tasks.task(name)))}" for name in self.chosen]
+        parts = [f"{name} {len(self.samples(tasks.task(name)))}{_fitted(tasks.task(name))}" for name in self.chosen]
         parts += [f"{self.timed_cells} timed cells"] if self.timed_cells else []
         what = f"{len(self.methods)} methods on {self.model_name}: {' · '.join(parts)}"
         if self.elsewhere:
@@ -102,7 +102,7 @@ class Local(Session):
     @property
     def model_name(self) -> str:
         """For people."""
-        return self.options.model.name if self.options.model else "SmolLM2-135M-Instruct"
+        return self.options.model.name if self.options.model else models.DEFAULT
 
     @property
     def model_folder(self) -> Path:
@@ -117,7 +117,7 @@ class Local(Session):
         return Here(
             Setting(
                 self.model_folder, self.methods, begun.get("compute_dtype", o.dtype), o.device, o.backend, o.width,
-                o.compress, o.cap, o.temperature, o.seed, o.timeout, o.memory * 2**30,
+                o.compress, o.cap, o.temperature, o.repeats, o.seed, o.timeout, o.memory * 2**30,
             )
         )  # fmt: skip
 
@@ -188,20 +188,21 @@ class Local(Session):
 
     def known(self) -> dict[str, Any]:
         """The model, too."""
-        weights = [f for f in self.model_folder.iterdir() if f.suffix in (".safetensors", ".bin", ".json")]
-        return super().known() | {"model": {"name": self.model_name, "fingerprint": environment.fingerprint(weights)}}
+        model = {"name": self.model_name, "fingerprint": models.fingerprint(self.model_folder)}
+        return super().known() | {"model": model}
 
     def facts(self) -> dict[str, Any]:
         """How torch runs the model."""
         return {"environment": self.executor.facts()}
 
     def jobs(self, task: Task) -> list[Job]:
-        """What a task asks for: every arm answers every sample once. A chat is answered with sampling, and once more by
-        the baseline with other noise: its control."""
-        methods = self._taking_part(self._asked.get(task.name, set()))
-        who = [(method.name, 0) for method in methods]
-        if task.evaluation == "length" and self.options.temperature > 0:
-            who.append((BASELINE.name, 1))
+        """What a task asks for: every arm answers every sample once. A chat is answered with sampling, so many times as
+        is asked for, by the baseline once more: that is what all others are paired with."""
+        o, arms = self.options, [method.name for method in self._taking_part(self._asked.get(task.name, set()))]
+        who = [(arm, 0) for arm in arms]
+        if task.evaluation == "length" and o.temperature > 0:
+            drawn = [*arms, *(f"{REFERENCE}{t:g}" for t in o.references)]
+            who = [(arm, repeat) for repeat in range(o.repeats) for arm in drawn] + [(BASELINE.name, o.repeats)]
         return [Job(task.evaluation, arm, task.name, s.id, repeat) for arm, repeat in who for s in self.samples(task)]
 
     def answers(self, name: str) -> list[Answer]:
@@ -256,3 +257,9 @@ class Local(Session):
             request = Request("text", "", "", 1 << 30)
             self._prompts[length] = self.engine.prefill(request, self.text(length), [], observes)
         return self._prompts[length]
+
+
+def _fitted(task: Task) -> str:
+    """What was done so that its samples fit the model, in brackets."""
+    done = ", ".join(f"{count} {what}" for what, count in task.fitted.items())
+    return f" ({done})" if done else ""

@@ -6,6 +6,7 @@ import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,6 +55,10 @@ class Options:
     """How many of each task; of one that is not named, as many as under the empty name."""
     cap: int
     temperature: float
+    repeats: int
+    """Answers of an arm to each chat, with other noise."""
+    references: tuple[float, ...]
+    """Temperatures at which the uncompressed cache answers chats, too."""
     rounds: int
     timeout: float
     memory: float
@@ -76,6 +81,19 @@ class Options:
         """Names of what is compared."""
         return tuple(m.name for m in self.methods) if self.servers is None else tuple(self.servers.specs)
 
+    @cached_property
+    def limit(self) -> int | None:
+        """The most tokens a prompt and its answer can have, where that is known before anything is loaded."""
+        if self.model is None:
+            return None if self.servers else 8192
+        if self.servers and self.model.is_file():  # GGUF
+            return None
+        return models.model_limit(self.model)
+
+    def room(self, answer: int) -> float:
+        """The tokens that a prompt may have before an answer of at most so many; infinite where nobody knows."""
+        return math.inf if self.limit is None else self.limit - FRAME - min(answer, self.cap)
+
     @property
     def width(self) -> int:
         """The width at which answers are made."""
@@ -91,6 +109,7 @@ class Options:
             "samples",
             "cap",
             "temperature",
+            "repeats",
             "seed",
             "dtype",
             "device",
@@ -101,7 +120,10 @@ class Options:
         return own if self.servers is None else own | self.servers.settings()
 
 
-METHODS_ONLY = ("methods", "compress", "dtype", "device", "backend", "memory", "executor", "ray-address")
+METHODS_ONLY = (
+    *("methods", "compress", "dtype", "device", "backend", "memory", "executor", "ray-address"),
+    *("repeats", "reference-temperatures"),
+)
 """Options that would do nothing to a server: refused on a command line, overlooked in a file that serves both."""
 
 
@@ -148,6 +170,7 @@ def check(given: Mapping[str, Any]) -> Options:
         device=raw["device"],
         backend=raw["backend"],
         temperature=_number("temperature", raw["temperature"]),
+        references=_references(raw["reference-temperatures"]),
         timeout=_number("timeout", raw["timeout"]),
         memory=_number("memory", raw["memory"]) if raw["memory"] else environment.memory() / 4,
         run=Path(str(raw["run"])) if raw["run"] else None,
@@ -157,11 +180,22 @@ def check(given: Mapping[str, Any]) -> Options:
         margins=Margins.parse(f"{PRESETS[preset]['margins']},{raw['margins']}"),
         gates=Gates.of([str(x) for x in raw["gate"]], raw["undecided"], str(raw["against"]), str(raw["acknowledged"])),
         servers=servers.check(raw, _number),
-        **{key: _whole(key, raw[key], 0 if key == "seed" else 1) for key in ("cap", "rounds", "seed")},
+        **{key: _whole(key, raw[key], 0 if key == "seed" else 1) for key in ("cap", "repeats", "rounds", "seed")},
         samples=_counts(raw["samples"]),
     )
+    _check_drawn(options)
     _check_sizes(options)
     return options
+
+
+def _check_drawn(options: Options) -> None:
+    if options.temperature:
+        if options.temperature in options.references:
+            raise UsageError(f"--kv-reference-temperatures {options.temperature:g} is the run's own --kv-temperature")
+    elif options.repeats > 1:
+        raise UsageError(f"--kv-repeats {options.repeats}: at --kv-temperature 0 every repeat is the same answer")
+    elif options.references:
+        raise UsageError("--kv-reference-temperatures: at --kv-temperature 0 nothing is drawn that they could change")
 
 
 def _check_sizes(options: Options) -> None:
@@ -171,9 +205,8 @@ def _check_sizes(options: Options) -> None:
     if options.servers is None:
         for method in options.methods:
             method.check_context(longest)
-    limit = _limit(options)
-    if limit is not None and longest + FRAME > limit:
-        raise UsageError(f"--kv-length {longest} does not fit the model's context of {limit} tokens")
+    if options.limit is not None and longest + FRAME > options.limit:
+        raise UsageError(f"--kv-length {longest} does not fit the model's context of {options.limit} tokens")
 
 
 def _check_folders(options: Options) -> None:
@@ -186,15 +219,6 @@ def _check_folders(options: Options) -> None:
             raise UsageError("--kv-resume: a comparison of servers cannot be resumed, since its legs belong together")
         if not (options.resume / "run.json").is_file():
             raise UsageError(f"--kv-resume {str(options.resume)!r} is not a run folder")
-
-
-def _limit(options: Options) -> int | None:
-    """The most tokens a prompt and its answer can have, where that is known before anything is loaded."""
-    if options.model is None:
-        return None if options.servers else 8192
-    if options.servers and options.model.is_file():  # GGUF
-        return None
-    return models.model_limit(options.model)
 
 
 def _configured(file: Path) -> dict[str, Any]:
@@ -242,6 +266,14 @@ def _counts(value: Any) -> dict[str, int]:
     if "" not in found:
         raise UsageError(f"--kv-samples {value}: begin with a number for all tasks, such as 8,chat=4")
     return found
+
+
+def _references(value: Any) -> tuple[float, ...]:
+    key = "reference-temperatures"
+    found = dict.fromkeys(_number(key, x) for x in _items(key, value)) if value else {}
+    if 0 in found:
+        raise UsageError(f"--kv-{key} must be over 0")
+    return tuple(found)
 
 
 def _number(key: str, value: Any) -> float:

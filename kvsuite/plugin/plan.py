@@ -92,7 +92,8 @@ def _seconds(session: Local, speeds: Speeds, asked: Mapping[str, Any], known: di
     answers = sum(job not in session.recorded for job in jobs)
     if not answers:
         return 0.0
-    share = round(answers / len(jobs) * load.samples)
+    passes = o.repeats if tasks.task(name).evaluation == "length" else 1
+    share = round(answers / len(jobs) * load.samples * passes)
     return speeds.answering(replace(load, samples=share), answers, session.together)
 
 

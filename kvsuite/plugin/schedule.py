@@ -111,7 +111,7 @@ def _digests(cell: Cell, seed: str, count: int, options: Options, tokens: Callab
 
 
 def _ask(sample: Sample, temperature: float, options: Options, repeat: int = 0) -> Ask:
-    said = [*sample.before, ("user", sample.context + sample.question)]
+    said = [*sample.before, ("user", sample.context + sample.question + sample.opening)]
     messages = tuple({"role": role, "content": text} for role, text in said)
     seed = random.Random(f"{options.seed} {sample.id} {repeat}").randrange(1 << 31) if temperature else None
     cap = min(sample.max_new_tokens, options.cap)

@@ -76,6 +76,7 @@ class Session:
         if task.name not in self._samples:
             o = self.options
             count = o.samples.get(task.name, o.samples[""])
+            task.room = o.room  # type: ignore[method-assign]
             self._samples[task.name] = task.samples(count, o.length, o.seed, self.count_tokens)
         return self._samples[task.name]
 
@@ -100,7 +101,7 @@ class Session:
         """What ``run.json`` says of any run, and what can be told before a model is loaded."""
         o = self.options
         return {
-            "texts": {task.name: environment.fingerprint(task.fetch()) for task in self.tasks},
+            "texts": {task.name: task.fingerprint() for task in self.tasks},
             "plugins": {file.name: environment.fingerprint([file]) for file in registry.loaded()},
             "settings": o.settings(),
             "environment": environment.describe(),
@@ -146,6 +147,7 @@ class Session:
                 **known,
                 "margins": vars(o.margins),
                 "expected": self.expected(),
+                "fitted": {name: dict(done) for name in self.chosen if (done := tasks.task(name).fitted)},
                 **own,
                 "environment": known["environment"] | own.get("environment", {}),
             }

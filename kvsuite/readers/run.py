@@ -10,7 +10,7 @@ from typing import Any
 from kvsuite import records
 from kvsuite.columns import Arm, ArmBuilder
 from kvsuite.errors import UsageError, unknown
-from kvsuite.records import Answer, Forced, Run
+from kvsuite.records import Answer, Forced, Run, is_reference
 
 Documents = dict[tuple[str, str], Forced]
 """By task and sample."""
@@ -68,7 +68,8 @@ def named_documents(path: str, which: str) -> tuple[Documents, bool]:
     return documents(run).get(method, {}), all(arm != method for arm, _ in arms(run))
 
 
-def answers(run: Run, evaluation: str = "") -> Iterable[Answer]:
-    """A run's answers to tasks, or to those of one evaluation."""
-    found = (r for r in run.records if isinstance(r, Answer) and r.task)
+def answers(run: Run, evaluation: str = "", references: bool = False) -> Iterable[Answer]:
+    """A run's answers to tasks, or to those of one evaluation; those at other temperatures only where ``references``
+    are asked for."""
+    found = (r for r in run.records if isinstance(r, Answer) and r.task and (references or not is_reference(r.method)))
     return (a for a in found if evaluation in ("", a.evaluation))

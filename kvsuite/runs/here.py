@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from kvsuite import models
 from kvsuite.engines.request import Request, Response
-from kvsuite.records import Answer, Forced, Job
+from kvsuite.records import REFERENCE, Answer, Forced, Job, is_reference
 from kvsuite.runs.setting import Setting
 from kvsuite.tasks import Sample, Task, after_thinking
 
@@ -78,8 +78,11 @@ class Here:
         if task.evaluation == "divergence":
             yield from self._forced(task, samples, jobs)
             return
-        for repeat in sorted({job.repeat for job in jobs}):
-            yield from self._pass(task, samples, {job for job in jobs if job.repeat == repeat}, before, repeat)
+        passes: dict[int, list[Job]] = {}
+        for job in jobs:  # the baseline's last repeat has no other arm's beside it, and joins the first
+            passes.setdefault(job.repeat % self.setting.repeats, []).append(job)
+        for repeat, some in sorted(passes.items()):
+            yield from self._pass(task, samples, some, before, repeat)
 
     def _pass(
         self, task: Task, samples: Sequence[Sample], jobs: Collection[Job], before: Mapping[Job, float], repeat: int
@@ -87,18 +90,23 @@ class Here:
         from kvsuite.engines.sampling import Sampling
 
         s = self.setting
-        arms = {job.arm for job in jobs}
+        arms = {_name(job, repeat): job for job in jobs}
         methods = [m for m in s.methods if m.name in arms or m is s.methods[0]]  # timeouts are the baseline's multiples
-        wanted, named = {(job.item, job.arm) for job in jobs}, {sample.id: sample for sample in samples}
-        requests = [self.request(sample) for sample in samples]
-        done = {(r.id, m.name): 0.0 for r in requests for m in methods if (r.id, m.name) not in wanted}
-        done |= {(j.item, j.arm): seconds for j, seconds in before.items() if (j.item, j.arm) in done}
-        temperature = s.temperature if task.evaluation == "length" else 0.0
+        drawn = Sampling(s.temperature if task.evaluation == "length" else 0.0, s.seed, repeat)
+        again = {
+            name: replace(drawn, temperature=_temperature(job.arm, s.temperature), repeat=job.repeat)
+            for name, job in arms.items()
+            if is_reference(name) or job.repeat != repeat
+        }
+        wanted, named = {(job.item, _name(job, repeat)) for job in jobs}, {sample.id: sample for sample in samples}
+        requests, names = [self.request(sample) for sample in samples], [*(m.name for m in methods), *again]
+        done = {(r.id, name): 0.0 for r in requests for name in names if (r.id, name) not in wanted}
+        done |= {(j.item, j.arm): t for j, t in before.items() if j.repeat == repeat and (j.item, j.arm) in done}
         for response in self.engine.generate(
-            requests, methods, width=s.width, compress=s.compress, sampling=Sampling(temperature, s.seed, repeat),
+            requests, methods, width=s.width, compress=s.compress, sampling=drawn, again=again,
             timeout=s.timeout, memory=s.memory, done=done,
         ):  # fmt: skip
-            sample = named[response.id]
+            sample, response.method = named[response.id], arms[response.method].arm
             yield record(task, sample, response, self.request(sample).max_new_tokens)
 
     def _forced(self, task: Task, samples: Sequence[Sample], jobs: Collection[Job]) -> Iterator[Forced]:
@@ -124,7 +132,7 @@ class Here:
         ``compress="context"``, before the question."""
         from kvsuite.engines.forcing import Continued
 
-        request = dataclasses.replace(self.request(sample), max_new_tokens=1)
+        request = replace(self.request(sample), max_new_tokens=1)
         forced = self.tokenizer(sample.reference, add_special_tokens=False)["input_ids"]
         if task.type == "text":
             return Continued(request, self.tokenizer(sample.context)["input_ids"], forced[: sample.max_new_tokens + 1])
@@ -136,13 +144,22 @@ class Here:
     def request(self, sample: Sample) -> Request:
         """What the engine is asked for a sample."""
         cap = min(sample.max_new_tokens, self.setting.cap)
-        return Request(sample.id, sample.context, sample.question, cap, sample.before)
+        return Request(sample.id, sample.context, sample.question, cap, sample.before, sample.opening, sample.plain)
+
+
+def _name(job: Job, repeat: int) -> str:
+    """What an arm is called in the pass of a repeat."""
+    return job.arm if job.repeat == repeat else f"{job.arm}@{job.repeat}"
+
+
+def _temperature(arm: str, own: float) -> float:
+    return float(arm.removeprefix(REFERENCE)) if is_reference(arm) else own
 
 
 def record(task: Task, sample: Sample, r: Response, cap: int) -> Answer:
     """A response as a record: what both have in common, and where it belongs."""
     broken = r.finish == "error"
-    common = {f.name: getattr(r, f.name) for f in dataclasses.fields(Answer) if hasattr(r, f.name)}
+    common = {f.name: getattr(r, f.name) for f in fields(Answer) if hasattr(r, f.name)}
     return Answer(
         **common
         | {

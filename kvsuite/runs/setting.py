@@ -29,6 +29,8 @@ class Setting:
     """Most tokens of an answer."""
     temperature: float
     """Of answers whose length is measured; all others are greedy."""
+    repeats: int
+    """Answers of an arm to a prompt whose length is measured, each with other noise."""
     seed: int
     timeout: float
     """Seconds; see `TransformersEngine.generate`."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from kvsuite import environment
 from kvsuite.errors import UsageError
 from kvsuite.registry import Registry, classes
 
@@ -33,11 +35,16 @@ class Sample:
     """Role and text of the messages before the user's."""
     chance: float = 0.0
     """What guessing scores on average: an answer that names any one of what could be right."""
+    opening: str = ""
+    """The first words of the answer, which are given."""
+    plain: bool = False
+    """Whether it is asked without the model's chat template, as a text to be continued."""
 
     @property
     def prompt_hash(self) -> str:
         """The first 16 digits of the sha256 of all messages, as a JSON list of role and text."""
         said = [*self.before, ("user", self.context + self.question)]
+        said += [("assistant", self.opening)] if self.opening else []
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
     @property
@@ -54,6 +61,13 @@ class Task:
     evaluation: Evaluation = "samples"
     """What its answers are for: their scores, their lengths, or the time they take; *divergence*: there is no answer,
     the reference is forced through every arm's cache."""
+    fitted: Mapping[str, int] = {}
+    """What was done to how many of its samples so that they fit the model; written to ``run.json``."""
+
+    def room(self, answer: int) -> float:
+        """The tokens that a prompt may have before an answer of at most so many; the run says, which knows the
+        model."""
+        return math.inf
 
     literal: bool = True
     """Whether a reference is an answer as the model would write it, which can be forced."""
@@ -66,6 +80,10 @@ class Task:
     def fetch(self) -> Iterable[Path]:
         """Make sure its texts are here and name their files. Raises UsageError that says what to run."""
         raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """What its texts are, in a hash."""
+        return environment.fingerprint(self.fetch())
 
     def samples(self, count: int, lengths: Sequence[int], seed: int, tokens: Callable[[str], int]) -> list[Sample]:
         """``count`` samples; prompts of about ``lengths`` tokens in turn, as ``tokens`` counts them. The same arguments
@@ -84,31 +102,33 @@ def after_thinking(text: str) -> str:
     return answer.strip() if end else "" if text.lstrip().startswith("<think>") else text
 
 
-TASKS = Registry("task", "tasks", classes(Task), ("kvsuite.tasks",), ("base", "jsonl", "messages", "reference"))
+TASKS = Registry(
+    "task", "tasks", classes(Task), ("kvsuite.tasks",), ("base", "hub", "jsonl", "messages", "reference", "rows")
+)
 _FILES: dict[str, Task] = {}
-"""The tasks that were made of the user's prompts, by name."""
+"""The tasks that the user named by what they are made of, by name."""
 
 
 def names() -> list[str]:
-    """All tasks that need no file of the user's."""
+    """All tasks that have a name of their own."""
     return sorted(TASKS.names())
 
 
 def made() -> list[str]:
-    """The tasks that were made of the user's prompts."""
+    """The tasks that were made of the user's prompts, and of published benchmarks."""
     return list(_FILES)
 
 
 def task(name: str) -> Task:
-    """The task of that name; ``jsonl:FILE`` makes one, which from then on has the name of the file, and
-    ``reference:TASK`` one of another's references. Raises UsageError with the nearest known name, and for a file that
-    is not whole."""
+    """The task of that name; ``jsonl:FILE`` and ``hub:NAME`` make one, which from then on has the name of the file, or
+    NAME; ``reference:TASK`` makes one of another's references. Raises UsageError with the nearest known name, and for a
+    file that is not whole."""
     if name.startswith("reference:"):
         from kvsuite.tasks.reference import Reference
 
         return Reference(task(name.removeprefix("reference:")))
-    if name.startswith("jsonl:"):
-        return _from_file(name)
+    if name.startswith(("jsonl:", "hub:")):
+        return _made(name)
     if name in _FILES:
         return _FILES[name]
     module = TASKS.module(name)
@@ -118,12 +138,14 @@ def task(name: str) -> Task:
     raise UsageError(f"{module.__name__} defines no task {name!r}")
 
 
-def _from_file(spec: str) -> Task:
+def _made(spec: str) -> Task:
+    from kvsuite.tasks.hub import Hub
     from kvsuite.tasks.jsonl import Jsonl
 
-    made = Jsonl.parse(spec)
+    made: Hub | Jsonl = Hub.parse(spec) if spec.startswith("hub:") else Jsonl.parse(spec)
     known = _FILES.get(made.name)
-    if made.name in names() or (isinstance(known, Jsonl) and (known.file, known.scorer) != (made.file, made.scorer)):
+    if made.name in names() or (isinstance(known, (Hub, Jsonl)) and known.source != made.source):
         raise UsageError(f"--kv-tasks {spec}: there is a task {made.name!r} already; give the file another name")
-    _FILES[made.name] = made
-    return made
+    if known is None or isinstance(made, Jsonl):  # a benchmark keeps the rows that it has loaded
+        _FILES[made.name] = made
+    return _FILES[made.name]

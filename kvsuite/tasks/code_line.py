@@ -86,7 +86,8 @@ def _asked(line: str) -> bool:
 
 def _repeated(lines: Sequence[str]) -> bool:
     """Whether the last two lines stand somewhere before, neither empty."""
-    return all(map(str.strip, lines[-2:])) and tuple(lines[-2:]) in itertools.pairwise(lines[:-2])
+    one, two = lines[-2:] if len(lines) > 1 else ("", "")
+    return bool(one.strip() and two.strip()) and (one, two) in itertools.pairwise(lines[:-2])
 
 
 def _last_lines(lines: Sequence[str], length: int, tokens: Callable[[str], int]) -> list[str] | None:

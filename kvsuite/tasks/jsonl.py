@@ -56,6 +56,11 @@ class Jsonl(Task):
         return made
 
     @property
+    def source(self) -> str:
+        """What two tasks of one name must share."""
+        return f"{self.file}#{self.scorer}"
+
+    @property
     def spelled(self) -> str:
         return f"{self.name}#{self.scorer}" if self.scorer else self.name
 

@@ -20,7 +20,7 @@ import numpy as np
 from scipy import stats
 
 from kvsuite.analysis import forced as forcing
-from kvsuite.analysis.answered import extremes
+from kvsuite.analysis.answered import Answered, apart, extremes, shared
 from kvsuite.analysis.benchmark import score, select
 from kvsuite.analysis.effects import DEFAULT, Comparison, Part, compare, decided
 from kvsuite.analysis.garbled import check
@@ -515,6 +515,33 @@ def capped(thin: int = 1) -> list[Row]:
     return rows
 
 
+def repeated(thin: int = 1) -> list[Row]:
+    """80 chats answered 3 times by a method that does nothing, with noise half of which it shares with the baseline."""
+
+    def draw(seed: int) -> dict[str, bool]:
+        rng = np.random.default_rng([19, seed])
+        own, noise = rng.normal(math.log(150), 0.7, 80), rng.normal(0, 0.5, (7, 80))
+        mine = own + math.sqrt(0.5) * noise[:3] + math.sqrt(0.5) * noise[4:]
+        names = [("chat", str(i)) for i in range(80)]
+        tokens = np.minimum(np.maximum(np.round(np.exp(np.concatenate([own + noise[:4], mine]))), 1), CAP)
+        arms = [Answered(arm, arm) for arm in (_arm(names, tokens=x) for x in tokens)]
+        [part] = shared("m", arms[:4], arms[4:], apart(arms[:4], arms[4:]), 80, coupled=True)
+        [row] = compare([part], NO_MARGIN, draws=RESAMPLES, seed=seed)
+        sides = {-1: "less", 1: "more"}
+        found = {
+            f"harm p of {e.endpoint}, {sides[s]}, 3 repeats": e.harm(s) < LEVEL for e in row.effects for s in e.sides
+        }
+        found |= {f"p of {f.name}, 3 repeats": f.p < LEVEL for f in row.findings if f.p is not None and f.estimate}
+        cost = row.effect("length").estimate
+        return found | {"interval of length, 3 repeats": not _holds(cost, 1.0)}
+
+    found = _shares(draw(seed) for seed in range(DRAWS // thin))
+    about = "size at nominal 5 %, no effect, 3 answers to each of 80 prompts"
+    return [
+        Row(about, name, seen, SIZE[0] if "length" in name else 0.0, SIZE[1], n) for name, (seen, n) in found.items()
+    ]
+
+
 def truncated(thin: int = 1) -> list[Row]:
     """300 chats of which a share is cut to a third, which makes 83 % of these at most half as long, and noise 5 %."""
     beyond = 0.05 * (0.830 - 0.051)
@@ -788,7 +815,7 @@ def garbage(thin: int = 1) -> list[Row]:
 
 WORLDS = (
     null, family, effect, few, scrambler, power, selection, blocks, timing, shuffled, documents, rare, capped,
-    truncated, sharp, failing, forced, answers, deciding, garbage,
+    repeated, truncated, sharp, failing, forced, answers, deciding, garbage,
 )  # fmt: skip
 DOCUMENT = Path(__file__).parents[2] / "docs" / "statistics.md"
 MARK = "<!-- what follows is written by: python -m suites.checks.simulations -->"

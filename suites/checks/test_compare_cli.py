@@ -354,9 +354,12 @@ def test_a_plan_from_two_seeds_is_the_formulas(told):
     assert int(prompts.replace(",", "")) == pytest.approx(wanted, rel=0.1)
     hours, minutes, seconds = map(int, time.split(":"))
     assert 3600 * hours + 60 * minutes + seconds == 3 * int(prompts.replace(",", "")), "1.5 s an answer, two arms"
-    shared = [replace(a, shared_seconds=0.25) for a in read(Path("a")).records]
-    took = told("plan", left("b", *shared), "--margins", "length=0.005")[1].split(" seed length ")[1].split()[3]
-    assert took == time, "another seed is another pass, with a prefill of its own"
+    for again, each in ((0.25, 2.75), (0.5, 3)):  # it answered in the same pass, or with a prefill of its own
+        shared = [replace(a, shared_seconds=again if a.repeat else 0.25) for a in read(Path("a")).records]
+        took = told("plan", left(f"b{again}", *shared), "--margins", "length=0.005")[1].split(" seed length ")[1]
+        hours, minutes, seconds = map(int, took.split()[3].split(":"))
+        wanted = each * int(prompts.replace(",", ""))
+        assert 3600 * hours + 60 * minutes + seconds == pytest.approx(wanted, abs=1)
     wider = told("plan", "a", "--margins", "length=0.01")[1].split(" seed length ")[1].split()[2]
     assert int(prompts.replace(",", "")) / int(wider.replace(",", "")) == pytest.approx(3.3, abs=0.7), (
         "less than 4, since few lengths change much"

@@ -171,7 +171,7 @@ def test_rows_are_freed_and_reused(tiny_llama):
     engine = engine_of(tiny_llama)
     with torch.inference_mode():
         worker = MethodWorker(parse("full"), engine.layers, 2, [(100, 100)])
-        decoder = Decoder(engine.model, [worker], 2, Sampling(), frozenset())
+        decoder = Decoder(engine.model, [worker], 2)
         for request in requests(2):
             list(decoder.admit(worker, engine.prefill(request, *engine.encode(request, "prompt"))))
         assert worker.full

@@ -12,7 +12,6 @@ from kvsuite.engines import forcing
 from kvsuite.engines.decoder import Decoder
 from kvsuite.engines.forcing import Continued, Forcing
 from kvsuite.engines.request import Request
-from kvsuite.engines.sampling import Sampling
 from kvsuite.engines.worker import MethodWorker
 from kvsuite.methods import parse_all
 from suites.checks.test_engine import engine_of
@@ -94,7 +93,7 @@ def test_chunks_and_single_tokens_agree(engine, method):
     for d in documents()[:2]:
         for size in (1, 7, 39):
             worker = engine.worker(chosen, 1, [(len(d.context), 40)])
-            decoder = Decoder(engine.model, [worker], 1, Sampling(), frozenset())
+            decoder = Decoder(engine.model, [worker], 1)
             prompt = engine.prefill(d.request, d.context, d.forced[:size])
             with torch.inference_mode():
                 logits = decoder._feed_suffix(worker, worker.compress(prompt), prompt)

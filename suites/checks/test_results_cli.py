@@ -247,3 +247,27 @@ print(sorted({"torch", "transformers", "triton", "pytest"} & set(sys.modules)))
         )
         assert done.stdout.splitlines()[-1] == "[]"
         assert "--candidate NAME=SPEC" in done.stdout or '"eligible": 40' in done.stdout
+
+
+def test_a_run_has_its_own_baseline_and_control(told, tmp_path):
+    """48 needles of the published run; the noise of its control changed logits but no score."""
+    smoke = Path(__file__).parents[2] / "reports" / "cpu" / "smoke"
+    code, out, _ = told("negatives", smoke)
+    rows = [line.split() for line in out.splitlines()]
+    assert code == 0
+    assert next(r for r in rows if r[:1] == ["kivi:bits=2"])[:4] == ["kivi:bits=2", "20", "0", "0/28"]
+    assert [r[1:] for r in rows if r[:2] == ["by", "noise"]] == [["noise", *["0"] * 8]], "by threshold"
+    assert ["synthetic", "by", "noise", "0/48"] in [r[:4] for r in rows]
+    found = json.loads(told("negatives", smoke, "--json", "--theta", "0.5")[1])
+    assert (found["eligible"], found["methods"]["h2o:budget=128"]["negatives"]) == (48, 46)
+    assert next(iter(found["by_type"]["synthetic"])) == "eligible"
+    assert "by noise" not in found["by_type"]["synthetic"]
+    for wrong, said in (
+        ((smoke, "--baseline", "artifact:s/base"), "a run folder has its own baseline"),
+        ((), "say which scores: a run folder, or --baseline and --candidate"),
+        (("s",), "is not a run folder"),
+        ((Path(__file__).parents[2] / "reports" / "cpu" / "decode",), "holds no scores of a baseline and methods"),
+    ):
+        code, _, err = told("negatives", *wrong)
+        assert code == 2
+        assert said in err

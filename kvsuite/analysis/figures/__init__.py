@@ -11,7 +11,7 @@ from kvsuite.records import Run
 
 KINDS = (
     tradeoff.divergence, tradeoff.quality, speed.figures, divergence.documents, divergence.positions, regressed.figures,
-    lengths.figures, latency.figures, capacity.figures,
+    lengths.figures, tradeoff.length, latency.figures, latency.requests, capacity.figures,
 )  # fmt: skip
 """In the order in which they are read."""
 

@@ -1,13 +1,17 @@
-"""How long servers let a reader wait for a whole answer."""
+"""How long a reader waits for a whole answer: of servers as it was timed, here as lengths and speed give it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from kvsuite.analysis.figure import Axis, Figure, Point, Series, thinned
+from kvsuite.analysis.length import beside
+from kvsuite.analysis.requests import paces
+from kvsuite.analysis.requests import requests as joined_requests
 from kvsuite.analysis.runs import broken
 from kvsuite.analysis.serving import timed
 from kvsuite.analysis.table import Note, Table
+from kvsuite.readers.run import answers
 from kvsuite.records import Run, Served
 
 STEPS = 100
@@ -36,6 +40,27 @@ def _cell(run: Run, cell: str, arms: Mapping[str, list[Served]]) -> Figure:
     x = Axis("seconds to the end of an answer", "s", shown=(0.0,))
     y = Axis("requests answered, %", "%", shown=(0.0, 100.0))
     return Figure(f"latency:{cell}", f"End-to-end latency, {cell}", x, y, series, notes=[Note(said)])
+
+
+def requests(run: Run, tables: Mapping[str, Table]) -> list[Figure]:
+    """One a task of chats: the share of the requests that take so many seconds at most, by what is tabled of them."""
+    width, known = paces(run)
+    found = []
+    for task in (key.removeprefix("requests:") for key in tables if key.startswith("requests:")):
+        own = [a for a in answers(run, "length", references=True) if a.task == task]
+        series = []
+        for arm in beside(own, run.baseline):
+            joined = joined_requests(arm, known, run.baseline)
+            if joined is not None and not run.is_control(arm.method):
+                seconds = thinned(joined.seconds.tolist(), STEPS)
+                points = [Point(x, 100 * (at + 1) / len(seconds)) for at, x in enumerate(seconds)]
+                series.append(Series(arm.name, arm.name, points, "steps", arm.method == run.baseline))
+        said = "The length of every answer, at the speed measured in this run. Other seed: the baseline's own noise."
+        x = Axis("seconds to the end of an answer", "s", shown=(0.0,))
+        y = Axis("requests answered, %", "%", shown=(0.0, 100.0))
+        title = f"End-to-end latency, {task}, batch {width}"
+        found.append(Figure(f"requests:{task}", title, x, y, series, notes=[Note(said)]))
+    return found
 
 
 def _seconds(found: list[Served]) -> list[float]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kvsuite.analysis.figure import Axis, Band, Figure, Point, Series, stand_for, thinned
+from kvsuite.analysis.length import beside
 from kvsuite.analysis.table import Note, Row, Table
 from kvsuite.readers.run import answers
-from kvsuite.records import Answer, Run
+from kvsuite.records import Run
 
 
 def figures(run: Run, tables: Mapping[str, Table]) -> list[Figure]:
@@ -17,17 +18,12 @@ def figures(run: Run, tables: Mapping[str, Table]) -> list[Figure]:
 
 def _task(run: Run, key: str, table: Table) -> list[Figure]:
     task = key.removeprefix("length:")
-    known: dict[str, dict[str, Answer]] = {}
-    for a in answers(run, "length"):
-        if a.task == task and a.status == "ok":
-            name = f"{a.method}, other seed" if a.repeat else a.method
-            known.setdefault(name, {})[a.sample] = a
-    base, series = known.pop(run.baseline, {}), list[Series]()
-    names, noise = list[str](), list[Band]()
+    own = [a for a in answers(run, "length", references=True) if a.task == task]
+    known = {arm.name: arm.pairs for arm in beside(own, run.baseline) if arm.name != run.baseline}
+    series, names, noise = list[Series](), list[str](), list[Band]()
     for row in table.rows:
         arm = row.key[0]
-        own = known.get(arm, {})
-        ratios = [max(a.length, 1) / max(base[sample].length, 1) for sample, a in own.items() if sample in base]
+        ratios = [max(a.length, 1) / max(b.length, 1) for a, b in known.get(arm, [])]
         if not ratios:
             continue
         control = run.is_control(arm) or arm.startswith(f"{run.baseline}, ")
@@ -39,10 +35,11 @@ def _task(run: Run, key: str, table: Table) -> list[Figure]:
             noise = [Band("noise", cost.low, cost.high)]  # the last control: of sampled answers another seed
     if not series:
         return []
-    n = max(len(own) for own in known.values())
+    n = max(map(len, known.values()))
     notes = [
         Note(
-            f"{stand_for(n, 'prompt')} Filled: all tokens against all tokens, with its 95 % interval. Dashed: as long."
+            f"{stand_for(n, 'pair of answers')} Filled: all tokens against all tokens, with its 95 % interval. "
+            "Dashed: as long."
         )
     ]
     x = Axis("tokens of an answer, × the uncompressed cache's", "×", log=True, shown=(0.5, 2.0))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from kvsuite.analysis.figure import Axis, Band, Figure, Point, Series
 from kvsuite.analysis.forced import divergences
+from kvsuite.analysis.length import named
 from kvsuite.analysis.serving import stored
 from kvsuite.analysis.table import Cell, Note, Table
 from kvsuite.margins import Margins
@@ -52,6 +53,24 @@ def quality(run: Run, tables: Mapping[str, Table]) -> list[Figure]:
     how = "Methods towards the upper left hold less and lose less. Bars: the intervals of the verdicts"
     notes = [Note(f"{how}.{' Noise: the interval of the control.' if noise else ''}")]
     return [Figure("tradeoff:quality", "Task score against bytes", _bytes(run), y, series, bands, notes=notes)]
+
+
+def length(run: Run, tables: Mapping[str, Table]) -> list[Figure]:
+    """Cost of the answers to chats (the paper's Fig. 4, over bytes)."""
+    held, found = _held(run, tables), []
+    for key, table in tables.items():
+        costs = {row.key[0]: row.cells["cost"] for row in table.rows if key.startswith("length:")}
+        known = {arm: c for arm, c in costs.items() if c.value is not None and c.low is not None and arm in held}
+        series = [Series(arm, arm, [_point(held[arm], c)]) for arm, c in known.items() if not run.is_control(arm)]
+        series = [s for s in series if s.arm != run.baseline]
+        if series:
+            noise = [c for arm, c in costs.items() if arm == named(run.baseline, True) or run.is_control(arm)]
+            bands = [Band("noise", c.low, c.high) for c in noise[:1] if c.low is not None]
+            y = Axis("tokens of all answers, × the uncompressed cache's", "×", log=True, shown=(1.0,))
+            how = "Bars: 95 % intervals over prompts. Noise: the interval of the control."
+            title = f"Length of answers against bytes, {key.removeprefix('length:')}"
+            found.append(Figure(f"tradeoff:{key}", title, _bytes(run), y, series, bands, notes=[Note(how)]))
+    return found
 
 
 def _bytes(run: Run) -> Axis:

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 from kvsuite.analysis.divergence import Divergence
 from kvsuite.analysis.forced import divergences
-from kvsuite.analysis.length import LengthRow, length_rows
+from kvsuite.analysis.length import LengthRow, length_rows, named
 from kvsuite.analysis.samples import SampleRow, sample_rows
-from kvsuite.analysis.shortfall import Share, Who, shares
+from kvsuite.analysis.shortfall import Share, Who, shares, total
 from kvsuite.analysis.table import Cell, Column, Note, Row, State, Table, errors, infos, span
 from kvsuite.analysis.tables.shared import dtype_notes, failed, floor, served, setting
 from kvsuite.readers.run import answers as task_answers
-from kvsuite.records import Answer, Run
+from kvsuite.records import REFERENCE, Answer, Run, is_reference
 from kvsuite.tasks.reference import PREFIX
 
 PARTED = Column("parted", "parts after", "tokens", "range")
@@ -27,7 +27,7 @@ FRAGMENTED = 0.05
 
 def answers(run: Run) -> list[Table]:
     """One table a task."""
-    known, arms = list(task_answers(run)), shares(run)
+    known, arms = list(task_answers(run, references=True)), shares(run)
     found = []
     for task in dict.fromkeys(a.task for a in known):
         mine = [a for a in known if a.task == task]
@@ -173,16 +173,20 @@ def _length(task: str, answers: Sequence[Answer], shares: Mapping[Who, Share], r
     rows, where = length_rows(answers, run.baseline), run.facts["settings"]
     how = f"temperature {where['temperature']:g}" if where["temperature"] else "greedy"
     cap = max(a.cap for a in answers)
-    title = f"{task} · {_counted('prompts', shares)}, at most {cap} tokens, {how} · {setting(run)}"
-    there = {(row.method, row.repeat) for row in rows}
-    rows += [LengthRow(*who, 0, 0, "") for who in shares if who not in there]
+    repeats = max(repeat for _, repeat in shares)
+    many = f", {repeats} answers each" if repeats > 1 else ""
+    title = f"{task} · {_counted('prompts', shares)}{many}, at most {cap} tokens, {how} · {setting(run)}"
+    there, arms = {row.name for row in rows}, _arms(shares, run)
+    rows += [LengthRow(method, control, 0, 0, "") for method, control in arms if named(method, control) not in there]
     said = [
         f"Cost is the tokens of all answers against {run.baseline}'s to the same prompts, one cap for both; its "
         "interval resamples prompts. An answer at its cap counts as that long: more cap may show more effect.",
-        "1.5× and 2/3 count answers at least that much longer, at most that short: with no effect, as many of both. "
+        "1.5× and 2/3 count answers at least that much longer, at most that short"
+        + (f", than {run.baseline}'s with other noise" if any(row.control for row in rows) else "")
+        + ": with no effect, as many of both. "
         f"D: percent of answers with D = 1 - tokens / {run.baseline}'s at -50 % or less : at 50 % or more.",
     ]
-    controls = [(_arm(row), row.pairs, row.same) for row in rows if run.is_control(row.method)]
+    controls = [(row.name, row.pairs, row.same) for row in rows if run.is_control(row.method)]
     notes = [*_lost(shares), *infos(said), *floor(run, controls)]
     columns = [Column("cost", "cost", "×"), Column("cost", "95 %", "×", "ends"), Column("tokens", "tokens", "tokens")]
     columns += [Column("capped", "at cap"), Column("longer", "1.5×"), Column("shorter", "2/3")]
@@ -199,15 +203,22 @@ def _length(task: str, answers: Sequence[Answer], shares: Mapping[Who, Share], r
             )
         )
         notes += dtype_notes(run)
-    if any(row.repeat for row in rows):
+    if any(row.control for row in rows):
         notes.append(Note("full, other seed is the noise of sampling itself: what stays inside it is not an effect."))
-    notes += failed([(_arm(row), row.error) for row in rows if row.failed])
-    drawn = [_row(_arm(row), shares[row.method, row.repeat], _length_cells(row)) for row in rows]
+    if any(is_reference(row.method) for row in rows):
+        notes.append(Note(f"{REFERENCE}…: the uncompressed cache at that temperature, an effect that one knows."))
+    notes += failed([(row.name, row.error) for row in rows if row.failed])
+    drawn = [_row(row.name, total(arms[row.method, row.control]), _length_cells(row)) for row in rows]
     return Table(f"length:{task}", title, ("method",), columns, drawn, notes)
 
 
-def _arm(row: LengthRow) -> str:
-    return f"{row.method}, other seed" if row.repeat else row.method
+def _arms(shares: Mapping[Who, Share], run: Run) -> dict[tuple[str, bool], list[Share]]:
+    """Repeats by arm: a method, and the baseline's last as its control."""
+    last = max((repeat for method, repeat in shares if method == run.baseline), default=0)
+    found: dict[tuple[str, bool], list[Share]] = {}
+    for (method, repeat), share in shares.items():
+        found.setdefault((method, method == run.baseline and 0 < repeat == last), []).append(share)
+    return found
 
 
 def _length_cells(row: LengthRow) -> dict[str, Cell]:

@@ -7,7 +7,8 @@ import statistics
 
 from kvsuite.analysis.costs import sample_seconds
 from kvsuite.analysis.effects import Part, compare
-from kvsuite.analysis.runs import OTHER_SEED, noise
+from kvsuite.analysis.length import OTHER_SEED
+from kvsuite.analysis.runs import noise
 from kvsuite.analysis.speed import blocks_needed, log_speeds
 from kvsuite.analysis.stats import FEW
 from kvsuite.analysis.table import Cell, Column, Note, Row, Table, errors, infos

@@ -18,6 +18,7 @@ const Answers = (() => {
   // --- figures: a row's name, and what stands for a side; a row in which nothing is known is left out
 
   const share = (part, whole) => (part && whole ? `${number((100 * part) / whole, 1)} %` : null);
+  const lost = (name) => (side) => (side.loss && known(side.loss[name]) ? `${number(100 * side.loss[name], 1)} %` : null);
   const FIGURES = [
     ["score", (side) => (known(side.score) ? number(side.score, 2) : null)],
     ["tokens of the answer", (side) => (known(side.tokens) ? `${side.tokens} of at most ${side.cap}` : null)],
@@ -33,6 +34,15 @@ const Answers = (() => {
     ["perplexity of the forced text", (side) => (known(side.perplexity) ? number(side.perplexity, 3) : null)],
     ["KL from the baseline, mean, nats", (side) => (side.kl ? number(mean(side.kl), 5) : null)],
     ["another most likely token", (side) => (side.kl ? `at ${(side.flips || []).length} of ${side.kl.length}` : null)],
+    ["the reference's sentence", (side) => (side.loss && side.loss.span) || null],
+    ["of its tokens kept when the answer begins", lost("span_kept")],
+    ["heads that hold none of them", lost("span_gone")],
+    ["attention to tokens not held, over the answer", lost("attention")],
+    ["the same where the answers part", lost("parting")],
+    ["error of K, of that sentence", lost("span_k_error")],
+    ["error of V, of that sentence", lost("span_v_error")],
+    ["error of K, of the prompt", lost("k_error")],
+    ["error of V, of the prompt", lost("v_error")],
     ["seconds to the first token", (side) => (side.ttft ? number(side.ttft, 2) : null)],
     ["seconds to the end", (side) => (side.e2e ? number(side.e2e, 2) : null)],
   ];

@@ -4,7 +4,7 @@ Unpacked, they are ``{"run", "baseline", "verdicts", "left_out", "samples"}``: t
 for what became of an answer (the worst first), and how many answers were left out. A sample has ``task``, ``type``,
 ``sample``, ``prompt`` (its end), ``bases`` (the baseline's answers) and ``pairs``. A pair has ``arm``, ``verdicts``,
 ``base`` (its place in ``bases``, or null), ``token`` and ``character`` (places of the first difference, from 0, or
-null) and ``answer``. Figures of an answer that are nothing are left out.
+null) and ``answer``, with ``loss`` where that was looked at. Figures of an answer that are nothing are left out.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvsuite.analysis.pairs import VERDICTS, Pair, perplexity
 from kvsuite.analysis.report import Report
-from kvsuite.records import Answer, Forced, Served
+from kvsuite.records import Answer, Forced, Job, Loss, Served
 
 LIMIT = 3_500_000
 """Characters that the answers of all runs of a page may take."""
@@ -26,6 +26,18 @@ COLUMNS = (
     "fragmentation", "path",
 )  # fmt: skip
 """What is told of an answer as its record has it."""
+LOST = (
+    "kept",
+    "span",
+    "span_kept",
+    "span_gone",
+    "attention",
+    "parting",
+    "k_error",
+    "v_error",
+    "span_k_error",
+    "span_v_error",
+)
 
 
 def payload(report: Report, limit: int = LIMIT) -> str:
@@ -49,6 +61,7 @@ def _document(report: Report, chosen: Sequence[Pair]) -> dict[str, Any]:
     """Answers to one sample stand together: what they have in common is then packed once."""
     samples: dict[tuple[str, str], dict[str, Any]] = {}
     places: dict[int, int] = {}
+    losses = {r.job: r for r in report.run.records if isinstance(r, Loss) and r.status == "ok"}
     for pair in chosen:
         a, b = pair.answer, pair.base
         new = {"task": a.task, "type": a.type, "sample": a.sample, "prompt": "", "bases": [], "pairs": []}
@@ -60,7 +73,13 @@ def _document(report: Report, chosen: Sequence[Pair]) -> dict[str, Any]:
         place = None if b is None else places[id(b)]
         where = {"token": pair.token, "character": pair.character}
         sample["pairs"].append(
-            {"arm": pair.arm, "verdicts": pair.verdicts, "base": place, **where, "answer": _answer(a)}
+            {
+                "arm": pair.arm,
+                "verdicts": pair.verdicts,
+                "base": place,
+                **where,
+                "answer": _answer(a) | _loss(losses, a),
+            }
         )
     return {
         "run": report.run.folder.resolve().name,
@@ -69,6 +88,15 @@ def _document(report: Report, chosen: Sequence[Pair]) -> dict[str, Any]:
         "left_out": len(report.pairs) - len(chosen),
         "samples": list(samples.values()),
     }
+
+
+def _loss(losses: Mapping[Job | None, Loss], a: Answer) -> dict[str, Any]:
+    """What the cache had lost (``kvsuite why``), where that was looked at."""
+    loss = losses.get(Job("why", a.method, a.task, a.sample, a.repeat))
+    if loss is None:
+        return {}
+    found = {name: getattr(loss, name) for name in LOST}
+    return {"loss": {name: x for name, x in found.items() if x not in (None, "")}}
 
 
 def _answer(a: Answer) -> dict[str, Any]:

@@ -1,0 +1,145 @@
+"""``kvsuite paper``: every figure and table of the paper beside what its artifact's data give, and ours.
+
+``paper.json`` holds what the paper says, and why something is not reproduced here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from kvsuite import readers
+from kvsuite.analysis.length import length_rows
+from kvsuite.analysis.samples import Broken
+from kvsuite.analysis.table import Cell, Column, Note, Row, Table, infos
+from kvsuite.analysis.tables.negatives import NOISE, Compared, Counts, counted
+from kvsuite.columns import align
+from kvsuite.errors import UsageError, unknown
+from kvsuite.readers.run import answers
+from kvsuite.records import Run
+
+SHOWN = (0.01, 0.10, 0.32)
+"""θ that are shown of the sweep; ``kvsuite negatives`` shows all."""
+INTRO = """# The paper's figures and tables, and ours
+
+Gao, Zhou, Sun, Zhang, Wen: *Rethinking Key-Value Cache Compression Techniques for Large Language Model Serving*, MLSys
+2025, arXiv 2503.24000. `kvsuite paper FIGURE --run RUN --artifact FOLDER` prints one of them: what the paper says, what
+the data of its artifact (github.com/LLMkvsys/rethink-kv-compression) give when they are counted again, and a run of
+ours. This page is `kvsuite paper --markdown --run reports/cpu/smoke --artifact FOLDER`."""
+Found = dict[str, str]
+"""What was counted → its figure, in words."""
+
+
+class Artifact:
+    """A clone of the paper's artifact, or any folder that holds its scores."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises UsageError where there are no scores in it."""
+        known = _known()["artifact"]
+        first = next(iter(sorted(folder.rglob(f"{known['baseline']}*_eval.json"))), None)
+        if first is None:
+            raise UsageError(f"{folder} holds no scores of the artifact ({known['baseline']}*_eval.json)")
+        self.folder, self.known = first.parent, known
+
+    @cached_property
+    def counts(self) -> Counts:
+        """Algorithm 1 by the paper's text, but with the code's ``<=``."""
+        prefixes = [self.known["baseline"], *self.known["methods"].values()]
+        (base, *others), _ = align([readers.arm(f"artifact:{self.folder}/{prefix}") for prefix in prefixes])
+        methods = dict(zip(self.known["methods"], others, strict=True))
+        return counted(Compared(base, methods, None), Broken(inclusive=True))
+
+    def figure(self, kind: str) -> Found:
+        """What its data give for one kind of figure."""
+        return {"thetas": _thetas, "types": _types}[kind](self.counts) if kind != "length" else {}
+
+
+def _known() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((files("kvsuite.analysis") / "paper.json").read_text())
+    return found
+
+
+def _of(n: int, of: int, noise: int | None = None) -> str:
+    beside = "" if noise is None else f" ({noise} by noise)"
+    return f"{n} of {of}{beside}"
+
+
+def _thetas(found: Counts) -> Found:
+    said = {
+        f"{method}, θ = {theta:.0%}": _of(n, found.eligible, counts.get(NOISE))
+        for theta, counts in found.sweep.items()
+        if theta in SHOWN
+        for method, n in counts.items()
+        if method != NOISE
+    }
+    both = {name: n for name, n in found.sets.items() if "|" not in name and n}  # those with none in common are many
+    return said | {f"{name}, θ = 10%": _of(n, found.eligible) for name, n in both.items()}
+
+
+def _types(found: Counts) -> Found:
+    return {
+        f"{kind}: {method}": _of(n, counts["eligible"], counts.get(NOISE))
+        for kind, counts in found.by_type.items()
+        for method, n in counts.items()
+        if method not in ("eligible", NOISE)
+    }
+
+
+def _length(run: Run) -> Found:
+    """Of each method's answers to chats the shares with D ≥ 50 % and D ≤ -50 %."""
+    found: Found = {}
+    chats = list(answers(run, "length"))
+    for task in dict.fromkeys(a.task for a in chats):
+        for row in length_rows([a for a in chats if a.task == task], run.baseline):
+            if row.d is not None and row.pairs and (row.control or row.method != run.baseline):
+                longer, shorter = row.d
+                found[row.name] = f"{100 * shorter:.1f} / {100 * longer:.1f} ({row.pairs} prompts)"
+    return found
+
+
+def _ours(run: Run, kind: str) -> Found:
+    if kind == "length":
+        return _length(run)
+    return {"thetas": _thetas, "types": _types}[kind](counted(Compared.of(run), Broken()))
+
+
+def figures(wanted: Sequence[str], run: Run | None, artifact: Artifact | None) -> list[Table]:
+    """The figures and tables of these keys, or all. Raises UsageError for a key that is none."""
+    known = {figure["key"]: figure for figure in _known()["figures"]}
+    if lost := next((key for key in wanted if key not in known), None):
+        raise unknown("figure or table of the paper", lost, known)
+    return [_figure(known[key], run, artifact) for key in wanted or known]
+
+
+def _figure(figure: Mapping[str, Any], run: Run | None, artifact: Artifact | None) -> Table:
+    paper = {row["what"]: row["paper"] for row in figure.get("rows", [])}
+    kind = figure.get("ours")
+    theirs = artifact.figure(kind) if artifact and kind else {}
+    mine = _ours(run, kind) if run and kind else {}
+    sides = {"paper": paper, "artifact": theirs, "ours": mine}
+    rows = [
+        Row((what,), {side: Cell(found[what]) for side, found in sides.items() if what in found})
+        for what in dict.fromkeys([*paper, *theirs, *mine])
+    ]
+    columns = [Column(side, side) for side in sides]
+    said = [Note(f"{figure['why'][0].upper()}{figure['why'][1:]}.")] if "why" in figure else []
+    said += infos([figure["differs"]] if "differs" in figure else [])
+    return Table(figure["key"], f"{figure['name']}: {figure['what']}", ("what",), columns, rows, said)
+
+
+def overview() -> Table:
+    """Every figure and table, and how it is printed or why it is not reproduced."""
+    rows = [
+        Row((figure["name"],), {"what": Cell(figure["what"]), "how": Cell(_how(figure))})
+        for figure in _known()["figures"]
+    ]
+    columns = [Column("what", "what"), Column("how", "ours")]
+    return Table("paper", "Every figure and table", ("paper",), columns, rows)
+
+
+def _how(figure: Mapping[str, Any]) -> str:
+    return str(figure["why"]) if "why" in figure else f"`kvsuite paper {figure['key']} --run RUN`"
