@@ -18,6 +18,7 @@ from kvsuite.errors import UsageError
 from kvsuite.margins import Margins
 
 if TYPE_CHECKING:
+    from kvsuite.analysis.table import Table
     from kvsuite.analysis.tables.negatives import Compared
 
 
@@ -86,6 +87,9 @@ def _negatives_options(parser: argparse.ArgumentParser) -> None:
         "--benign", choices=("mean", "median"), default="mean", help="eligible from here on, by dataset"
     )
     parser.add_argument("--inclusive", action="store_true", help="scores of exactly (1 - θ) × baseline count, too")
+    parser.add_argument(
+        "--absolute", action="store_true", help="θ is points of the score, not a part of the baseline's"
+    )
     parser.add_argument("--allow-missing", action="store_true", help="compare the samples that all have")
     _margins_option(parser)
     _plugin_option(parser)
@@ -158,7 +162,8 @@ def _negatives(asked: argparse.Namespace) -> None:
     from kvsuite.analysis.tables import negatives
     from kvsuite.report import terminal
 
-    rule, margins = Broken(asked.theta, asked.benign, asked.inclusive), Margins.parse(asked.margins)
+    rule = Broken(asked.theta, asked.benign, asked.inclusive, asked.absolute)
+    margins = Margins.parse(asked.margins)
     if asked.folder and (asked.baseline or asked.candidate or asked.control):
         raise UsageError("a run folder has its own baseline, methods and control: leave out the other options")
     if asked.folder:
@@ -192,9 +197,7 @@ def _compared(asked: argparse.Namespace) -> Compared:
 
 
 def _compare(asked: argparse.Namespace) -> None:
-    from kvsuite import readers
     from kvsuite.analysis.tables import changes
-    from kvsuite.columns import align, kinds
     from kvsuite.report import terminal
 
     margins = Margins.parse(asked.margins)
@@ -203,15 +206,25 @@ def _compare(asked: argparse.Namespace) -> None:
         one, other = map(records.read, folders)
         tables = changes.runs(one, other, margins)
     else:
-        before, after = readers.read(asked.before), readers.read(asked.after)
-        if isinstance(before, readers.Load) and isinstance(after, readers.Load):
-            tables = changes.loads(before, after)
-        else:
-            arms, left_out = align([readers.arm(asked.before), readers.arm(asked.after)], asked.allow_missing)
-            forced = readers.documents(asked.before), readers.documents(asked.after)
-            title = f"{arms[1].source} against {arms[0].source}"
-            tables = changes.arms(title, kinds(arms), forced, margins, left_out)
+        tables = _two_results(asked, margins)
     terminal.write(tables, sys.stdout, shutil.get_terminal_size().columns)
+
+
+def _two_results(asked: argparse.Namespace, margins: Margins) -> list[Table]:
+    """Two results that are no whole runs."""
+    from kvsuite import readers
+    from kvsuite.analysis.tables import changes
+    from kvsuite.columns import align, kinds
+
+    (early, alone), (late, bare) = readers.documents(asked.before), readers.documents(asked.after)
+    if early and late and alone and bare:
+        return changes.arms(f"{asked.after} against {asked.before}", {}, (early, late), margins)
+    before, after = readers.read(asked.before), readers.read(asked.after)
+    if isinstance(before, readers.Load) and isinstance(after, readers.Load):
+        return changes.loads(before, after)
+    arms, left_out = align([readers.arm(asked.before), readers.arm(asked.after)], asked.allow_missing)
+    title = f"{arms[1].source} against {arms[0].source}"
+    return changes.arms(title, kinds(arms), (early, late), margins, left_out)
 
 
 def _report(asked: argparse.Namespace) -> None:

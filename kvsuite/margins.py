@@ -16,6 +16,8 @@ class Margins:
     """Nats of KL divergence beyond the control's."""
     perplexity: float = 0.02
     """Relative."""
+    reference: float = 0.1
+    """Nats by which the log probability of a token of the reference answer may fall."""
     quality: float = 0.05
     """Points of the mean score, 0.05 is five of a hundred."""
     broken: float = 0.05

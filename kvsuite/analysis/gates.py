@@ -28,6 +28,7 @@ BETTER = {
     "bytes": -1,
     "kl": -1,
     "perplexity": -1,
+    "reference": 1,
     "quality": 1,
     "broken": -1,
     "length": 0,

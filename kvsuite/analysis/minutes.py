@@ -30,8 +30,8 @@ class Speeds:
         return (8 * (rounds + 1) + 6) * self.steps(width, width)
 
     def timing_prefill(self, length: int, rounds: int) -> float:
-        """A timed prefill: a third of the rounds, of four prefills each."""
-        return (4 * max(2, rounds // 3) + 2) * self.token * length
+        """A timed prefill: a quarter of the rounds, of four prefills each."""
+        return (4 * max(2, rounds // 4) + 2) * self.token * length
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ Tone = Literal["good", "bad", "open"]
 DAMAGE = {
     "kl": "its next words drift from the model's (KL {:.3f} beyond noise)",
     "perplexity": "it predicts text {:.0f} % worse",
+    "reference": "right answers become less likely ({:.2f} nats a token)",
     "quality": "it loses {:.0f} points of 100 on the tasks",
     "broken": "it breaks {:.0f} % of the answers that were right",
     "length": "its answers are {:.2f} times as long",

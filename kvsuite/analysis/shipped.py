@@ -15,7 +15,7 @@ from kvsuite.margins import Margins
 
 FILE = "shipped.json"
 DIRECTIONS: dict[str, Literal[-1, 0, 1]] = {
-    "kl": 1, "perplexity": 1, "quality": -1, "length": 0, "truncation": 1, "speed": -1,
+    "kl": 1, "perplexity": 1, "reference": -1, "quality": -1, "length": 0, "truncation": 1, "speed": -1,
 }  # fmt: skip
 
 

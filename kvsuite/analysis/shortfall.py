@@ -9,6 +9,7 @@ from functools import lru_cache
 from kvsuite import tasks
 from kvsuite.readers.run import answers
 from kvsuite.records import Run, Timing
+from kvsuite.tasks.reference import PREFIX
 
 Who = tuple[str, int]
 """A method and its repeat: the baseline answers chats again with other noise."""
@@ -38,7 +39,7 @@ def expected(run: Run, evaluation: str = "") -> dict[str, int]:
 def evaluation_of(run: Run, task: str) -> str:
     """What a task's answers are for, also where there are none yet."""
     seen = next((a.evaluation for a in answers(run) if a.task == task), "")
-    return seen or (tasks.task(task).evaluation if task in tasks.names() else "")
+    return seen or (tasks.task(task).evaluation if task.removeprefix(PREFIX) in tasks.names() else "")
 
 
 @lru_cache(maxsize=2)  # several tables ask for the same run

@@ -163,9 +163,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if config.option.collectonly or untold(config) or not chosen:
         return
     params = [getattr(item, "callspec", None) for item in chosen]
-    tasks = {str(p.params["kv_task"]) for p in params if p is not None and "kv_task" in p.params}
+    named = {str(p.params["kv_task"]) for p in params if p is not None and "kv_task" in p.params}
     evaluations = [m for m in EVALUATIONS if any(i.get_closest_marker(m) for i in chosen)]
     run = config.stash[SESSION]
+    tasks = named.intersection(run.options.tasks)  # pytest names a missing parameter, too
     try:
         run.choose(chosen)
         _refuse_untimed(config, evaluations, run.timed_cells)

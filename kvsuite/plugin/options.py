@@ -259,7 +259,8 @@ def _counts(value: Any) -> dict[str, int]:
     found = {}
     for item in _items("samples", value):
         name, equals, number = item.rpartition("=")
-        if equals and name not in tasks.names() and name not in tasks.made():
+        scored = name.removeprefix("reference:")
+        if equals and scored not in tasks.names() and scored not in tasks.made():
             raise unknown("task in --kv-samples", name, [*tasks.names(), *tasks.made()])
         found[name] = _whole("samples", number, 1)
     if "" not in found:

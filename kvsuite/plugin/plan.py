@@ -76,9 +76,9 @@ def _seconds(session: Local, speeds: Speeds, asked: Mapping[str, Any], known: di
         return speeds.timing_prefill(int(str(asked["kv_prefill"])), o.rounds)
     if "kv_batch" in asked:
         return speeds.timing_decode(int(str(asked["kv_batch"])), o.rounds)
-    if "kv_task" not in asked:
+    name = str(asked.get("kv_task"))
+    if name not in o.tasks:
         return OTHER
-    name = str(asked["kv_task"])
     if name not in known:
         known[name] = _load(session, name)
     load = known[name]

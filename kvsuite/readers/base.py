@@ -62,10 +62,10 @@ def read(spec: str) -> Arm | Load:
     return found
 
 
-def documents(spec: str) -> Documents:
-    """The forced documents that ``spec`` names: none but of a run."""
+def documents(spec: str) -> tuple[Documents, bool]:
+    """The forced documents that ``spec`` names, none but of a run; and whether there are no answers beside them."""
     name, path, which = _named(spec)
-    return named_documents(path, which) if name == "run" else {}
+    return named_documents(path, which) if name == "run" else ({}, False)
 
 
 def _named(spec: str) -> tuple[str, str, str]:

@@ -19,14 +19,15 @@ Documents = dict[tuple[str, str], Forced]
 def read(spec: str, path: str, which: str) -> Arm:
     """The scored and chat answers of one method."""
     run = records.read(Path(path))
-    found = arms(run)
-    if not found:
+    found, forced = arms(run), documents(run)
+    if not (found or forced):
         raise UsageError(f"{path} holds no answers to tasks or chats")
     method, _, repeat = which.partition("@")
     if not which:
-        raise UsageError(
-            f"{spec}: say which method, {path}#METHOD; there are {', '.join(sorted({m for m, _ in found}))}"
-        )
+        known = ", ".join(sorted({m for m, _ in found} | forced.keys()))
+        raise UsageError(f"{spec}: say which method, {path}#METHOD; there are {known}")
+    if not found and which in forced:
+        raise UsageError(f"{spec} holds forced documents alone, no answers")
     if (method, repeat or "0") not in {(m, str(r)) for m, r in found}:
         raise unknown(f"method in {path}", which, (f"{m}@{r}" if r else m for m, r in found))
     return found[method, int(repeat or 0)]
@@ -61,9 +62,10 @@ def documents(run: Run) -> dict[str, Documents]:
     return found
 
 
-def named_documents(path: str, which: str) -> Documents:
-    """Those of the method that ``run:PATH#WHICH`` names."""
-    return documents(records.read(Path(path))).get(which.partition("@")[0], {})
+def named_documents(path: str, which: str) -> tuple[Documents, bool]:
+    """Those of the method that ``run:PATH#WHICH`` names, and whether it has no other answers."""
+    run, method = records.read(Path(path)), which.partition("@")[0]
+    return documents(run).get(method, {}), all(arm != method for arm, _ in arms(run))
 
 
 def answers(run: Run, evaluation: str = "", references: bool = False) -> Iterable[Answer]:

@@ -14,6 +14,7 @@ from kvsuite.runs.setting import Setting
 from kvsuite.tasks import Sample, Task, after_thinking
 
 if TYPE_CHECKING:
+    from kvsuite.engines.forcing import Continued
     from kvsuite.engines.transformers import TransformersEngine
 
 CALIBRATION = 1024
@@ -110,25 +111,35 @@ class Here:
 
     def _forced(self, task: Task, samples: Sequence[Sample], jobs: Collection[Job]) -> Iterator[Forced]:
         """The samples' references, forced through the caches of all arms that miss one."""
-        from kvsuite.engines.forcing import Continued, Forcing
+        from kvsuite.engines.forcing import Forcing
 
         s, arms, named = self.setting, {job.arm for job in jobs}, {sample.id: sample for sample in samples}
-        documents = []
-        for sample in samples:
-            context = self.tokenizer(sample.context)["input_ids"]
-            forced = self.tokenizer(sample.reference, add_special_tokens=False)["input_ids"]
-            request = Request(sample.id, sample.context, "", max_new_tokens=1)
-            documents.append(Continued(request, context, forced[: sample.max_new_tokens + 1]))
+        documents = [self._continued(task, sample) for sample in samples]
         methods = [m for m in s.methods if m.name in arms or m is s.methods[0]]
         forcing = Forcing(self.engine, methods, documents, s.timeout, s.memory)
         for found in forcing.run({(job.item, job.arm) for job in jobs}):
             sample = named[found.response.id]
             answer = record(task, sample, found.response, sample.max_new_tokens)
             if answer.status == "ok":
-                kl, logs = ([float(f"{x:.6g}") for x in column] for column in (found.kl, found.logs))
-                yield Forced(**vars(answer), kl=kl, flips=found.flips, logs=logs)
+                kl, logs = ([float(f"{x:.6g}") for x in column[-answer.cap :]] for column in (found.kl, found.logs))
+                yield Forced(**vars(answer), kl=kl, flips=found.flips[-answer.cap :], logs=logs)
             else:
                 yield Forced(**vars(answer))
+
+    def _continued(self, task: Task, sample: Sample) -> Continued:
+        """A document and how it goes on; or a prompt as it is asked elsewhere and its reference. Of that every token is
+        predicted from the compressed cache: what is compressed ends before the prompt's last token, or, with
+        ``compress="context"``, before the question."""
+        from kvsuite.engines.forcing import Continued
+
+        request = replace(self.request(sample), max_new_tokens=1)
+        forced = self.tokenizer(sample.reference, add_special_tokens=False)["input_ids"]
+        if task.type == "text":
+            return Continued(request, self.tokenizer(sample.context)["input_ids"], forced[: sample.max_new_tokens + 1])
+        context, suffix = self.engine.encode(request, self.setting.compress)
+        if not suffix:
+            context, suffix = context[:-1], context[-1:]
+        return Continued(request, context, [*suffix, *forced[: sample.max_new_tokens]])
 
     def request(self, sample: Sample) -> Request:
         """What the engine is asked for a sample."""

@@ -69,6 +69,9 @@ class Task:
         model."""
         return math.inf
 
+    literal: bool = True
+    """Whether a reference is an answer as the model would write it, which can be forced."""
+
     @property
     def spelled(self) -> str:
         """Canonical text: the name, and how answers are scored where that was chosen."""
@@ -99,7 +102,9 @@ def after_thinking(text: str) -> str:
     return answer.strip() if end else "" if text.lstrip().startswith("<think>") else text
 
 
-TASKS = Registry("task", "tasks", classes(Task), ("kvsuite.tasks",), ("base", "hub", "jsonl", "messages", "rows"))
+TASKS = Registry(
+    "task", "tasks", classes(Task), ("kvsuite.tasks",), ("base", "hub", "jsonl", "messages", "reference", "rows")
+)
 _FILES: dict[str, Task] = {}
 """The tasks that the user named by what they are made of, by name."""
 
@@ -116,7 +121,12 @@ def made() -> list[str]:
 
 def task(name: str) -> Task:
     """The task of that name; ``jsonl:FILE`` and ``hub:NAME`` make one, which from then on has the name of the file, or
-    NAME. Raises UsageError with the nearest known name, and for a file that is not whole."""
+    NAME; ``reference:TASK`` makes one of another's references. Raises UsageError with the nearest known name, and for a
+    file that is not whole."""
+    if name.startswith("reference:"):
+        from kvsuite.tasks.reference import Reference
+
+        return Reference(task(name.removeprefix("reference:")))
     if name.startswith(("jsonl:", "hub:")):
         return _made(name)
     if name in _FILES:

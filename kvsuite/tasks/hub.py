@@ -74,6 +74,8 @@ class Hub(Task):
     """Rows of a published dataset, shuffled by the seed, asked and scored as published. They have the length they have;
     what is too long for the model is cut in its middle or left out, as the benchmark does."""
 
+    literal = False  # a reference is JSON of columns
+
     def __init__(self, name: str, part: str, benchmark: Benchmark, place: str = "") -> None:
         self.name, self.part, self.benchmark, self.place = name, part, benchmark, place
         self.type = benchmark.type

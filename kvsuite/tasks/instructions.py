@@ -39,6 +39,7 @@ class Instructions(MessageTask):
 
     name = "instructions"
     type = "chat"
+    literal = False  # it is the rules
 
     def samples(self, count: int, lengths: Sequence[int], seed: int, tokens: Callable[[str], int]) -> list[Sample]:
         files, order = self.fetch(), random.Random(f"instructions {seed}")

@@ -23,14 +23,17 @@ WIDTH = 8
 
 
 def spreads():
-    """By endpoint, the widest: of forced text those of methods within the margins, of answers those of controls."""
+    """By endpoint, the widest: of forced text those of methods within the margins, of reference answers those of
+    methods that the score finds nothing of, of answers those of controls."""
     found = {}
-    smoke, other = read(REPORTS / "smoke"), read(REPORTS / "noise")
+    smoke, other, right = (read(REPORTS / name) for name in ("smoke", "noise", "references"))
     judged = [e for _, e in decide(forced.effects(smoke, Margins()))]
     harmless = [e for e in judged if e.verdict == "within margin"]
     harmful = [Spread.of(e, "smoke").spread / e.estimate.mean for e in judged if (e.endpoint, e.verdict) == HARMFUL]
     controls = [e for part in noise(other) for row in compare([part]) for e in row.effects]
-    for e, run in [*((e, "smoke") for e in harmless), *((e, "noise") for e in controls)]:
+    forced_answers = [e for _, e in decide(forced.effects(right, Margins())) if e.verdict != "harmful"]
+    named = {"smoke": harmless, "references": forced_answers, "noise": controls}
+    for e, run in ((e, run) for run, effects in named.items() for e in effects):
         spread = Spread.of(e, run)
         if spread.spread > 0 and spread.spread > getattr(found.get(e.endpoint), "spread", 0):
             found[e.endpoint] = spread

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from kvsuite.analysis import forced as forcing
 from kvsuite.analysis.answered import Answered, apart, extremes, shared
 from kvsuite.analysis.benchmark import score, select
 from kvsuite.analysis.effects import DEFAULT, Comparison, Part, compare, decided
@@ -26,14 +27,17 @@ from kvsuite.analysis.garbled import check
 from kvsuite.analysis.predictors import held_out
 from kvsuite.analysis.resample import Design
 from kvsuite.analysis.runs import arms, noise
+from kvsuite.analysis.shipped import Shipped, shipped
 from kvsuite.analysis.speed import blocks_needed
 from kvsuite.analysis.stats import LEVEL, Estimate, Ratio, estimate, mean_interval
+from kvsuite.analysis.tables.presets import Preset
 from kvsuite.analysis.trimmed import log_ratio_interval
-from kvsuite.analysis.verdict import Named, Verdict, decide
+from kvsuite.analysis.verdict import SPEED, Named, Verdict, decide, overall
 from kvsuite.analysis.verdict import effect as endpoint
 from kvsuite.columns import Arm, align, stack
 from kvsuite.margins import Margins
-from kvsuite.records import read
+from kvsuite.presets import PRESETS
+from kvsuite.records import Forced, read
 
 SIZE = (0.038, 0.063)
 """Where the size of a test at nominal 5 % must lie in 2,000 draws; an exact test of counts may be smaller."""
@@ -439,12 +443,14 @@ def _bounded(about: str, bounds: dict[str, tuple[float, float]], rows: Iterable[
     return [Row(about, name, share, *bounds[name], n) for name, (share, n) in _shares(rows).items()]
 
 
-def _forced(rng: np.random.Generator, kl: float, margins: Margins, documents: int = 16) -> list[tuple[str, Any]]:
+def _forced(
+    rng: np.random.Generator, kl: float, margins: Margins, documents: int = 16, skewed: bool = True
+) -> list[tuple[str, Any]]:
     """One forced pass: each document's KL beyond the control's (it varies by half), and its perplexity."""
     level = rng.gamma(4, 0.25, documents)
     noise = rng.gamma(4, 0.25, documents) * 2e-4
     beyond = kl * level + noise - rng.permutation(noise)
-    found = estimate(Design.alone(documents), [Ratio(beyond, skewed=True)], draws=200)[0]
+    found = estimate(Design.alone(documents), [Ratio(beyond, skewed=skewed)], draws=200)[0]
     logs = rng.normal(0, 0.01, documents)
     ratio = Estimate.of(math.exp(logs.mean()), float(logs.std(ddof=1)) / documents**0.5, documents - 1, log=True)
     return [
@@ -584,7 +590,7 @@ def sharp(thin: int = 1) -> list[Row]:
         "16 samples, 37.5 points lost: harmful": (0.7, 1.0), "one of four types fails: harmful": (0.9, 1.0),
         "one of four types fails: within margin": (0.0, 0.0),
     }  # fmt: skip
-    return _bounded("much harm is found", bounds, (draw(seed) for seed in range(1000 // thin)))
+    return _bounded("much harm is found", bounds, (draw(seed) for seed in range(500 // thin)))
 
 
 def failing(thin: int = 1) -> list[Row]:
@@ -656,15 +662,113 @@ def forced(thin: int = 1) -> list[Row]:
             ((_, e),) = decide([("m", e)])
             found[f"{kl:g}: harmful"] = e.verdict == "harmful"
             found[f"{kl:g}: within margin"] = e.verdict == "within margin"
+        for kl in (0.012, 0.02):
+            (_, e), _ = _forced(np.random.default_rng([21, seed]), kl, Margins(), skewed=False)
+            ((_, e),) = decide([("m", e)])
+            found[f"{kl:g}: within margin, were it by t alone"] = e.verdict == "within margin"
         return found
 
     bounds = {
+        "0.012: within margin, were it by t alone": (0.0, 1.0), "0.02: within margin, were it by t alone": (0.0, 1.0),
         "0.005: harmful": (0.0, 0.01), "0.005: within margin": (0.95, 1.0), "0.012: harmful": (0.0, 0.01),
         "0.012: within margin": (0.9, 1.0), "0.02: harmful": (0.0, SIZE[1]), "0.02: within margin": (0.0, 0.07),
         "0.07: harmful": (0.95, 1.0), "0.07: within margin": (0.0, 0.0),
     }  # fmt: skip
     about = "KL of 16 documents, margin .02 (skewed: Hall's correction on the safe side)"
     return _bounded(about, bounds, (draw(seed) for seed in range(DRAWS // thin)))
+
+
+def _read(moved: np.ndarray) -> dict[tuple[str, str], Forced]:
+    """Reference answers of one token each, whose log probability moved so much."""
+    names = [f"n{i}" for i in range(len(moved))]
+    task = "reference:needle"
+    return {
+        (task, name): Forced("m", task=task, sample=name, logs=[float(x) - 1])
+        for name, x in zip(names, moved, strict=True)
+    }
+
+
+def answers(thin: int = 1) -> list[Row]:
+    """Log probabilities of reference answers, whose noise has a spread of .05 nats: methods that make all of them a
+    little less likely, and methods that lose some altogether, 2.3 nats each, as of a digit that is guessed."""
+
+    def verdict(rng: np.random.Generator, n: int, all_by: float, lost: float, margin: float = 0.1) -> str:
+        moved = rng.normal(-all_by, 0.05, n) - 2.3 * (rng.random(n) < lost)
+        worst = _read(np.full(n, -2.3))  # of another method, as there is one in most runs
+        arms = {name: (own, _read(np.zeros(n))) for name, own in (("m", _read(moved)), ("other", worst))}
+        (_, e), _ = forcing.references(arms, replace(Margins(), reference=margin), n, draws=200)
+        ((_, e),) = decide([("m", e)])
+        return str(e.verdict)
+
+    def draw(seed: int) -> dict[str, bool]:
+        rng, found = np.random.default_rng([19, seed]), {}
+        found["64 answers, no effect, margin 0: harmful"] = verdict(rng, 64, 0, 0, 0) == "harmful"
+        found["64 answers, .15 nats less likely: harmful"] = verdict(rng, 64, 0.15, 0) == "harmful"
+        found["64 answers, one in five lost: harmful"] = verdict(rng, 64, 0, 0.2) == "harmful"
+        for n in (64, 160, 400):
+            found[f"{n} answers, one in twenty lost: within margin"] = verdict(rng, n, 0, 0.05) == "within margin"
+        found["160 answers, no effect: within margin"] = verdict(rng, 160, 0, 0) == "within margin"
+        return found
+
+    off = 2.6 * math.sqrt(LEVEL * (1 - LEVEL) / 500)
+    bounds = {
+        "64 answers, no effect, margin 0: harmful": (LEVEL - off, LEVEL + off),
+        "64 answers, .15 nats less likely: harmful": (0.95, 1.0),
+        "64 answers, one in five lost: harmful": (0.8, 1.0), "160 answers, no effect: within margin": (0.95, 1.0),
+        **{f"{n} answers, one in twenty lost: within margin": (0.0, 0.07) for n in (64, 160, 400)},
+    }  # fmt: skip
+    about = "reference answers, margin .1 nats a token (one in twenty lost is .115)"
+    return _bounded(about, bounds, (draw(seed) for seed in range(500 // thin)))
+
+
+def deciding(thin: int = 1) -> list[Row]:
+    """All methods of a preset without an effect, with the spreads that our published runs show: how many are cleared by
+    what decides there?"""
+    rows, known = [], shipped()
+    for name, raw in PRESETS.items():
+        preset = Preset.of(name, raw, "")
+        decides = [x for x in preset.effects(known) if x not in preset.margins.veto]
+        damage = [x for x in decides if x != SPEED]
+        cleared: dict[str, list[float]] = {"no damage": [], "speed": []}
+        draws = 200 // thin
+        for seed in range(draws):
+            rng = np.random.default_rng([20, seed])
+            methods = [f"m{at}" for at in range(preset.methods)]
+            found = decide([(m, _null(rng, x, preset, known)) for m in methods for x in decides], preset.margins)
+            said = {m: overall([e for who, e in found if who == m]) for m in methods}
+            fast = [e.verdict == "within margin" for _, e in found if e.endpoint == SPEED]
+            cleared["no damage"].append(sum(x == "within margin" for x in said.values()) / len(said))
+            cleared["speed"].append(sum(fast) / len(fast))
+        about = "methods without an effect that a preset clears"
+        what = {"no damage": " and ".join(damage), "speed": "speed"}
+        rows += [
+            Row(about, f"{name}: {what[key]}", sum(x) / len(x), 0.8, 1.0, draws * preset.methods)
+            for key, x in cleared.items()
+        ]
+    return rows
+
+
+def _null(rng: np.random.Generator, name: str, preset: Preset, known: Shipped) -> Any:
+    """An endpoint of a method that does nothing, measured once more."""
+    n, spread, margin = preset.effects(known)[name].n, known.spreads[name], getattr(preset.margins, name)
+    if name == "quality":
+        moved = rng.choice([-1.0, 0.0, 1.0], n, p=[spread.share / 2, 1 - spread.share, spread.share / 2])
+        return endpoint(name, _once(Ratio(moved, paired=True, bounds=(-1, 1))), margin, -1, n)
+    if name == "kl":  # as far from 0 as those that we measured: it varies by half
+        return endpoint(name, _once(Ratio(2 * spread.spread * rng.gamma(4, 0.25, n), skewed=True)), margin, 1, n)
+    if name == "reference":
+        moved, room = rng.normal(0, spread.spread, n), spread.room
+        ratio = Ratio(moved, large=np.abs(moved) >= room / 2, room=(room, room), skewed=True)
+        return endpoint(name, _once(ratio), margin, -1, n)
+    if name == SPEED:
+        return endpoint(name, log_ratio_interval(rng.normal(0, spread.spread, n)), margin, -1, n, ratio=True)
+    seen = _once(Ratio(rng.normal(0, spread.spread, n), skewed=True))
+    found = Estimate.of(math.exp(seen.mean), seen.se, seen.df, log=True, skew=seen.skew)
+    return endpoint(name, found, margin, 1, n, ratio=True)
+
+
+def _once(ratio: Ratio) -> Estimate:
+    return estimate(Design.alone(len(ratio.top)), [ratio], draws=200)[0]
 
 
 GARBAGE: dict[str, Callable[[list[str], int, random.Random], str]] = {
@@ -711,7 +815,7 @@ def garbage(thin: int = 1) -> list[Row]:
 
 WORLDS = (
     null, family, effect, few, scrambler, power, selection, blocks, timing, shuffled, documents, rare, capped,
-    repeated, truncated, sharp, failing, forced, garbage,
+    repeated, truncated, sharp, failing, forced, answers, deciding, garbage,
 )  # fmt: skip
 DOCUMENT = Path(__file__).parents[2] / "docs" / "statistics.md"
 MARK = "<!-- what follows is written by: python -m suites.checks.simulations -->"

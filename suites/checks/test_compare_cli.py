@@ -16,7 +16,7 @@ from kvsuite.cli import main
 from kvsuite.records import Answer, RunFolder, Timing, encode, read
 from kvsuite.report import terminal
 from suites.checks.drawn import words
-from suites.checks.test_decision import forced
+from suites.checks.test_decision import forced, references
 
 FACTS = {
     "model": {"name": "tiny", "fingerprint": "1"}, "texts": {"chat": "2"}, "settings": {"cap": 200, "temperature": 0},
@@ -257,8 +257,25 @@ def test_forced_documents_of_two_methods_are_compared_in_one_family_with_their_a
     assert 0.0001 < one < 0.6
     assert other == pytest.approx(one * 3 / 2), "four tests, of which one has a smaller p, beside two"
     assert shown.cell("forced documents", "before").value == 0
-    left("documents", *forced("full"), *forced("m", 0.02))
-    assert "no answers to tasks or chats" in one_line(told("compare", "documents#full", "documents#m"))
+
+
+def test_forced_documents_alone_are_compared(told):
+    left("documents", *forced("full"), *forced("m", 0.09, 0.08))
+    code, out, err = told("compare", "documents#full", "documents#m")
+    assert (code, err) == (0, "")
+    assert "documents#m against documents#full" in out
+    assert "Worse (p < 5 % after Holm): forced documents: kl; forced documents: perplexity." in out
+    left("chats", *chats("full"))
+    assert "documents#m holds forced documents alone, no answers" in one_line(
+        told("compare", "chats#full", "documents#m")
+    )
+    assert "there are full, m" in one_line(told("compare", "documents", "documents#m"))
+    left("early", *references("full"), *references("m"))
+    left("late", *references("full"), *references("m", 0.3))
+    for pair in (("early", "late"), ("early#m", "late#m")):
+        assert "reference." in told("compare", *pair)[1].partition("Worse (p < 5 % after Holm): ")[2].partition("\n")[0]
+    left("others", *(replace(r, sample=f"x{r.sample}") for r in forced("m", 0.09)))
+    assert "no document in common" in one_line(told("compare", "documents#full", "others#m"))
 
 
 PAIRED = ("kl", "perplexity")

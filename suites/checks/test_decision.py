@@ -117,6 +117,60 @@ def test_tasks_can_only_veto():
     assert said.startswith("damaged: tasks -100 pt")
 
 
+def references(method, by=0.0, lost=0, n=160, kl=0.0):
+    """Reference answers of five tokens, each ``by`` nats less likely; ``lost`` of them 2.3 nats less."""
+    draw, own = np.random.default_rng(4), np.random.default_rng([*method.encode()])
+    logs, noise = -draw.exponential(1, (n, 5)), own.normal(0, 0.05, (n, 5)) * (method != "full")
+    logs = logs + noise - by - 2.3 * (np.arange(n) < lost)[:, None]
+    known = {"task": "reference:needle", "type": "synthetic", "tokens": [1], "cap": 5, "kl": [kl] * 5, "flips": [0] * 5}
+    return [Forced(method, sample=f"r{i}", cluster=f"r{i}", logs=own.tolist(), **known) for i, own in enumerate(logs)]
+
+
+@pytest.mark.parametrize(
+    ("by", "lost", "n", "verdict"),
+    [
+        (0.0, 0, 160, "within margin"),
+        (0.0, 0, 32, "undecided"),  # of which one in ten could be lost, and none be seen
+        (0.2, 0, 32, "harmful"),
+        (0.0, 32, 160, "harmful"),
+        (0.0, 7, 160, "undecided"),
+        (-0.2, 0, 160, "within margin"),
+    ],
+)
+def test_reference_answers(by, lost, n, verdict):
+    arms = [references("full", n=n), references("jitter", n=n), references("other", lost=n, n=n)]
+    found = report(forced("m", 0.002, 0.001), *arms, references("m", by, lost, n), methods=("m", "other"))
+    cell = found.cell("verdicts", ("m", "reference"), "effect")
+    assert cell.verdict == verdict
+    assert cell.value == pytest.approx(-by - 2.3 * lost / n, abs=0.01)
+    assert cell.limits == (-0.1, np.inf)
+    words = found.cell("decision", "m", "decision").value
+    said = {"within margin": "no damage", "harmful": "damaged: reference answers -0", "undecided": "cannot tell: "}
+    assert words.startswith(said[verdict])
+    assert ("m", "reference") in [row.key for row in found.table("verdicts").rows]
+    assert ("jitter", "reference") not in [row.key for row in found.table("verdicts").rows], "a control is no method"
+
+
+def test_divergence_is_of_running_text_alone():
+    alone = report(forced("m", 0.002, 0.001)).cell("verdicts", ("m", "kl"), "effect")
+    arms = [references(arm, kl=3.0) for arm in ("full", "jitter", "m")]
+    found = report(forced("m", 0.002, 0.001), *arms)
+    assert found.cell("verdicts", ("m", "kl"), "effect").value == alone.value
+    assert found.cell("divergence:reference:needle", "m", "kl").value == pytest.approx(3)
+    assert found.cell("divergence:document", "m", "kl").value < 0.01
+
+
+def test_reference_answers_that_are_missing_clear_nobody():
+    records = [forced("full"), forced("jitter", NOISE), forced("m", 0.002, 0.001)]
+    records += [references("full"), references("jitter"), references("m")[:100]]
+    wanted = {"document": DOCUMENTS, "reference:needle": 160}
+    facts = {"margins": SMOKE, "methods": ["full", "jitter", "m"], "finished": "now"}
+    found = analyse(run(*records, **facts, expected={"samples": wanted}))
+    assert found.cell("verdicts", ("m", "reference"), "effect").lacking == (100, 160)
+    assert found.cell("verdicts", ("m", "kl"), "effect").lacking is None
+    assert found.cell("decision", "m", "decision").value == "partial: answers are missing"
+
+
 def test_documents_that_are_missing_clear_nobody():
     headline, said = decided(forced("m", 0.002, 0.001, n=9))
     assert (headline, said) == ("m: cannot tell yet", "partial: answers are missing")

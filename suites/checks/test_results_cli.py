@@ -108,6 +108,14 @@ def test_the_json_is_the_issues_shape_and_nothing_else(told, control):
     assert err.startswith(said["none" if not control else "noise" if floor else "identical"])
 
 
+def test_theta_may_be_points_of_the_score(told):
+    """Halved scores of .75 and 1 lost half of themselves, but .375 and .5 points."""
+    for rule, negatives in (((), 12), (("--absolute",), 6)):
+        words = ["negatives", *ARGS, *CONTROL, "--theta", "0.4", *rule]
+        assert json.loads(told(*words, "--json")[1])["methods"]["m"]["negatives"] == negatives
+    assert "below the baseline's score less 0.4" in " ".join(told(*words)[1].split())
+
+
 def test_the_json_counts_right(told):
     found = json.loads(told("negatives", *ARGS, *CONTROL, "--json")[1])
     m = found["methods"]["m"]

@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvsuite.records import Answer, Timing, read
+from kvsuite import tasks
+from kvsuite.records import Answer, Forced, Timing, read
 from suites.checks.table import has_compiler
 from suites.checks.tiny import METHODS, left
 
@@ -46,6 +49,30 @@ def test_a_run_leaves_records_and_a_report(run):
     ):
         assert said in report
     result.stdout.fnmatch_lines(["Scored and timed: the same *", "report: left/report.html*"])
+
+
+def test_references_are_forced_behind_their_prompts(run, world):
+    """Every token of a reference is predicted, with the log probability of one pass over prompt and reference."""
+    assert run("samples", "--kv-tasks", "reference:needle,needle", "--kv-methods", "full,int8").ret == 0
+    forced = [r for r in left(Answer) if isinstance(r, Forced)]
+    assert {(r.method, r.task, r.type) for r in forced} == {
+        (method, "reference:needle", "synthetic") for method in ("full", "jitter", "int8")
+    }
+    assert {len(column) for r in forced for column in (r.kl, r.flips, r.logs)} == {5}, "the digits"
+    model, tokenizer = (c.from_pretrained(world / "model") for c in (AutoModelForCausalLM, AutoTokenizer))
+    samples = tasks.task("needle").samples(3, [256], 0, lambda text: len(tokenizer(text)["input_ids"]))
+    for sample in samples:
+        ids = tokenizer(sample.context + sample.question + sample.reference, return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            logs = model(ids).logits[0].float().log_softmax(-1)[-6:-1]
+        expected = logs[range(5), ids[0, -5:]]
+        (own,) = (r.logs for r in forced if (r.method, r.sample) == ("full", sample.id))
+        assert torch.allclose(torch.tensor(own), expected, atol=0.02)
+    report = Path("left/report.md").read_text()
+    assert "## reference:needle" in report
+    assert "| int8 | reference |" in report
+    result = run("samples", "--kv-tasks", "reference:chat", "--kv-run", "other")
+    assert "answers to chat have no reference" in "".join(result.errlines)
 
 
 def test_workers_leave_the_same_records(run):

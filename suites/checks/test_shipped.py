@@ -55,14 +55,30 @@ def test_harm_that_it_promises_to_find_is_found():
     assert oracle.nct.sf(oracle.t.isf(levels[0], 15), 15, away) == pytest.approx(0.8, abs=0.06)
 
 
+@pytest.mark.parametrize("preset", asked(), ids=list(PRESETS))
+def test_what_decides_has_the_samples_to_clear(preset):
+    """An endpoint with too few, or of which nothing is known, would make every method *cannot tell*."""
+    effects = preset.effects(shipped())
+    deciding = [name for name in Margins.names() if name not in preset.margins.veto]
+    assert {"kl", "perplexity", "speed"} <= set(deciding) <= effects.keys()
+    assert {name: math.ceil(effects[name].needed) for name in deciding if effects[name].needed > effects[name].n} == {}
+
+
+def test_a_preset_takes_no_longer_than_it_says():
+    smoke, standard, paper = (seconds(preset, shipped()) for preset in asked())
+    assert smoke <= 6 * 60
+    assert standard <= 60 * 60
+    assert paper <= 8 * 3600, "overnight"
+
+
 def test_the_command(capsys, monkeypatch):
     for columns in (60, 100):
         monkeypatch.setenv("COLUMNS", str(columns))
         assert main(["plan"]) == 0
         out = " ".join(capsys.readouterr().out.split())
-        assert ["smoke 7 16 48 8 96" in out, "standard" in out, "paper" in out] == [True] * 3
+        assert ["smoke 7 16 - 48 8 " in out, "standard" in out, "paper" in out] == [True] * 3
         assert "smoke quality 48 10.0 % " in out
-        assert "not asked" in out
+        assert "convicts only" in out
     assert main(["plan", "--margins", "quality=0.2"]) == 0
     assert "smoke quality 48 20.0 % " in " ".join(capsys.readouterr().out.split())
     assert main(["plan", "--margins", "quality=2"]) == 2
@@ -74,7 +90,7 @@ def test_it_needs_no_torch():
 
 
 def test_what_can_only_convict_is_asked_where_it_must_clear():
-    for margins, said in (("", "not asked"), ("veto=", "no"), ("veto=,quality=0.9", "yes")):
+    for margins, said in (("", "convicts only"), ("veto=", "no"), ("veto=,quality=0.9", "yes")):
         _, table = presets(asked(margins)[:1], shipped())
         assert table.cell(("smoke", "kl"), "clears").value == "yes"
         assert table.cell(("smoke", "quality"), "clears").value == said

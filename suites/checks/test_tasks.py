@@ -57,6 +57,24 @@ def test_an_answer_counts_where_it_names_the_number(folder, answer, score):
     )
 
 
+def test_references_are_those_of_another_task(folder, lines):
+    scored, forced = task("needle"), task("reference:needle")
+    assert (forced.name, forced.type, forced.evaluation) == ("reference:needle", "synthetic", "divergence")
+    own, theirs = (t.samples(5, [300], 0, words) for t in (forced, scored))
+    assert [(s.context, s.question, s.reference, s.id) for s in own] == [
+        (s.context, s.question, s.reference, s.id) for s in theirs
+    ]
+    assert {s.max_new_tokens for s in own} == {1}, "what the reference has"
+    assert forced.fetch() == scored.fetch()
+    mine = task("reference:" + lines({"prompt": "1 + 1", "reference": "2"}, name="sums.jsonl"))
+    assert (mine.name, task("reference:sums").name) == ("reference:sums", "reference:sums")
+    for name in ("chat", "document", "digest", "reference:needle", "instructions"):
+        with pytest.raises(UsageError, match="have no reference"):
+            task(f"reference:{name}")
+    with pytest.raises(UsageError, match="did you mean 'needle'"):
+        task("reference:needel")
+
+
 def test_no_two_digests_are_one(folder, tmp_path):
     """A prefix cache would find the second."""
     for name in "02":

@@ -33,7 +33,7 @@ def run_cell(kv_local, benchmark, cell, make):
         def turn(side):
             return sum(side.round() for _ in range(STEPS if decodes else 1))
 
-        rounds, warm = (o.rounds, 1) if decodes else (max(2, o.rounds // 3), 0)
+        rounds, warm = (o.rounds, 1) if decodes else (max(2, o.rounds // 4), 0)
         with kv_local.progress.over(f"{cell['phase']} {cell['method']}", rounds + warm) as done:
 
             def block():

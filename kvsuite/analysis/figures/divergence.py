@@ -11,6 +11,7 @@ from kvsuite.analysis.figure import Axis, Band, Figure, Point, Series, stand_for
 from kvsuite.analysis.forced import divergences
 from kvsuite.analysis.table import Note, Table
 from kvsuite.records import Forced, Run
+from kvsuite.tasks.reference import PREFIX
 
 LEAST = 1e-6
 """Nats below which a document's divergence is drawn there."""
@@ -67,6 +68,8 @@ def _columns(run: Run) -> dict[str, list[list[float]]]:
     """By arm, without the baseline, the KL of every whole document at each position."""
     found: dict[str, list[list[float]]] = {}
     for r in run.records:
-        if isinstance(r, Forced) and r.status == "ok" and r.kl and r.method != run.baseline:
+        if not isinstance(r, Forced) or r.task.startswith(PREFIX):
+            continue
+        if r.status == "ok" and r.kl and r.method != run.baseline:
             found.setdefault(r.method, []).append(r.kl)
     return found

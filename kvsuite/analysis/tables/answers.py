@@ -14,6 +14,7 @@ from kvsuite.analysis.table import Cell, Column, Note, Row, State, Table, errors
 from kvsuite.analysis.tables.shared import dtype_notes, failed, floor, served, setting
 from kvsuite.readers.run import answers as task_answers
 from kvsuite.records import REFERENCE, Answer, Run, is_reference
+from kvsuite.tasks.reference import PREFIX
 
 PARTED = Column("parted", "parts after", "tokens", "range")
 PARTING = (
@@ -127,9 +128,10 @@ def _sample_cells(row: SampleRow) -> dict[str, Cell]:
 
 
 def _divergence(task: str, answers: Sequence[Answer], shares: Mapping[Who, Share], run: Run) -> Table:
-    seen = divergences(run)
+    answer, seen = task.startswith(PREFIX), divergences(run, task)
     positions = max((d.divergence.n for d in seen.values()), default=0)
-    title = f"{task} · {_counted('documents', shares)}, {positions:,} forced tokens · {setting(run)}"
+    counted = _counted("references" if answer else "documents", shares)
+    title = f"{task} · {counted}, {positions:,} forced tokens · {setting(run)}"
     columns = [
         Column("kl", "KL", "nats"),
         Column("kl", "95 %", "nats", "ends"),
@@ -138,8 +140,9 @@ def _divergence(task: str, answers: Sequence[Answer], shares: Mapping[Who, Share
     columns += [Column("p50", "50 % below", "nats"), Column("p99", "99 % below", "nats")]
     columns += [Column("largest", "largest", "nats"), Column("flips", "flips, %", "%", "half")]
     columns += [Column("change", "|Δ log p|", "nats"), Column("perplexity", "perplexity", "×", "range")]
+    fed = "The reference answer is fed behind its prompt" if answer else "The document's own continuation is fed"
     note = (
-        "The document's own continuation is fed to every arm's cache token by token; KL of the next token is of "
+        f"{fed} to every arm's cache token by token; KL of the next token is of "
         f"{run.baseline}'s distribution against the arm's. 95 %: of documents. Beyond noise: less the control's KL. "
         "Flips: another most likely token."
     )

@@ -8,11 +8,11 @@ from dataclasses import replace
 
 from kvsuite import records
 from kvsuite.analysis.effects import Part, compare, decided
-from kvsuite.analysis.forced import Shift, shift
+from kvsuite.analysis.forced import Shift, asked, references, shift
 from kvsuite.analysis.length import same_caps
 from kvsuite.analysis.runs import broken, changes, elsewhere, lost, speed_changes
 from kvsuite.analysis.samples import same_answers
-from kvsuite.analysis.shortfall import expected, interrupted
+from kvsuite.analysis.shortfall import interrupted
 from kvsuite.analysis.speed import compare_loads
 from kvsuite.analysis.table import Cell, Column, Note, Row, Table, errors, infos, span
 from kvsuite.analysis.tables.verdicts import COLUMNS, distinct, effect_row, endpoints, margins_text, needs, partial
@@ -44,8 +44,10 @@ def runs(one: Run, other: Run, margins: Margins) -> list[Table]:
         for arm in part.methods.values():
             same_caps(arm, part.base)
     alike = {id(part): next(iter(part.methods)) for part in shared if _same(part)}
-    shifts = _shifts(one, other)
+    read, texts, known = _read(one, other)
+    shifts = _shifts(read, texts)
     beside = [(arm, e) for arm, found in shifts.items() for e in found.effects(margins)]
+    beside += references({arm: (after, before) for arm, (before, after) in read.items()}, margins, known)
     answers, beside = decided(compare([part for part in shared if id(part) not in alike], margins), margins, beside)
     effects = [(row.method, e) for row in answers for e in distinct(row)] + beside
     notes = infos([f"The same answers in both: {', '.join(dict.fromkeys(alike.values()))}."] if alike else [])
@@ -56,7 +58,7 @@ def runs(one: Run, other: Run, margins: Margins) -> list[Table]:
         [f"BROKEN {arm}: in {run.folder} its answers are no answers." for run in (one, other) for arm in broken(run)]
     )
     speeds = speed_changes(one, other, margins)
-    if not (shared or speeds or shifts):
+    if not (shared or speeds or beside or shifts):
         raise UsageError(f"{one.folder} and {other.folder} have no method in common that answered or was timed")
     if speeds:
         notes += infos([SPEED, *elsewhere(one, other)])
@@ -64,11 +66,16 @@ def runs(one: Run, other: Run, margins: Margins) -> list[Table]:
     return [_table(title, effects + speeds, margins, notes), *_forced(title, shifts)]
 
 
-def _shifts(one: Run, other: Run) -> dict[str, Shift]:
-    """By arm, what became of its forced documents."""
+def _read(one: Run, other: Run) -> tuple[dict[str, tuple[Documents, Documents]], int, int]:
+    """By arm, its forced documents before and after; and how many documents and reference answers there were to be."""
     before, after = documents(one), documents(other)
-    asked = max(sum(expected(run, "divergence").values()) for run in (one, other))
-    found = {arm: shift(before[arm], after[arm], asked) for arm in before if arm in after}
+    texts, answers = (max(x) for x in zip(asked(one), asked(other), strict=True))
+    return {arm: (before[arm], after[arm]) for arm in before if arm in after}, texts, answers
+
+
+def _shifts(read: Mapping[str, tuple[Documents, Documents]], asked: int = 0) -> dict[str, Shift]:
+    """By arm, what became of its forced documents."""
+    found = {arm: shift(*both, asked) for arm, both in read.items()}
     return {arm: changed for arm, changed in found.items() if changed is not None}
 
 
@@ -85,9 +92,12 @@ def arms(
     left_out: Sequence[str] = (),
 ) -> list[Table]:
     """Two results of the same samples, aligned and apart as ``columns.kinds`` has them, and of the same documents.
-    Raises UsageError for a pair that has neither scores nor lengths."""
-    shifts = {DOCUMENTS: changed} if (changed := shift(*forced)) is not None else {}
+    Raises UsageError for a pair that has neither scores nor lengths, and where nothing is the same."""
+    shifts = _shifts({DOCUMENTS: forced})
     beside = [(name, e) for name, changed in shifts.items() for e in changed.effects(margins)]
+    beside += references({DOCUMENTS: forced[::-1]}, margins, 0)
+    if not (pairs or beside or shifts):
+        raise UsageError(f"{title}: they have no document in common")
     parts = [Part(one, {what: other}) for what, (one, other) in pairs.items()]
     rows, beside = decided(compare(parts, margins), margins, beside)
     for (one, other), row in zip(pairs.values(), rows, strict=True):

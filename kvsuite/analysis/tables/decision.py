@@ -22,19 +22,21 @@ COLUMNS = (
     Column("kl", "KL", "nats"),
     Column("flips", "flips, %", "%"),
     Column("perplexity", "perplexity, %", "%"),
+    Column("reference", "reference", "nats"),
     Column("quality", "tasks, pt", "pt"),
     Column("length", "length", "×"),
 )
 MEANING = (
     "of full: bytes held after the prompt. speed: of decode steps; and the context from which they are the faster, by "
     "the line through the lengths that were timed (any: at all, never: at none). "
-    "KL, flips (another most likely token), perplexity: on forced text; KL beyond the control's. tasks: change of the "
-    "mean score. A method is damaged by what is harmful below; no damage is within every margin that must be held. "
-    "Bytes and speed damage nothing."
+    "KL, flips (another most likely token), perplexity: on forced text; KL beyond the control's. reference: change of "
+    "the log probability of a token of the right answer. tasks: of the mean score. A method is damaged by what is "
+    "harmful below; no damage is within every margin that must be held. Bytes and speed damage nothing."
 )
 SAID = {
     "kl": "KL {:+.3f}",
     "perplexity": "perplexity {:+.0%}",
+    "reference": "reference answers {:+.2f} nats",
     "quality": "tasks {:+.0f} pt",
     "broken": "{:.0%} broken",
     "length": "{:.2f}× as long",
@@ -43,10 +45,10 @@ SAID = {
 MANY = 3
 """Kinds of damage that are named."""
 UNITS = {
-    "kl": "documents", "perplexity": "documents", "quality": "samples", "broken": "samples", "length": "chats",
-    "truncation": "chats",
+    "kl": "documents", "perplexity": "documents", "reference": "reference answers", "quality": "samples",
+    "broken": "samples", "length": "chats", "truncation": "chats",
 }  # fmt: skip
-EVALUATIONS = {"documents": "divergence", "samples": "samples", "chats": "length"}
+EVALUATIONS = {"documents": "divergence", "reference answers": "divergence", "samples": "samples", "chats": "length"}
 
 
 def decision(run: Run, decided: Sequence[Named]) -> list[Table]:
@@ -148,6 +150,8 @@ def _cells(
         by = seen.divergence
         found["kl"] = Cell(named["kl"].estimate.mean if "kl" in named else by.kl.mean)
         found |= {"flips": Cell(100 * by.flips.mean), "perplexity": Cell(100 * (by.perplexity.mean - 1))}
+    if reference := named.get("reference"):
+        found["reference"] = Cell(reference.estimate.mean)
     if quality := named.get("quality"):
         found["quality"] = Cell(100 * quality.estimate.mean)
     if length := named.get("length"):

@@ -189,7 +189,12 @@ def _ends(interval: Interval) -> list[float] | None:
 def tables(found: Negatives) -> list[Table]:
     """The same for a person: each method, sets and task types, other thresholds."""
     rule = found.rule
-    how = f"{rule.benign} rule, {'at most' if rule.inclusive else 'below'} {1 - rule.theta:.0%} of the baseline's score"
+    edge = (
+        f"the baseline's score less {rule.theta:g}"
+        if rule.absolute
+        else f"{1 - rule.theta:.0%} of the baseline's score"
+    )
+    how = f"{rule.benign} rule, {'at most' if rule.inclusive else 'below'} {edge}"
     counts = Table(
         "negatives",
         f"negative samples · {found.eligible} of {found.n} are eligible · {how}",

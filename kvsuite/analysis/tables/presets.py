@@ -7,19 +7,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvsuite import tasks
 from kvsuite.analysis.minutes import Load
 from kvsuite.analysis.shipped import DIRECTIONS, Shipped, Spread
 from kvsuite.analysis.stats import LEVEL
 from kvsuite.analysis.table import Cell, Column, Note, Row, Table, infos
-from kvsuite.analysis.verdict import Effect
+from kvsuite.analysis.tables.decision import UNITS
+from kvsuite.analysis.verdict import SPEED, Effect
 from kvsuite.engines.request import step_rows
 from kvsuite.margins import Margins
 from kvsuite.methods import parse_all
 from kvsuite.records import is_control
+from kvsuite.tasks.reference import PREFIX
 
-TESTS = 8
-"""Of harm, a method: the endpoints, of which length has two sides."""
-TASKS = {"kl": "document", "perplexity": "document", "quality": "needle", "length": "chat", "truncation": "chat"}
+KINDS = {"samples": "samples", "length": "chats", "divergence": "documents"}
+"""By evaluation, what its tasks are counted in."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,24 @@ class Preset:
     together: int
     """Sequences that are decoded together."""
     margins: Margins
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Of each kind, those of all tasks: an endpoint rests on them together."""
+        found: dict[str, int] = {}
+        for task, n in self.samples.items():
+            found[kind(task)] = found.get(kind(task), 0) + n
+        return found
+
+    def effects(self, known: Shipped) -> dict[str, Effect]:
+        """By endpoint, that of a method without an effect, at the strictest levels of Holm's correction. *broken* has
+        no spread, but its test."""
+        counts = self.counts | {SPEED: self.rounds}
+        sizes = {name: counts.get(UNITS.get(name, SPEED), 0) for name in Margins.names()}
+        tests = sum(1 + (name == "length") for name, n in sizes.items() if n)
+        levels = (LEVEL / (self.methods * tests), LEVEL / self.methods)
+        asked = {name: spread for name, spread in known.spreads.items() if sizes[name]}
+        return {name: spread.effect(name, sizes[name], self.margins, levels) for name, spread in asked.items()}
 
     @classmethod
     def of(cls, name: str, raw: Mapping[str, Any], margins: str) -> Preset:
@@ -65,10 +85,15 @@ def presets(asked: Sequence[Preset], known: Shipped) -> list[Table]:
     """Time and samples of every preset, and which effects they decide."""
     drawn = []
     for preset in asked:
-        cells = {task: Cell(n) for task, n in preset.samples.items()} | {"methods": Cell(preset.methods)}
+        cells = {what: Cell(n) for what, n in preset.counts.items()} | {"methods": Cell(preset.methods)}
         drawn.append(Row((preset.name,), cells | {"cap": Cell(preset.cap), "time": Cell(seconds(preset, known))}))
-    columns = [Column("methods", "methods"), Column("document", "documents"), Column("needle", "samples")]
-    columns += [Column("chat", "chats"), Column("cap", "at most", "tokens"), Column("time", "time", "s", "clock")]
+    columns = [
+        Column("methods", "methods"),
+        Column("documents", "documents"),
+        Column("reference answers", "references"),
+    ]
+    columns += [Column("samples", "samples"), Column("chats", "chats"), Column("cap", "at most", "tokens")]
+    columns.append(Column("time", "time", "s", "clock"))
     said = [
         f"time: about, with {known.model} on {known.machine}, chats counted with most of their cap; the published run "
         f"of smoke took {known.took / 60:.1f} min there. A run says first how long it will take where it is.",
@@ -80,31 +105,31 @@ def presets(asked: Sequence[Preset], known: Shipped) -> list[Table]:
 def _decides(asked: Sequence[Preset], known: Shipped) -> Table:
     rows = []
     for preset in asked:
-        levels = (LEVEL / (preset.methods * TESTS), LEVEL / preset.methods)
-        for endpoint, spread in known.spreads.items():
-            n = preset.samples[TASKS[endpoint]] if endpoint in TASKS else preset.rounds
-            e = spread.effect(endpoint, n, preset.margins, levels)
+        for endpoint, e in preset.effects(known).items():
             veto = endpoint in preset.margins.veto
-            scale, unit = (1, "nats") if endpoint == "kl" else (100, "%")
-            cells = {
-                "samples": Cell(n),
-                "margin": Cell(scale * e.margin, unit=unit),
-                "needs": Cell(math.ceil(e.needed)),
-            }
-            cells["clears"] = Cell("not asked" if veto else "yes" if e.needed <= n else "no")
-            cells["harm"] = Cell(scale * harm(e, spread), unit=unit)
+            scale, unit = (1, "nats") if endpoint in ("kl", "reference") else (100, "%")
+            cells = {"samples": Cell(e.n), "margin": Cell(scale * e.margin, unit=unit)}
+            cells["needs"] = Cell(math.ceil(e.needed))
+            cells["clears"] = Cell("convicts only" if veto else "yes" if e.needed <= e.n else "no")
+            cells["harm"] = Cell(scale * harm(e, known.spreads[endpoint]), unit=unit)
             rows.append(Row((preset.name, endpoint), cells))
     columns = [Column("samples", "samples"), Column("margin", "margin"), Column("needs", "needs")]
     columns += [Column("clears", "clears"), Column("harm", "harm from")]
     runs = ", ".join(f"reports/cpu/{run}" for run in dict.fromkeys(s.run for s in known.spreads.values()))
     note = (
         "needs: samples with which a method without an effect is found within its margin 4 times of 5; clears: whether "
-        "the preset has them (not asked: the endpoint can only convict). harm from: the smallest effect that is found "
-        "harmful 4 times of 5. Both at the strictest level of Holm's correction. The "
+        "the preset has them (convicts only: the endpoint clears nobody, and no method needs it to). harm from: the "
+        "smallest effect that is found harmful 4 times of 5. Both at the strictest level of Holm's correction. The "
         "spread of KL grows with it. Spreads are those of "
-        f"{runs}; broken has none, since noise broke nothing there. Of your model: kvsuite plan RUN."
+        f"{runs}; broken, which can only convict, has none, since noise broke nothing there. Of your model: kvsuite "
+        "plan RUN."
     )
     return Table("decides", "what they decide", ("preset", "endpoint"), columns, rows, [Note(note)])
+
+
+def kind(task: str) -> str:
+    """What a task's samples are called."""
+    return "reference answers" if task.startswith(PREFIX) else KINDS[tasks.task(task).evaluation]
 
 
 def harm(e: Effect, spread: Spread) -> float:
@@ -124,8 +149,8 @@ def seconds(preset: Preset, known: Shipped) -> float:
     speeds, total = known.speeds, 0.0
     mean = sum(preset.length) / len(preset.length)
     for task, n in preset.samples.items():
-        chat = task == "chat"
-        answer = known.answers[task] * (preset.cap if chat else 1)
+        chat = kind(task) == "chats"
+        answer = known.answers.get(task, known.answers["chat" if chat else "needle"]) * (preset.cap if chat else 1)
         answers = n * (preset.arms + chat)  # the baseline answers chats again, with other noise
         total += speeds.answering(Load(n, known.prompt if chat else mean, answer), answers, preset.together)
     for _ in range(preset.methods + 1):

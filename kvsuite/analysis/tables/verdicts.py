@@ -26,12 +26,14 @@ COLUMNS = (
     Column("visible", "visible"),
 )
 UNITS = {
-    "kl": "nats", "perplexity": "×", "quality": "pt", "broken": "%", "length": "×", "truncation": "%", "speed": "×",
+    "kl": "nats", "perplexity": "×", "reference": "nats", "quality": "pt", "broken": "%", "length": "×",
+    "truncation": "%", "speed": "×",
 }  # fmt: skip
 """Of each endpoint: points of the score, shares, multiples of the baseline."""
 ENDPOINTS = {
     "kl": "KL divergence of the next token from the baseline's, beyond the control's, in nats",
     "perplexity": "of the forced text, as a multiple",
+    "reference": "log probability of a token of the reference answers, forced behind their prompts, in nats",
     "quality": "mean score, in points of 100",
     "broken": "of the eligible samples (score at least their dataset's mean), those that lost more than a tenth of "
     "their score, beyond what noise breaks",
@@ -191,7 +193,8 @@ def _counted(found: Finding) -> Cell:
 def margins_text(margins: Margins) -> str:
     """The margins, in words."""
     signs = {"quality": "-{:g} points", "length": "±{:g} %", "speed": "-{:g} %", "kl": "+{:g} nats"}
-    shown = {name: getattr(margins, name) * (1 if name == "kl" else 100) for name in Margins.names()}
+    signs["reference"] = "-{:g} nats"
+    shown = {name: getattr(margins, name) * (1 if UNITS[name] == "nats" else 100) for name in Margins.names()}
     said = ", ".join(f"{name} {signs.get(name, '+{:g} %').format(x)}" for name, x in shown.items())
     return f"margins: {said}" + (f"; {' and '.join(margins.veto)} can only convict" if margins.veto else "")
 
