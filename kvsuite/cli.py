@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvsuite import ci, records, registry
+from kvsuite import ci, records, registry, shapes
 from kvsuite.errors import UsageError
 from kvsuite.margins import Margins
 
@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     _compare_options(commands.add_parser("compare", help="what changed from one run or result to another beyond noise"))
     _plan_options(commands.add_parser("plan", help="how many prompts and minutes decide a margin"))
     _negatives_options(commands.add_parser("negatives", help="which samples methods break, from scores you have"))
+    _crossover_options(commands.add_parser("crossover", help="where fp8 K/V is faster on a GPU, from public tables"))
     ci.add(commands)
     return parser
 
@@ -111,6 +112,34 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="RUN", nargs="?", help=what)
     _margins_option(parser)
     parser.set_defaults(run=_plan)
+
+
+def _crossover_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gpu", required=True, help="e.g. h100, h200, b200, l40s")
+    parser.add_argument("--engine", required=True, help="vllm, trtllm or sglang")
+    parser.add_argument("--model", required=True, help=f"a shape: {', '.join(shapes.SHAPES)}")
+    parser.add_argument(
+        "--kv", default="fp8", metavar="METHOD", help="measured: fp8; modelled: int4, snapkv:budget=0.25 …"
+    )
+    parser.add_argument("--batch", type=_whole, metavar="N,…", help="these batches, interpolated if need be")
+    parser.add_argument(
+        "--length", type=_whole, metavar="N,…", help="these lengths (default: the tables', from 256 on)"
+    )
+    parser.add_argument("--kernel", metavar="NAME", help="where the engine has several for one format")
+    parser.add_argument("--extrapolate", action="store_true", help="a stated model where nothing was measured")
+    parser.add_argument("--tables", type=Path, metavar="FOLDER", help="another aiconfigurator's folder systems")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="write the maps as a picture")
+    parser.add_argument("--json", action="store_true", help="every cell as numbers, for a program")
+    parser.set_defaults(run=_crossover)
+
+
+def _whole(text: str) -> list[int]:
+    """Comma-separated numbers above 0, which argparse asks for."""
+    numbers = [int(part) for part in text.split(",")]
+    if min(numbers) < 1:
+        raise ValueError
+    return numbers
 
 
 def _margins_option(parser: argparse.ArgumentParser) -> None:
@@ -210,6 +239,27 @@ def _plan(asked: argparse.Namespace) -> None:
         run, margins = records.read(Path(asked.folder)), Margins.parse(asked.margins)
         tables = [plan.plan(run, margins), *plan.blocks(run, margins)]
     terminal.write(tables, sys.stdout, shutil.get_terminal_size().columns)
+
+
+def _crossover(asked: argparse.Namespace) -> None:
+    from kvsuite.analysis.tables import crossover
+    from kvsuite.readers import aiconfigurator
+    from kvsuite.report import html, terminal
+
+    shape = shapes.shape(asked.model)
+    systems = asked.tables or aiconfigurator.home()
+    measured = aiconfigurator.measured(systems, asked.gpu, asked.engine, shape)
+    setting, found, grids = crossover.compare(measured, asked.model, shape, asked.kv, asked.kernel, asked.extrapolate)
+    cells = crossover.cells(found, grids, asked.batch, asked.length)
+    tables, maps = crossover.tables(setting, found, grids, cells), crossover.maps(cells)
+    if asked.html:
+        asked.html.write_text(html.board(setting.title, tables, maps), encoding="utf-8")
+    if asked.svg:
+        asked.svg.write_text(html.picture(setting.title, maps), encoding="utf-8")
+    if asked.json:
+        print(json.dumps(crossover.as_json(setting, found, cells), indent=1))
+    else:
+        terminal.write(tables, sys.stdout, shutil.get_terminal_size().columns)
 
 
 def _methods(asked: argparse.Namespace) -> None:
