@@ -135,10 +135,10 @@ def _crossover_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _whole(text: str) -> list[int]:
-    """Comma-separated numbers above 0, which argparse asks for."""
-    numbers = [int(part) for part in text.split(",")]
+    """Whole numbers between commas."""
+    numbers = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
     if min(numbers) < 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r}: write whole numbers above 0, separated by commas")
     return numbers
 
 
@@ -242,22 +242,22 @@ def _plan(asked: argparse.Namespace) -> None:
 
 
 def _crossover(asked: argparse.Namespace) -> None:
+    from kvsuite.analysis.crossover import compare
     from kvsuite.analysis.tables import crossover
     from kvsuite.readers import aiconfigurator
     from kvsuite.report import html, terminal
 
-    shape = shapes.shape(asked.model)
     systems = asked.tables or aiconfigurator.home()
-    measured = aiconfigurator.measured(systems, asked.gpu, asked.engine, shape)
-    setting, found, grids = crossover.compare(measured, asked.model, shape, asked.kv, asked.kernel, asked.extrapolate)
-    cells = crossover.cells(found, grids, asked.batch, asked.length)
-    tables, maps = crossover.tables(setting, found, grids, cells), crossover.maps(cells)
+    measured = aiconfigurator.measured(systems, asked.gpu, asked.engine, shapes.shape(asked.model))
+    found = compare(measured, asked.model, asked.kv, asked.kernel, asked.extrapolate)
+    cells = found.cells(asked.batch, asked.length)
+    tables, maps, title = crossover.tables(found, cells), crossover.maps(cells), crossover.title(found)
     if asked.html:
-        asked.html.write_text(html.board(setting.title, tables, maps), encoding="utf-8")
+        asked.html.write_text(html.board(title, tables, maps), encoding="utf-8")
     if asked.svg:
-        asked.svg.write_text(html.picture(setting.title, maps), encoding="utf-8")
+        asked.svg.write_text(html.picture(title, maps), encoding="utf-8")
     if asked.json:
-        print(json.dumps(crossover.as_json(setting, found, cells), indent=1))
+        print(json.dumps(crossover.as_json(found, cells), indent=1))
     else:
         terminal.write(tables, sys.stdout, shutil.get_terminal_size().columns)
 

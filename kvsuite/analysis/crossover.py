@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Literal
 
 import numpy as np
 
-from kvsuite.analysis.kernel_times import Estimate, Grid, How, Kernel
-from kvsuite.shapes import ModelShape
+from kvsuite.analysis.kernel_times import Estimate, Extended, Grid, How, Kernel, Products, weaker
+from kvsuite.analysis.kv_formats import BF16, FP8, NotMeasured, kernel_of
+from kvsuite.errors import UsageError, unknown
+from kvsuite.readers.aiconfigurator import Measured
+from kvsuite.shapes import SHAPES, ModelShape
+
+SHORTEST = 256
+"""Tokens from which on lengths of the tables are shown unasked."""
 
 Resident = Literal["", "one", "both"]
 """Whose K and V the L2 holds: nobody's, the compressed alone, or both."""
@@ -36,7 +43,7 @@ class Cell:
     @property
     def how(self) -> How:
         """What the speed rests on: the weaker of both."""
-        return max(self.plain.how, self.other.how, key=("measured", "interpolated", "modelled").index)
+        return weaker(self.plain.how, self.other.how)
 
     @property
     def resident(self) -> Resident:
@@ -63,32 +70,100 @@ class Cell:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A format against bf16 on one engine and GPU."""
+    """A format of K and V against bf16 on one engine and GPU."""
 
+    model: str
+    method: str
     shape: ModelShape
+    measured: Measured
+    grids: Mapping[str, Grid]
+    """The engine's measured kernels, by K/V dtype."""
     plain: Kernel
     other: Kernel
-    rest: Callable[[int], float | None]
-    """ms of a step's matrix products by batch; None where they are unknown."""
+    beyond: tuple[Kernel, Kernel]
+    """Both, with a model where nothing was measured."""
+
+    @property
+    def engine(self) -> str:
+        """Its name and version."""
+        return f"{self.measured.engine} {self.measured.version}"
+
+    @property
+    def bandwidth(self) -> float:
+        """Of the memory, bytes a ms."""
+        return self.measured.bandwidth / 1000
+
+    @cached_property
+    def _rest(self) -> Callable[[int], float | None]:
+        products = Products(self.measured.products, self.bandwidth)
+        return cache(lambda batch: products.ms(self.shape, batch))
 
     def cell(self, batch: int, length: int) -> Cell | None:
         """Both formats there; None where one is unknown."""
         plain, other = self.plain.at(batch, length), self.other.at(batch, length)
         if plain is None or other is None:
             return None
-        return Cell(batch, length, plain, other, self.rest(batch), self.shape.layers)
+        return Cell(batch, length, plain, other, self._rest(batch), self.shape.layers)
+
+    def cells(self, batches: Sequence[int] | None, lengths: Sequence[int] | None) -> list[Cell]:
+        """Those that are asked for, else the tables' own. Raises UsageError for one outside what is known."""
+        plain = self.grids[BF16]
+        rows, columns = batches or sorted(plain.lines), lengths or sorted({n for _, n in plain.cells if n >= SHORTEST})
+        known = {(b, n): cell for b in rows for n in columns if (cell := self.cell(b, n))}
+        asked = [(b, n) for b in batches or () for n in lengths or ()]
+        asked += [(b, columns[0]) for b in batches or () if not any(b == cell[0] for cell in known)]
+        asked += [(rows[0], n) for n in lengths or () if not any(n == cell[1] for cell in known)]
+        for batch, length in asked:
+            if (batch, length) not in known:
+                raise UsageError(_outside(plain, batch, length))
+        return list(known.values())
 
     def rate(self, kernel: Kernel, batch: int, length: int) -> tuple[float, How] | None:
         """Tokens a second of a batch, and what they rest on."""
-        attention, rest = kernel.at(batch, length), self.rest(batch)
+        attention, rest = kernel.at(batch, length), self._rest(batch)
         if attention is None or rest is None:
             return None
         return 1000 * batch / (rest + self.shape.layers * attention.ms), attention.how
 
-    def fits(self, kernel: Kernel, memory: float, length: int) -> int:
+    def fits(self, kernel: Kernel, length: int) -> int:
         """Sequences of this length whose K and V, with the weights in bf16, fit into the memory: an upper bound."""
-        free = memory - 2 * self.shape.parameters
+        free = self.measured.memory - 2 * self.shape.parameters
         return max(0, int(free // (self.shape.layers * kernel.footprint(1, length))))
+
+
+def _outside(plain: Grid, batch: int, length: int) -> str:
+    low, high = min(plain.lines), max(plain.lines)
+    said = f"batch {batch:,} × {length:,} tokens lies outside what was measured: batch {low:,}–{high:,}"
+    if low <= batch <= high:
+        line = plain.lines[min(b for b in plain.lines if b >= batch)]
+        said += f", at this one {min(line):,}–{max(line):,} tokens; --extrapolate shows a stated model there"
+    return said
+
+
+def compare(
+    measured: Measured, model: str, method: str = FP8, kernel: str | None = None, extended: bool = False
+) -> Comparison:
+    """What an engine's tables say of a method; ``kernel`` chooses where a dtype was measured with several, ``extended``
+    allows a model where nothing was. Raises UsageError for a method or kernel that cannot be compared."""
+    names = {name for kernels in measured.attention.values() for name in kernels}
+    if kernel is not None and kernel not in names:
+        raise unknown("kernel", kernel, names)
+    shape, grids = SHAPES[model], {}
+    for dtype, kernels in sorted(measured.attention.items()):
+        name = next(iter(kernels)) if len(kernels) == 1 else kernel
+        if name is None or name not in kernels:
+            several = " or ".join(sorted(kernels))
+            raise UsageError(f"{dtype} K/V was measured with {len(kernels)} kernels: choose --kernel {several}")
+        token = 2 * shape.kv_heads * shape.head_dim * (1 if dtype == FP8 else 2)
+        grids[dtype] = Grid(name, kernels[name], token, L2_MIB.get(measured.gpu, 0) * 2**20)
+    plain = grids[BF16]
+    try:
+        other, beyond = (kernel_of(method, grids, shape, wide) for wide in (extended, True))
+    except NotMeasured as error:
+        old = "; GPUs before compute capability 8.9 have no fp8" if measured.capability < 89 else ""
+        raise UsageError(f"{measured.engine} {measured.version} on {measured.gpu}: {error}{old}") from error
+    wide = Extended(plain)
+    return Comparison(model, method, shape, measured, grids, wide if extended else plain, other, (wide, beyond))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,11 @@ from kvsuite.shapes import ModelShape
 How = Literal["measured", "interpolated", "modelled"]
 
 
+def weaker(one: How, other: How) -> How:
+    """What a ratio of two times rests on."""
+    return max(one, other, key=("measured", "interpolated", "modelled").index)
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A time in ms, and what it rests on."""
@@ -169,6 +174,11 @@ class Modelled:
         return ms
 
 
+def model_of(base: Grid) -> Modelled:
+    """A measured kernel's own model."""
+    return Modelled(base.name, base, lambda length: length * base.token_bytes)
+
+
 @dataclass(frozen=True)
 class Shorter:
     """A measured kernel over the tokens that an eviction leaves."""
@@ -204,8 +214,7 @@ class Extended:
 
     def at(self, batch: int, length: int) -> Estimate | None:
         """Measured or interpolated inside, modelled outside; None outside the measured batches."""
-        model = Modelled(self.name, self.base, lambda n: n * self.base.token_bytes)
-        return self.base.at(batch, length) or model.at(batch, length)
+        return self.base.at(batch, length) or model_of(self.base).at(batch, length)
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,13 @@ FP8, BF16 = "fp8", "bfloat16"
 """As the tables call K/V dtypes."""
 
 
-def kernel(text: str, grids: Mapping[str, Grid], shape: ModelShape, extended: bool = False) -> Kernel:
+class NotMeasured(UsageError):
+    """A format that has no rows."""
+
+
+def kernel_of(text: str, grids: Mapping[str, Grid], shape: ModelShape, extended: bool = False) -> Kernel:
     """The kernel of the method that ``text`` names, on the grids of its engine by K/V dtype; ``extended``: also beyond
-    what was measured. Raises UsageError for a method without a model, and for fp8 where there are no such rows."""
+    what was measured. Raises UsageError for a method without a model, NotMeasured for fp8 where there are no rows."""
     method = parse(text)
     plain = method.codec.spelled() == "full" or method.codec.name == "jitter"
     if method.reader is not None or (plain and method.selector is None):
@@ -39,7 +43,7 @@ def kernel(text: str, grids: Mapping[str, Grid], shape: ModelShape, extended: bo
     elif dtype in grids:
         found = Extended(grids[dtype]) if extended else grids[dtype]
     else:
-        raise UsageError(f"there are no rows with {dtype} K/V, only with {', '.join(grids)}")
+        raise NotMeasured(f"there are no rows with {dtype} K/V, only with {', '.join(grids)}")
     return found if method.selector is None else Shorter(method.name, found, method.tokens)
 
 
