@@ -10,7 +10,7 @@ import numpy as np
 from kvsuite.analysis.crossover import BreakEven, Comparison, Resident, break_even, lines_cross
 from kvsuite.analysis.crossover import Cell as Compared
 from kvsuite.analysis.figure import Axis, Map, Tile
-from kvsuite.analysis.kernel_times import Extended, Grid, How, Modelled, held_out, impossible, weaker
+from kvsuite.analysis.kernel_times import Extended, Grid, How, Modelled, held_out, impossible, model_of, weaker
 from kvsuite.analysis.kv_formats import BF16, FP8
 from kvsuite.analysis.table import Cell, Column, Note, Row, Table, infos
 
@@ -244,25 +244,23 @@ def _errors(grids: Iterable[Grid]) -> str:
 
 def _model(found: Comparison) -> list[str]:
     """What modelled figures are, and how far the model is off where something was measured."""
-    models = {
-        dtype: Modelled("", grid, lambda n, grid=grid: n * grid.token_bytes) for dtype, grid in found.grids.items()
-    }  # type: ignore[misc]
-    rates = ", ".join(f"{model.bandwidth / 1e9:.2f} TB/s ({dtype})" for dtype, model in models.items())
+    rates = ", ".join(f"{model_of(grid).bandwidth / 1e9:.2f} TB/s ({dtype})" for dtype, grid in found.grids.items())
     said = [
-        f"{MODELLED} modelled, not measured: a kernel's time for its shortest contexts, and bytes over the bandwidth that "
-        f"it achieves beyond the L2: {rates}. A format without rows is taken to be read as fp8 is, or as bf16 where there "
-        "is no fp8; an eviction is a kernel at the length that is left. Selecting, packing and unpacking are not counted."
+        f"{MODELLED} modelled, not measured: a kernel's time for its shortest contexts, and bytes over the bandwidth "
+        f"that it achieves beyond the L2: {rates}. A format without rows is taken to be read as fp8 is, or as bf16 "
+        "where there is no fp8; an eviction is a kernel at the length that is left. What selecting, packing and "
+        "unpacking cost is not counted."
     ]
     if FP8 in found.grids:
         plain, other = found.grids[BF16], found.grids[FP8]
-        model = Modelled("", plain, models[FP8].bytes_of)
+        model = Modelled("", plain, model_of(other).bytes_of)
         both = [cell for cell in other.beyond() if cell in plain.cells]
         guessed = [plain.cells[cell] / guess.ms for cell in both if (guess := model.at(*cell))]
         if both:
             real = np.median([plain.cells[cell] / other.cells[cell] for cell in both])
             said.append(
-                f"The same model on bf16's kernel puts fp8 at {np.median(guessed):.2f} × where {real:.2f} × was measured "
-                "(medians beyond the L2)."
+                f"The same model on bf16's kernel puts fp8 at {np.median(guessed):.2f} × where {real:.2f} × was "
+                "measured (medians beyond the L2)."
             )
     return said
 
