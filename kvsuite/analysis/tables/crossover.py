@@ -90,9 +90,14 @@ def _summary(found: Comparison, cells: Sequence[Compared]) -> Table:
     ]
     notes = [
         "A cell is a batch and a length. Faster: cells in which it is; then the median speed, × bf16's, and the range.",
-        f"Kernels: {found.plain.name} for bf16, {found.other.name} for {found.method}.",
+        f"Kernels: {found.plain.name} for bf16, {found.other.name if _has_rows(found) else 'none measured'} for "
+        f"{found.method}.",
     ]
     return Table("summary", title(found), ("K/V of one layer",), columns, rows, infos(notes))
+
+
+def _has_rows(found: Comparison) -> bool:
+    return isinstance(found.other, (Grid, Extended))
 
 
 def _spread(ratios: Sequence[float]) -> Cell:
@@ -131,7 +136,7 @@ def _map(cells: Sequence[Compared], kind: str, title: str) -> Map | None:
 
 
 def _break_even(found: Comparison, cells: Sequence[Compared]) -> Table:
-    both = (found.grids[BF16], found.grids[FP8]) if isinstance(found.other, (Grid, Extended)) else None
+    both = (found.grids[BF16], found.grids[FP8]) if _has_rows(found) else None
     rows = []
     for batch in sorted({cell.batch for cell in cells}):
         mine = [cell for cell in cells if cell.batch == batch]
@@ -224,7 +229,7 @@ def _notes(found: Comparison, cells: Sequence[Compared]) -> list[Note]:
     if not any(cell.steps for cell in cells):
         notes.append("The whole step is not shown: this engine's matrix products were not measured there.")
     warnings = [said for grid in grids if (said := _too_fast(grid, found.bandwidth))]
-    if isinstance(found.other, (Grid, Extended)) and found.other.name != found.plain.name:
+    if _has_rows(found) and found.other.name != found.plain.name:
         warnings.append(f"bf16 and {found.method} are two kernels here: {found.plain.name} and {found.other.name}.")
     return [*infos(notes), *(Note(text, "warning") for text in warnings)]
 

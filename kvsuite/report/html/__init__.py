@@ -60,11 +60,11 @@ def board(title: str, tables: Sequence[Table], maps: Sequence[Map] = ()) -> str:
     """A page of maps and tables."""
     from markupsafe import Markup
 
-    from kvsuite.report.html.tiles import draw
+    from kvsuite.report.html.tiles import LEGEND, draw
     from kvsuite.report.html.view import Grid
 
     drawn = [(m.title, Markup(draw(m, f"m{at}"))) for at, m in enumerate(maps)]
-    return _filled("board.html", title=title, tables=[Grid.of(table) for table in tables], maps=drawn)
+    return _filled("board.html", title=title, tables=[Grid.of(table) for table in tables], maps=drawn, legend=LEGEND)
 
 
 def picture(title: str, maps: Sequence[Map]) -> str:

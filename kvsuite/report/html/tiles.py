@@ -13,7 +13,9 @@ WIDE, HIGH, LEFT, TOP, FOOT = 46, 24, 46, 26, 44
 STRONGEST = math.log(2)
 """Ratios from 2 on, and up to a half, have the full colour."""
 LEGEND = (
-    "blue: faster, orange: slower than bf16 · pale: in the L2 (* both, ' the compressed alone) · ~ dashed: modelled"
+    "Blue: faster than bf16, orange: slower. Pale: K and V of one layer",
+    "lie in the L2 (* both formats', ' the compressed alone).",
+    "i: interpolated. ~ and dashed: modelled, not measured.",
 )
 
 
@@ -34,17 +36,23 @@ def draw(shown: Map, name: str) -> str:
 
 
 def picture(title: str, maps: Sequence[Map], style: str) -> str:
-    """Maps below each other as one file that stands by itself, with the page's ``style``."""
+    """Maps below each other as one file that stands by itself, with what the page's ``style`` says of drawings."""
     sizes = [size(shown) for shown in maps]
-    width, head, gap = max(w for w, _ in sizes), 30, 22
-    parts, at = [f'<text x="8" y="20" class="label">{escape(title)}</text>'], head
+    width, at, gap = max(w for w, _ in sizes), 30, 22
+    parts = [text(8, 20, title, "label")]
     for shown, (_, height) in zip(maps, sizes, strict=True):
-        parts.append(f'<text x="8" y="{at + 14}" class="axis">{escape(shown.title)}</text>')
+        parts.append(text(8, at + 14, shown.title, "axis"))
         parts.append(f'<g transform="translate(0 {at + gap})">{_inside(shown)}</g>')
         at += height + gap
+    for line in LEGEND:
+        parts.append(text(8, at + 4, line, "tick"))
+        at += 18
+    rules = [line for line in style.splitlines() if line.startswith(("svg ", ".c0"))]
+    colours = style[style.index(":root") : style.index("* {")]
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {at}" width="{width}" height="{at}">'
-        f"<title>{escape(title)}</title><style>{escape(style)}</style>"
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {at}" width="{width}" height="{at}" '
+        f'font-family="system-ui, sans-serif"><title>{escape(title)}</title>'
+        f"<style>{escape(colours + chr(10).join(rules), quote=False)}</style>"
         f'<rect width="{width}" height="{at}" class="paper"/>{"".join(parts)}</svg>\n'
     )
 
@@ -63,7 +71,7 @@ def _inside(shown: Map) -> str:
 def _tile(tile: Tile) -> str:
     x, y = LEFT + WIDE * tile.column, TOP + HIGH * tile.row
     strength = min(abs(math.log(tile.ratio)) / STRONGEST, 1.0)
-    opacity = (0.12 + 0.68 * strength) * (0.35 if tile.faint else 1)
+    opacity = (0.12 + 0.68 * strength) * (0.35 if tile.faint else 1) * (1 if tile.measured else 0.5)
     kind = "c0" if tile.ratio >= 1 else "c1"
     edge = "" if tile.measured else " dashed"
     return (
