@@ -39,6 +39,9 @@ class Cell:
     rest: float | None
     """ms of the step's matrix products; None where they are unknown."""
     layers: int
+    least: tuple[float, float] = (0.0, 0.0)
+    """ms in which the memory could be read, of each format's K and V in one layer: no layer of a whole step is counted
+    as faster, since the L2 does not hold all layers."""
 
     @property
     def how(self) -> How:
@@ -60,7 +63,8 @@ class Cell:
         """ms of a whole step: bf16's, and the other format's."""
         if self.rest is None:
             return None
-        return self.rest + self.layers * self.plain.ms, self.rest + self.layers * self.other.ms
+        one, other = (max(e.ms, least) for e, least in zip((self.plain, self.other), self.least, strict=True))
+        return self.rest + self.layers * one, self.rest + self.layers * other
 
     @property
     def step_speed(self) -> float | None:
@@ -103,7 +107,12 @@ class Comparison:
         plain, other = self.plain.at(batch, length), self.other.at(batch, length)
         if plain is None or other is None:
             return None
-        return Cell(batch, length, plain, other, self._rest(batch), self.shape.layers)
+        least = self._least(self.plain, batch, length), self._least(self.other, batch, length)
+        return Cell(batch, length, plain, other, self._rest(batch), self.shape.layers, least)
+
+    def _least(self, kernel: Kernel, batch: int, length: int) -> float:
+        """ms in which the memory can be read."""
+        return kernel.footprint(batch, length) / self.bandwidth
 
     def cells(self, batches: Sequence[int] | None, lengths: Sequence[int] | None) -> list[Cell]:
         """Those that are asked for, else the tables' own. Raises UsageError for one outside what is known."""
@@ -123,7 +132,8 @@ class Comparison:
         attention, rest = kernel.at(batch, length), self._rest(batch)
         if attention is None or rest is None:
             return None
-        return 1000 * batch / (rest + self.shape.layers * attention.ms), attention.how
+        ms = max(attention.ms, self._least(kernel, batch, length))
+        return 1000 * batch / (rest + self.shape.layers * ms), attention.how
 
     def fits(self, kernel: Kernel, length: int) -> int:
         """Sequences of this length whose K and V, with the weights in bf16, fit into the memory: an upper bound."""

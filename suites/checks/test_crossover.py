@@ -70,11 +70,11 @@ def row(dtype, batch, length, ms, kernel="kernel", window=0, heads="32"):
     }  # fmt: skip
 
 
-@pytest.fixture
-def systems(tmp_path):
+@pytest.fixture(scope="module")
+def systems(tmp_path_factory):
     """Tables of two GPUs, with numbers as text, an older file without windows, and a newer version 0.24 than 0.9."""
     pytest.importorskip("yaml")
-    here = tmp_path / "systems"
+    here = tmp_path_factory.mktemp("package") / "systems"
     now = [row(dtype, b, n, ms) for dtype in TOKEN for (b, n), ms in cells(dtype).items()]
     now += [row("fp8", 1, 64, 9.9, window=128), row("fp8", 1, 64, 9.8, heads="16")]
     two = [
@@ -251,6 +251,15 @@ def test_a_whole_step_is_attention_in_all_layers_and_its_products(measured):
     assert 1 < cell.step_speed < cell.speed
     [unknown] = compare(replace(measured, products={}), "llama-3.1-8b").cells([8], [4096])
     assert unknown.steps is None
+
+
+def test_a_step_is_not_faster_than_its_memory_whatever_the_l2_did(measured):
+    quick = compare(replace(measured, bandwidth=1e12), "llama-3.1-8b")
+    [cell] = quick.cells([8], [1024])
+    assert cell.resident == "both"
+    assert cell.steps[0] - cell.rest == pytest.approx(32 * 8 * 1024 * 4096 / 1e9)
+    assert cell.steps[1] - cell.rest == pytest.approx(32 * 8 * 1024 * 2048 / 1e9)
+    assert quick.rate(quick.beyond[0], 8, 1024)[0] == pytest.approx(8000 / cell.steps[0])
 
 
 def test_a_product_is_an_entry_or_on_lines_and_never_faster_than_its_weights_are_read():

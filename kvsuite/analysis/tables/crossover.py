@@ -30,7 +30,10 @@ def tables(found: Comparison, cells: Sequence[Compared]) -> list[Table]:
     """All of them."""
     shown = [_summary(found, cells), _table(cells, "attention", "Attention alone: its speed, × bf16's", [])]
     if any(cell.steps for cell in cells):
-        what = "Attention and the matrix products of all layers and the output, without norms, sampling and host time."
+        what = (
+            "Attention and the matrix products of all layers and the output, without norms, sampling and host time. "
+            "None is counted as faster than the memory is read, whatever the L2 did."
+        )
         shown.append(_table(cells, "step", "The whole decode step: its speed, × bf16's", [what]))
     notes = Table("notes", "How to read this", notes=_notes(found, cells))
     return [*shown, _break_even(found, cells), _capacity(found), notes]
@@ -156,9 +159,7 @@ def _break_even(found: Comparison, cells: Sequence[Compared]) -> Table:
         Column("all", "all cells"),
         *([] if both is None else [Column("lines", "lines (model)")]),
     ]
-    notes = [
-        "The same for the whole step, whose other parts take equally long. In parentheses: the cells on either side."
-    ]
+    notes = ["Of attention; the other parts of a step take equally long. In parentheses: the cells on either side."]
     if both is not None:
         notes.append(
             "Lines: through each format's cells beyond the L2, also below them, as an estimate of what a model sees, "
