@@ -114,10 +114,20 @@ class Comparison:
         """ms in which the memory can be read."""
         return kernel.footprint(batch, length) / self.bandwidth
 
+    @property
+    def lengths(self) -> list[int]:
+        """Those of the tables, from 256 tokens on."""
+        return sorted({length for _, length in self.grids[BF16].cells if length >= SHORTEST})
+
+    def of_batch(self, batch: int) -> list[Cell]:
+        """All lengths of the tables at which bf16 was measured, or can be interpolated, with this batch."""
+        there = [length for length in self.lengths if self.grids[BF16].at(batch, length)]
+        return [cell for length in there if (cell := self.cell(batch, length))]
+
     def cells(self, batches: Sequence[int] | None, lengths: Sequence[int] | None) -> list[Cell]:
         """Those that are asked for, else the tables' own. Raises UsageError for one outside what is known."""
         plain = self.grids[BF16]
-        rows, columns = batches or sorted(plain.lines), lengths or sorted({n for _, n in plain.cells if n >= SHORTEST})
+        rows, columns = batches or sorted(plain.lines), lengths or self.lengths
         known = {(b, n): cell for b in rows for n in columns if (cell := self.cell(b, n))}
         asked = [(b, n) for b in batches or () for n in lengths or ()]
         asked += [(b, columns[0]) for b in batches or () if not any(b == cell[0] for cell in known)]

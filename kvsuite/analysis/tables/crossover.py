@@ -142,7 +142,7 @@ def _break_even(found: Comparison, cells: Sequence[Compared]) -> Table:
     both = (found.grids[BF16], found.grids[FP8]) if _has_rows(found) else None
     rows = []
     for batch in sorted({cell.batch for cell in cells}):
-        mine = [cell for cell in cells if cell.batch == batch]
+        mine = found.of_batch(batch)
         line = None if both is None else lines_cross(*both, batch)
         rows.append(
             Row(
