@@ -226,15 +226,15 @@ def compared(length, speed, resident=False):
         ([0.9, 1.2, 0.9, 1.0], BreakEven(4, 8, pytest.approx(8))),
     ],
 )
+def test_a_break_even_lies_behind_the_last_slower_cell(speeds, expected):
+    assert break_even([compared(2**k, speed) for k, speed in enumerate(speeds)]) == expected
+
+
 def test_break_evens_are_of_all_lengths_of_the_tables_whatever_is_shown(measured):
     found = compare(measured, "llama-3.1-8b")
     few = {t.key: drawn(t) for t in crossover.tables(found, found.cells([16], [2000]))}["break-even"].rows
     [all_] = [row for row in drawn(crossover.tables(found, found.cells(None, None))[3]).rows if row[0] == "16"]
     assert few == [all_]
-
-
-def test_a_break_even_lies_behind_the_last_slower_cell(speeds, expected):
-    assert break_even([compared(2**k, speed) for k, speed in enumerate(speeds)]) == expected
 
 
 def test_lines_beyond_the_l2_cross_where_the_made_up_kernels_do(grids):
