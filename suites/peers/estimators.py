@@ -1,9 +1,10 @@
-"""The steps of `kvsuite crossover` beside what aiconfigurator's SDK estimates, and beside engines that were measured.
+"""The tables behind `kvsuite crossover` and its steps: what the L2 does to the tables, and the steps beside what
+aiconfigurator's SDK estimates and beside engines that were measured.
 
     python -m suites.peers.estimators
 
-Both come with ``aiconfigurator-core``: the SDK reads the same tables with code of its own; ``silicon_sample.csv`` has
-mean times per output token of engines that also prefill meanwhile.
+Both others come with ``aiconfigurator-core``: the SDK reads the same tables with code of its own;
+``silicon_sample.csv`` has mean times per output token of engines that also prefill meanwhile.
 """
 
 from __future__ import annotations
@@ -59,8 +60,24 @@ def beside_engines() -> Iterator[tuple[int, int, int, float, float]]:
                 yield batch, prompt, answer, float(row["silicon_tpot_ms"]), 1000 * batch / rate[0]
 
 
+def in_the_l2(gpu: str, engine: str) -> tuple[int, int, float, float]:
+    """Of both dtypes' cells of this model: those that the L2 holds, all, and the most × the memory's bandwidth that is
+    seen in these and in the others."""
+    found = tables(gpu, engine)
+    rates: dict[bool, list[float]] = {True: [], False: []}
+    for grid in found.grids.values():
+        for cell, ms in grid.cells.items():
+            rates[grid.resident(*cell)].append(grid.footprint(*cell) / ms / found.bandwidth)
+    return len(rates[True]), len(rates[True]) + len(rates[False]), max(rates[True]), max(rates[False])
+
+
 def main() -> None:
     logging.disable(logging.CRITICAL)
+    for gpu in ("h100_sxm", "h200_sxm", "b200_sxm", "l40s", "rtx_pro_6000_server"):
+        for engine in ("vllm", "trtllm", "sglang"):
+            fit, of, inside, outside = in_the_l2(gpu, engine)
+            print(f"{gpu} {engine}: {fit} of {of} cells in the L2, up to {inside:.2f} × the memory's bandwidth", end="")
+            print(f", the others {outside:.2f} ×")
     for gpu in ("h200_sxm", "b200_sxm", "l40s"):
         for engine in ("vllm", "trtllm", "sglang"):
             columns = zip(*beside_the_sdk(gpu, engine), strict=True)
