@@ -135,7 +135,6 @@ def _crossover_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _whole(text: str) -> list[int]:
-    """Whole numbers between commas."""
     numbers = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
     if min(numbers) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: write whole numbers above 0, separated by commas")
@@ -252,10 +251,13 @@ def _crossover(asked: argparse.Namespace) -> None:
     found = compare(measured, asked.model, asked.kv, asked.kernel, asked.extrapolate)
     cells = found.cells(asked.batch, asked.length)
     tables, maps, title = crossover.tables(found, cells), crossover.maps(cells), crossover.title(found)
-    if asked.html:
-        asked.html.write_text(html.board(title, tables, maps), encoding="utf-8")
-    if asked.svg:
-        asked.svg.write_text(html.picture(title, maps), encoding="utf-8")
+    try:
+        if asked.html:
+            asked.html.write_text(html.board(title, tables, maps), encoding="utf-8")
+        if asked.svg:
+            asked.svg.write_text(html.picture(title, maps), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{error.filename} cannot be written: {error.strerror}") from error
     if asked.json:
         print(json.dumps(crossover.as_json(found, cells), indent=1))
     else:

@@ -84,7 +84,7 @@ def measured(systems: Path, gpu: str, engine: str, shape: ModelShape) -> Measure
     same = [product for product in products if product.parent.name == version]
     facts = _facts(systems / f"{gpu}.yaml")
     return Measured(
-        gpu, engine, version, _source(systems), facts["mem_bw"], facts["mem_capacity"], int(facts.get("sm_version", 0)),
+        gpu, engine, version, _source(systems), facts["mem_bw"], facts["mem_capacity"], int(facts["sm_version"]),
         cells, _products(_newest(same or products)) if products else {},
     )  # fmt: skip
 
@@ -116,22 +116,22 @@ def _newest(files: Iterable[Path]) -> Path:
 
 def _attention(file: Path, shape: ModelShape) -> dict[str, dict[str, Cells]]:
     """Cells of full attention by K/V dtype and kernel."""
-    table = _columns(file)
-    here = np.ones(len(table["latency"]), bool)
     wanted = {"num_heads": shape.heads, "num_key_value_heads": shape.kv_heads, "head_dim": shape.head_dim}
+    shown = ("kv_cache_dtype", "kernel_source", "batch_size", "step", "latency")
+    table = _columns(file, "attn_dtype", *wanted, *shown)
+    here = np.ones(len(table["latency"]), bool)
     for name, value in (wanted | {"isl": 1, "beam_width": 1, "window_size": 0}).items():
         if name in table:  # older files have no window_size
             here &= _numbers(table[name]) == value
     here &= table["attn_dtype"].astype(str) == DTYPE
     found: dict[str, dict[str, Cells]] = {}
-    rows = (table[name][here] for name in ("kv_cache_dtype", "kernel_source", "batch_size", "step", "latency"))
-    for dtype, kernel, batch, step, ms in zip(*rows, strict=True):
+    for dtype, kernel, batch, step, ms in zip(*(table[name][here] for name in shown), strict=True):
         found.setdefault(str(dtype), {}).setdefault(str(kernel), {})[int(batch), int(step) + 1] = float(ms)
     return found
 
 
 def _products(file: Path) -> dict[tuple[int, int], dict[int, float]]:
-    table = _columns(file)
+    table = _columns(file, "gemm_dtype", "m", "n", "k", "latency")
     here = table["gemm_dtype"].astype(str) == DTYPE
     found: dict[tuple[int, int], dict[int, float]] = {}
     for m, n, k, ms in zip(*(_numbers(table[name][here]) for name in ("m", "n", "k", "latency")), strict=True):
@@ -139,7 +139,7 @@ def _products(file: Path) -> dict[tuple[int, int], dict[int, float]]:
     return found
 
 
-def _columns(file: Path) -> dict[str, NDArray[Any]]:
+def _columns(file: Path, *needed: str) -> dict[str, NDArray[Any]]:
     try:
         from pyarrow import ArrowInvalid, parquet
     except ImportError as error:
@@ -148,6 +148,8 @@ def _columns(file: Path) -> dict[str, NDArray[Any]]:
         table = parquet.read_table(file)
     except (OSError, ArrowInvalid) as error:
         raise UsageError(f"{file} cannot be read as Parquet: {error}") from error
+    if missing := set(needed) - set(table.column_names):
+        raise UsageError(f"{file} has no column {min(missing)!r}: it is laid out in a way that is not known here")
     return {name: table[name].to_numpy() for name in table.column_names}
 
 
@@ -161,4 +163,8 @@ def _facts(file: Path) -> dict[str, float]:
         import yaml
     except ImportError as error:
         raise UsageError(NEEDED) from error
-    return {name: float(value) for name, value in yaml.safe_load(file.read_text())["gpu"].items()}
+    try:
+        facts = {"sm_version": 0} | yaml.safe_load(file.read_text(encoding="utf-8"))["gpu"]
+        return {name: float(facts[name]) for name in ("mem_bw", "mem_capacity", "sm_version")}
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{file} does not say what the GPU's memory is: {error}") from error

@@ -140,6 +140,23 @@ def test_what_cannot_be_shown_is_refused_in_one_sentence(systems, arguments, nam
     assert err.count("\n") == 1
 
 
+def test_files_that_cannot_be_read_or_written_are_named(systems, tmp_path, capsys):
+    assert asked(systems, "--html", str(tmp_path / "nowhere" / "a.html")) == 2
+    assert "nowhere/a.html cannot be written" in capsys.readouterr().err
+    assert asked(tmp_path) == 2
+    assert "no attention tables" in capsys.readouterr().err
+    file = tmp_path / "data" / "h200_sxm" / "attention" / "vllm" / "1.0" / aiconfigurator.ATTENTION
+    parquet(file, [{k: v for k, v in row("fp8", 1, 64, 1.0).items() if k != "step"}])
+    assert asked(tmp_path) == 2
+    assert "has no column 'step'" in capsys.readouterr().err
+    file.write_bytes(b"no Parquet")
+    assert asked(tmp_path) == 2
+    assert "cannot be read as Parquet" in capsys.readouterr().err
+    parquet(file, [row(dtype, 1, 64, 1.0) for dtype in TOKEN])
+    assert asked(tmp_path) == 2
+    assert "does not say what the GPU's memory is" in capsys.readouterr().err
+
+
 def test_numbers_that_are_none_are_refused_by_argparse(systems, capsys):
     with pytest.raises(SystemExit):
         asked(systems, "--batch", "1,x")
