@@ -4,6 +4,7 @@ never called measured."""
 import importlib.util
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -19,10 +20,12 @@ from kvsuite.errors import UsageError
 from kvsuite.methods.grammar import parse
 from kvsuite.readers import aiconfigurator
 from kvsuite.readers.aiconfigurator import Measured
+from kvsuite.report import html
 from kvsuite.shapes import SHAPES, shape
 from suites.checks.drawn import drawn
 
 MIB = 2**20
+DOCS = Path(__file__).parents[2] / "docs"
 BATCHES, LENGTHS = [2**k for k in range(9)], [2**k for k in range(1, 15)]
 TOKEN = {"bfloat16": 4096, "fp8": 2048}
 """Bytes of 8 kv heads of 128 numbers."""
@@ -209,6 +212,15 @@ def test_outside_nothing_is_known_unless_a_model_is_asked_for(grids):
     assert beyond.ms == pytest.approx(made_up("bfloat16", 64, 2**14), rel=0.01)
     assert Extended(grid).at(64, 1024) == grid.at(64, 1024)
     assert Extended(grid).at(300, 64) is None
+
+
+def test_a_comparison_is_extended_where_that_is_asked_for(measured):
+    with pytest.raises(UsageError, match="outside"):
+        compare(measured, "llama-3.1-8b").cells([64], [2**14])
+    [cell] = compare(measured, "llama-3.1-8b", extended=True).cells([64], [2**14])
+    assert cell.how == cell.plain.how == cell.other.how == "modelled"
+    [cell] = compare(measured, "llama-3.1-8b", extended=True).cells([64], [1024])
+    assert cell.how == "measured"
 
 
 def test_what_is_left_out_is_predicted_and_noise_is_seen():
@@ -445,3 +457,12 @@ def test_the_public_tables_show_the_l2(public):
     rate = {cell: grid.footprint(*cell) / ms / 864e6 for cell, ms in grid.cells.items()}
     assert max(rate.values()) > 2
     assert max(times for cell, times in rate.items() if not grid.resident(*cell)) < 1
+
+
+@pytest.mark.parametrize(
+    ("gpu", "engine"), [("h200", "vllm"), ("h200", "trtllm"), ("h200", "sglang"), ("l40s", "vllm")]
+)
+def test_pictures_of_the_documents_are_those_of_the_command(public, gpu, engine):
+    found = public(gpu, engine)
+    drawn_ = html.picture(crossover.title(found), crossover.maps(found.cells(None, None)))
+    assert (DOCS / f"crossover-{gpu}-{engine}.svg").read_text(encoding="utf-8") == drawn_
