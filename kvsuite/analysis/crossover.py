@@ -25,7 +25,8 @@ L2_MIB = {
     "a100_sxm": 40, "h100_sxm": 50, "h200_sxm": 50, "b200_sxm": 126, "b300_sxm": 126, "gb200": 126, "gb300": 126,
     "l40s": 96, "rtx_pro_6000_server": 128, "b60": 18,
 }  # fmt: skip
-"""L2 of each GPU as its vendor states it. What kernels achieve falls to the memory's bandwidth at these sizes."""
+"""L2 of each GPU as it is published. On L40S and RTX PRO 6000 what kernels achieve falls to the memory's bandwidth at
+these sizes (suites/peers/estimators.py)."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Cell:
     rest: float | None
     """ms of the step's matrix products; None where they are unknown."""
     layers: int
-    least: tuple[float, float] = (0.0, 0.0)
+    least: tuple[float, float]
     """ms in which the memory could be read, of each format's K and V in one layer: no layer of a whole step is counted
     as faster, since the L2 does not hold all layers."""
 

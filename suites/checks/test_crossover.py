@@ -242,7 +242,7 @@ def test_cells_faster_than_the_memory_are_named(measured):
 
 
 def compared(length, speed, resident=False):
-    return Cell(1, length, Estimate(speed, "measured", resident), Estimate(1.0, "measured", resident), 1.0, 2)
+    return Cell(1, length, Estimate(speed, "measured", resident), Estimate(1.0, "measured", resident), 1.0, 2, (0, 0))
 
 
 @pytest.mark.parametrize(
@@ -367,6 +367,11 @@ def test_pages_lead_with_what_the_l2_does_not_hold_and_mark_the_rest(measured):
     tables = {table.key: drawn(table) for table in crossover.tables(modelled, modelled.cells(None, None))}
     assert all(cell.startswith(("~", "-")) for line in tables["attention"].rows for cell in line[1:])
     assert "none measured for int4" in tables["summary"].notes[1]
+    assert "int4 (modelled) K/V" in tables["summary"].title
+    wide = compare(measured, "llama-3.1-8b", extended=True)
+    [summary, *_] = crossover.tables(wide, wide.cells(None, None))
+    assert [line[:2] for line in drawn(summary).rows][-1] == ["modelled", "10/10"]
+    assert drawn(summary).rows[:3] == shown["summary"].rows
 
 
 def test_the_command_prints_within_the_window_and_writes_page_picture_and_numbers(

@@ -23,7 +23,8 @@ LENGTHS = tuple(1024 * 2**k for k in range(8))
 
 def title(found: Comparison) -> str:
     """What is compared, in one line."""
-    return f"{found.model} on {found.measured.gpu} with {found.engine}: {found.method} K/V against bf16"
+    method = found.method if _has_rows(found) else f"{found.method} (modelled)"
+    return f"{found.model} on {found.measured.gpu} with {found.engine}: {method} K/V against bf16"
 
 
 def tables(found: Comparison, cells: Sequence[Compared]) -> list[Table]:
@@ -75,10 +76,11 @@ def _speed(cell: Compared, kind: str) -> float | None:
 
 
 def _summary(found: Comparison, cells: Sequence[Compared]) -> Table:
-    """The kinds of cells, those that the L2 does not hold first."""
+    """The kinds of cells, those that the L2 does not hold first; of a measured format the modelled ones last."""
+    guessed = [cell for cell in cells if _has_rows(found) and cell.how == "modelled"]
+    kinds = {name: [c for c in cells if c.resident == kind and c not in guessed] for kind, name in KINDS.items()}
     rows = []
-    for resident, name in KINDS.items():
-        mine = [cell for cell in cells if cell.resident == resident]
+    for name, mine in (kinds | {"modelled": guessed}).items():
         if mine:
             shown = {
                 "faster": Cell(sum(cell.speed > 1 for cell in mine), of=len(mine)),
