@@ -99,7 +99,7 @@ def _leaderboard(asked: argparse.Namespace) -> None:
         theirs = others(asked.model, arms, list(specs), Margins())
     table = leaderboard([analyse(records.read(Path(folder))) for folder in asked.folders], theirs)
     if asked.html:
-        sys.stdout.buffer.write(html.board(table).encode(errors="replace"))
+        sys.stdout.buffer.write(html.board("Leaderboard", [table]).encode(errors="replace"))
     elif asked.markdown:
         print(markdown.table(table))
     else:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvsuite import ci, records, registry
+from kvsuite import ci, records, registry, shapes
 from kvsuite.errors import UsageError
 from kvsuite.margins import Margins
 
@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     _negatives_options(commands.add_parser("negatives", help="which samples methods break, from scores you have"))
     _paper_options(commands.add_parser("paper", help="figures and tables of the paper beside its artifact's and ours"))
     _why_options(commands.add_parser("why", help="what the caches had lost of the samples that a run's methods broke"))
+    _crossover_options(commands.add_parser("crossover", help="where fp8 K/V is faster on a GPU, from public tables"))
     ci.add(commands)
     return parser
 
@@ -139,6 +140,33 @@ def _why_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sample", action="append", default=[], metavar="ID", help="of the run's; else all")
     _plugin_option(parser)
     parser.set_defaults(run=_why)
+
+
+def _crossover_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gpu", required=True, help="e.g. h100, h200, b200, l40s")
+    parser.add_argument("--engine", required=True, help="vllm, trtllm or sglang")
+    parser.add_argument("--model", required=True, help=f"a shape: {', '.join(shapes.SHAPES)}")
+    parser.add_argument(
+        "--kv", default="fp8", metavar="METHOD", help="measured: fp8; modelled: int4, snapkv:budget=0.25 …"
+    )
+    parser.add_argument("--batch", type=_whole, metavar="N,…", help="these batches, interpolated if need be")
+    parser.add_argument(
+        "--length", type=_whole, metavar="N,…", help="these lengths (default: the tables', from 256 on)"
+    )
+    parser.add_argument("--kernel", metavar="NAME", help="where the engine has several for one format")
+    parser.add_argument("--extrapolate", action="store_true", help="a stated model where nothing was measured")
+    parser.add_argument("--tables", type=Path, metavar="FOLDER", help="another aiconfigurator's folder systems")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="write the maps as a picture")
+    parser.add_argument("--json", action="store_true", help="every cell as numbers, for a program")
+    parser.set_defaults(run=_crossover)
+
+
+def _whole(text: str) -> list[int]:
+    numbers = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
+    if min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: write whole numbers above 0, separated by commas")
+    return numbers
 
 
 def _margins_option(parser: argparse.ArgumentParser) -> None:
@@ -287,6 +315,30 @@ def _plan(asked: argparse.Namespace) -> None:
         run, margins = records.read(Path(asked.folder)), Margins.parse(asked.margins)
         tables = [plan.plan(run, margins), *plan.blocks(run, margins)]
     terminal.write(tables, sys.stdout, shutil.get_terminal_size().columns)
+
+
+def _crossover(asked: argparse.Namespace) -> None:
+    from kvsuite.analysis.crossover import compare
+    from kvsuite.analysis.tables import crossover
+    from kvsuite.readers import aiconfigurator
+    from kvsuite.report import html, terminal
+
+    systems = asked.tables or aiconfigurator.home()
+    measured = aiconfigurator.measured(systems, asked.gpu, asked.engine, shapes.shape(asked.model))
+    found = compare(measured, asked.model, asked.kv, asked.kernel, asked.extrapolate)
+    cells = found.cells(asked.batch, asked.length)
+    tables, maps, title = crossover.tables(found, cells), crossover.maps(cells), crossover.title(found)
+    try:
+        if asked.html:
+            asked.html.write_text(html.board(title, tables, maps), encoding="utf-8")
+        if asked.svg:
+            asked.svg.write_text(html.picture(title, maps), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{error.filename} cannot be written: {error.strerror}") from error
+    if asked.json:
+        print(json.dumps(crossover.as_json(found, cells), indent=1))
+    else:
+        terminal.write(tables, sys.stdout, shutil.get_terminal_size().columns)
 
 
 def _methods(asked: argparse.Namespace) -> None:

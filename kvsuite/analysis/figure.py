@@ -88,6 +88,33 @@ class Figure:
     notes: Sequence[Note] = ()
 
 
+@dataclass(frozen=True)
+class Tile:
+    """A ratio in one field of a map."""
+
+    column: int
+    row: int
+    ratio: float
+    mark: str = ""
+    """Beside the number: what must be known of it."""
+    faint: bool = False
+    """Whether it says less than the others."""
+    measured: bool = True
+
+
+@dataclass(frozen=True)
+class Map:
+    """Ratios over two directions, both in steps: where they are above 1 and where below."""
+
+    key: str
+    title: str
+    x: Axis
+    y: Axis
+    """Both have ``rows``."""
+    tiles: Sequence[Tile]
+    notes: Sequence[Note] = ()
+
+
 def thinned(values: Iterable[float], most: int = DOTS) -> list[float]:
     """Sorted values; of more than ``most`` as many quantiles, each of which stands for the same number of values."""
     ordered = sorted(values)

@@ -47,7 +47,9 @@ class Load:
         return float(np.nansum(self.tokens)) / self.duration
 
 
-FORMATS = Registry("format of results", "readers", function("read"), ("kvsuite.readers",))
+FORMATS = Registry(
+    "format of results", "readers", function("read"), ("kvsuite.readers",), helpers=("base", "aiconfigurator")
+)
 
 
 def formats() -> list[str]:

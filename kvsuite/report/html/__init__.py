@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvsuite.analysis.figure import Map
 from kvsuite.analysis.report import Report
 from kvsuite.analysis.table import Note, Table
 from kvsuite.analysis.tables import changes
@@ -55,11 +56,22 @@ def render(reports: Sequence[Report]) -> str:
     )
 
 
-def board(table: Table) -> str:
-    """A page with one table."""
+def board(title: str, tables: Sequence[Table], maps: Sequence[Map] = ()) -> str:
+    """A page of maps and tables."""
+    from markupsafe import Markup
+
+    from kvsuite.report.html.tiles import LEGEND, draw
     from kvsuite.report.html.view import Grid
 
-    return _filled("board.html", table=Grid.of(table))
+    drawn = [(m.title, Markup(draw(m, f"m{at}"))) for at, m in enumerate(maps)]
+    return _filled("board.html", title=title, tables=[Grid.of(table) for table in tables], maps=drawn, legend=LEGEND)
+
+
+def picture(title: str, maps: Sequence[Map]) -> str:
+    """Maps one below the other as one SVG that stands by itself."""
+    from kvsuite.report.html.tiles import picture
+
+    return picture(title, maps, (HERE / "style.css").read_text(encoding="utf-8"))
 
 
 def _files(kind: str) -> list[str]:

@@ -1,0 +1,170 @@
+"""Kernels that NVIDIA measured on its GPUs: the tables of aiconfigurator-core (Apache-2.0), read without a GPU.
+
+``systems/data/GPU/attention/ENGINE/VERSION/generation_attention_perf.parquet`` has a decode step's attention in ms: of
+one layer, by batch and ``step``, the tokens before the one that is decoded. ``gemm_perf.parquet`` has products of
+(m, k) by (k, n) in ms. ``systems/GPU.yaml`` has a GPU's bandwidth and memory.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvsuite.errors import UsageError, unknown
+from kvsuite.shapes import ModelShape
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+PACKAGE = "aiconfigurator_core"
+NEEDED = "GPU tables need aiconfigurator-core and pyarrow: pip install 'kvsuite[gpu-tables]'"
+ATTENTION, GEMM = "generation_attention_perf.parquet", "gemm_perf.parquet"
+DTYPE = "bfloat16"
+"""Of queries, and of the weights and inputs of products."""
+
+Cells = dict[tuple[int, int], float]
+"""ms by (batch, length); the length counts the token that is decoded."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one engine's kernels took on one GPU, for one shape of attention."""
+
+    gpu: str
+    engine: str
+    version: str
+    source: str
+    """What was read."""
+    bandwidth: float
+    """Of the GPU's memory, bytes a second, as specified."""
+    memory: float
+    """Bytes."""
+    capability: int
+    """90 is compute capability 9.0."""
+    attention: Mapping[str, Mapping[str, Cells]]
+    """By the K/V dtype (bfloat16, fp8), then by kernel."""
+    products: Mapping[tuple[int, int], Mapping[int, float]]
+    """ms by (n, k), then by m; empty where there are none."""
+
+
+def home() -> Path:
+    """The folder ``systems`` of the installed package, which is not imported. Raises UsageError where it is missing."""
+    found = importlib.util.find_spec(PACKAGE)
+    if found is None or not found.submodule_search_locations:
+        raise UsageError(NEEDED)
+    return Path(found.submodule_search_locations[0]) / "systems"
+
+
+def measured(systems: Path, gpu: str, engine: str, shape: ModelShape) -> Measured:
+    """The newest tables of an engine on a GPU, which may be named without what follows an underscore (h200). Raises
+    UsageError for what is not there."""
+    gpu = _gpu(systems, gpu)
+    attention = systems / "data" / gpu / "attention"
+    engines = sorted({file.parents[1].name for file in attention.glob(f"*/*/{ATTENTION}")})
+    if engine not in engines:
+        raise unknown(f"engine of {gpu}", engine, engines)
+    file = _newest(attention.glob(f"{engine}/*/{ATTENTION}"))
+    version = file.parent.name
+    cells = _attention(file, shape)
+    if not cells:
+        others = [name for name in engines if name != engine]
+        there = [n for n in others if _attention(_newest(attention.glob(f"{n}/*/{ATTENTION}")), shape)]
+        raise UsageError(
+            f"{engine} {version} on {gpu} was not measured with {shape.heads} heads, {shape.kv_heads} of K and V, of "
+            f"{shape.head_dim} numbers each; with these were {', '.join(there) or 'none of its engines'}"
+        )
+    products = sorted((systems / "data" / gpu / "gemm" / engine).glob(f"*/{GEMM}"))
+    same = [product for product in products if product.parent.name == version]
+    facts = _facts(systems / f"{gpu}.yaml")
+    return Measured(
+        gpu, engine, version, _source(systems), facts["mem_bw"], facts["mem_capacity"], int(facts["sm_version"]),
+        cells, _products(_newest(same or products)) if products else {},
+    )  # fmt: skip
+
+
+def _source(systems: Path) -> str:
+    try:
+        installed = f"aiconfigurator-core {importlib.metadata.version('aiconfigurator-core')}"
+        return installed if systems == home() else str(systems)
+    except (importlib.metadata.PackageNotFoundError, UsageError):
+        return str(systems)
+
+
+def _gpu(systems: Path, name: str) -> str:
+    """The GPU's folder."""
+    known = sorted({file.parents[3].name for file in systems.glob(f"data/*/attention/*/*/{ATTENTION}")})
+    if not known:
+        raise UsageError(f"there are no attention tables in {systems}")
+    wanted = name.lower().replace("-", "_").replace(" ", "_")
+    meant = [gpu for gpu in known if gpu == wanted] or [gpu for gpu in known if gpu.startswith(f"{wanted}_")]
+    if len(meant) != 1:
+        raise unknown("GPU", name, meant or known)
+    return meant[0]
+
+
+def _newest(files: Iterable[Path]) -> Path:
+    """Of files in folders that are versions."""
+    return max(files, key=lambda file: [int(n) for n in re.findall(r"\d+", file.parent.name)])
+
+
+def _attention(file: Path, shape: ModelShape) -> dict[str, dict[str, Cells]]:
+    """Cells of full attention by K/V dtype and kernel."""
+    wanted = {"num_heads": shape.heads, "num_key_value_heads": shape.kv_heads, "head_dim": shape.head_dim}
+    shown = ("kv_cache_dtype", "kernel_source", "batch_size", "step", "latency")
+    table = _columns(file, "attn_dtype", *wanted, *shown)
+    here = np.ones(len(table["latency"]), bool)
+    for name, value in (wanted | {"isl": 1, "beam_width": 1, "window_size": 0}).items():
+        if name in table:  # older files have no window_size
+            here &= _numbers(table[name]) == value
+    here &= table["attn_dtype"].astype(str) == DTYPE
+    found: dict[str, dict[str, Cells]] = {}
+    for dtype, kernel, batch, step, ms in zip(*(table[name][here] for name in shown), strict=True):
+        found.setdefault(str(dtype), {}).setdefault(str(kernel), {})[int(batch), int(step) + 1] = float(ms)
+    return found
+
+
+def _products(file: Path) -> dict[tuple[int, int], dict[int, float]]:
+    table = _columns(file, "gemm_dtype", "m", "n", "k", "latency")
+    here = table["gemm_dtype"].astype(str) == DTYPE
+    found: dict[tuple[int, int], dict[int, float]] = {}
+    for m, n, k, ms in zip(*(_numbers(table[name][here]) for name in ("m", "n", "k", "latency")), strict=True):
+        found.setdefault((int(n), int(k)), {})[int(m)] = float(ms)
+    return found
+
+
+def _columns(file: Path, *needed: str) -> dict[str, NDArray[Any]]:
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError as error:
+        raise UsageError(NEEDED) from error
+    try:
+        table = parquet.read_table(file)
+    except (OSError, ArrowInvalid) as error:
+        raise UsageError(f"{file} cannot be read as Parquet: {error}") from error
+    if missing := set(needed) - set(table.column_names):
+        raise UsageError(f"{file} has no column {min(missing)!r}: it is laid out in a way that is not known here")
+    return {name: table[name].to_numpy() for name in table.column_names}
+
+
+def _numbers(column: NDArray[Any]) -> NDArray[np.float64]:
+    """Numbers, which some files have as text."""
+    return column.astype(np.float64)
+
+
+def _facts(file: Path) -> dict[str, float]:
+    try:
+        import yaml
+    except ImportError as error:
+        raise UsageError(NEEDED) from error
+    try:
+        facts = {"sm_version": 0} | yaml.safe_load(file.read_text(encoding="utf-8"))["gpu"]
+        return {name: float(facts[name]) for name in ("mem_bw", "mem_capacity", "sm_version")}
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{file} does not say what the GPU's memory is: {error}") from error
