@@ -25,8 +25,8 @@ Here.answers = once
 
 
 @pytest.mark.parametrize("killed", depth([True], [False, True]))
-def test_the_same_records_whoever_answers(run, pytester, killed):
-    assert run("samples or length", "-k", "test_answers", "--kv-run", "alone").ret == 0
+def test_the_same_records_whoever_answers(run, finished, pytester, killed):
+    finished("samples or length", "alone")
     if killed:
         pytester.makepyfile(sitecustomize=KILLS.format(folder=str(pytester.path)))  # which every worker imports
     chosen = "test_answers or test_decode[int8"
