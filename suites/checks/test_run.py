@@ -105,6 +105,10 @@ def slow(self, x, fitted):
 int8.PerToken.encode = slow
 clock = types.SimpleNamespace(perf_counter=lambda: time.perf_counter() + len(late))
 decoder.time = timing.time = worker.time = clock
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if hasattr(item.module, "time"):
+            item.module.time = clock
 """
 """Each time takes a second more by the clock, and nobody waits."""
 
