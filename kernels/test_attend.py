@@ -252,13 +252,15 @@ def check(name, shape, seed, device):
 
 
 lengths = st.integers(1, 3).flatmap(
-    lambda heads: st.lists(st.lists(st.integers(1, 260), min_size=heads, max_size=heads), min_size=1, max_size=2)
+    lambda heads: st.lists(
+        st.lists(st.integers(1, depth(150, 260)), min_size=heads, max_size=heads), min_size=1, max_size=2
+    )
 )
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_kernel_and_its_reference_are_attention(name, device):
-    @settings(max_examples=depth(4, 12))  # the interpreter takes half a second each
+    @settings(max_examples=depth(3, 12))  # the interpreter takes half a second each
     @given(
         lengths=lengths,
         group=st.sampled_from([1, 3, 4]),
@@ -281,7 +283,7 @@ def test_the_kernel_and_its_reference_are_attention(name, device):
 )
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_head_dimension(name, dim, dtype, device):
-    check(name, Shape([[205, 96]], dim, 4, dtype=dtype), dim, device)
+    check(name, Shape([[depth(105, 205), 96]], dim, 4, dtype=dtype), dim, device)
 
 
 @pytest.mark.parametrize("asked", [(), ("window",), ("sink_logits", "softcap")], ids="+".join)
@@ -314,7 +316,8 @@ SEVERAL = [
 
 @pytest.mark.parametrize(("name", "queries", "asked"), SEVERAL, ids=str)
 def test_several_queries_are_causal_among_themselves(name, queries, asked, device):
-    check(name, Shape([[170, 40], [65, 33]], 64, 3, queries, asked=frozenset(asked)), 1, device)
+    lengths = [[80, 40]] if queries == 30 and not NIGHTLY else [[170, 40], [65, 33]]
+    check(name, Shape(lengths, 64, 3, queries, asked=frozenset(asked)), 1, device)
 
 
 @pytest.mark.parametrize("name", depth(["kivi-2 in groups of 16"], BLOCKS))

@@ -154,8 +154,8 @@ QUICK = [  # every kernel, every layout
     "mass, window",
 ]
 CHECKED = depth(QUICK, [*CASES])
-FOR_TOYS = depth([90], [*SHARED])
-"""What the toys are compiled for: they check this file."""
+FOR = depth([90], [*SHARED])
+"""What cases and toys are compiled for."""
 
 
 @triton.jit
@@ -205,7 +205,7 @@ TOYS = {
 def compile_all(names):
     """Case -> compute capability -> its kernels as JSON has them, or why there are none. Toys are among the cases."""
     cases, built = {name: CASES[name] for name in names} | {name: case for name, (case, _) in TOYS.items()}, {}
-    wanted = {name: FOR_TOYS if name in TOYS else [*SHARED] for name in cases}
+    wanted = dict.fromkeys(cases, [*SHARED] if names is CASES else FOR)
     for call, capabilities in {case.call: wanted[name] for name, case in cases.items()}.items():
         for capability in capabilities:
             try:
@@ -312,7 +312,7 @@ def compiled(request):
         return restore(kept.read_text())
 
 
-@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("capability", FOR)
 @pytest.mark.parametrize("name", CHECKED)
 def test_a_kernel_loads_widely_and_does_not_spill(name, capability, compiled):
     built = compiled[name][capability]
@@ -320,7 +320,7 @@ def test_a_kernel_loads_widely_and_does_not_spill(name, capability, compiled):
     assert faults(CASES[name], built) == []
 
 
-@pytest.mark.parametrize("capability", FOR_TOYS)
+@pytest.mark.parametrize("capability", FOR)
 @pytest.mark.parametrize("name", TOYS)
 def test_a_kernel_that_does_not_is_found(name, capability, compiled):
     case, fault = TOYS[name]

@@ -97,10 +97,11 @@ def caches(model, method, prompts, slots):
     return found
 
 
+STEPS = depth(9, 12)
 PROMPTS = [list(range(5, 15)), list(range(20, 35)), list(range(40, 67))]
 
 
-def run(model, method, device, replayed, steps=12, slots=64):
+def run(model, method, device, replayed, steps=STEPS, slots=64):
     """Logits of every step in which rows come, idle, and go, and the caches after it; by graphs or one by one."""
     layers = caches(model, method, PROMPTS, slots)
     cache = KVCache(Member(layers))
@@ -211,9 +212,9 @@ def test_numbers_of_a_sequence_and_its_queries_are_not_frozen(model, every, devi
     """Every step, and with rows compacted between replays."""
     model.to(device)
     method = replace(parse("h2o:budget=12"), selector=Odd(budget=12, every=every))
-    expected, theirs, _ = run(model, method, device, replayed=False, steps=10)
-    found, ours, _ = run(model, method, device, replayed=True, steps=10)
-    assert [torch.equal(a, b) for a, b in zip(found, expected, strict=True)] == [True] * 10
+    expected, theirs, _ = run(model, method, device, replayed=False)
+    found, ours, _ = run(model, method, device, replayed=True)
+    assert [torch.equal(a, b) for a, b in zip(found, expected, strict=True)] == [True] * len(expected)
     agree(ours, theirs)
 
 

@@ -9,7 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from suites.checks import examples  # noqa: F401
-from suites.checks.tiny import go, run, world  # noqa: F401  (fixtures)
+from suites.checks.packaged import installed, wheel  # noqa: F401  (fixtures)
+from suites.checks.tiny import finished, go, kept, run, world  # noqa: F401  (fixtures)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,4 +1,5 @@
-"""pytest in processes of its own that need not import torch and transformers: a server has done so, and forks."""
+"""pytest in processes of its own that need not import torch, transformers, pytest's plugins and what kvsuite imports
+before it loads a model: a server has done so, and forks."""
 
 import multiprocessing
 import os
@@ -9,10 +10,13 @@ from pathlib import Path
 import pytest
 
 SERVER = multiprocessing.get_context("forkserver")
-MODELS = ("auto.modeling_auto", "llama.modeling_llama")
-SERVER.set_forkserver_preload(
-    ["pytest", "torch", "scipy.stats", "statsmodels.api", *(f"transformers.models.{name}" for name in MODELS)]
-)
+MODELS = ("auto.modeling_auto", "auto.tokenization_auto", "llama.modeling_llama")
+PLUGINS = ("anyio.pytest_plugin", "hypothesis", "pytest_benchmark.plugin", "xdist.plugin")
+OWN = ("kvsuite.plugin.evaluation", "rich.console")  # what `test_plugin` knows to need no torch
+LIBRARIES = ("torch", "scipy.stats", "statsmodels.api", *(f"transformers.models.{name}" for name in MODELS))
+SERVER.set_forkserver_preload(["pytest", *LIBRARIES, *PLUGINS, *OWN])
+PLAIN = "--assert=plain"
+"""Asserts are not rewritten, here as in the plugins that are there already: it takes as long as a small run."""
 
 
 STDOUT, STDERR = "forked-stdout", "forked-stderr"
@@ -49,5 +53,4 @@ def _main(arguments: list[str], folder: Path, environment: dict[str, str]) -> No
     tempfile.tempdir = None  # asked of the environment anew
     sys.argv = ["pytest", *arguments]
     sys.path[:0] = [str(folder), *environment.get("PYTHONPATH", "").split(os.pathsep)]
-    there = "ignore::pytest.PytestAssertRewriteWarning"  # transformers has imported a plugin of pytest, anyio
-    sys.exit(pytest.main([*arguments, "-W", there]))
+    sys.exit(pytest.main([*arguments, PLAIN]))

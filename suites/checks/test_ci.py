@@ -17,7 +17,7 @@ from kvsuite.analysis.report import analyse
 from kvsuite.errors import UsageError
 from kvsuite.records import read
 from kvsuite.report import summary
-from suites.checks.test_install import files, go, installed, wheel  # noqa: F401  (fixtures)
+from suites.checks.test_install import files, go  # noqa: F401  (a fixture)
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "reports" / "cpu" / "smoke"

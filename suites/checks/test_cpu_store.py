@@ -16,6 +16,7 @@ from kvsuite.methods.codecs.fp8 import E4M3
 from kvsuite.methods.codecs.full import Plain
 from kvsuite.methods.codecs.int8 import PerToken
 from kvsuite.methods.codecs.kivi import PerChannel
+from suites.checks.depth import depth
 from suites.checks.table import has_compiler
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
@@ -128,7 +129,7 @@ pairs = st.tuples(content, content)
 
 @formats
 @given(data=st.data(), dtype=st.sampled_from(NUMBERS), arena=st.booleans(), threads=st.sampled_from([0, 3]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=depth(15, 40), deadline=None)
 def test_what_is_stored_is_what_the_reference_stores(text, dim, kv_dtype, data, dtype, arena, threads):
     draw = data.draw
     positions, evicts = draw(st.sampled_from([(False, False), (True, False), (True, True)]))

@@ -21,29 +21,6 @@ PLUGIN = {"kvsuite", "kvsuite.plugin", "kvsuite.plugin.declared", "kvsuite.plugi
 SMALL = ["--kv-methods", "int8", "--kv-length", "256", "--kv-samples", "2", "--kv-batch", "2", "--kv-cap", "4"]
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wheel")
-    for name in ("kvsuite", "suites"):
-        shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder / "source")
-    pip("wheel", "--no-build-isolation", "--wheel-dir", folder, folder / "source")
-    return next(folder.glob("*.whl"))
-
-
-def pip(command, *arguments):
-    words = [sys.executable, "-m", "pip", command, "--no-deps", "--quiet", "--disable-pip-version-check", *arguments]
-    subprocess.run(words, check=True)
-
-
-@pytest.fixture(scope="module")
-def installed(wheel):
-    folder = wheel.parent / "installed"
-    pip("install", "--target", folder, wheel)
-    return folder
-
-
 @pytest.fixture
 def go(installed, world, tmp_path):
     """Run a module in a folder of its own, with the wheel installed and nothing of this checkout in sight."""
@@ -51,7 +28,7 @@ def go(installed, world, tmp_path):
     home.mkdir()
     own = {
         "PYTHONPATH": str(installed), "KVSUITE_CACHE": str(world / "cache"), "OMP_NUM_THREADS": "1", "COLUMNS": "120",
-        "HF_HUB_CACHE": str(tmp_path / "hub"), "PYTHONDONTWRITEBYTECODE": "1",
+        "HF_HUB_CACHE": str(tmp_path / "hub"), "PYTHONDONTWRITEBYTECODE": "",
     }  # fmt: skip
 
     def run(*words, **more):
@@ -68,9 +45,9 @@ def told(result):
 
 
 def files(folder):
-    """What is in a folder but pytest's cache, which some settings leave elsewhere or out, and pytest-benchmark's empty
-    folder."""
-    return {path.name for path in folder.iterdir()} - {".benchmarks", ".pytest_cache"}
+    """What is in a folder but Python's and pytest's caches, which some settings leave elsewhere or out, and
+    pytest-benchmark's empty folder."""
+    return {path.name for path in folder.iterdir()} - {"__pycache__", ".benchmarks", ".pytest_cache"}
 
 
 def collected(result):

@@ -7,10 +7,12 @@ import pytest
 
 from kvsuite.analysis.latency import break_even, fit, itl_fit, ttft_fit
 from kvsuite.errors import UsageError
+from suites.checks.depth import depth
+from suites.checks.simulations import COVERAGE, widened
 
-DRAWS = 2000
-LOW, HIGH = 0.937, 0.962
-"""Coverage of 95 % intervals in 2,000 draws, STATISTICS.md."""
+DRAWS = depth(500, 2000)
+LOW, HIGH = widened(*COVERAGE, DRAWS, 2000 // DRAWS)
+"""Coverage of 95 % intervals, STATISTICS.md."""
 LENGTHS = np.repeat([256.0, 512, 1024, 2048, 4096], 3)
 
 

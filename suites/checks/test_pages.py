@@ -15,6 +15,7 @@ from kvsuite.kernels.paged import NULL_PAGE, PagedKV
 from kvsuite.kernels.quantspec import PAGE
 from kvsuite.kernels.reference import append, compact, evict, fill, release_empty
 from kvsuite.methods import parse
+from suites.checks.depth import depth
 from suites.checks.table import KV_HEADS, METHODS, SCALE, context, layer, loaded, plain, tokens
 
 CODECS = ["int8", "kivi:bits=4,group=16,residual=32", "kivi:bits=2,group=8,residual=8"]
@@ -50,7 +51,7 @@ ACTIONS = st.lists(
 
 @pytest.mark.parametrize("arena", [True, False], ids=["arena", "pool"])
 @pytest.mark.parametrize("codec", CODECS)
-@settings(max_examples=20)
+@settings(max_examples=depth(8, 20))
 @given(actions=ACTIONS)
 def test_random_histories_leak_no_page_and_share_none(codec, arena, actions):
     """6 × 20 histories of 60 to 120 actions each: some 10,000."""

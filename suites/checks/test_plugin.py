@@ -193,6 +193,13 @@ def test_importing_kvsuite_is_fast_and_without_torch():
     assert (done.stdout, seconds <= 0.3) == ("False\n", True)
 
 
+def test_options_are_read_without_torch():
+    """The other checks of mistakes run where it is imported already."""
+    code = "import kvsuite.plugin.evaluation, sys; print({'torch', 'transformers'} & set(sys.modules))"
+    done, _ = timed("-c", code)
+    assert done.stdout == "set()\n", done.stderr
+
+
 def test_collecting_speed_cells_is_fast():
     done, seconds = timed("-m", "pytest", "--collect-only", "-q", "-m", "throughput")
     assert "test_decode[kivi:bits=4-b8-l1024]" in done.stdout

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import random
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -45,25 +44,6 @@ def kill_after(process, lines, seconds):
     return alive
 
 
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory):
-    """Where finished runs are kept, by their markers."""
-    folder = tmp_path_factory.mktemp("finished")
-    return lambda marker: folder / marker.replace(" ", "-")
-
-
-@pytest.fixture
-def finished(run, kept):
-    """Puts a finished run, made once, into a folder."""
-
-    def copy(marker, folder):
-        if not kept(marker).exists():
-            assert run(marker, "--kv-run", str(kept(marker))).ret == 0
-        shutil.copytree(kept(marker), folder)
-
-    return copy
-
-
 @pytest.fixture
 def undisturbed(finished):
     finished("samples or length", "whole")
@@ -85,6 +65,7 @@ def test_a_run_that_is_killed_at_any_moment_goes_on(run, go, pytester, undisturb
     assert result.ret == 0, result.outlines[-30:]
     assert results("left") == undisturbed
     assert results("left").items() >= there.items()
+    assert sorted(p.name for p in Path("left").iterdir()) == ["records.jsonl", "report.html", "report.md", "run.json"]
     assert read(Path("left")).facts["finished"]
     assert "partial" not in Path("left/report.md").read_text()
 

@@ -5,7 +5,7 @@ import pytest
 from suites.checks.depth import depth
 from suites.checks.simulations import COVERAGE, DOCUMENT, WORLDS, Row, tables, widened
 
-THIN = depth(10, 1)
+THIN = depth(20, 1)
 
 
 @pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.__name__)

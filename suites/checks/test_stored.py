@@ -9,6 +9,7 @@ from kvsuite.kernels.quantize import dequantize, quantize
 from kvsuite.kernels.quantspec import PAGE
 from kvsuite.methods import parse
 from suites.checks import naive
+from suites.checks.depth import depth
 from suites.checks.table import DIM, HEADS, KV_HEADS, METHODS, SCALE, SELECTING, context, loaded, plain, same, tokens
 
 EVERYTHING = {everything for everything in METHODS.values() if everything is not None}
@@ -16,7 +17,7 @@ EVERYTHING = {everything for everything in METHODS.values() if everything is not
 
 @pytest.mark.parametrize("text", sorted(EVERYTHING))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@settings(max_examples=4)
+@settings(max_examples=depth(2, 4))
 @given(length=st.integers(1, 80))
 def test_keeping_everything_stores_what_full_stores(dtype, text, length):
     seen, (q, k, v) = context(length, 0, dtype), tokens(20, 1, dtype)
@@ -44,7 +45,7 @@ OWN_BITS = ("random", "snapkv", "redundant")
 
 
 @pytest.mark.parametrize("text", [text for text in METHODS if not text.startswith(OWN_BITS)])
-@settings(max_examples=4)
+@settings(max_examples=depth(2, 4))
 @given(length=st.integers(1, 150), steps=st.integers(0, 30), seed=st.integers(0, 99))
 def test_what_is_stored_does_not_depend_on_the_compute_dtype(text, length, steps, seed):
     """float32 computes, bfloat16 is stored: the same bits in every pool as where bfloat16 computes, too."""
@@ -88,7 +89,7 @@ def test_full_can_be_told_its_dtype(dtype):
 
 
 @pytest.mark.parametrize("text", METHODS)
-@settings(max_examples=6)
+@settings(max_examples=depth(2, 6))
 @given(lengths=st.lists(st.integers(1, 150), min_size=3, max_size=3), steps=st.integers(1, 12))
 def test_the_table_finds_a_rows_pages_in_the_pool(text, lengths, steps):
     cache = loaded(parse(text), [context(length, length) for length in lengths], steps)
@@ -111,7 +112,7 @@ def test_the_table_finds_a_rows_pages_in_the_pool(text, lengths, steps):
 
 
 @pytest.mark.parametrize("text", [text for text in METHODS if text.startswith("kivi")])
-@settings(max_examples=8)
+@settings(max_examples=depth(5, 8))
 @given(length=st.integers(1, 290))
 def test_kivi_quantizes_all_but_its_newest(text, length):
     codec = parse(text).codec

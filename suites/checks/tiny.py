@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import string
 from pathlib import Path
 
@@ -70,6 +71,25 @@ def go(pytester, monkeypatch, world):
 def run(pytester, go):
     """Run them."""
     return lambda *arguments: forked.run(go(*arguments), pytester.path)
+
+
+@pytest.fixture(scope="session")
+def kept(tmp_path_factory):
+    """Where finished runs are kept, by their markers."""
+    folder = tmp_path_factory.mktemp("finished")
+    return lambda marker: folder / marker.replace(" ", "-")
+
+
+@pytest.fixture
+def finished(run, kept):
+    """Puts a finished run, made once, into a folder."""
+
+    def copy(marker, folder):
+        if not kept(marker).exists():
+            assert run(marker, "--kv-run", str(kept(marker))).ret == 0
+        shutil.copytree(kept(marker), folder)
+
+    return copy
 
 
 def left(kind):
