@@ -111,7 +111,7 @@ def test_failed_answers_are_bounds_in_every_run(more):
 def test_a_method_that_was_never_begun_has_a_row():
     found = run(*whole()[:3], **EXPECTED)
     assert verdict(found, "other") == "partial 0/8"
-    assert drawn(found)["needle"].rows[-1] == ["other (0 of 8)", *["missing", "-"], *["missing"] * 6]
+    assert drawn(found)["needle"].rows[-1] == ["other (0 of 8)", *["missing", "-"], *["missing"] * 8]
     assert "partial: 0–8 of 8 samples" in drawn(found)["needle"].title
     assert "other (" not in shown(run(*whole()[:3]))
 

@@ -50,6 +50,18 @@ def test_figures_of_a_method():
     assert found.decode == pytest.approx((2 + 1 + 2) / 0.3)
 
 
+def test_lengths_of_scored_answers_stand_beside_the_scores():
+    *_, table = tables(
+        run([answer(0, tokens=[1] * 4), answer(1, tokens=[1] * 6)] + [answer(s, "m", tokens=[1] * 15) for s in (0, 1)])
+    )
+    at = table.columns.index("tokens")
+    assert table.columns[at + 1] == "×"
+    assert [row[at : at + 2] for row in table.rows] == [
+        ["5", "1.00 (1.00–1.00)"],
+        ["15", "3.00 (0.23–39.43)"],
+    ]  # two pairs tell little
+
+
 def test_bytes_read_and_empty_slots_have_columns_where_they_tell_something():
     def shown(**more):
         *_, table = tables(run([answer(0, read_end=50), answer(0, "m", **more)]))
@@ -58,8 +70,8 @@ def test_bytes_read_and_empty_slots_have_columns_where_they_tell_something():
     assert "read" not in shown(read_end=50, fragmentation=0.01)[0]
     for more, said in (({"read_end": 20}, ["0.40", "0.0"]), ({"read_end": 50, "fragmentation": 0.3}, ["1.00", "30.0"])):
         columns, row = shown(**more)
-        assert columns[6:8] == ["read", "empty, %"]
-        assert row[6:8] == said
+        assert columns[8:10] == ["read", "empty, %"]
+        assert row[8:10] == said
         assert len(row) == len(columns)
 
 

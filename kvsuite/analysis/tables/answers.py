@@ -72,7 +72,11 @@ def _samples(task: str, answers: Sequence[Answer], shares: Mapping[Who, Share], 
     there = {row.method for row in rows}
     rows += [SampleRow(method, 0, 0, "") for method, _ in shares if method not in there]
     columns = [Column("score", "score", "score"), Column("score", "95 %", "score", "ends")]
-    columns.append(Column("same", f"as {run.baseline}"))
+    columns += [
+        Column("same", f"as {run.baseline}"),
+        Column("tokens", "tokens", "tokens"),
+        Column("cost", "×", "×", "range"),
+    ]
     note = "95 %: interval of the mean score; as baseline: answers that are the baseline's to the letter."
     if not served(run):
         tells = any((row.read or 1) < 0.99 or row.fragmentation >= FRAGMENTED for row in rows)
@@ -89,8 +93,10 @@ def _samples(task: str, answers: Sequence[Answer], shares: Mapping[Who, Share], 
                 " Read: the part of the bytes held that the last step read; empty: the slots in use at the end that "
                 "held no token."
             )
+    note += f" Tokens: mean of an answer; ×: those of all answers against {run.baseline}'s."
     columns += [PARTED] if any(row.parted for row in rows) else []
-    drawn = [_row(row.method, shares[row.method, 0], _sample_cells(row)) for row in rows]
+    lengths_of = {row.method: row for row in length_rows(answers, run.baseline)}
+    drawn = [_row(row.method, shares[row.method, 0], _sample_cells(row, lengths_of.get(row.method))) for row in rows]
     controls = [(row.method, row.pairs, row.same) for row in rows if run.is_control(row.method)]
     failures = [(row.method, row.error) for row in rows if row.failed]
     told = infos([PARTING]) if PARTED in columns else []
@@ -112,9 +118,11 @@ def _room(rows: Sequence[SampleRow], baseline: str) -> list[Note]:
     return infos([f"{baseline} scores 1 on all {n} samples: a method can only lose."] if score.mean == 1 else [])
 
 
-def _sample_cells(row: SampleRow) -> dict[str, Cell]:
+def _sample_cells(row: SampleRow, length: LengthRow | None) -> dict[str, Cell]:
     none = row.score is None
     return {
+        "tokens": Cell(length and length.tokens),
+        "cost": Cell.estimated(length and length.cost),
         "score": Cell.estimated(row.score),
         "same": Cell() if none else Cell(row.same, of=row.pairs),
         "parted": Cell.estimated(row.parted),
