@@ -108,22 +108,22 @@ def _row(
         control,
         len(pairs),
         sum(c is not None for _, c in changes),
-        _mean(changes, 2),
-        _mean(near, 1),
-        _mean(below, 2),
+        _mean(changes),
+        _mean(near),
+        _mean(below),
         sum(longer),
-        _mean(itertools.compress(changes, longer), 2),
-        _mean(itertools.compress(near, longer), 1),
+        _mean(itertools.compress(changes, longer)),
+        _mean(itertools.compress(near, longer)),
         sum(c <= 0 and a.length >= b.length for a, b, c in differing),
         len(differing),
         sum(x.pieces > SEEN for _, _, x, _ in every),
     )
 
 
-def _mean(figures: Iterable[tuple[Answer, float | None]], most: float) -> Estimate | None:
-    """Of those that are there, with the interval of prompts; None where there are none. None is beyond ±``most``."""
+def _mean(figures: Iterable[tuple[Answer, float | None]]) -> Estimate | None:
+    """Of those that are there, with the interval of prompts; None where there are none."""
     found = [(a.cluster or a.sample, x) for a, x in figures if x is not None]
     if not found:
         return None
     prompts, values = zip(*found, strict=True)
-    return estimate(Design.of([""] * len(found), prompts), [Ratio(np.array(values), bounds=(-most, most))])[0]
+    return estimate(Design.of([""] * len(found), prompts), [Ratio(np.array(values))])[0]

@@ -86,6 +86,7 @@ class MiniLM:
             import transformers
         except ImportError as error:
             raise UsageError(f"embedding answers needs {error.name}: pip install 'kvsuite[local]'") from error
+        transformers.utils.logging.disable_progress_bar()
         folder = models.embedder()
         self._torch, self._tokenizer = torch, transformers.AutoTokenizer.from_pretrained(folder)
         self._model: Any = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()

@@ -10,14 +10,15 @@ from kvsuite.records import Run, Similarity
 EXPLAINED = (
     "Cosines of all-MiniLM-L6-v2's embeddings, each answer beside {base}'s last to the same prompt. To reference: the "
     "similarity to the task's reference answer, less that of {base}'s answer. To {base}: the similarity to its answer; "
-    "beyond noise: less that of the control's answers to the same prompts. 1.5×: answers at least that much longer. "
-    "95 %: of prompts. A cosine tells whether two texts are about the same, hardly whether a sum is right."
+    "beyond noise: less that of the control's answers to the same prompts. 1.5×: answers at least that much longer, "
+    "and the same figures of those. 95 %: of prompts, not adjusted. A cosine tells whether two texts are about the "
+    "same things, hardly whether a sum is right."
 )
 PAPER = (
-    "Verbose: the paper's rule, no closer to the reference and no shorter than {base}'s answer, of the answers that are "
-    "not {base}'s to the letter, which would all be verbose. Noise makes some, too: read it beside the control's. The "
-    "paper counts among 200 requests that were chosen for longer answers, so that their ratio of lengths is above 1 "
-    "whatever a method does; here all are counted."
+    "Verbose: the paper's rule, no closer to the reference and no shorter than {base}'s answer, of the answers that "
+    "are not {base}'s to the letter, which would all be verbose. Noise makes some, too: read it beside the control's. "
+    "The paper counts among 200 requests that were chosen for longer answers, so that their ratio of lengths is above "
+    "1 whatever a method does; here all are counted."
 )
 
 
@@ -36,13 +37,14 @@ def _table(task: str, rows: list[Verbosity], base: str, failed: list[str]) -> Ta
     columns += [Column("beyond", "beyond noise"), Column("beyond", "95 %", shows="ends")]
     columns += [
         Column("longer", "1.5×"),
-        Column("longer change", "to reference"),
+        Column("longer change", "1.5× to reference"),
         Column("longer change", "95 %", shows="ends"),
     ]
-    columns += [Column("longer baseline", f"to {base}"), Column("verbose", "verbose")]
+    columns += [Column("longer baseline", f"1.5× to {base}"), Column("verbose", "verbose")]
     said = infos([text.format(base=base) for text in (EXPLAINED, PAPER)])
     if most := max(row.referenced for row in rows):
-        said.append(Note(f"Reference answers: to {most} of {max(row.pairs for row in rows)} answers."))
+        pairs = max(row.pairs for row in rows)
+        said.append(Note(f"Of {pairs} answers of a method {most} are to prompts that have a reference answer."))
     else:
         said.append(Note("None of these prompts has a reference answer."))
     if cut := sum(row.cut for row in rows):
