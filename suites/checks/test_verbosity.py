@@ -40,7 +40,10 @@ def chat(method, sample, text, length=10, repeat=0):
 def left(folder, answers):
     methods = list(dict.fromkeys(a.method for a in answers))
     made = RunFolder(folder)
-    made.describe({"methods": methods, "baseline": "full", "settings": {}, "environment": {}, "model": {"name": "m"}})
+    settings = {"temperature": 0, "cap": 99, "samples": {"": 4}, "tasks": ["chat"]}
+    where = {"gpu": None, "threads": 1, "compute_dtype": "float32", "kv_dtype": "float32"}
+    facts = {"methods": methods, "baseline": "full", "settings": settings, "environment": where, "model": {"name": "m"}}
+    made.describe(facts)
     for a in answers:
         made.append(a)
     return folder
@@ -132,7 +135,7 @@ def test_without_control_reference_or_all_of_a_text_that_is_said(tmp_path):
 def test_methods_that_do_nothing_show_nothing_even_where_they_are_longer(tmp_path):
     """Selected for longer answers, the control as well: a difference that noise makes is in no interval's way."""
     draw, found = np.random.default_rng(0), []
-    for _ in range(100):
+    for _ in range(50):
         records = []
         for i in range(30):
             for method in ("full", "jitter", "int4"):
@@ -145,7 +148,7 @@ def test_methods_that_do_nothing_show_nothing_even_where_they_are_longer(tmp_pat
         found.append(analysis.verbosity(run)["chat"][1])
     for key in ("change", "beyond", "longer_change"):
         outside = sum(not getattr(row, key).low < 0 < getattr(row, key).high for row in found)
-        assert outside <= 12, key
+        assert outside <= 7, key
 
 
 def test_reference_answers_are_those_of_the_turn_that_is_asked(tmp_path, monkeypatch):
