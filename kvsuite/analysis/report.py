@@ -22,6 +22,7 @@ from kvsuite.analysis.tables.causes import causes
 from kvsuite.analysis.tables.chats import chats, sweep
 from kvsuite.analysis.tables.gates import gates, outcomes
 from kvsuite.analysis.tables.types import types
+from kvsuite.analysis.tables.verbosity import verbosity
 from kvsuite.analysis.tables.verdicts import verdicts
 from kvsuite.errors import unknown
 from kvsuite.records import Answer, Record, Run, Timing
@@ -79,7 +80,8 @@ def analyse(run: Run, held: Gates = NO_GATES, today: date | None = None) -> Repo
     found = outcomes(run, held, effects, today or date.today())
     tables = [*_shortfall(run), *gates(held, found), *servers.headlines(run), *judged]
     tables += [*servers.speed(run), *servers.served(run)]
-    tables += [*speed.phases(run), *types(run), *answers(run), *causes(run), *chats(run), *speed.promises(run)]
+    tables += [*speed.phases(run), *types(run), *answers(run), *causes(run), *chats(run)]
+    tables += [*verbosity(run), *speed.promises(run)]
     tables += sweep(run, {table.key: table for table in tables})
     torn = f"{run.torn} record lines were cut off while being written and are left out."
     notes = [*provenance(run.records), *([Note(torn, "warning")] if run.torn else [])]

@@ -90,6 +90,10 @@ class Task:
         give the same samples."""
         raise NotImplementedError
 
+    def references(self) -> Mapping[str, str]:
+        """Of a task of chats, good answers by sample id, which nothing scores by; samples may have none."""
+        return {}
+
     def score(self, sample: Sample, answer: str) -> float | None:
         """From 0 to 1, or None where there is nothing to compare with."""
         raise NotImplementedError

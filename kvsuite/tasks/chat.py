@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from kvsuite import models
 from kvsuite.tasks.base import Sample, Task
@@ -23,12 +24,27 @@ class Chat(Task):
         return [models.questions() / "question.jsonl"]
 
     def samples(self, count: int, lengths: Sequence[int], seed: int, tokens: Callable[[str], int]) -> list[Sample]:
-        rows = [json.loads(line) for line in self.fetch()[0].read_text().splitlines()]
+        rows = read(self.fetch()[0])
         random.Random(f"chat {seed}").shuffle(rows)
-        return [
-            Sample(f"chat-{row['category']}-{row['question_id']}", row["turns"][0], "", "", max_new_tokens=1024)
-            for row in rows[:count]
-        ]
+        return [Sample(_id(row), row["turns"][0], "", "", max_new_tokens=1024) for row in rows[:count]]
+
+    def references(self) -> dict[str, str]:
+        good = answered()
+        return {_id(row): good[row["question_id"]][0] for row in read(self.fetch()[0]) if row["question_id"] in good}
 
     def score(self, sample: Sample, answer: str) -> None:
         return None
+
+
+def _id(row: dict[str, Any]) -> str:
+    return f"chat-{row['category']}-{row['question_id']}"
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """The rows of MT-Bench's files."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def answered() -> dict[int, list[str]]:
+    """MT-Bench's reference answers: to the 30 questions of math, reasoning and coding, by their id, one a turn."""
+    return {row["question_id"]: row["choices"][0]["turns"] for row in read(models.references() / "gpt-4.jsonl")}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from kvsuite import models
 from kvsuite.tasks.base import Sample, Task
+from kvsuite.tasks.chat import answered, read
 
 
 class Chat2(Task):
@@ -24,17 +25,23 @@ class Chat2(Task):
         return [models.questions() / "question.jsonl", models.references() / "gpt-4.jsonl"]
 
     def samples(self, count: int, lengths: Sequence[int], seed: int, tokens: Callable[[str], int]) -> list[Sample]:
-        asked, answered = ([json.loads(line) for line in file.read_text().splitlines()] for file in self.fetch())
-        first = {row["question_id"]: row["choices"][0]["turns"][0] for row in answered}
-        rows = [row for row in asked if row["question_id"] in first]
+        first = answered()
+        rows = [row for row in read(self.fetch()[0]) if row["question_id"] in first]
         random.Random(f"chat-2 {seed}").shuffle(rows)
         found = []
         for row in rows[:count]:
             question, then = row["turns"]
-            before = (("user", question), ("assistant", first[row["question_id"]]))
-            name = f"chat-2-{row['category']}-{row['question_id']}"
-            found.append(Sample(name, "", then, "", max_new_tokens=1024, before=before))
+            before = (("user", question), ("assistant", first[row["question_id"]][0]))
+            found.append(Sample(_id(row), "", then, "", max_new_tokens=1024, before=before))
         return found
+
+    def references(self) -> dict[str, str]:
+        good = answered()
+        return {_id(row): good[row["question_id"]][1] for row in read(self.fetch()[0]) if row["question_id"] in good}
 
     def score(self, sample: Sample, answer: str) -> None:
         return None
+
+
+def _id(row: dict[str, Any]) -> str:
+    return f"chat-2-{row['category']}-{row['question_id']}"

@@ -17,6 +17,7 @@ from kvsuite.analysis.length import length_rows
 from kvsuite.analysis.samples import Broken
 from kvsuite.analysis.table import Cell, Column, Note, Row, Table, infos
 from kvsuite.analysis.tables.negatives import NOISE, Compared, Counts, counted
+from kvsuite.analysis.verbosity import verbosity
 from kvsuite.columns import align
 from kvsuite.errors import UsageError, unknown
 from kvsuite.readers.run import answers
@@ -55,7 +56,7 @@ class Artifact:
 
     def figure(self, kind: str) -> Found:
         """What its data give for one kind of figure."""
-        return {"thetas": _thetas, "types": _types}[kind](self.counts) if kind != "length" else {}
+        return {"thetas": _thetas, "types": _types}[kind](self.counts) if kind not in CHATS else {}
 
 
 def _known() -> dict[str, Any]:
@@ -101,9 +102,30 @@ def _length(run: Run) -> Found:
     return found
 
 
+def _verbosity(run: Run) -> Found:
+    """Of each arm's answers to chats, whether the longer ones are worse; nothing before ``kvsuite verbosity``."""
+    found: Found = {}
+    for rows in verbosity(run).values():
+        for row in rows:
+            noise = " (noise)" if row.control else ""
+            found[f"{row.name}{noise}: at least 1.5× as long"] = _of(row.longer, row.pairs)
+            for what, x in (("", row.change), (", of those", row.longer_change)):
+                if x is not None:
+                    found[f"{row.name}{noise}: similarity to the reference - {run.baseline}'s{what}"] = f"{x.mean:+.3f}"
+            if row.differing:
+                found[f"{row.name}{noise}: Q ≤ Q_{run.baseline} and L ≥ L_{run.baseline}"] = _of(
+                    row.verbose, row.differing
+                )
+    return found
+
+
+CHATS = {"length": _length, "verbosity": _verbosity}
+"""Kinds of figures of chats, to which the artifact has no data."""
+
+
 def _ours(run: Run, kind: str) -> Found:
-    if kind == "length":
-        return _length(run)
+    if kind in CHATS:
+        return CHATS[kind](run)
     return {"thetas": _thetas, "types": _types}[kind](counted(Compared.of(run), Broken()))
 
 
