@@ -91,6 +91,11 @@ def test_no_more_than_its_seconds_of_the_processor(program, monkeypatch):
 
 
 @held
+def test_what_it_says_of_errors_does_not_fill_our_memory():
+    assert sandbox._run("import os\nassert os.write(2, bytes(4096)) == 4096") == (sandbox.PASSED, "")
+
+
+@held
 def test_nothing_is_left_when_time_is_up(monkeypatch):
     marker = f"# of {os.getpid()}"
     monkeypatch.setattr(sandbox, "RUNNER", sandbox.RUNNER + marker)
