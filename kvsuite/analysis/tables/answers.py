@@ -121,8 +121,8 @@ def _room(rows: Sequence[SampleRow], baseline: str) -> list[Note]:
 def _sample_cells(row: SampleRow, length: LengthRow | None) -> dict[str, Cell]:
     none = row.score is None
     return {
-        "tokens": Cell(length and length.tokens),
-        "cost": Cell.estimated(length and length.cost),
+        "tokens": Cell(length.tokens if length else None),
+        "cost": Cell.estimated(length.cost if length else None),
         "score": Cell.estimated(row.score),
         "same": Cell() if none else Cell(row.same, of=row.pairs),
         "parted": Cell.estimated(row.parted),
