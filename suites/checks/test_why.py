@@ -193,7 +193,11 @@ def left(world, tmp_path, monkeypatch):
     methods, task, folder = parse_all(["full,jitter,int8,h2o:budget=64"]), tasks.task("needle"), RunFolder(Path("left"))
     shared = {"compress": "prompt", "cap": 6, "temperature": 1.0, "seed": 0, "device": "cpu", "backend": "auto"}
     how = {key: shared[key] for key in ("device", "backend", "compress", "cap", "temperature", "seed")}
-    here = Here(Setting(world / "model", tuple(methods), "float32", width=2, timeout=math.inf, memory=math.inf, **how))
+    here = Here(
+        Setting(
+            world / "model", tuple(methods), "float32", width=2, repeats=1, timeout=math.inf, memory=math.inf, **how
+        )
+    )
     samples = task.samples(3, [256], 0, lambda text: len(here.tokenizer(text, add_special_tokens=False)["input_ids"]))
     folder.describe(
         {
