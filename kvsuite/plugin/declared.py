@@ -19,7 +19,7 @@ HELP = {
     "together in steps of 8 times as many rows",
     "length": "prompt lengths in tokens, comma-separated",
     "tasks": "tasks, comma-separated; jsonl:FILE or jsonl:FILE#SCORER is a task of your own prompts, "
-    "hub:NAME a published benchmark",
+    "hub:NAME a published benchmark, reference:TASK a task's reference answers, forced through every cache",
     "samples": "samples per task: a number for all, and others for some of them, such as 48,chat=8",
     "cap": "most tokens of a chat answer",
     "temperature": "of chat answers; 0 is greedy",

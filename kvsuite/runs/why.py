@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kvsuite import environment, models, tasks
+from kvsuite import models, tasks
 from kvsuite.analysis.causes import Looked, looked_at
 from kvsuite.errors import UsageError, unknown
 from kvsuite.methods import Method, parse
@@ -71,7 +71,7 @@ class Why:
             task = tasks.task(name)
             if task.name not in wanted:
                 continue
-            if environment.fingerprint(task.fetch()) != self.run.facts["texts"][task.name]:
+            if task.fingerprint() != self.run.facts["texts"][task.name]:
                 raise UsageError(f"the texts of {task.name} are not those of {self.run.folder}")
             count = settings["samples"].get(task.name, settings["samples"][""])
             made = task.samples(count, settings["length"], settings["seed"], self._tokens)
