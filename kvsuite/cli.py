@@ -140,6 +140,7 @@ def _why_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="the model that answered, if not the default")
     parser.add_argument("--method", action="append", default=[], help="of the run's; several times for several")
     parser.add_argument("--sample", action="append", default=[], metavar="ID", help="of the run's; else all")
+    parser.add_argument("--task", action="append", default=[], metavar="SPEC", help="a hub:… or jsonl:… of the run's")
     _plugin_option(parser)
     parser.set_defaults(run=_why)
 
@@ -302,7 +303,7 @@ def _why(asked: argparse.Namespace) -> None:
     from kvsuite.runs.why import Why
 
     folder = Path(asked.folder)
-    why = Why(records.read(folder), asked.model, asked.method, asked.sample)
+    why = Why(records.read(folder), asked.model, asked.method, asked.sample, asked.task)
     for at, loss in enumerate(why.losses(), start=1):
         done = f"{at} of {len(why.asked)}: {loss.method}, {loss.sample}"
         print(f"{done}: {loss.error}" if loss.error else done, file=sys.stderr, flush=True)

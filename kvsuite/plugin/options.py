@@ -33,8 +33,6 @@ CHOICES = {
     "executor": ("here", "ray"),
     "undecided": POLICIES,
 }
-FRAME = 160
-"""Tokens that a chat template and an answer need beside a prompt, or a document's continuation."""
 SHORTEST = 256
 """Tokens below which no task can be told."""
 
@@ -89,10 +87,6 @@ class Options:
         if self.servers and self.model.is_file():  # GGUF
             return None
         return models.model_limit(self.model)
-
-    def room(self, answer: int) -> float:
-        """The tokens that a prompt may have before an answer of at most so many; infinite where nobody knows."""
-        return math.inf if self.limit is None else self.limit - FRAME - min(answer, self.cap)
 
     @property
     def width(self) -> int:
@@ -205,7 +199,7 @@ def _check_sizes(options: Options) -> None:
     if options.servers is None:
         for method in options.methods:
             method.check_context(longest)
-    if options.limit is not None and longest + FRAME > options.limit:
+    if options.limit is not None and longest + tasks.FRAME > options.limit:
         raise UsageError(f"--kv-length {longest} does not fit the model's context of {options.limit} tokens")
 
 

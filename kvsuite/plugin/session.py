@@ -76,7 +76,7 @@ class Session:
         if task.name not in self._samples:
             o = self.options
             count = o.samples.get(task.name, o.samples[""])
-            task.room = o.room  # type: ignore[method-assign]
+            task.limit, task.cap = o.limit, o.cap
             self._samples[task.name] = task.samples(count, o.length, o.seed, self.count_tokens)
         return self._samples[task.name]
 

@@ -23,11 +23,20 @@ from kvsuite.tasks import Sample, Task
 class Why:
     """What is to be looked at in a run. Nothing is loaded before `losses`."""
 
-    def __init__(self, run: Run, model: Path | None, methods: Collection[str], samples: Collection[str]) -> None:
-        """``methods`` and ``samples``: names, of the run's; empty for all. Raises UsageError where the run's caches
-        cannot be had again: another model, other texts, servers."""
+    def __init__(
+        self,
+        run: Run,
+        model: Path | None = None,
+        methods: Collection[str] = (),
+        samples: Collection[str] = (),
+        made: Collection[str] = (),
+    ) -> None:
+        """``methods`` and ``samples``: names, of the run's; empty for all. ``made``: its tasks that have no name of
+        their own, as they were given to it (``hub:…``, ``jsonl:…``). Raises UsageError where the run's caches cannot be
+        had again: another model, other texts, servers."""
         if "servers" in run.facts:
             raise UsageError(f"{run.folder} was answered by servers, whose caches nobody can look into")
+        self.made = {task.name: task for task in map(tasks.task, made)}
         self.run, done = run, {record.job for record in run.records if isinstance(record, Loss) and not record.error}
         known = looked_at(run)
         for asked, there, what in (
@@ -67,16 +76,23 @@ class Why:
     def _samples(self, wanted: Mapping[str, Collection[str]]) -> dict[Task, list[Sample]]:
         """The samples of these tasks, made as the run made them."""
         settings, found = self.run.facts["settings"], dict[Task, list[Sample]]()
-        for name in settings["tasks"]:
-            task = tasks.task(name)
-            if task.name not in wanted:
-                continue
+        for name, ids in wanted.items():
+            task = self._task(name)
             if task.fingerprint() != self.run.facts["texts"][task.name]:
                 raise UsageError(f"the texts of {task.name} are not those of {self.run.folder}")
+            task.limit, task.cap = models.model_limit(self.here.setting.model), settings["cap"]
             count = settings["samples"].get(task.name, settings["samples"][""])
             made = task.samples(count, settings["length"], settings["seed"], self._tokens)
-            found[task] = [sample for sample in made if sample.id in wanted[task.name]]
+            found[task] = [sample for sample in made if sample.id in ids]
         return found
+
+    def _task(self, name: str) -> Task:
+        if name in self.made:
+            return self.made[name]
+        if name not in tasks.names():
+            where = f"say where they come from, --task hub:{name} or --task jsonl:FILE"
+            raise UsageError(f"{self.run.folder} has samples of {name}, which is no task of kvsuite's: {where}")
+        return tasks.task(name)
 
     def _tokens(self, text: str) -> int:
         return len(self.here.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -53,6 +53,10 @@ class Sample:
         return (self.context + self.question)[-PROMPT_END:]
 
 
+FRAME = 160
+"""Tokens that a chat template and an answer need beside a prompt, or a document's continuation."""
+
+
 class Task:
     """A named set of samples with a scorer."""
 
@@ -64,10 +68,14 @@ class Task:
     fitted: Mapping[str, int] = {}
     """What was done to how many of its samples so that they fit the model; written to ``run.json``."""
 
+    limit: int | None = None
+    """The most tokens that a prompt and its answer can have; the run says, which knows the model. None: not known."""
+    cap: float = math.inf
+    """The most tokens of an answer; the run says."""
+
     def room(self, answer: int) -> float:
-        """The tokens that a prompt may have before an answer of at most so many; the run says, which knows the
-        model."""
-        return math.inf
+        """The tokens that a prompt may have before an answer of at most so many; infinite where nobody knows."""
+        return math.inf if self.limit is None else self.limit - FRAME - min(answer, self.cap)
 
     literal: bool = True
     """Whether a reference is an answer as the model would write it, which can be forced."""

@@ -16,6 +16,9 @@ from kvsuite.errors import UsageError
 
 PATIENCE = 10
 """Seconds that the hub has for its first answer; the libraries would ask again and again for half a minute."""
+LARGEST = 1 << 30
+"""Bytes of an archive's member that are read: what is published has a few hundred million at most, what was packed to
+do harm can have any number."""
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -91,6 +94,10 @@ def _archive(file: Path, member: str) -> Rows:
     with zipfile.ZipFile(file) as archive:
         if member not in archive.namelist():
             raise UsageError(f"{file.name} holds no {member}")
+        if (size := archive.getinfo(member).file_size) > LARGEST:
+            raise UsageError(
+                f"{member} in {file.name} has {size:,} bytes, more than any published file here: {LARGEST:,}"
+            )
         return _lines(archive.read(member))
 
 

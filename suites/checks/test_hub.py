@@ -21,7 +21,8 @@ from kvsuite.plugin import options, schedule
 from kvsuite.readers.base import LONGBENCH
 from kvsuite.records import Answer, read
 from kvsuite.runs.here import Here
-from kvsuite.tasks import base, hub, rows, task
+from kvsuite.runs.why import Why
+from kvsuite.tasks import FRAME, base, hub, rows, task
 from suites.checks.test_tasks import Chatting, asked_of
 from suites.checks.tiny import ROOT, left
 
@@ -254,6 +255,9 @@ def test_longbench_is_read_out_of_its_archive(tmp_path, monkeypatch):
     assert only(f"hub:longbench-e/trec@={snapshot}")[0].question == "\ntrec_e"
     with pytest.raises(UsageError, match=r"data.zip holds no data/musique.jsonl"):
         only("hub:longbench/musique")
+    monkeypatch.setattr(rows, "LARGEST", 10)
+    with pytest.raises(UsageError, match=r"data/trec_e.jsonl in data.zip has \d+ bytes, more than"):
+        rows._archive(snapshot / "data.zip", "data/trec_e.jsonl")
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "longbench/multi_news"])
@@ -310,12 +314,13 @@ def test_what_cannot_be_named_or_read_is_refused(copy, tmp_path):
         task("hub:gsm8k")
 
 
-def test_a_run_says_what_it_read_and_what_it_cut(run, copy):
-    """LongBench's prompt is cut to the model's 1024 tokens; an answer to RULER goes on from its first words."""
+def test_a_run_says_what_it_read_and_what_it_cut(run, copy, world):
+    """LongBench's prompt is cut to the model's 1024 tokens, by ``kvsuite why``, too; an answer to RULER goes on from
+    its first words."""
     spec = copy("longbench/hotpotqa", LONG | {"context": "passage " * 300}, LONG | {"_id": "b"})
-    tasks = f"{spec},{copy('ruler/vt@4096', *[RULER] * 2)}"
+    given = f"{spec},{copy('ruler/vt@4096', *[RULER] * 2)}"
     outcome = run(
-        "samples", "--kv-tasks", tasks, "--kv-compress", "context", "--kv-methods", "full,int8", "-k", "answers"
+        "samples", "--kv-tasks", given, "--kv-compress", "context", "--kv-methods", "full,int8", "-k", "answers"
     )
     assert outcome.ret == 0, outcome.stdout
     facts = read(Path("left")).facts
@@ -325,7 +330,12 @@ def test_a_run_says_what_it_read_and_what_it_cut(run, copy):
     answers = [a for a in left(Answer) if a.method == "full"]
     assert {a.sample for a in answers} == {"hotpotqa-a1", "hotpotqa-b", "vt-0", "vt-1"}
     longest = max(a.prompt_tokens for a in answers)
-    assert longest in (1024 - options.FRAME - 6, 1024 - options.FRAME - 7)
+    assert longest in (1024 - FRAME - 6, 1024 - FRAME - 7)
+    wanted = {task: {a.sample for a in answers if a.task == task} for task in facts["texts"]}
+    with pytest.raises(UsageError, match="say where they come from, --task hub:longbench/hotpotqa or"):
+        Why(read(Path("left")), world / "model")._samples(wanted)
+    made = Why(read(Path("left")), world / "model", made=given.split(","))._samples(wanted)
+    assert {s.prompt_hash for some in made.values() for s in some} == {a.prompt_hash for a in answers}
     outcome.stdout.fnmatch_lines(["*longbench/hotpotqa 2 (1 cut in the middle)*"])
 
 

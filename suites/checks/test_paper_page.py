@@ -12,7 +12,7 @@ from kvsuite.records import read
 from suites.checks.test_paper import BASE, COUNTS, DATA, PREFIXES, TYPES, published
 
 ROOT = Path(__file__).parents[2]
-SMOKE = ROOT / "reports" / "cpu" / "smoke"
+STANDARD = ROOT / "reports" / "cpu" / "standard"
 LABELS = {"kivi": "KIVI-4", "gear": "GEAR-4", "h2o": "H2O", "stream": "StreamingLLM"}
 
 
@@ -27,21 +27,23 @@ def test_every_figure_and_table_is_there_once_and_says_how_or_why():
 
 @pytest.fixture(scope="module")
 def found():
-    return {table.key: table for table in paper.figures([], read(SMOKE), None)}
+    return {table.key: table for table in paper.figures([], read(STANDARD), None)}
 
 
 def test_ours_is_what_the_run_shows(found):
-    assert found["fig6"].cell("kivi:bits=2, θ = 10%", "ours").value == "20 of 48 (0 by noise)"
+    assert found["fig6"].cell("kivi:bits=2, θ = 10%", "ours").value == "68 of 139 (3 by noise)"
     assert found["fig6"].cell("KIVI-4, θ = 10%", "paper").value == "488 (plotted)"
-    assert found["fig7"].cell("synthetic: h2o:budget=128", "ours").value == "46 of 48 (0 by noise)"
-    assert found["table9"].cell("full, other seed", "ours").value == "12.5 / 0.0 (8 prompts)"
+    assert found["fig7"].cell("synthetic: h2o:budget=0.5", "ours").value == "57 of 71 (2 by noise)"
+    assert found["table9"].cell("full, other seed", "ours").value == "17.5 / 35.0 (80 prompts)"
+    assert found["fig5"].cell("streaming-llm:budget=0.5: slower", "ours").value == "56 of 80"
+    assert found["fig5"].cell("int8: mean, × full", "ours").value == "1.02 (0.88–1.18)"
     assert found["table9"].cell("KIVI", "paper").value == "2.8 / 44.9"
     assert "full" not in [row.key[0] for row in found["table9"].rows]
 
 
 def test_the_page_is_what_the_command_prints(capsys):
     """But for the artifact's figures, whose data not everybody has (the next check)."""
-    assert main(["paper", "--markdown", "--run", str(SMOKE)]) == 0
+    assert main(["paper", "--markdown", "--run", str(STANDARD)]) == 0
     fresh, page = capsys.readouterr().out, (ROOT / "docs" / "paper.md").read_text()
 
     def without(text):
@@ -53,7 +55,7 @@ def test_the_page_is_what_the_command_prints(capsys):
 
 @published
 def test_the_artifacts_figures_in_the_page_are_what_its_data_give(capsys):
-    assert main(["paper", "--markdown", "--run", str(SMOKE), "--artifact", str(DATA)]) == 0
+    assert main(["paper", "--markdown", "--run", str(STANDARD), "--artifact", str(DATA)]) == 0
     assert capsys.readouterr().out == (ROOT / "docs" / "paper.md").read_text()
     artifact = paper.Artifact(DATA)
     assert (artifact.known["baseline"], list(artifact.known["methods"].values())) == (BASE, list(PREFIXES.values()))

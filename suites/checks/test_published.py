@@ -126,13 +126,19 @@ PACKED = re.compile(r"(?<=>)[\w+/=]{200,}(?=</script>)")
 """Records in a page."""
 
 
+def told(value):
+    """Whether a record's value can say something: numbers and lists of them cannot."""
+    return bool(value) and isinstance(value[0] if isinstance(value, list) else value, (str, dict, list))
+
+
 def published():
-    """Every file under reports/, and of records what is not a model's own words."""
+    """Every file under reports/, and of records every text once that is not a model's own words."""
     for file in sorted(f for f in REPORTS.rglob("*") if f.is_file()):
         text = PACKED.sub("", file.read_text())
         if file.suffix == ".jsonl":
-            own = {"text": "", "reasoning": "", "calls": ""}
-            text = "\n".join(json.dumps(json.loads(line) | own) for line in text.split("\n") if line)
+            words, records = {"text", "reasoning", "calls"}, map(json.loads, filter(None, text.split("\n")))
+            said = {json.dumps({key: x}) for r in records for key, x in r.items() if key not in words and told(x)}
+            text = "\n".join(sorted(said))
         yield file, text.replace('xmlns="http://www.w3.org/2000/svg"', "")
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from kvsuite import readers
-from kvsuite.analysis.length import length_rows
+from kvsuite.analysis.length import beside, length_rows
+from kvsuite.analysis.requests import paces, requests
 from kvsuite.analysis.samples import Broken
 from kvsuite.analysis.table import Cell, Column, Note, Row, Table, infos
 from kvsuite.analysis.tables.negatives import NOISE, Compared, Counts, counted
@@ -30,7 +31,7 @@ INTRO = """# The paper's figures and tables, and ours
 Gao, Zhou, Sun, Zhang, Wen: *Rethinking Key-Value Cache Compression Techniques for Large Language Model Serving*, MLSys
 2025, arXiv 2503.24000. `kvsuite paper FIGURE --run RUN --artifact FOLDER` prints one of them: what the paper says, what
 the data of its artifact (github.com/LLMkvsys/rethink-kv-compression) give when they are counted again, and a run of
-ours. This page is `kvsuite paper --markdown --run reports/cpu/smoke --artifact FOLDER`."""
+ours. This page is `kvsuite paper --markdown --run reports/cpu/standard --artifact FOLDER`."""
 Found = dict[str, str]
 """What was counted → its figure, in words."""
 
@@ -93,12 +94,28 @@ def _types(found: Counts) -> Found:
 def _length(run: Run) -> Found:
     """Of each method's answers to chats the shares with D ≥ 50 % and D ≤ -50 %."""
     found: Found = {}
-    chats = list(answers(run, "length"))
+    chats = list(answers(run, "length", references=True))
     for task in dict.fromkeys(a.task for a in chats):
         for row in length_rows([a for a in chats if a.task == task], run.baseline):
             if row.d is not None and row.pairs and (row.control or row.method != run.baseline):
                 longer, shorter = row.d
                 found[row.name] = f"{100 * shorter:.1f} / {100 * longer:.1f} ({row.pairs} prompts)"
+    return found
+
+
+def _requests(run: Run) -> Found:
+    """Of each arm's chats the mean and 95th percentile of seconds end to end, × the baseline's, and how many are
+    slower; nothing where prefill and decode were not timed."""
+    _, speed = paces(run)
+    found: Found = {}
+    chats = list(answers(run, "length", references=True))
+    for task in dict.fromkeys(a.task for a in chats):
+        for arm in beside([a for a in chats if a.task == task], run.baseline):
+            r = requests(arm, speed, run.baseline)
+            if r is not None and (arm.method != run.baseline or arm.control):
+                found[f"{arm.name}: mean, × {run.baseline}"] = f"{r.mean.mean:.2f} ({r.mean.low:.2f}–{r.mean.high:.2f})"
+                found[f"{arm.name}: p95, × {run.baseline}"] = f"{r.quantiles['p95']:.2f}"
+                found[f"{arm.name}: slower"] = _of(r.slower, r.pairs)
     return found
 
 
@@ -119,7 +136,7 @@ def _verbosity(run: Run) -> Found:
     return found
 
 
-CHATS = {"length": _length, "verbosity": _verbosity}
+CHATS = {"length": _length, "requests": _requests, "verbosity": _verbosity}
 """Kinds of figures of chats, to which the artifact has no data."""
 
 
