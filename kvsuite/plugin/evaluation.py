@@ -114,6 +114,8 @@ def parametrize(metafunc: pytest.Metafunc, session: Session) -> None:
     methods = asked.methods if asked.servers is None else ()
     if "throughput" in own:  # a control's speed is that of making noise
         methods = tuple(method for method in methods if not is_control(method.name))
+    # a prefill takes seconds, and smoke has minutes
+    prefills = [asked.length[0] // 2] if asked.preset == "smoke" else asked.length
     values: dict[str, tuple[Any, Any]] = {
         "kv_method": (methods, lambda method: method.name),
         "kv_arm": (asked.arms, lambda name: name.replace(" ", "-")),
@@ -121,8 +123,7 @@ def parametrize(metafunc: pytest.Metafunc, session: Session) -> None:
         "kv_task": (tasks, str),
         "kv_batch": (asked.batch, lambda width: f"b{width}"),
         "kv_length": (asked.length, lambda tokens: f"l{tokens}"),
-        # a prefill takes seconds, and smoke has minutes
-        "kv_prefill": (asked.length[:1] if asked.preset == "smoke" else asked.length, lambda tokens: f"l{tokens}"),
+        "kv_prefill": (prefills, lambda tokens: f"l{tokens}"),
     }
     for name, (parameters, identify) in values.items():
         if name in metafunc.fixturenames:
