@@ -46,7 +46,7 @@ def shared(
 ) -> list[Part]:
     """A method's repeats with the baseline's, on the samples that both answered, and what noise makes of them. A
     control that answered fewer has a part of its own: it takes no sample from the comparison of the others."""
-    count = min(len(base), len(method), len(control) or 1)
+    count = min(len(base), len(method), len(control) or len(base))
     (mine, theirs, *noise) = (x[:count] for x in (base, method, control) if x)
     stacks = [stack([x.arm for x in arms]) for arms in (mine, theirs, *noise)]
     both = set(stacks[0].keys) & set(stacks[1].keys)

@@ -8,7 +8,7 @@ import pytest
 
 from kvsuite.analysis.effects import compare
 from kvsuite.analysis.length import beside, length_rows
-from kvsuite.analysis.runs import noise, parts
+from kvsuite.analysis.runs import changes, noise, parts
 from kvsuite.errors import UsageError
 from kvsuite.plugin.options import check
 from kvsuite.records import Answer, Run
@@ -67,6 +67,14 @@ def test_effects_rest_on_prompts_and_pair_all_repeats_with_the_baselines_last():
     assert not row.effect("length").lacking
     [control] = noise(found)
     assert np.array_equal(control.base.tokens, lengths[0])
+
+
+def test_two_runs_are_compared_by_all_repeats_though_methods_have_no_control():
+    one = made(chats("full", [10, 20], [12, 24], [30, 20]), chats("m", [11, 21], [13, 25]))
+    other = made(chats("full", [10, 20], [12, 24], [30, 20]), chats("m", [15, 30], [14, 26]))
+    [found] = [part for part in changes(one, other) if "m" in part.methods]
+    assert found.repeats == 2
+    assert (found.base.tokens.sum(), found.methods["m"].tokens.sum()) == (70, 85)
 
 
 def test_a_repeat_that_failed_altogether_does_not_move_the_others():
