@@ -21,8 +21,7 @@ BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.I
 
 class HumanEval(Task):
     """The 164 problems of HumanEval (Chen et al. 2021), shuffled by the seed. Prompts have the length they have; more
-    than 164 cannot be had. Scores 1 where the tests pass (pass@1 of a greedy answer). Its score on
-    SmolLM2-135M-Instruct was not measured; it is for larger models."""
+    than 164 cannot be had. Scores 1 where the tests pass (pass@1 of a greedy answer)."""
 
     name = "human-eval"
     type = "code"
