@@ -41,17 +41,17 @@ class AttentionChecker:
         """q and out (len(rows), heads, 1, head_dim) of one step."""
         at = list(rows).index(self.row)
         group = q.shape[1] // len(self._held)
-        for head in range(q.shape[1]):
-            held = self._held[head // group]
+        for head, held in enumerate(self._held):
             if cache.pages_read is not None:  # a reader is checked against what it read
                 chosen = cache.pages_read[at]
                 assert chosen is not None
-                read = torch.isin(held.slots // PAGE, torch.from_numpy(chosen[head // group]).to(held.slots.device))
+                read = torch.isin(held.slots // PAGE, torch.from_numpy(chosen[head]).to(held.slots.device))
                 held = HeadView(
                     held.k[read], held.v[read], held.positions[read], held.slots[read], held.exact, held.integers
                 )
-            sink = None if sink_logits is None else sink_logits[head].double()
-            found = error(q[at, head, 0], out[at, head, 0], held, scale, window, softcap, sink)
+            own = slice(head * group, (head + 1) * group)
+            sinks = None if sink_logits is None else sink_logits[own]
+            found = error(q[at, own, 0], out[at, own, 0], held, scale, window, softcap, sinks)
             self.worst = max(self.worst, found)
         self.layers += 1
 
@@ -63,33 +63,39 @@ def error(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
-    sink: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> float:
-    """How far ``out`` (head_dim,) is from attention of ``q`` over ``held`` in float64, in units of the largest error of
-    an attention that keeps scores and sums in float32 and rounds weights and result to q's dtype (keys and values too,
-    if what is held is not ``exact``; queries and weights to 16 bits with ``integers``). Infinite for NaN."""
-    k, v = held.k.double(), held.v.double()
+    """How far ``out`` (n, head_dim) is from attention of ``q`` (n, head_dim) over ``held`` in float64, in units of the
+    largest error of an attention that keeps scores and sums in float32 and rounds weights and result to q's dtype (keys
+    and values too, if what is held is not ``exact``; queries and weights to 16 bits with ``integers``). ``sinks`` (n,).
+    Infinite for NaN."""
+    k, v, wide = held.k.double(), held.v.double(), q.double()
     if window is not None:
         inside = held.positions > held.positions[-1] - window
         k, v = k[inside], v[inside]
-    scores = (k @ q.double()) * scale
+    scores = (wide @ k.T) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    top = scores.max() if sink is None else torch.maximum(scores.max(), sink)
+    top = scores.amax(1, keepdim=True)
+    rest: Tensor | float = 0.0
+    if sinks is not None:
+        logits = sinks.double()[:, None]
+        top = torch.maximum(top, logits)
+        rest = (logits - top).exp()
     raised = (scores - top).exp()
-    p = raised / (raised.sum() + (0 if sink is None else (sink - top).exp()))
+    p = raised / (raised.sum(1, keepdim=True) + rest)
     unit, single = torch.finfo(q.dtype).eps / 2, torch.finfo(torch.float32).eps / 2
-    products = float((k.abs() @ q.double().abs()).max()) * scale * (q.shape[-1] + 4) * single
+    products = (wide.abs() @ k.abs().T).amax(1) * scale * (q.shape[-1] + 4) * single
     if not held.exact:
         # every number is rounded on its own way to the score: 8 standard deviations of their sum
-        products += 8 * unit / 3**0.5 * float((k.square() @ q.double().square()).max().sqrt()) * scale
-    values = 0.0
+        products += 8 * unit / 3**0.5 * (wide.square() @ k.square().T).amax(1).sqrt() * scale
+    values = torch.zeros_like(products)
     if held.integers:  # steps of a 32766th of the largest, times codes that span at most twice a token's largest number
         deviation = 8 / 12**0.5 / (32766 if q.shape[-1] <= 256 else 16383)
         largest = float(held.k.double().abs().max())  # also of what the window hides: it may share a scale
-        products += deviation * q.shape[-1] ** 0.5 * float(q.abs().max()) * scale * 2 * largest
-        values = deviation * 64**0.5 * float(p @ (2 * v.abs().amax(1)))
-    allowed = (2 * products + (3 + (not held.exact)) * unit + (len(k) + 8) * single) * (p @ v.abs())
-    allowed = allowed + values + torch.finfo(q.dtype).tiny * 2 * unit * (1 + v.abs().sum(0))
+        products += deviation * q.shape[-1] ** 0.5 * wide.abs().amax(1) * scale * 2 * largest
+        values = deviation * 64**0.5 * (p @ (2 * v.abs().amax(1)))
+    allowed = (2 * products + (3 + (not held.exact)) * unit + (len(k) + 8) * single)[:, None] * (p @ v.abs())
+    allowed = allowed + values[:, None] + torch.finfo(q.dtype).tiny * 2 * unit * (1 + v.abs().sum(0))
     found = float(((out.double() - p @ v).abs() / allowed).max())
     return found if found == found else float("inf")

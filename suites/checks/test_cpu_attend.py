@@ -70,15 +70,15 @@ def worst(kv, q, out, rows, params):
     queries, group = q.shape[2], q.shape[1] // KV_HEADS
     for b, row in enumerate(rows):
         views = [] if row is None else cpu.read(kv, row)
-        for head in range(q.shape[1] if views else 0):
-            view = views[head // group]
-            sink = None if params.sink_logits is None else params.sink_logits[head].double()
+        for head, view in enumerate(views):
+            heads = slice(head * group, (head + 1) * group)
+            sinks = None if params.sink_logits is None else params.sink_logits[heads]
             for i in range(queries):
                 before = view.positions <= kv.host.seen[row] - queries + i
                 fields = [x[before] for x in (view.k, view.v, view.positions, view.slots)]
                 own = type(view)(*fields, view.exact, view.integers)
                 window, softcap = params.window, params.softcap
-                errors.append(error(q[b, head, i], out[b, head, i], own, params.scale, window, softcap, sink))
+                errors.append(error(q[b, heads, i], out[b, heads, i], own, params.scale, window, softcap, sinks))
     return max(errors)
 
 
