@@ -38,9 +38,10 @@ def arms(run: Run, evaluation: str = "", failed: bool = False) -> dict[tuple[str
     answer is missing from its arm, or an entry without figures: it is neither wrong nor short."""
     gathered: dict[tuple[str, int], ArmBuilder] = {}
     known: set[tuple[object, ...]] = set()
+    folder, file = str(run.folder), str(run.folder / "records.jsonl")  # paths are slow to spell
     given = (a for a in answers(run, evaluation) if not isinstance(a, Forced))
     for a in sorted(given, key=lambda a: a.status != "ok" and failed):  # asked again, it may succeed
-        arm = gathered.setdefault((a.method, a.repeat), ArmBuilder(f"{run.folder}#{a.method}"))
+        arm = gathered.setdefault((a.method, a.repeat), ArmBuilder(f"{folder}#{a.method}"))
         figures: dict[str, Any] = {}
         if a.status == "ok":
             figures = {"score": a.score, "capped": a.finish == "length", "text": a.text}
@@ -48,8 +49,7 @@ def arms(run: Run, evaluation: str = "", failed: bool = False) -> dict[tuple[str
         elif not failed or not a.sample or (a.method, a.repeat, a.task, a.sample) in known:
             continue
         known.add((a.method, a.repeat, a.task, a.sample))
-        file = f"{run.folder / 'records.jsonl'}#{a.method}"
-        arm.add(file, a.task, a.sample, cap=a.cap, cluster=a.cluster, type=a.type, **figures)
+        arm.add(f"{file}#{a.method}", a.task, a.sample, cap=a.cap, cluster=a.cluster, type=a.type, **figures)
     return {key: arm.arm() for key, arm in gathered.items() if len(arm)}
 
 
