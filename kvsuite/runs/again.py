@@ -1,0 +1,77 @@
+"""A run's samples and its model once more, as the run had them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvsuite import models, tasks
+from kvsuite.errors import UsageError
+from kvsuite.methods import Method
+from kvsuite.readers.run import answers
+from kvsuite.records import Run
+from kvsuite.runs.here import Here
+from kvsuite.runs.setting import Setting
+from kvsuite.tasks import Sample, Task
+
+
+def here(run: Run, given: Path | None, methods: Sequence[Method] = ()) -> Here:
+    """The model that answered, one sequence at a time; ``given`` is its folder, where it is not the default. Nothing is
+    loaded yet. Raises UsageError for another model."""
+    was = run.facts["model"]
+    if given is None and was["name"] != models.DEFAULT:
+        raise UsageError(f"{run.folder} was answered by {was['name']}: say where it is, --model FOLDER")
+    folder = models.located(given) if given else models.default_model()
+    if models.fingerprint(folder) != was["fingerprint"]:
+        raise UsageError(f"{folder} is not the model that answered {run.folder} ({was['name']})")
+    s, dtype = run.facts["settings"], run.facts["environment"]["compute_dtype"]
+    setting = Setting(
+        folder, tuple(methods), dtype, s["device"], s["backend"], 1,
+        s["compress"], s["cap"], s["temperature"], s.get("repeats", 1), s["seed"], timeout=math.inf, memory=math.inf,
+    )  # fmt: skip
+    return Here(setting)
+
+
+def samples(run: Run, where: Here, wanted: Mapping[str, Collection[str]]) -> dict[Task, list[Sample]]:
+    """Those of ``wanted``, ids by task, made as the run made them. Raises UsageError for other texts."""
+    settings, found = run.facts["settings"], dict[Task, list[Sample]]()
+
+    def tokens(text: str) -> int:
+        return len(where.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    for name in settings["tasks"]:
+        task = tasks.task(name)
+        if task.name not in wanted:
+            continue
+        if task.fingerprint() != run.facts["texts"][task.name]:
+            raise UsageError(f"the texts of {task.name} are not those of {run.folder}")
+        count = settings["samples"].get(task.name, settings["samples"][""])
+        made = task.samples(count, settings["length"], settings["seed"], tokens)
+        found[task] = [sample for sample in made if sample.id in wanted[task.name]]
+    return found
+
+
+def texts(run: Run, given: Path | None, keys: Sequence[tuple[str, str]]) -> tuple[dict[tuple[str, str], dict[str, Any]], str]:
+    """What is asked and expected in these samples, by task and id, as a line of ``jsonl:FILE`` holds it – or why it
+    cannot be told. Raises UsageError where the prompts that are made now are not those that were answered."""
+    if "servers" in run.facts:
+        return {}, f"{run.folder} was answered by servers, whose tokenizer is not known"
+    hashes = {(a.task, a.sample): a.prompt_hash for a in answers(run, "samples")}
+    wanted: dict[str, set[str]] = {}
+    for task, sample in keys:
+        wanted.setdefault(task, set()).add(sample)
+    found = {}
+    for task, some in samples(run, here(run, given), wanted).items():
+        for one in some:
+            if hashes[task.name, one.id] not in ("", one.prompt_hash):
+                raise UsageError(f"sample {one.id} of {task.name} is not the one that {run.folder} holds")
+            said = [*one.before, ("user", one.context + one.question)]
+            said += [("assistant", one.opening)] if one.opening else []
+            found[task.name, one.id] = {
+                "messages": [{"role": role, "content": text} for role, text in said],
+                "reference": one.reference,
+                "max_new_tokens": one.max_new_tokens,
+            }
+    return found, ""
