@@ -23,9 +23,13 @@ BUILD, SCORE = "negatives build", "negatives score"
 def add(commands: Any) -> None:
     """Declare these commands among argparse's subparsers; `joined` makes one word of the first two of an argv."""
     building = commands.add_parser(BUILD, help="a benchmark of the samples that a run's methods broke")
-    building.add_argument("folder", type=Path, metavar="RUN", help="a run folder with scores: replicate 1, which chooses")
+    building.add_argument(
+        "folder", type=Path, metavar="RUN", help="a run folder with scores: replicate 1, which chooses"
+    )
     building.add_argument("--into", required=True, type=Path, metavar="FOLDER", help="where the benchmark is written")
-    building.add_argument("--juror", action="append", default=[], metavar="METHOD", help="who chooses; else all methods")
+    building.add_argument(
+        "--juror", action="append", default=[], metavar="METHOD", help="who chooses; else all methods"
+    )
     building.add_argument("--quorum", type=int, metavar="N", help="so many jurors must fall on a sample; else all")
     building.add_argument("--model", type=Path, metavar="FOLDER", help="the model that answered, if not the default")
     rule_options(building)

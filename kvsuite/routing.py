@@ -25,7 +25,9 @@ def add(commands: Any) -> None:
 
 
 def _simulate_options(parser: argparse.ArgumentParser) -> None:
-    times = "a run folder with timed cells (its chats give the lengths), or .csv (model,method,bsz,prompt_len,stage,thr)"
+    times = (
+        "a run folder with timed cells (its chats give the lengths), or .csv (model,method,bsz,prompt_len,stage,thr)"
+    )
     parser.add_argument("source", nargs="?", type=Path, metavar="TIMES", help=f"{times}; else stated laws of an A6000")
     parser.add_argument("--model", help="of the .csv, where it has several")
     parser.add_argument("--method", help="what the compressed servers run; else the first")
@@ -35,8 +37,12 @@ def _simulate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests", type=int, default=1000, metavar="N")
     parser.add_argument("--seeds", type=int, default=30, metavar="N")
     parser.add_argument("--batch", type=int, default=256, metavar="N", help="sequences that a server runs at once")
-    parser.add_argument("--memory", type=float, default=60_000, metavar="TOKENS", help="of uncompressed cache, a server")
-    parser.add_argument("--share", type=float, metavar="X", help="bytes of a compressed token over an uncompressed one's")
+    parser.add_argument(
+        "--memory", type=float, default=60_000, metavar="TOKENS", help="of uncompressed cache, a server"
+    )
+    parser.add_argument(
+        "--share", type=float, metavar="X", help="bytes of a compressed token over an uncompressed one's"
+    )
     parser.add_argument("--budget", type=float, metavar="TOKENS", help="the most that the method stores of a sequence")
     parser.add_argument("--longer", type=float, default=1.0, metavar="X", help="stated lengths: compressed over plain")
     parser.add_argument("--error", type=float, default=0.3, metavar="SD", help="of predicted lengths, of the logarithm")

@@ -70,9 +70,7 @@ class Votes:
         places = np.asarray(at, dtype=np.intp)
         return Votes(self.base.take(at), {name: fell[places] for name, fell in self.fell.items()})
 
-    def select(
-        self, candidate: str, quorum: int | None = None, families: Mapping[str, str] | None = None
-    ) -> Selection:
+    def select(self, candidate: str, quorum: int | None = None, families: Mapping[str, str] | None = None) -> Selection:
         """The samples on which ``quorum`` of the methods of other families fell, or all. ``families`` says the family
         of methods whose names do not (``family``). Raises UsageError for too few methods."""
         jurors = others(self.fell, candidate, families)

@@ -272,8 +272,6 @@ def _rows(
     return rows
 
 
-
-
 def card(benchmark: Benchmark, stable: Stability) -> str:
     """The dataset card, in markdown."""
     facts, votes = benchmark.facts, benchmark.votes

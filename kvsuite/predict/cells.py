@@ -139,7 +139,16 @@ def merged(cells: Iterable[Cell]) -> list[Cell]:
     for c in cells:
         places.setdefault((c.setting, c.model, c.method, c.stage, c.batch, c.length), []).append(c)
     return [
-        Cell(c.setting, c.model, c.method, c.stage, c.batch, c.length, statistics.median(x.seconds for x in same), c.plain)
+        Cell(
+            c.setting,
+            c.model,
+            c.method,
+            c.stage,
+            c.batch,
+            c.length,
+            statistics.median(x.seconds for x in same),
+            c.plain,
+        )
         for same in places.values()
         for c in same[:1]
     ]

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-
 import numpy as np
 
 from kvsuite.errors import UsageError, unknown
@@ -115,8 +114,6 @@ def law(laws: Mapping[str, Law], method: str) -> Law:
     if method not in laws:
         raise unknown("method that was timed", method, laws)
     return laws[method]
-
-
 
 
 STATED: dict[str, Law] = {}

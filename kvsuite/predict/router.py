@@ -149,7 +149,9 @@ class Chats:
         known = {m: {(a.task, a.sample): a for a in good if a.method == m} for m in methods}
         shared = [key for key in known[methods[0]] if all(key in known[m] for m in methods)]
         if not shared:
-            raise UsageError(f"{run.folder} holds no chats that {' and '.join(methods)} answered: lengths are not known")
+            raise UsageError(
+                f"{run.folder} holds no chats that {' and '.join(methods)} answered: lengths are not known"
+            )
         lengths = {m: np.array([float(known[m][key].length) for key in shared]) for m in methods}
         return cls(np.array([float(known[methods[0]][key].prompt_tokens) for key in shared]), lengths)
 
@@ -195,7 +197,9 @@ class Setup:
         methods = [law.method for law in self.laws]
         times = self.times or self.arrivals.times(self.requests, seed)
         if times is None:
-            raise UsageError(f"arrivals {self.arrivals} are no arrivals at times of their own: poisson, constant, bursts")
+            raise UsageError(
+                f"arrivals {self.arrivals} are no arrivals at times of their own: poisson, constant, bursts"
+            )
         prompts, lengths = self.texts.draw(len(times), methods, rng)
         told = {m: lengths[m] * np.exp(self.error * rng.standard_normal(len(times))) for m in methods}
         fragile = rng.random(len(times)) < self.fragile

@@ -53,7 +53,9 @@ def samples(run: Run, where: Here, wanted: Mapping[str, Collection[str]]) -> dic
     return found
 
 
-def texts(run: Run, given: Path | None, keys: Sequence[tuple[str, str]]) -> tuple[dict[tuple[str, str], dict[str, Any]], str]:
+def texts(
+    run: Run, given: Path | None, keys: Sequence[tuple[str, str]]
+) -> tuple[dict[tuple[str, str], dict[str, Any]], str]:
     """What is asked and expected in these samples, by task and id, as a line of ``jsonl:FILE`` holds it – or why it
     cannot be told. Raises UsageError where the prompts that are made now are not those that were answered."""
     if "servers" in run.facts:

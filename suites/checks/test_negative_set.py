@@ -123,7 +123,9 @@ def test_what_is_kept_is_what_any_candidate_needs(harmed):
 def test_it_is_read_as_it_was_written(harmed, tmp_path):
     one, other = harmed
     found, stable = build(one)
-    texts = {key: {"reference": "r", "messages": [{"role": "user", "content": "q\u2028?"}]} for key in found.votes.base.keys}
+    texts = {
+        key: {"reference": "r", "messages": [{"role": "user", "content": "q\u2028?"}]} for key in found.votes.base.keys
+    }
     write(tmp_path / "b", found, texts, card(found, stable))
     again = read(tmp_path / "b")
     assert again.votes.base.keys == found.votes.base.keys

@@ -305,7 +305,9 @@ def test_command(told, tmp_path):
     assert code == 0
     assert "2 + 2 servers · bursts:5@1 · 30 requests" in out
     trace = tmp_path / "trace.jsonl"
-    trace.write_text("".join(json.dumps({"at": at, "messages": [{"role": "user", "content": "x"}]}) + "\n" for at in (2, 0, 1)))
+    trace.write_text(
+        "".join(json.dumps({"at": at, "messages": [{"role": "user", "content": "x"}]}) + "\n" for at in (2, 0, 1))
+    )
     code, out, _ = told("--seeds", "2", "--arrivals", "trace", "--workload", str(trace))
     assert code == 0
     assert "a trace · 3 requests" in out
@@ -313,7 +315,11 @@ def test_command(told, tmp_path):
 
 def test_command_reads_times(told, tmp_path):
     file = tmp_path / "times.csv"
-    rows = [f"m,{name},{c.batch},{c.length},{c.stage},{c.rate}" for name, law in (("None-16", PLAIN), ("X-4", SMALL)) for c in cells(law)]
+    rows = [
+        f"m,{name},{c.batch},{c.length},{c.stage},{c.rate}"
+        for name, law in (("None-16", PLAIN), ("X-4", SMALL))
+        for c in cells(law)
+    ]
     file.write_text("\n".join(["model,method,bsz,prompt_len,stage,thr", *rows]))
     code, out, _ = told(str(file), "--requests", "20", "--seeds", "2", "--json", "--share", "0.3")
     assert code == 0
