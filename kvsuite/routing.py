@@ -47,8 +47,8 @@ def _simulate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--longer", type=float, default=1.0, metavar="X", help="stated lengths: compressed over plain")
     parser.add_argument("--error", type=float, default=0.3, metavar="SD", help="of predicted lengths, of the logarithm")
     parser.add_argument("--fragile", type=float, default=0.25, metavar="X", help="share of requests of fragile types")
-    parser.add_argument("--ttft", type=float, default=1.0, metavar="S", help="objective: seconds to the first token")
-    parser.add_argument("--itl", type=float, default=0.1, metavar="S", help="objective: seconds a token after it")
+    parser.add_argument("--ttft", type=float, default=0.5, metavar="S", help="objective: seconds to the first token")
+    parser.add_argument("--itl", type=float, default=0.05, metavar="S", help="objective: seconds a token after it")
     parser.add_argument("--json", action="store_true", help="figures for a program")
     parser.set_defaults(run=_simulate)
 

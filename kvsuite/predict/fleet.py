@@ -111,11 +111,12 @@ class Server:
             left = end - self._steps - elapsed
             others.append((left, r.prompt + r.lengths[law.method] - left))
         _, each, token = law.step
+        held = float(request.prompt)
         for left, tokens in others:
-            shared = min(left, steps)
+            shared = left if left < steps else steps
             own += shared * (each + token * (tokens + (shared - 1) / 2))
-        held = law.held(request.prompt) + sum(law.held(tokens) for _, tokens in others)
-        return own * max(1.0, (len(others) + 1) / self.batch, held / self.memory)
+            held += min(tokens, law.budget)
+        return own * max(1.0, (len(others) + 1) / self.batch, law.share * held / self.memory)
 
     def _serve(self) -> Waits:
         while True:

@@ -14,6 +14,7 @@ PARTS = (
     ("compressing all", "compressed, least loaded", "plain, least loaded"),
     ("mixing the fleet", "mixed, least loaded", "plain, least loaded"),
     ("routing by both", "by both", "mixed, least loaded"),
+    ("routing by both, blind", "by both, blind", "mixed, least loaded"),
     ("keeping fragile plain", "by both, fragile plain", "by both"),
     ("what the oracle has left", "oracle", "by both"),
 )
@@ -21,7 +22,8 @@ PARTS = (
 WORDS = (
     "Seconds end to end, 95 % over {seeds} seeds; every policy gets the same requests. × plain: mean over that of the first "
     "row. in time: requests with a first token within {ttft:g} s and {itl:g} s a token after it. exposed: requests of fragile "
-    "types that a compressed server answered. by throughput, length, both: see docs/tools.md. Predicted lengths scatter by "
+    "types that a compressed server answered. by length, both: of each method's answer to this prompt; blind: whose it is "
+    "is not told. Predicted lengths scatter by "
     "{error:g} (sd of the logarithm); the oracle knows the true ones and takes the server that would be done first."
 )
 

@@ -50,12 +50,17 @@ def by_length(request: Request, servers: Sequence[Server], rng: Generator) -> Se
 
 def by_both(request: Request, servers: Sequence[Server], rng: Generator) -> Server:
     """The shortest expected latency: prefill time + expected length ÷ decode throughput."""
-    return min(servers, key=lambda s: expected(request, s))
+    return min(servers, key=lambda s: expected(request, s, request.told[s.law.method]))
 
 
-def expected(request: Request, server: Server) -> float:
+def by_both_blind(request: Request, servers: Sequence[Server], rng: Generator) -> Server:
+    """Likewise, with one expected length whatever the method: what is left of routing where a predictor cannot tell
+    one method's answer from another's."""
+    return min(servers, key=lambda s: expected(request, s, request.told[servers[0].law.method]))
+
+
+def expected(request: Request, server: Server, length: float) -> float:
     """Seconds. (The paper's text has a product of length and throughput, which grows with speed.)"""
-    length = request.told[server.law.method]
     return server.law.prefill_seconds(request.prompt) + length / server.rate(request.prompt)
 
 
@@ -92,6 +97,7 @@ POLICIES = (
     Policy("by throughput", "mixed", by_throughput),
     Policy("by length", "mixed", by_length),
     Policy("by both", "mixed", by_both),
+    Policy("by both, blind", "mixed", by_both_blind),
     Policy("by both, fragile plain", "mixed", by_both, careful=True),
     Policy("oracle", "mixed", oracle),
 )
@@ -180,8 +186,8 @@ class Setup:
     """Standard deviation of the logarithm of predicted over true lengths."""
     fragile: float = 0.25
     """Share of requests of fragile types."""
-    ttft: float = 1.0
-    itl: float = 0.1
+    ttft: float = 0.5
+    itl: float = 0.05
     """The objective, seconds: to the first token, and a token after it, mean of the request."""
 
     def fleet(self, kind: Fleet) -> list[Law]:
