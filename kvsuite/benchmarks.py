@@ -30,6 +30,7 @@ def add(commands: Any) -> None:
     building.add_argument(
         "--juror", action="append", default=[], metavar="METHOD", help="who chooses; else all methods"
     )
+    building.add_argument("--task", action="append", default=[], metavar="TASK", help="of the run's; else all")
     building.add_argument("--quorum", type=int, metavar="N", help="so many jurors must fall on a sample; else all")
     building.add_argument("--model", type=Path, metavar="FOLDER", help="the model that answered, if not the default")
     rule_options(building)
@@ -75,7 +76,7 @@ def _build(asked: argparse.Namespace) -> None:
     from kvsuite.runs.again import texts
 
     run = records.read(asked.folder)
-    benchmark, stable = build(run, asked.juror, asked.quorum, rule(asked))
+    benchmark, stable = build(run, asked.juror, asked.quorum, rule(asked), asked.task)
     known, why = texts(run, asked.model, benchmark.votes.base.keys)
     write(asked.into, benchmark, known, card(benchmark, stable))
     if why:

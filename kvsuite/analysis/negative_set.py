@@ -58,15 +58,26 @@ class Stability:
 
 
 def build(
-    run: Run, jurors: Sequence[str] = (), quorum: int | None = None, rule: Broken | None = None
+    run: Run,
+    jurors: Sequence[str] = (),
+    quorum: int | None = None,
+    rule: Broken | None = None,
+    tasks: Sequence[str] = (),
 ) -> tuple[Benchmark, Stability]:
-    """Choose samples by the run's methods, or by ``jurors`` among them. Raises UsageError for unknown jurors, jurors of
-    one family alone, and a run without scores."""
+    """Choose samples by the run's methods, or by ``jurors`` among them, of all its tasks with scores or of ``tasks``.
+    Raises UsageError for unknown jurors and tasks, jurors of one family alone, and a run without scores."""
     compared, rule = Compared.of(run), rule or Broken()
     for name in jurors:
         if name not in compared.methods:
             raise unknown("method with scores in the run", name, compared.methods)
-    scored = _scored(compared.base)
+    for name in tasks:
+        if name not in compared.base.types:
+            raise unknown("task of the run", name, compared.base.types)
+    scored = [
+        at
+        for at, (task, score) in enumerate(zip(compared.base.dataset, compared.base.score, strict=True))
+        if score == score and task in (tasks or [task])  # chats have none
+    ]
     base = compared.base.take(scored)
     methods = {name: compared.methods[name].take(scored) for name in jurors or compared.methods}
     if len({family(name) for name in methods}) < 2:
@@ -79,11 +90,6 @@ def build(
     kept = np.any([whole.select(name).chosen for name in asked], axis=0)
     places = [int(at) for at in np.flatnonzero(kept)]
     return replace(whole, votes=votes.take(places)), stability(votes, base.score, rule)
-
-
-def _scored(base: Arm) -> list[int]:
-    """The places of the datasets that have scores: not those of chats."""
-    return [at for at, score in enumerate(base.score) if score == score]
 
 
 def _hashes(run: Run) -> dict[Key, str]:

@@ -76,7 +76,7 @@ def fitted(cells: Sequence[Cell], run: Run | None = None) -> dict[str, Law]:
 
 
 def _prefill_columns(cells: Sequence[Cell]) -> list[list[float]]:
-    """Constant, tokens and tokens² of every cell; with fewer lengths than three the first, then the last is left out."""
+    """Constant, tokens and tokens² of every cell; of two lengths without the constant, of one without tokens², too."""
     known = len({c.length for c in cells})
     return [[float(known > 2), c.batch * c.length, c.batch * float(c.length) ** 2 * (known > 1)] for c in cells]
 

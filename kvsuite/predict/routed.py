@@ -20,11 +20,11 @@ PARTS = (
 )
 """What changes from one row to another, and nothing else."""
 WORDS = (
-    "Seconds end to end, 95 % over {seeds} seeds; every policy gets the same requests. × plain: mean over that of the first "
-    "row. in time: requests with a first token within {ttft:g} s and {itl:g} s a token after it. exposed: requests of fragile "
-    "types that a compressed server answered. by length, both: of each method's answer to this prompt; blind: whose it is "
-    "is not told. Predicted lengths scatter by "
-    "{error:g} (sd of the logarithm); the oracle knows the true ones and takes the server that would be done first."
+    "Seconds end to end, 95 % over {seeds} seeds; every policy gets the same requests. × plain: mean over that of the "
+    "first row. tokens: of an answer, mean. in time: requests with a first token within {ttft:g} s and {itl:g} s a "
+    "token after it. exposed: requests of fragile types that a compressed server answered. by length, both: of each "
+    "method's answer to this prompt; blind: whose it is is not told. Predicted lengths scatter by {error:g} (sd of the "
+    "logarithm); the oracle knows the true ones and takes the server that would be done first."
 )
 
 
@@ -34,6 +34,7 @@ def tables(setup: Setup, rows: Sequence[Outcome], seeds: int) -> list[Table]:
         Column("mean", "mean, s", "s", "range"),
         Column("ratio", "× plain", "×", "range"),
         *(Column(name, f"{name}, s", "s") for name in ("p50", "p95", "p99")),
+        Column("tokens", "tokens", "tokens"),
         Column("slo", "in time, %", "%", "half"),
         Column("exposed", "exposed, %", "%"),
     ]
@@ -60,7 +61,7 @@ def parts(rows: Sequence[Outcome]) -> dict[str, Interval]:
 
 
 def _row(row: Outcome, first: Outcome) -> Row:
-    cells = {name: Cell.estimated(row.figures[name]) for name in ("mean", "p50", "p95", "p99")}
+    cells = {name: Cell.estimated(row.figures[name]) for name in ("mean", "p50", "p95", "p99", "tokens")}
     cells |= {name: _percent(row.figures[name]) for name in ("slo", "exposed")}
     return Row((row.policy.name,), cells | {"ratio": Cell.estimated(row.ratio(first))})
 
@@ -86,8 +87,8 @@ def _laws(laws: Sequence[Law]) -> Table:
         for law in laws
     ]
     said = (
-        "The times that were simulated: a step's are linear in sequences and in tokens held, a prefill's quadratic. off: "
-        "how far the law is from the cells it was fitted to, at worst."
+        "The times that were simulated: a step's are linear in sequences and in tokens held, a prefill's quadratic. "
+        "off: how far the law is from the cells it was fitted to, at worst."
     )
     return Table("laws", "what a server takes", ("method",), columns, rows, infos([said]))
 

@@ -234,19 +234,23 @@ def simulate(setup: Setup, policy: Policy, seed: int) -> list[Request]:
     return requests
 
 
-FIGURES = ("mean", "p50", "p95", "p99", "slo", "exposed")
+FIGURES = ("mean", "p50", "p95", "p99", "tokens", "slo", "exposed")
 
 
 def figures(setup: Setup, done: Sequence[Request]) -> dict[str, float]:
-    """Of one seed: seconds end to end, the share of requests within the objective, and that of fragile ones which a
-    compressed server answered."""
+    """Of one seed: seconds end to end, tokens of an answer, the share of requests within the objective, and that of
+    fragile ones which a compressed server answered."""
     seconds = np.array([r.done - r.at for r in done])
-    good = [_within(setup, r) for r in done]
     fragile = [r.method != setup.laws[0].method for r in done if r.fragile]
     p50, p95, p99 = (float(x) for x in np.quantile(seconds, (0.5, 0.95, 0.99)))
-    exposed = sum(fragile) / len(fragile) if fragile else math.nan
-    return {"mean": float(seconds.mean()), "p50": p50, "p95": p95, "p99": p99, "slo": sum(good) / len(good)} | {
-        "exposed": exposed
+    return {
+        "mean": float(seconds.mean()),
+        "p50": p50,
+        "p95": p95,
+        "p99": p99,
+        "tokens": sum(r.made for r in done) / len(done),
+        "slo": sum(_within(setup, r) for r in done) / len(done),
+        "exposed": sum(fragile) / len(fragile) if fragile else math.nan,
     }
 
 

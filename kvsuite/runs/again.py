@@ -62,8 +62,8 @@ def texts(
         return {}, f"{run.folder} was answered by servers, whose tokenizer is not known"
     hashes = {(a.task, a.sample): a.prompt_hash for a in answers(run, "samples")}
     wanted: dict[str, set[str]] = {}
-    for task, sample in keys:
-        wanted.setdefault(task, set()).add(sample)
+    for name, sample in keys:
+        wanted.setdefault(name, set()).add(sample)
     found = {}
     for task, some in samples(run, here(run, given), wanted).items():
         for one in some:

@@ -1,4 +1,4 @@
-"""The negative benchmark as a folder: what is chosen of a run, what is written, and that doing nothing costs nothing."""
+"""The negative benchmark as a folder: what is chosen of a run, what is written, and doing nothing costs nothing."""
 
 import json
 import math
@@ -74,7 +74,7 @@ def whole(found, name):
 
 @pytest.mark.parametrize("own", [True, False])
 def test_doing_nothing_costs_nothing(own):
-    """Of methods without an effect, and of controls, the drop covers 0; the replicate that chose would have shown one."""
+    """Of methods without an effect, and of controls, the drop covers 0; the replicate that chose shows one."""
     covers, chosen = [], []
     for seed in range(depth(12, 60)):
         one, other = two_runs(np.random.default_rng([3, seed]), n=400, own=own)
@@ -118,6 +118,8 @@ def test_what_is_kept_is_what_any_candidate_needs(harmed):
     assert len(few.votes.base) > len(base)
     named, _ = build(one, ["h2o", "snapkv"])
     assert list(named.votes.fell) == ["h2o", "snapkv"]
+    part, _ = build(one, tasks=["json"])
+    assert part.votes.base.keys == [key for key in base.keys if key[0] == "json"]
 
 
 def test_it_is_read_as_it_was_written(harmed, tmp_path):
@@ -203,6 +205,8 @@ def test_refused(harmed):
         scores(found, replace(other, records=moved))
     with pytest.raises(UsageError, match="unknown method with scores in the run 'h20': did you mean 'h2o'"):
         build(one, ["h20"])
+    with pytest.raises(UsageError, match="unknown task of the run 'jsn': did you mean 'json'"):
+        build(one, tasks=["jsn"])
     with pytest.raises(UsageError, match="jurors of one family alone"):
         build(one, ["h2o"])
     with pytest.raises(UsageError, match="holds no scores"):

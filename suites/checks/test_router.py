@@ -250,6 +250,7 @@ def test_choosing_the_shorter_answer_is_all_that_routing_gains_here():
     found = {o.policy.name: o for o in outcomes(setup, 4)}
     base = found["mixed, least loaded"]
     assert found["by both"].ratio(base).high < 0.95
+    assert found["by both"].figures["tokens"].mean < 0.9 * base.figures["tokens"].mean
     blind = found["by both, blind"].ratio(base)
     assert blind.low < 1.02
     assert blind.mean > 0.97

@@ -10,10 +10,10 @@ from kvsuite.analysis.table import Cell, Column, Table, infos
 from kvsuite.analysis.table import Row as Drawn
 
 WORDS = (
-    "M − B: the method's score less the baseline's on the same samples, points of 100, with 95 % (documents drawn anew). "
-    "B is {base}: replicate 2, which had no part in choosing; B2 is {control}, the baseline once more. when chosen: the "
-    "baseline's score on the replicate that chose, with the luck of having been chosen; nothing is compared with it. "
-    "changed: samples whose score is not the baseline's."
+    "M − B: the method's score less the baseline's on the same samples, in points of 100, with 95 % (documents drawn "
+    "anew). B is {base}: replicate 2, which had no part in choosing; B2 is {control}, the baseline once more. when "
+    "chosen: the baseline's score on the replicate that chose, with the luck of having been chosen; nothing is "
+    "compared with it. changed: samples whose score is not the baseline's."
 )
 FEW = f"Of fewer than {LEAST} samples no mean is shown."
 NULLS = "A control among the candidates does nothing: its M − B shows what no effect looks like here."
