@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from kvsuite.analysis.benchmark import Scored, Selection, Votes, family, score
-from kvsuite.analysis.resample import Floats, Mask
+from kvsuite.analysis.resample import DRAWS, Design, Floats, Mask, eligible
 from kvsuite.analysis.samples import Broken, same_answers
 from kvsuite.analysis.tables.negatives import Compared
 from kvsuite.columns import Arm, ArmBuilder, Key, align
@@ -98,8 +98,6 @@ def _hashes(run: Run) -> dict[Key, str]:
 
 def stability(votes: Votes, base: Floats, rule: Broken) -> Stability:
     """Of the choice: between halves of the jurors' families."""
-    from kvsuite.analysis.resample import Design, eligible
-
     allowed = eligible(Design.of(votes.base.dataset, votes.base.cluster), base, rule.benign)
     parts: dict[frozenset[str], list[Mask]] = {}
     for name, fell in votes.fell.items():
@@ -203,7 +201,11 @@ class Scores:
 
 
 def scores(
-    benchmark: Benchmark, run: Run, families: Mapping[str, str] | None = None, allow_missing: bool = False
+    benchmark: Benchmark,
+    run: Run,
+    families: Mapping[str, str] | None = None,
+    allow_missing: bool = False,
+    draws: int = DRAWS,
 ) -> Scores:
     """A run's methods on the samples that methods of other families fell on, by answers that had no part in choosing.
 
@@ -228,8 +230,11 @@ def scores(
         )
     base, *others = fresh
     control = next((name for name in others if name in noises), "")
-    candidates = [n for n in found if n not in (run.baseline, base, control)]
-    rows = [row for name in candidates for row in _rows(benchmark, found, name, (base, control), run, families)]
+    rows = []
+    for name in found:
+        if name not in (run.baseline, base, control):
+            selection = benchmark.select(name, families)
+            rows += _rows(selection, found[base], found[name], found.get(control), run.is_control(name), draws)
     if run.facts.get("model") != facts.get("model"):
         notes.append(f"another model than {facts['model']['name']} chose these samples")
     return Scores(base, control, rows, list(dict.fromkeys([*notes, *(n for row in rows for n in row.scored.notes)])))
@@ -253,28 +258,17 @@ def _check(hashes: Mapping[Key, str], given: Iterable[Answer], run: Run) -> None
             raise UsageError(f"{run.folder}: sample {a.sample} of {a.task} has another prompt than the benchmark's")
 
 
-def _rows(
-    benchmark: Benchmark,
-    found: Mapping[str, Arm],
-    name: str,
-    known: tuple[str, str],
-    run: Run,
-    families: Mapping[str, str] | None,
-) -> list[Row]:
+def _rows(selection: Selection, base: Arm, method: Arm, control: Arm | None, null: bool, draws: int) -> list[Row]:
     """Of one candidate, all types together and each by itself."""
-    selection = benchmark.select(name, families)
-    base, control = found[known[0]], found.get(known[1])
     types = [selection.base.types.get(dataset, "other") for dataset in selection.base.dataset]
     rows = []
     for kind in ("", *sorted(set(types))):
         chosen = selection.chosen & np.array([kind in ("", t) for t in types])
-        n, some = int(chosen.sum()), replace(selection, chosen=chosen)
-        if n < LEAST:
-            one = Scored(name, n, ())
-        else:
-            one = score(some, base, found[name], control)
-        changed = int((found[name].score != base.score)[chosen].sum())
-        rows.append(Row(one, selection.jurors, kind, run.is_control(name), changed))
+        n = int(chosen.sum())
+        one = Scored(selection.candidate, n, ())
+        if n >= LEAST:
+            one = score(replace(selection, chosen=chosen), base, method, control, draws)
+        rows.append(Row(one, selection.jurors, kind, null, int((method.score != base.score)[chosen].sum())))
     return rows
 
 

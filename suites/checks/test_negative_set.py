@@ -78,7 +78,7 @@ def test_doing_nothing_costs_nothing(own):
     covers, chosen = [], []
     for seed in range(depth(12, 60)):
         one, other = two_runs(np.random.default_rng([3, seed]), n=400, own=own)
-        found = scores(build(one)[0], other)
+        found = scores(build(one)[0], other, draws=600)
         assert (found.base, found.control) == (("full", "jitter") if own else ("jitter", "jitter:seed=1"))
         for row in found.rows:
             if row.scored.drop is not None and not row.type:

@@ -1,4 +1,4 @@
-"""The router: a server is a queue whose waits are known, stretches of steps are steps, and policies do what they say."""
+"""The router: a server is a queue with known waits, stretches of steps are steps, policies do what they say."""
 
 import itertools
 import json
