@@ -25,10 +25,10 @@ def add(commands: Any) -> None:
 
 
 def _simulate_options(parser: argparse.ArgumentParser) -> None:
-    times = (
-        "a run folder with timed cells (its chats give the lengths), or .csv (model,method,bsz,prompt_len,stage,thr)"
-    )
+    times = "a run folder with timed cells, or .csv (model,method,bsz,prompt_len,stage,thr)"
     parser.add_argument("source", nargs="?", type=Path, metavar="TIMES", help=f"{times}; else stated laws of an A6000")
+    chats = "a run folder whose chats give prompts and answers their lengths; else those of TIMES, or stated ones"
+    parser.add_argument("--lengths", type=Path, metavar="RUN", help=chats)
     parser.add_argument("--model", help="of the .csv, where it has several")
     parser.add_argument("--method", help="what the compressed servers run; else the first")
     parser.add_argument("--servers", default="1+3", metavar="PLAIN+COMPRESSED", help="the mixed fleet (default: 1+3)")
@@ -90,7 +90,8 @@ def _setup(asked: argparse.Namespace) -> Setup:
         timed = [c for c in cells.read(asked.source) if asked.model in (None, c.model)]
         known = laws.fitted(timed, run)
     pair = _pair(asked, known)
-    texts = Chats.of(run, [law.method for law in pair]) if run else Stated(factor=asked.longer)
+    said = records.read(asked.lengths) if asked.lengths else run
+    texts = Chats.of(said, [law.method for law in pair]) if said else Stated(factor=asked.longer)
     return Setup(
         pair, texts, arrivals, sorted(times) if times else None, plain, compressed, asked.requests, asked.batch,
         asked.memory, asked.error, asked.fragile, asked.ttft, asked.itl,

@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,14 +16,28 @@ from kvsuite.cli import main
 from kvsuite.errors import UsageError
 from kvsuite.predict import laws
 from kvsuite.predict.cells import Cell
+from kvsuite.predict.cells import read as cells_of
 from kvsuite.predict.fleet import Request, Server, simulator
 from kvsuite.predict.laws import Law, fitted
-from kvsuite.predict.router import POLICIES, Outcome, Policy, Setup, Stated, expected, outcomes, over_seeds, simulate
+from kvsuite.predict.router import (
+    POLICIES,
+    Chats,
+    Outcome,
+    Policy,
+    Setup,
+    Stated,
+    expected,
+    outcomes,
+    over_seeds,
+    simulate,
+)
+from kvsuite.records import read
 from kvsuite.workloads import Arrivals
 from suites.checks.depth import depth
 
 PLAIN = Law("full", (0.0, 2e-4, 0.0), (0.02, 1e-4, 1e-6))
 SMALL = Law("kivi", (0.0, 2e-4, 0.0), (0.02, 1e-4, 3e-7), share=0.3)
+SMOKE = Path(__file__).parents[2] / "reports" / "cpu" / "smoke"
 NAMES = [policy.name for policy in POLICIES]
 
 
@@ -341,6 +356,29 @@ def test_command_reads_times(told, tmp_path):
     code, _, said = told(str(file), "--method", "None-16")
     assert code == 2
     assert "is the uncompressed cache" in said
+
+
+def test_command_reads_a_run(told):
+    """Every request is one of its chats, with that method's own answer."""
+    run = read(SMOKE)
+    code, out, _ = told(str(SMOKE), "--method", "kivi:bits=4", "--requests", "40", "--seeds", "2", "--json")
+    assert code == 0
+    assert json.loads(out)["methods"] == ["full", "kivi:bits=4"]
+    texts = Chats.of(run, ["full", "kivi:bits=4"])
+    known = {}
+    for a in run.records:
+        if a.kind == "answer" and a.evaluation == "length" and not a.repeat:
+            known.setdefault(a.sample, {})[a.method] = (a.prompt_tokens, a.length)
+    pairs = {(*x["full"], x["kivi:bits=4"][1]) for x in known.values()}
+    prompts, lengths = texts.draw(200, ["full", "kivi:bits=4"], np.random.default_rng(0))
+    assert set(zip(prompts, lengths["full"], lengths["kivi:bits=4"], strict=True)) == pairs
+    law = fitted(cells_of(SMOKE), run)["kivi:bits=4"]
+    assert law.share == pytest.approx(0.42, abs=0.02), "bytes at 1,024 tokens over full's"
+    with pytest.raises(UsageError, match="holds no chats that full and fp9 answered"):
+        Chats.of(run, ["full", "fp9"])
+    code, _, said = told("--lengths", str(SMOKE))
+    assert code == 2
+    assert "no chats that fp16 and kivi-4 answered" in said
 
 
 @pytest.mark.parametrize(
