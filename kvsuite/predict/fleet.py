@@ -194,9 +194,8 @@ class Server:
 
     def _held(self, further: int) -> float:
         """Memory of all that run, so many steps from now."""
-        most = self.law.share * (self._tokens + further * len(self.running))
-        if most <= self.memory or math.isinf(self.law.budget):
-            return most
+        if math.isinf(self.law.budget):
+            return self.law.share * (self._tokens + further * len(self.running))
         lengths = (r.prompt + r.lengths[self.law.method] - end + self._steps for end, _, r in self.running)
         return sum(self.law.held(length + further) for length in lengths)
 
