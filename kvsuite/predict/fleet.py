@@ -3,7 +3,7 @@
 A server prefills a prompt as soon as it has room, one after the other, while decoding waits; then every step gives each
 running sequence a token. Steps are not events: as a step's seconds are linear in sequences and tokens, so many of them
 as change nothing are one stretch, which an arrival ends at its next step. Where a step would pass the memory, the
-youngest sequence gives its memory back and is prefilled again later, and nobody is let in before another one ends.
+youngest sequence gives its memory back and is prefilled again when another one has ended.
 """
 
 from __future__ import annotations
@@ -74,7 +74,6 @@ class Server:
         self._tokens = 0  # in the caches of all that run, when the stretch began
         self._begun = 0.0
         self._stretch = 0  # steps that were planned; 0 while there is no stretch
-        self._full = False
         self._wake = env.event()
         env.process(self._serve())
 
@@ -135,7 +134,7 @@ class Server:
         if not self.running:
             return True
         one = self.waiting[0]
-        return not self._full and self._held(0) + self.law.held(one.prompt + one.made + 1) <= self.memory
+        return self._held(0) + self.law.held(one.prompt + one.made + 1) <= self.memory
 
     def _prefill(self, one: Request) -> Waits:
         self._prefilling = one
@@ -171,7 +170,7 @@ class Server:
         self._stretch = 0
         while self.running and self.running[0][0] <= self._steps:
             _, _, one = heapq.heappop(self.running)
-            one.made, one.done, self._full = one.lengths[self.law.method], self.env.now, False
+            one.made, one.done = one.lengths[self.law.method], self.env.now
             self._tokens -= one.prompt + one.made
 
     def _make_room(self) -> None:
@@ -184,7 +183,6 @@ class Server:
             self._tokens -= one.prompt + one.made
             self.waiting.appendleft(one)
             self.preempted += 1
-            self._full = True
 
     def _room(self) -> int:
         """Steps that surely fit."""
