@@ -183,7 +183,7 @@ def test_the_oracle_knows_when_it_is_done():
     for seed in range(WORLDS // 3):
         *before, last = [*busy(np.random.default_rng([12, seed])), *asks((1.1, 30, 25))]
         env = simulator().Environment()
-        server = Server(env, replace(PLAIN, step=(0.002, 2e-3, 2e-5)), 100)
+        server = Server(env, Law("full", (0.0, 1e-3, 0.0), (0.002, 2e-3, 2e-5)), 100)
         told = []
 
         def arrive(server=server, requests=(*before, last), told=told, env=env):
