@@ -181,7 +181,8 @@ def test_latency_is_prefill_and_a_quotient():
 def test_the_oracle_knows_when_it_is_done():
     """Where nobody comes after it, but for the rest of the step or prefill under way."""
     for seed in range(WORLDS // 3):
-        *before, last = [*busy(np.random.default_rng([12, seed])), *asks((1.1, 30, 25))]
+        span = (0.2, 1.0)[seed % 2]  # with a queue, and with sequences that have begun
+        *before, last = [*busy(np.random.default_rng([12, seed]), span), *asks((span + 0.01, 30, 25))]
         env = simulator().Environment()
         server = Server(env, Law("full", (0.0, 1e-3, 0.0), (0.002, 2e-3, 2e-5)), 100)
         told = []

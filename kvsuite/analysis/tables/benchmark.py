@@ -16,6 +16,7 @@ WORDS = (
     "compared with it. changed: samples whose score is not the baseline's."
 )
 FEW = f"Of fewer than {LEAST} samples no mean is shown."
+UNCHANGED = "Where no score changed (0/n), such a method may still change 3/n of them: the interval does not know that."
 NULLS = "A control among the candidates does nothing: its M − B shows what no effect looks like here."
 
 
@@ -24,6 +25,8 @@ def tables(found: Scores) -> list[Table]:
     said = [WORDS.format(base=found.base, control=found.control or "not there"), FEW, *found.notes]
     if any(row.null for row in found.rows):
         said.append(NULLS)
+    if any(not row.changed and row.scored.drop for row in found.rows):
+        said.append(UNCHANGED)
     figures = [
         Column("n", "n"),
         Column("changed", "changed"),
