@@ -15,6 +15,7 @@ from kvsuite.errors import UsageError
 if TYPE_CHECKING:
     from kvsuite.predict.laws import Law
     from kvsuite.predict.router import Setup
+    from kvsuite.records import Run
 
 
 def add(commands: Any) -> None:
@@ -22,6 +23,7 @@ def add(commands: Any) -> None:
     kinds = commands.add_parser("route", help="requests among plain and compressed servers: what routing is worth")
     kinds = kinds.add_subparsers(required=True, metavar="WHAT")
     _simulate_options(kinds.add_parser("simulate", help="a fleet under every policy, request by request"))
+    _serve_options(kinds.add_parser("serve", help="a proxy in front of OpenAI-compatible servers"))
 
 
 def _simulate_options(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +55,39 @@ def _simulate_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_simulate)
 
 
+def _serve_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--plain", action="append", required=True, metavar="URL", help="a server with the plain cache")
+    parser.add_argument("--compressed", action="append", default=[], metavar="URL", help="one with a compressed cache")
+    parser.add_argument("--policy", default="mixed, least loaded", help="as simulated; one that needs no lengths")
+    parser.add_argument("--times", type=Path, metavar="TIMES", help="as of route simulate: what by throughput goes by")
+    parser.add_argument("--model", help="of the .csv, where it has several")
+    parser.add_argument("--method", help="what the compressed servers run; else the first of TIMES")
+    fragile = "a type of task that stays on plain servers, named by the header x-kvsuite-type"
+    parser.add_argument("--fragile", action="append", default=[], metavar="TYPE", help=fragile)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8900)
+    parser.set_defaults(run=_serve, source=None, share=None, budget=None)
+
+
+def _serve(asked: argparse.Namespace) -> None:
+    from kvsuite.predict import proxy
+
+    asked.source = asked.times
+    chosen = replace(proxy.policy(asked.policy), careful=bool(asked.fragile))
+    try:
+        import httpx
+        import uvicorn
+    except ImportError as error:
+        raise UsageError(f"the proxy needs {error.name}: pip install 'kvsuite[proxy]'") from error
+    plain, compressed = _pair(asked, _known(asked)[0])
+    backends = [proxy.Backend(url.rstrip("/"), plain) for url in asked.plain]
+    backends += [proxy.Backend(url.rstrip("/"), compressed) for url in asked.compressed]
+    client = httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=None), trust_env=False)
+    app = proxy.Proxy(backends, chosen, client, asked.fragile)
+    print(f"http://{asked.host}:{asked.port}/v1 · {chosen.name} · {len(backends)} servers", flush=True)
+    uvicorn.run(app, host=asked.host, port=asked.port, log_level="warning", lifespan="off")
+
+
 def _simulate(asked: argparse.Namespace) -> None:
     from kvsuite.predict import routed
     from kvsuite.predict.router import outcomes
@@ -69,7 +104,6 @@ def _simulate(asked: argparse.Namespace) -> None:
 def _setup(asked: argparse.Namespace) -> Setup:
     """Raises UsageError before anything is simulated."""
     from kvsuite import records, workloads
-    from kvsuite.predict import cells, laws
     from kvsuite.predict.fleet import simulator
     from kvsuite.predict.router import Chats, Setup, Stated
 
@@ -84,11 +118,7 @@ def _setup(asked: argparse.Namespace) -> Setup:
     if (arrivals.kind == "trace") != bool(asked.workload):
         raise UsageError("--arrivals trace and --workload FILE go together")
     times = workloads.schedule(workloads.read(asked.workload), arrivals) if asked.workload else None
-    run = records.read(asked.source) if asked.source and asked.source.is_dir() else None
-    known = laws.STATED
-    if asked.source:
-        timed = [c for c in cells.read(asked.source) if asked.model in (None, c.model)]
-        known = laws.fitted(timed, run)
+    known, run = _known(asked)
     pair = _pair(asked, known)
     said = records.read(asked.lengths) if asked.lengths else run
     texts = Chats.of(said, [law.method for law in pair]) if said else Stated(factor=asked.longer)
@@ -96,6 +126,17 @@ def _setup(asked: argparse.Namespace) -> Setup:
         pair, texts, arrivals, sorted(times) if times else None, plain, compressed, asked.requests, asked.batch,
         asked.memory, asked.error, asked.fragile, asked.ttft, asked.itl,
     )  # fmt: skip
+
+
+def _known(asked: argparse.Namespace) -> tuple[dict[str, Law], Run | None]:
+    """The laws of the times that were named, and the run that has them."""
+    from kvsuite import records
+    from kvsuite.predict import cells, laws
+
+    if not asked.source:
+        return laws.STATED, None
+    run = records.read(asked.source) if asked.source.is_dir() else None
+    return laws.fitted([c for c in cells.read(asked.source) if asked.model in (None, c.model)], run), run
 
 
 def _pair(asked: argparse.Namespace, known: dict[str, Law]) -> tuple[Law, Law]:

@@ -59,7 +59,22 @@ class Request:
     done: float = math.nan
 
 
-class Server:
+class Target:
+    """What a policy sees of a server."""
+
+    law: Law
+
+    @property
+    def load(self) -> int:
+        """Requests that are not done."""
+        raise NotImplementedError
+
+    def rate(self, prompt: int) -> float:
+        """Tokens a second that one more request of so many tokens would get now, if it ran beside all that are here."""
+        raise NotImplementedError
+
+
+class Server(Target):
     """One replica. ``batch`` is the most sequences that run at once, ``memory`` the tokens of uncompressed cache that
     it holds."""
 

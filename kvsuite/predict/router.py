@@ -13,7 +13,7 @@ from numpy.random import Generator
 from kvsuite.analysis.resample import Floats
 from kvsuite.analysis.stats import Estimate
 from kvsuite.errors import UsageError
-from kvsuite.predict.fleet import Request, Server, simulator
+from kvsuite.predict.fleet import Request, Server, Target, simulator
 from kvsuite.predict.laws import Law
 from kvsuite.readers.run import answers
 from kvsuite.records import Run
@@ -22,54 +22,54 @@ from kvsuite.workloads import Arrivals
 if TYPE_CHECKING:
     from simpy import Event
 
-Choose = Callable[[Request, Sequence[Server], Generator], Server]
+Choose = Callable[[Request, Sequence[Target], Generator], Target]
 Fleet = Literal["plain", "compressed", "mixed"]
 
 
-def least_loaded(request: Request, servers: Sequence[Server], rng: Generator) -> Server:
+def least_loaded(request: Request, servers: Sequence[Target], rng: Generator) -> Target:
     """Fewest requests that are not done; of several such servers any."""
     least = min(s.load for s in servers)
     return _any([s for s in servers if s.load == least], rng)
 
 
-def at_random(request: Request, servers: Sequence[Server], rng: Generator) -> Server:
+def at_random(request: Request, servers: Sequence[Target], rng: Generator) -> Target:
     """Any."""
     return _any(servers, rng)
 
 
-def by_throughput(request: Request, servers: Sequence[Server], rng: Generator) -> Server:
+def by_throughput(request: Request, servers: Sequence[Target], rng: Generator) -> Target:
     """The most tokens a second for this request, as its server is now."""
     return max(servers, key=lambda s: s.rate(request.prompt))
 
 
-def by_length(request: Request, servers: Sequence[Server], rng: Generator) -> Server:
+def by_length(request: Request, servers: Sequence[Target], rng: Generator) -> Target:
     """The method that is expected to give the shortest answer; of its servers the least loaded."""
     shortest = min(request.told[s.law.method] for s in servers)
     return least_loaded(request, [s for s in servers if request.told[s.law.method] == shortest], rng)
 
 
-def by_both(request: Request, servers: Sequence[Server], rng: Generator) -> Server:
+def by_both(request: Request, servers: Sequence[Target], rng: Generator) -> Target:
     """The shortest expected latency: prefill time + expected length ÷ decode throughput."""
     return min(servers, key=lambda s: expected(request, s, request.told[s.law.method]))
 
 
-def by_both_blind(request: Request, servers: Sequence[Server], rng: Generator) -> Server:
+def by_both_blind(request: Request, servers: Sequence[Target], rng: Generator) -> Target:
     """Likewise, with one expected length whatever the method: what is left of routing where a predictor cannot tell
     one method's answer from another's."""
     return min(servers, key=lambda s: expected(request, s, request.told[servers[0].law.method]))
 
 
-def expected(request: Request, server: Server, length: float) -> float:
+def expected(request: Request, server: Target, length: float) -> float:
     """Seconds. (The paper's text has a product of length and throughput, which grows with speed.)"""
     return server.law.prefill_seconds(request.prompt) + length / server.rate(request.prompt)
 
 
-def oracle(request: Request, servers: Sequence[Server], rng: Generator) -> Server:
+def oracle(request: Request, servers: Sequence[Target], rng: Generator) -> Target:
     """Greedy with all true lengths: the server that would be done first with this request if nobody came after it."""
-    return min(servers, key=lambda s: s.forecast(request))
+    return min((s for s in servers if isinstance(s, Server)), key=lambda s: s.forecast(request))
 
 
-def _any(servers: Sequence[Server], rng: Generator) -> Server:
+def _any(servers: Sequence[Target], rng: Generator) -> Target:
     return servers[int(rng.integers(len(servers)))] if len(servers) > 1 else servers[0]
 
 
@@ -83,7 +83,7 @@ class Policy:
     careful: bool = False
     """Whether requests of fragile types stay on the uncompressed servers."""
 
-    def server(self, request: Request, servers: Sequence[Server], plain: str, rng: Generator) -> Server:
+    def server(self, request: Request, servers: Sequence[Target], plain: str, rng: Generator) -> Target:
         """Where a request goes; ``plain`` is the uncompressed method."""
         own = [s for s in servers if s.law.method == plain] if self.careful and request.fragile else []
         return self.choose(request, own or servers, rng)
@@ -227,7 +227,8 @@ def simulate(setup: Setup, policy: Policy, seed: int) -> list[Request]:
     def arrive() -> Iterator[Event]:
         for request in requests:
             yield env.timeout(request.at - env.now)
-            policy.server(request, servers, setup.laws[0].method, rng).submit(request)
+            chosen = policy.server(request, servers, setup.laws[0].method, rng)
+            next(s for s in servers if s is chosen).submit(request)
 
     env.process(arrive())
     env.run()
