@@ -207,15 +207,13 @@ class Setup:
                 f"arrivals {self.arrivals} are no arrivals at times of their own: poisson, constant, bursts"
             )
         prompts, lengths = self.texts.draw(len(times), methods, rng)
-        told = {m: lengths[m] * np.exp(self.error * rng.standard_normal(len(times))) for m in methods}
-        fragile = rng.random(len(times)) < self.fragile
+        told = {m: (lengths[m] * np.exp(self.error * rng.standard_normal(len(times)))).tolist() for m in methods}
+        fragile = (rng.random(len(times)) < self.fragile).tolist()
+        own = {m: lengths[m].astype(int).tolist() for m in methods}
         return [
-            Request(
-                at, int(prompts[i]), {m: int(lengths[m][i]) for m in methods},
-                {m: float(told[m][i]) for m in methods}, bool(fragile[i]),
-            )
-            for i, at in enumerate(times)
-        ]  # fmt: skip
+            Request(at, prompt, {m: own[m][i] for m in methods}, {m: told[m][i] for m in methods}, fragile[i])
+            for i, (at, prompt) in enumerate(zip(times, prompts.astype(int).tolist(), strict=True))
+        ]
 
 
 def simulate(setup: Setup, policy: Policy, seed: int) -> list[Request]:

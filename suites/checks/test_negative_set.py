@@ -284,3 +284,9 @@ def test_commands(folders, capsys):
     assert main(["negatives", "score", "bench", "b", "--family", "x"]) == 2
     assert "write METHOD=FAMILY" in capsys.readouterr().err
     assert main(["negatives", "a", "--json"]) == 0, "counts as before"
+
+
+def test_published_scores_are_what_the_command_prints(capsys):
+    folder = Path(__file__).parents[2] / "reports" / "cpu" / "negatives"
+    assert main(["negatives", "score", str(folder), str(folder / "replicate"), "--markdown"]) == 0
+    assert capsys.readouterr().out == (folder / "scores.md").read_text()
