@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from kvsuite.analysis.benchmark import Scored, Selection, Votes, family, score
-from kvsuite.analysis.resample import DRAWS, Design, Floats, Mask, eligible
+from kvsuite.analysis.resample import DRAWS
 from kvsuite.analysis.samples import Broken, same_answers
+from kvsuite.analysis.stability import Stability, stability
 from kvsuite.analysis.tables.negatives import Compared
 from kvsuite.columns import Arm, ArmBuilder, Key, align
 from kvsuite.errors import UsageError, unknown
@@ -41,20 +41,6 @@ class Benchmark:
     def select(self, candidate: str, families: Mapping[str, str] | None = None) -> Selection:
         """See `Votes.select`."""
         return self.votes.select(candidate, self.quorum, families)
-
-
-@dataclass(frozen=True)
-class Stability:
-    """How far one half of the jurors' families chooses what the other half does, mean over all halvings."""
-
-    halvings: int
-    eligible: int
-    correlation: float
-    """Pearson's, over eligible samples, of the shares of families that fell."""
-    chosen: float
-    """The share of the eligible on which a half falls as one."""
-    again: float
-    """Of the samples on which one half falls as one, the share on which the other does; ``chosen`` would be chance."""
 
 
 def build(
@@ -94,32 +80,6 @@ def build(
 
 def _hashes(run: Run) -> dict[Key, str]:
     return {(a.task, a.sample): a.prompt_hash for a in answers(run, "samples")}
-
-
-def stability(votes: Votes, base: Floats, rule: Broken) -> Stability:
-    """Of the choice: between halves of the jurors' families."""
-    allowed = eligible(Design.of(votes.base.dataset, votes.base.cluster), base, rule.benign)
-    parts: dict[frozenset[str], list[Mask]] = {}
-    for name, fell in votes.fell.items():
-        parts.setdefault(family(name), []).append(fell[allowed])
-    means = np.array([np.mean(fell, axis=0) for fell in parts.values()])
-    whole = np.array([np.all(fell, axis=0) for fell in parts.values()])
-    found = []
-    for half in _halves(len(means)):
-        rest = [at for at in range(len(means)) if at not in half]
-        one, other = means[list(half)].mean(0), means[rest].mean(0)
-        correlation = float(np.corrcoef(one, other)[0, 1]) if one.std() and other.std() else float("nan")
-        a, b = whole[list(half)].all(0), whole[rest].all(0)
-        both, either = float((a & b).mean()), float((a.mean() + b.mean()) / 2)
-        found.append((correlation, either, both / either if either else float("nan")))
-    correlation, chosen, again = (float(x) for x in np.nanmean(np.array(found), axis=0))
-    return Stability(len(found), int(allowed.sum()), correlation, chosen, again)
-
-
-def _halves(n: int) -> list[tuple[int, ...]]:
-    """All ways to halve ``n`` families, each once; of an odd number one half has one more."""
-    found = list(itertools.combinations(range(n), n // 2))
-    return [half for half in found if n % 2 or 0 in half]
 
 
 def write(folder: Path, benchmark: Benchmark, texts: Mapping[Key, Mapping[str, Any]], card: str) -> None:

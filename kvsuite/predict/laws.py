@@ -57,7 +57,7 @@ def fitted(cells: Sequence[Cell], run: Run | None = None) -> dict[str, Law]:
     each sequence (where several widths were timed) and one for each token in the caches (where several lengths were).
     """
     if several := sorted({c.model for c in cells})[1:]:
-        raise UsageError(f"the times are of several models, {several[0]} among them: leave one")
+        raise UsageError(f"the times are of several models, {several[0]} among them: name one with --model")
     methods = dict.fromkeys(c.method for c in sorted(cells, key=lambda c: not c.plain))
     shares = _shares(run) if run else {}
     found = {}

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from kvsuite.analysis.benchmark import Votes
-from kvsuite.analysis.negative_set import FACTS, LEAST, ROWS, build, card, read, scores, stability, write
+from kvsuite.analysis.negative_set import FACTS, LEAST, ROWS, build, card, read, scores, write
 from kvsuite.analysis.samples import Broken
+from kvsuite.analysis.stability import stability
 from kvsuite.analysis.tables import benchmark as shown
 from kvsuite.cli import main
 from kvsuite.columns import Arm
