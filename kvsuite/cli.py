@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvsuite import ci, records, registry, shapes
+from kvsuite import benchmarks, ci, records, registry, routing, shapes
 from kvsuite.errors import UsageError
 from kvsuite.margins import Margins
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0, 2 after one sentence about bad input, or pytest's exit code."""
-    asked = _parser().parse_args(argv)
+    asked = _parser().parse_args(benchmarks.joined(list(sys.argv[1:] if argv is None else argv)))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show ×
     try:
@@ -65,6 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     _why_options(commands.add_parser("why", help="what the caches had lost of the samples that a run's methods broke"))
     _verbosity_options(commands.add_parser("verbosity", help="whether a run's longer answers to chats are worse ones"))
     _crossover_options(commands.add_parser("crossover", help="where fp8 K/V is faster on a GPU, from public tables"))
+    benchmarks.add(commands)
+    routing.add(commands)
     ci.add(commands)
     return parser
 
@@ -85,14 +87,7 @@ def _negatives_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baseline", metavar="SPEC", help=f"else scores of the uncompressed model: {spec}")
     parser.add_argument("--candidate", action="append", default=[], metavar="NAME=SPEC", help="and of a method")
     parser.add_argument("--control", metavar="SPEC", help="the uncompressed model once more, with other noise")
-    parser.add_argument("--theta", type=float, default=0.10, help="a score this much below the baseline's is negative")
-    parser.add_argument(
-        "--benign", choices=("mean", "median"), default="mean", help="eligible from here on, by dataset"
-    )
-    parser.add_argument("--inclusive", action="store_true", help="scores of exactly (1 - θ) × baseline count, too")
-    parser.add_argument(
-        "--absolute", action="store_true", help="θ is points of the score, not a part of the baseline's"
-    )
+    benchmarks.rule_options(parser)
     parser.add_argument("--allow-missing", action="store_true", help="compare the samples that all have")
     _margins_option(parser)
     _plugin_option(parser)
@@ -194,11 +189,10 @@ def _run(asked: argparse.Namespace) -> int:
 
 
 def _negatives(asked: argparse.Namespace) -> None:
-    from kvsuite.analysis.samples import Broken
     from kvsuite.analysis.tables import negatives
     from kvsuite.report import terminal
 
-    rule = Broken(asked.theta, asked.benign, asked.inclusive, asked.absolute)
+    rule = benchmarks.rule(asked)
     margins = Margins.parse(asked.margins)
     if asked.folder and (asked.baseline or asked.candidate or asked.control):
         raise UsageError("a run folder has its own baseline, methods and control: leave out the other options")

@@ -9,7 +9,7 @@ scored .54 there once more, with methods that do nothing at all.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,6 +49,51 @@ class Selection:
         return [int(at) for at in np.flatnonzero(self.chosen)]
 
 
+@dataclass(frozen=True)
+class Votes:
+    """Which methods fell by θ on which samples of replicate 1, of those where the baseline is benign."""
+
+    base: Arm
+    fell: Mapping[str, Mask]
+    """Method → (n,)"""
+
+    @classmethod
+    def of(cls, base: Arm, methods: Mapping[str, Arm], rule: Broken = RULE) -> Votes:
+        """Arms are aligned. Raises UsageError for arms that do not fit and samples without a score."""
+        for arm in (base, *methods.values()):
+            _fits(base, arm)
+        allowed = eligible(Design.of(base.dataset, base.cluster), base.score, rule.benign)
+        return cls(base, {name: allowed & rule.fell(base.score, arm.score) for name, arm in methods.items()})
+
+    def take(self, at: Sequence[int]) -> Votes:
+        """Those on the samples at these places, in this order."""
+        places = np.asarray(at, dtype=np.intp)
+        return Votes(self.base.take(at), {name: fell[places] for name, fell in self.fell.items()})
+
+    def select(self, candidate: str, quorum: int | None = None, families: Mapping[str, str] | None = None) -> Selection:
+        """The samples on which ``quorum`` of the methods of other families fell, or all. ``families`` says the family
+        of methods whose names do not (``family``). Raises UsageError for too few methods."""
+        jurors = others(self.fell, candidate, families)
+        needed = len(jurors) if quorum is None else quorum
+        if not jurors:
+            raise UsageError(f"no method of another family than {candidate} is there to choose its samples")
+        if not 1 <= needed <= len(jurors):
+            said = f"{len(jurors)} methods of another family than {candidate}, {', '.join(jurors)}"
+            raise UsageError(f"a quorum of {needed} cannot be had from {said}")
+        count = np.sum([self.fell[name] for name in jurors], axis=0)
+        return Selection(candidate, jurors, needed, self.base, count >= needed)
+
+
+def others(methods: Iterable[str], candidate: str, families: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    """The methods that share no family with a candidate."""
+    known = {name.casefold(): {given.casefold()} for name, given in (families or {}).items()}
+
+    def belongs(name: str) -> frozenset[str]:
+        return frozenset(known.get(name.casefold(), family(name)))
+
+    return tuple(name for name in methods if not belongs(name) & belongs(candidate))
+
+
 def select(
     base: Arm,
     methods: Mapping[str, Arm],
@@ -60,26 +105,10 @@ def select(
     """Choose on replicate 1: the baseline is benign and ``quorum`` of the jurors, or all, fell by θ. Arms are aligned.
 
     ``methods`` are compressions, without controls, which would hardly ever fall; the candidate may be among them.
-    ``families`` says the family of methods whose names do not (``family``). Raises UsageError for arms that do not fit,
-    samples without a score, and too few jurors.
+    Raises UsageError as `Votes` does.
     """
-    known = {name.casefold(): {given.casefold()} for name, given in (families or {}).items()}
-
-    def belongs(name: str) -> frozenset[str]:
-        return frozenset(known.get(name.casefold(), family(name)))
-
-    jurors = tuple(name for name in methods if not belongs(name) & belongs(candidate))
-    needed = len(jurors) if quorum is None else quorum
-    if not jurors:
-        raise UsageError(f"no method of another family than {candidate} is there to choose its samples")
-    if not 1 <= needed <= len(jurors):
-        said = f"{len(jurors)} methods of another family than {candidate}, {', '.join(jurors)}"
-        raise UsageError(f"a quorum of {needed} cannot be had from {said}")
-    for arm in (base, *(methods[name] for name in jurors)):
-        _fits(base, arm)
-    fell = np.sum([rule.fell(base.score, methods[name].score) for name in jurors], axis=0)
-    allowed = eligible(Design.of(base.dataset, base.cluster), base.score, rule.benign)
-    return Selection(candidate, jurors, needed, base, allowed & (fell >= needed))
+    jurors = others(methods, candidate, families)
+    return Votes.of(base, {name: methods[name] for name in jurors}, rule).select(candidate, quorum, families)
 
 
 def _fits(base: Arm, arm: Arm) -> None:

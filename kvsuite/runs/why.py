@@ -4,19 +4,16 @@ of them is measured, of those that it broke and, to compare with, of those that 
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from kvsuite import models, tasks
 from kvsuite.analysis.causes import Looked, looked_at
 from kvsuite.errors import UsageError, unknown
 from kvsuite.methods import Method, parse
 from kvsuite.records import Loss, Run, RunFolder
-from kvsuite.runs.here import Here
-from kvsuite.runs.setting import Setting
+from kvsuite.runs import again
 from kvsuite.tasks import Sample, Task
 
 
@@ -36,7 +33,7 @@ class Why:
         had again: another model, other texts, servers."""
         if "servers" in run.facts:
             raise UsageError(f"{run.folder} was answered by servers, whose caches nobody can look into")
-        self.made = {task.name: task for task in map(tasks.task, made)}
+        self.made = made
         self.run, done = run, {record.job for record in run.records if isinstance(record, Loss) and not record.error}
         known = looked_at(run)
         for asked, there, what in (
@@ -50,16 +47,7 @@ class Why:
             for x in known
             if x.job not in done and x.method in (methods or {x.method}) and x.sample in (samples or {x.sample})
         ]
-        self.here = Here(_setting(run, self._model(model), [parse(name) for name in run.facts["methods"]]))
-
-    def _model(self, given: Path | None) -> Path:
-        was = self.run.facts["model"]
-        if given is None and was["name"] != models.DEFAULT:
-            raise UsageError(f"{self.run.folder} was answered by {was['name']}: say where it is, --model FOLDER")
-        folder = models.located(given) if given else models.default_model()
-        if models.fingerprint(folder) != was["fingerprint"]:
-            raise UsageError(f"{folder} is not the model that answered {self.run.folder} ({was['name']})")
-        return folder
+        self.here = again.here(run, model, [parse(name) for name in run.facts["methods"]])
 
     def losses(self) -> Iterator[Loss]:
         """One record for each method and sample, as they are made; they are appended to the run's."""
@@ -67,35 +55,11 @@ class Why:
         wanted: dict[str, dict[str, list[Looked]]] = {}
         for one in self.asked:
             wanted.setdefault(one.task, {}).setdefault(one.sample, []).append(one)
-        for task, samples in self._samples(wanted).items():
+        for task, samples in again.samples(self.run, self.here, wanted, self.made).items():
             for sample in samples:
                 for loss in self._sample(task, sample, wanted[task.name][sample.id]):
                     folder.append(loss)
                     yield loss
-
-    def _samples(self, wanted: Mapping[str, Collection[str]]) -> dict[Task, list[Sample]]:
-        """The samples of these tasks, made as the run made them."""
-        settings, found = self.run.facts["settings"], dict[Task, list[Sample]]()
-        for name, ids in wanted.items():
-            task = self._task(name)
-            if task.fingerprint() != self.run.facts["texts"][task.name]:
-                raise UsageError(f"the texts of {task.name} are not those of {self.run.folder}")
-            task.limit, task.cap = models.model_limit(self.here.setting.model), settings["cap"]
-            count = settings["samples"].get(task.name, settings["samples"][""])
-            made = task.samples(count, settings["length"], settings["seed"], self._tokens)
-            found[task] = [sample for sample in made if sample.id in ids]
-        return found
-
-    def _task(self, name: str) -> Task:
-        if name in self.made:
-            return self.made[name]
-        if name not in tasks.names():
-            where = f"say where they come from, --task hub:{name} or --task jsonl:FILE"
-            raise UsageError(f"{self.run.folder} has samples of {name}, which is no task of kvsuite's: {where}")
-        return tasks.task(name)
-
-    def _tokens(self, text: str) -> int:
-        return len(self.here.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _sample(self, task: Task, sample: Sample, looked: list[Looked]) -> Iterator[Loss]:
         from kvsuite.engines.losses import Asked, losses
@@ -122,15 +86,6 @@ def _short(value: Any) -> Any:
     if isinstance(value, list):
         return [_short(x) for x in value]
     return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
-def _setting(run: Run, model: Path, methods: list[Method]) -> Setting:
-    """As the run had it, one sequence at a time."""
-    s, dtype = run.facts["settings"], run.facts["environment"]["compute_dtype"]
-    return Setting(
-        model, tuple(methods), dtype, s["device"], s["backend"], 1,
-        s["compress"], s["cap"], s["temperature"], s.get("repeats", 1), s["seed"], timeout=math.inf, memory=math.inf,
-    )  # fmt: skip
 
 
 def sentence(sample: Sample) -> str:

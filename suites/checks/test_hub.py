@@ -20,8 +20,8 @@ from kvsuite.errors import UsageError
 from kvsuite.plugin import options, schedule
 from kvsuite.readers.base import LONGBENCH
 from kvsuite.records import Answer, read
+from kvsuite.runs import again
 from kvsuite.runs.here import Here
-from kvsuite.runs.why import Why
 from kvsuite.tasks import FRAME, base, hub, rows, task
 from suites.checks.test_tasks import Chatting, asked_of
 from suites.checks.tiny import ROOT, left
@@ -331,10 +331,11 @@ def test_a_run_says_what_it_read_and_what_it_cut(run, copy, world):
     assert {a.sample for a in answers} == {"hotpotqa-a1", "hotpotqa-b", "vt-0", "vt-1"}
     longest = max(a.prompt_tokens for a in answers)
     assert longest in (1024 - FRAME - 6, 1024 - FRAME - 7)
+    model = again.here(read(Path("left")), world / "model")
     wanted = {task: {a.sample for a in answers if a.task == task} for task in facts["texts"]}
     with pytest.raises(UsageError, match="say where they come from, --task hub:longbench/hotpotqa or"):
-        Why(read(Path("left")), world / "model")._samples(wanted)
-    made = Why(read(Path("left")), world / "model", made=given.split(","))._samples(wanted)
+        again.samples(read(Path("left")), model, wanted)
+    made = again.samples(read(Path("left")), model, wanted, given.split(","))
     assert {s.prompt_hash for some in made.values() for s in some} == {a.prompt_hash for a in answers}
     outcome.stdout.fnmatch_lines(["*longbench/hotpotqa 2 (1 cut in the middle)*"])
 

@@ -2,6 +2,7 @@
 
 import base64
 import gzip
+import hashlib
 import json
 import math
 from dataclasses import replace
@@ -19,9 +20,11 @@ from kvsuite.analysis.tables import causes as table
 from kvsuite.cli import main
 from kvsuite.engines.losses import POSITIONS, Asked, losses
 from kvsuite.engines.request import Request
+from kvsuite.errors import UsageError
 from kvsuite.methods import parse, parse_all
 from kvsuite.records import Answer, Job, Loss, Run, RunFolder, read
 from kvsuite.report.html.samples import payload
+from kvsuite.runs import again
 from kvsuite.runs.here import Here
 from kvsuite.runs.setting import Setting
 from kvsuite.runs.why import sentence
@@ -248,3 +251,19 @@ def test_a_run_is_looked_into_once(left, world, capsys):
         assert "is not the model that answered left" in capsys.readouterr().err
     finally:
         weights.write_text(was)
+
+
+def test_prompts_are_told_as_they_were_asked(left, world):
+    run = read(Path("left"))
+    asked = {("needle", a.sample): a.prompt_hash for a in run.records}
+    found, why = again.texts(run, world / "model", [*asked][:2])
+    assert why == ""
+    assert list(found) == [*asked][:2]
+    for key, told in found.items():
+        said = [[m["role"], m["content"]] for m in told["messages"]]
+        assert hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16] == asked[key]
+        assert told["reference"].isdecimal()
+        assert told["max_new_tokens"] == 24
+    moved = replace(run, records=[replace(a, prompt_hash="0") for a in run.records])
+    with pytest.raises(UsageError, match="is not the one that left holds"):
+        again.texts(moved, world / "model", [*asked])
