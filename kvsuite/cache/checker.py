@@ -67,7 +67,8 @@ def error(
 ) -> float:
     """How far ``out`` (head_dim,) is from attention of ``q`` over ``held`` in float64, in units of the largest error of
     an attention that keeps scores and sums in float32 and rounds weights and result to q's dtype (keys and values too,
-    if what is held is not ``exact``; queries and weights to 16 bits with ``integers``). Infinite for NaN."""
+    if what is held is not ``exact``; queries and weights to 16 bits with ``integers``; scores, if ``rounded``).
+    Infinite for NaN."""
     k, v = held.k.double(), held.v.double()
     if window is not None:
         inside = held.positions > held.positions[-1] - window
@@ -83,6 +84,8 @@ def error(
     if not held.exact:
         # every number is rounded on its own way to the score: 8 standard deviations of their sum
         products += 8 * unit / 3**0.5 * float((k.square() @ q.double().square()).max().sqrt()) * scale
+    if held.rounded:  # of the products, of these times the scale, and of the sum with a mask
+        products += 3 * unit * float((k @ q.double()).abs().max()) * scale
     values = 0.0
     if held.integers:  # steps of a 32766th of the largest, times codes that span at most twice a token's largest number
         deviation = 8 / 12**0.5 / (32766 if q.shape[-1] <= 256 else 16383)

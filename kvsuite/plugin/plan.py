@@ -12,6 +12,7 @@ import pytest
 
 from kvsuite import tasks
 from kvsuite.analysis.minutes import Load, Speeds
+from kvsuite.plugin.options import PAGED
 from kvsuite.records import Job, cell_name
 
 if TYPE_CHECKING:
@@ -103,7 +104,9 @@ def cell_job(asked: Mapping[str, Any]) -> Job | None:
     if "kv_prefill" in asked:
         return Job("throughput", arm, "prefill", cell_name(1, asked["kv_prefill"]))
     if "kv_batch" in asked:
-        return Job("throughput", arm, "decode", cell_name(asked["kv_batch"], asked["kv_length"]))
+        mode = asked.get("kv_mode", PAGED)
+        phase = "decode" if mode == PAGED else str(mode)
+        return Job("throughput", arm, phase, cell_name(asked["kv_batch"], asked["kv_length"]))
     return None
 
 
