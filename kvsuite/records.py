@@ -344,6 +344,10 @@ class Timing(Record):
         return Job("throughput", self.method, self.phase, cell_name(self.width, self.length))
 
 
+OUT_OF_MEMORY = "out of memory"
+"""What the error of a timed cell begins with whose size did not fit."""
+
+
 def cell_name(width: int, length: int) -> str:
     """A timed cell among those of its phase."""
     return f"b{width} l{length}"

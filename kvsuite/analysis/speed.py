@@ -100,11 +100,12 @@ def log_speeds(timing: Timing) -> list[float]:
 
 def scaled(timing: Timing) -> Timing:
     """A timing of some of a model's layers as one of all of them, round by round: what they take grows with their
-    number, the rest (embedding, output, the choice of a token), timed in the same rounds, does not."""
+    number, the rest (embedding, output, the choice of a token), the median of the same rounds, does not."""
     if timing.scale == 1 or timing.status == "failed":
         return timing
+    rest = statistics.median(timing.rest_seconds)
     mine, base = (
-        [rest + (s - rest) * timing.scale for s, rest in zip(side, timing.rest_seconds, strict=False)]
+        [rest + (seconds - rest) * timing.scale for seconds in side]
         for side in (timing.seconds, timing.baseline_seconds)
     )
     held, read = (round(n * timing.scale) for n in (timing.nbytes, timing.nbytes_read))

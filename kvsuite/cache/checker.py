@@ -84,14 +84,14 @@ def error(
     if not held.exact:
         # every number is rounded on its own way to the score: 8 standard deviations of their sum
         products += 8 * unit / 3**0.5 * float((k.square() @ q.double().square()).max().sqrt()) * scale
-    if held.rounded:  # of the products, of these times the scale, and of the sum with a mask
-        products += 3 * unit * float((k @ q.double()).abs().max()) * scale
-    values = 0.0
+    values: float | Tensor = 0.0
     if held.integers:  # steps of a 32766th of the largest, times codes that span at most twice a token's largest number
         deviation = 8 / 12**0.5 / (32766 if q.shape[-1] <= 256 else 16383)
         largest = float(held.k.double().abs().max())  # also of what the window hides: it may share a scale
         products += deviation * q.shape[-1] ** 0.5 * float(q.abs().max()) * scale * 2 * largest
         values = deviation * 64**0.5 * float(p @ (2 * v.abs().amax(1)))
+    if held.rounded:  # each score by itself, as product, times the scale and with a mask: 8 standard deviations
+        values = 8 * unit * ((p * scores)[:, None] * (v - p @ v)).square().sum(0).sqrt()
     allowed = (2 * products + (3 + (not held.exact)) * unit + (len(k) + 8) * single) * (p @ v.abs())
     allowed = allowed + values + torch.finfo(q.dtype).tiny * 2 * unit * (1 + v.abs().sum(0))
     found = float(((out.double() - p @ v).abs() / allowed).max())

@@ -98,6 +98,13 @@ MISTAKES = [
     (["-m", "throughputs"], "unknown marker 'throughputs' in -m: did you mean 'throughput'?"),
     (["-m", "samples or lengths"], "unknown marker 'lengths' in -m: did you mean 'length'?"),
     (["--kv-memory", "much"], "--kv-memory must be a number of at least 0, not 'much'"),
+    (["--kv-model", "shape:llama-3.1-9b"], "unknown model 'llama-3.1-9b': did you mean 'llama-3.1-8b'?"),
+    (["--kv-model", "shape:llama-3.1-8b:layers=33"], "shape:NAME:layers=N with N from 1 to 32"),
+    ([*URL, "--kv-model", "shape:llama-3.1-8b"], "a shape has no weights that a server could load"),
+    (["--kv-modes", "egar"], "unknown mode 'egar': did you mean 'eager'?"),
+    (["--kv-modes", "flash-attn"], "flash-attn, which is not installed: pip install 'kvsuite[cuda]'"),
+    (["--kv-cells", "8*1024"], "--kv-cells '8*1024' is not BATCHxLENGTH, such as 8x1024"),
+    (["--kv-cells", "1x9000"], "--kv-cells 9000 does not fit the model's context of 8192 tokens"),
     (["--kv-compress", "contexts"], "unknown value of --kv-compress 'contexts': did you mean 'context'?"),
 ]
 

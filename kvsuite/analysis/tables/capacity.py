@@ -45,7 +45,7 @@ def _row(method: str, one: Held, full: Held, rows: Sequence[SpeedRow], gib: floa
     timed = {r.width: r.rate for r in rows if r.method == method and r.length == length and r.rate and r.width <= fits}
     widest = max(timed, default=None)
     cells = {
-        "fixed": Cell(one.fixed / 1024), "token": Cell(one.token), "fits": Cell(fits),
+        "fixed": Cell(round(one.fixed / 1024)), "token": Cell(round(one.token)), "fits": Cell(fits),
         "times": Cell(fits / base) if base else Cell(), "width": Cell(widest),
         "rate": Cell(None if widest is None else timed[widest]),
     }  # fmt: skip

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from kvsuite.analysis.speed import log_speeds, speed_rows
 from kvsuite.analysis.table import Cell, Column, Row, Table, infos
 from kvsuite.analysis.tables.shared import failed, setting
+from kvsuite.analysis.tables.speed import state
 from kvsuite.analysis.trimmed import log_change
 from kvsuite.kernels import MODES
 from kvsuite.records import Run, Timing
@@ -59,7 +60,7 @@ def _speeds(by: Known, method: str, there: Sequence[str], width: int, length: in
         if (timing := by.get((mode, method, width, length))) is None:
             continue
         [row] = speed_rows([timing])
-        cells[mode] = Cell(state="failed" if row.failed else "not measured")
+        cells[mode] = state(row)
         if row.speedup is not None:
             cells[mode], logs[mode] = Cell.estimated(row.speedup), log_speeds(timing)
     over = {

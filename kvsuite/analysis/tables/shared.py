@@ -47,7 +47,7 @@ def layers(run: Run) -> list[Note]:
     return infos(
         [
             f"{ran} of {whole} layers ran: times are (time - rest) / {ran} × {whole} + rest, round by round; the rest "
-            "is what a step without layers takes, timed in the same rounds. Limits are those of what ran."
+            "is what a step without layers takes, the median of the same rounds. Limits are those of what ran."
         ]
     )
 

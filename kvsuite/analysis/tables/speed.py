@@ -11,7 +11,7 @@ from kvsuite.analysis.shortfall import timed
 from kvsuite.analysis.speed import REFERENCE, SpeedRow, break_evens, speed_rows
 from kvsuite.analysis.table import Cell, Column, Note, Row, Table, infos
 from kvsuite.analysis.tables.shared import dtype_notes, failed, layers, missing, setting
-from kvsuite.records import Agreement, Run, Timing
+from kvsuite.records import OUT_OF_MEMORY, Agreement, Run, Timing
 
 
 def phases(run: Run) -> list[Table]:
@@ -30,7 +30,7 @@ def _phase(phase: str, rows: Sequence[SpeedRow], run: Run) -> Table:
     def full(place: tuple[int, int]) -> Cell:
         """Its own cell; where that was not timed, its rounds in turn with the methods."""
         if (own := by.get(("full", *place))) is not None:
-            return _state(own) if own.rate is None else Cell(own.rate)
+            return state(own) if own.rate is None else Cell(own.rate)
         beside = [r.baseline_rate for r in rows if (r.width, r.length) == place and r.baseline_rate is not None]
         return Cell(statistics.median(beside)) if beside else absent
 
@@ -84,13 +84,15 @@ def _meaning(phase: str, rows: Sequence[SpeedRow]) -> list[Note]:
     return infos(said)
 
 
-def _state(row: SpeedRow) -> Cell:
+def state(row: SpeedRow) -> Cell:
     """Why a row has no speed."""
+    if row.error.startswith(OUT_OF_MEMORY):
+        return Cell("OOM", state="failed")
     return Cell(state="failed" if row.failed else "not measured")
 
 
 def _speed(row: SpeedRow) -> Cell:
-    return _state(row) if row.speedup is None else Cell.estimated(row.speedup)
+    return state(row) if row.speedup is None else Cell.estimated(row.speedup)
 
 
 def by_what(rows: Sequence[SpeedRow], gpu: str | None) -> list[str]:
@@ -144,7 +146,7 @@ def timings(run: Run) -> list[Table]:
     for row in speed_rows([r for r in run.records if isinstance(r, Timing)]):
         key = (row.method, row.phase, str(row.width), str(row.length))
         if row.speedup is None:
-            rows.append(Row(key, {"rate": _state(row), "speed": _state(row)}))
+            rows.append(Row(key, {"rate": state(row), "speed": state(row)}))
             continue
         read = row.nbytes_read / 2**20 if row.nbytes_read else None
         held = {"held": Cell(row.nbytes / 2**20), "read": Cell(read), "checked": Cell(row.checked)}
@@ -172,7 +174,7 @@ def promises(run: Run) -> list[Table]:
     timings = [r for r in run.records if isinstance(r, Timing) and r.phase in ("shared prefill", "width")]
     rows = []
     for row in speed_rows(timings):
-        name, cell = f"{row.phase}: {row.method}", _state(row)
+        name, cell = f"{row.phase}: {row.method}", state(row)
         if row.speedup is not None:
             low, mean, high = row.speedup.low, row.speedup.mean, row.speedup.high
             if row.phase == "width":
