@@ -255,9 +255,9 @@ def test_a_run_is_never_overwritten(run):
 
 SHAPE = """
 from kvsuite import shapes
-shapes.SHAPES["tiny"] = shapes.ModelShape(6, 4, 2, 16, 64, 64, 99)
+shapes.SHAPES["tiny"] = shapes.ModelShape(12, 4, 2, 16, 64, 64, 99)
 """
-ASKED = ("--kv-model", "shape:tiny:layers=2", "--kv-cells", "2x256,1x300,50000x256", "--kv-memory", "0.1")
+ASKED = ("--kv-model", "shape:tiny:layers=6", "--kv-cells", "2x256,1x300,50000x256", "--kv-memory", "0.1")
 
 
 def test_a_shape_is_timed_in_every_mode_and_what_does_not_fit_is_a_result(run, pytester):
@@ -277,14 +277,14 @@ def test_a_shape_is_timed_in_every_mode_and_what_does_not_fit_is_a_result(run, p
             r"out of memory: the cache needs [\d.]+ GiB, and 0.10 GiB are left of --kv-memory 0.1", t.error
         )
     for t in whole:
-        assert (t.status, t.scale, len(t.rest_seconds)) == ("ok", 3.0, 2)
+        assert (t.status, t.scale, len(t.rest_seconds)) == ("ok", 2.0, 2)
         assert t.checked is None if t.method == "transformers" else t.checked <= 1
         assert t.method == "transformers" or min(t.moved, t.operations, t.bandwidth, t.rate) > 0
         assert t.cache.endswith("/eager") == (t.phase == "eager" and t.method != "transformers")
     facts = read(Path("left")).facts
-    assert facts["model"]["layers"] == [2, 6]
+    assert facts["model"]["layers"] == [6, 12]
     report = Path("left/report.md").read_text()
-    for said in ("## decoding by mode", "OOM", "2 of 6 layers ran", "## capacity", "full, % of the limit"):
+    for said in ("## decoding by mode", "OOM", "6 of 12 layers ran", "## capacity", "full, % of the limit"):
         assert said in report
 
 
@@ -294,6 +294,6 @@ def test_a_shape_answers_nothing(run, pytester):
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     [said] = [line for line in result.errlines if line.strip()]
     assert said == (
-        "ERROR: --kv-model shape:tiny:layers=2: a shape has random weights, whose answers mean nothing; choose "
+        "ERROR: --kv-model shape:tiny:layers=6: a shape has random weights, whose answers mean nothing; choose "
         "-m throughput, not samples"
     )
