@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 OTHER = 2.0
 """Seconds of a test that neither answers nor times."""
+UNPACKED = 3
+"""How many times as long a step takes that unpacks all that a cache holds."""
 CHECKED = 8
 """Samples that a test of the baseline answers once more."""
 
@@ -76,7 +78,8 @@ def _seconds(session: Local, speeds: Speeds, asked: Mapping[str, Any], known: di
     if "kv_prefill" in asked:
         return speeds.timing_prefill(int(str(asked["kv_prefill"])), o.rounds)
     if "kv_batch" in asked:
-        return speeds.timing_decode(int(str(asked["kv_batch"])), o.rounds)
+        seconds = speeds.timing_decode(int(str(asked["kv_batch"])), o.rounds)
+        return seconds if asked.get("kv_mode", PAGED) == PAGED else UNPACKED * seconds
     name = str(asked.get("kv_task"))
     if name not in o.tasks:
         return OTHER

@@ -1,8 +1,8 @@
 """Whether two arms that are the same are measured as the same: ``python suites/findings/same.py FOLDER [OPTION …]``.
 
-Each of 20 sessions, a pytest of its own, times decode steps of `full` against `full` (options are those of pytest and
-kvsuite, after --kv-methods full --kv-rounds 10). Counts in how many the 95 % interval of their ratio covers 1, and prints the
-widest ends. docs/findings.md has the result.
+Each of 20 sessions, a pytest of its own, times decode steps of `full` against `full`, with --kv-methods full
+--kv-rounds 10 and these options of pytest and kvsuite. Counts in how many the 95 % interval of their ratio covers 1, and
+prints the widest ends. docs/findings.md has the result.
 """
 
 from __future__ import annotations
