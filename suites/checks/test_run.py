@@ -297,3 +297,13 @@ def test_a_shape_answers_nothing(run, pytester):
         "ERROR: --kv-model shape:tiny:layers=6: a shape has random weights, whose answers mean nothing; choose "
         "-m throughput, not samples"
     )
+
+
+def test_a_cell_that_nobody_timed_is_not_green(run, pytester):
+    """However pytest-benchmark came to be off."""
+    pytester.makepyfile(off="def pytest_runtest_setup(item): item.config._benchmarksession.disabled = True")
+    result = run("throughput", "-p", "off", "-k", "test_decode and int8")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    [timing] = left(Timing)
+    assert (timing.status, timing.seconds) == ("failed", [])
+    assert timing.error == "RuntimeError: pytest-benchmark did not time it: is it switched off?"

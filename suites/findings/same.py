@@ -1,12 +1,13 @@
 """Whether two arms that are the same are measured as the same: ``python suites/findings/same.py FOLDER [OPTION …]``.
 
 Each of 20 sessions, a pytest of its own, times decode steps of `full` against `full`, with --kv-methods full
---kv-rounds 10 and these options of pytest and kvsuite. Counts in how many the 95 % interval of their ratio covers 1, and
-prints the widest ends. docs/findings.md has the result.
+--kv-rounds 10 and these options of pytest and kvsuite. Counts in how many the 95 % interval of their ratio covers 1,
+and prints the widest ends. docs/findings.md has the result.
 """
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,8 +21,9 @@ COVERING, ENDS = 17, (0.9, 1.1)
 
 
 def session(folder: Path, options: list[str]) -> list[Timing]:
-    """One session's cells, timed unless the folder is there already."""
-    if not folder.is_dir():
+    """One session's cells, timed unless that was done."""
+    if not (folder / "run.json").is_file() or "finished" not in read(folder).facts:
+        shutil.rmtree(folder, ignore_errors=True)
         suite = Path(__file__).parents[1] / "throughput"
         command = [sys.executable, "-m", "pytest", "-q", str(suite), "-m", "throughput", "-k", "test_decode and full"]
         done = [*command, "--kv-methods", "full", "--kv-rounds", "10", *options, "--kv-run", str(folder)]
