@@ -7,7 +7,6 @@ caches make when they append a token; then transformers' function of that name a
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
@@ -30,25 +29,16 @@ head_dim), and the weights (n, heads, Q, T) where they are known."""
 
 def backend(name: str) -> Any:
     """The backend of one of `MODES`: the reference's functions, but for attention."""
-    own = {"NAME": name, "supports": partial(supports, name), "attend": partial(attend, name)}
+    own = {"NAME": name, "supports": supports, "attend": partial(attend, name)}
     if name == "eager":
         own["read"] = read
     shared = {key: getattr(reference, key) for key in (*reference.__all__, "ARENA")}
     return SimpleNamespace(**(shared | own))
 
 
-def lacking(name: str) -> str:
-    """Why a mode cannot be had here, in a few words; empty if it can."""
-    if name != "flash-attn":
-        return ""
-    if importlib.util.find_spec("flash_attn") is None:
-        return "flash-attn is not installed (pip install 'kvsuite[cuda]')"
-    return "" if torch.cuda.is_available() else "flash-attn needs a CUDA device"
-
-
-def supports(name: str, layer: LayerContext, k: QuantSpec, v: QuantSpec, needs: Needs) -> str:
-    """Why this mode cannot do a layer, in a few words; empty if it can."""
-    return "transformers' attention reads all tokens, not pages that are chosen" if needs.reads_some else lacking(name)
+def supports(layer: LayerContext, k: QuantSpec, v: QuantSpec, needs: Needs) -> str:
+    """Why no mode can do a layer, in a few words; empty if it can."""
+    return "transformers' attention reads all tokens, not pages that are chosen" if needs.reads_some else ""
 
 
 def read(kv: PagedKV, row: int) -> list[HeadView]:
@@ -70,7 +60,7 @@ def attend(
     out, at = torch.zeros_like(q), [(b, row) for b, row in enumerate(rows) if row is not None]
     if not at:
         return out
-    held = [(row, list(_spans(kv, row))) for _, row in at]
+    held = [(row, _spans(kv, row)) for _, row in at]
     items = slice(None) if len(at) == len(rows) else torch.tensor([b for b, _ in at], device=q.device)
     k, v = (_dense(kv, held, field, q.dtype) for field in ("k", "v"))
     allowed = _allowed(kv, held, q.shape[2], params.window, k.shape[2])

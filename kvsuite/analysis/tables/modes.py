@@ -24,6 +24,7 @@ def modes(run: Run) -> list[Table]:
         return []
     places = list(dict.fromkeys((width, length) for mode, _, width, length in by if mode != PAGED))
     methods = list(dict.fromkeys(t.method for t in timings if t.method != run.baseline))
+    ours = [method for method in methods if method != "transformers"]
     rows = [Row((run.baseline, f"{w} · {n}"), _rates(by, run.baseline, there, w, n), unit="tok/s") for w, n in places]
     rows += [Row((m, f"{w} · {n}"), _speeds(by, m, there, w, n), unit="×") for m in methods for w, n in places]
     columns = [Column(mode, mode, shows="range") for mode in (*there, PAGED)]
@@ -33,7 +34,7 @@ def modes(run: Run) -> list[Table]:
         "the 95 % t-interval in brackets.",
         "eager, sdpa and flash-attn are transformers' attention over the same caches, unpacked at every step; paged "
         "are kvsuite's kernels. transformers is its own DynamicCache under that attention (with paged: sdpa).",
-        *(_verdict(mode, [row.cells[f"{mode} over"] for row in rows if row.unit == "×"]) for mode in there),
+        *(_verdict(mode, [row.cells[f"{mode} over"] for row in rows if row.key[0] in ours]) for mode in there),
     ]
     failures = [(f"{r.phase} {r.method} b{r.width} l{r.length}", r.error) for r in speed_rows(timings) if r.failed]
     others = [(name, error) for name, error in failures if not name.startswith("decode ")]
@@ -51,7 +52,8 @@ def _mode(t: Timing) -> str:
 def _rates(by: Known, base: str, there: Sequence[str], width: int, length: int) -> dict[str, Cell]:
     """The baseline's own tokens a second."""
     own = {mode: by.get((mode, base, width, length)) for mode in (*there, PAGED)}
-    return {mode: Cell() if t is None else Cell(speed_rows([t])[0].rate) for mode, t in own.items()}
+    rows = {mode: speed_rows([t])[0] for mode, t in own.items() if t is not None}
+    return {mode: state(row) if row.rate is None else Cell(row.rate) for mode, row in rows.items()}
 
 
 def _speeds(by: Known, method: str, there: Sequence[str], width: int, length: int) -> dict[str, Cell]:
