@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     _paper_options(commands.add_parser("paper", help="figures and tables of the paper beside its artifact's and ours"))
     _why_options(commands.add_parser("why", help="what the caches had lost of the samples that a run's methods broke"))
     _verbosity_options(commands.add_parser("verbosity", help="whether a run's longer answers to chats are worse ones"))
+    _capacity_options(commands.add_parser("capacity", help="how many sequences fit into memory, by a run's caches"))
     _crossover_options(commands.add_parser("crossover", help="where fp8 K/V is faster on a GPU, from public tables"))
     benchmarks.add(commands)
     routing.add(commands)
@@ -143,6 +144,13 @@ def _why_options(parser: argparse.ArgumentParser) -> None:
 def _verbosity_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="RUN", help="a run folder with answers to chats")
     parser.set_defaults(run=_verbosity)
+
+
+def _capacity_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="RUN", help="a run folder with decoding timed at two lengths or more")
+    parser.add_argument("--memory", type=float, default=1.0, metavar="GIB", help="for caches alone (default: 1)")
+    parser.add_argument("--length", type=_whole, default=[], metavar="N,…", help="tokens (default: the longest timed)")
+    parser.set_defaults(run=_capacity)
 
 
 def _crossover_options(parser: argparse.ArgumentParser) -> None:
@@ -329,6 +337,14 @@ def _plan(asked: argparse.Namespace) -> None:
     else:
         run, margins = records.read(Path(asked.folder)), Margins.parse(asked.margins)
         tables = [plan.plan(run, margins), *plan.blocks(run, margins)]
+    terminal.write(tables, sys.stdout, shutil.get_terminal_size().columns)
+
+
+def _capacity(asked: argparse.Namespace) -> None:
+    from kvsuite.analysis.tables import capacity
+    from kvsuite.report import terminal
+
+    tables = capacity.asked(records.read(Path(asked.folder)), asked.memory, asked.length)
     terminal.write(tables, sys.stdout, shutil.get_terminal_size().columns)
 
 

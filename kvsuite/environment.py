@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import os
 import platform
 import re
@@ -63,6 +64,20 @@ def memory() -> float:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     except (AttributeError, OSError, ValueError):
         return 16.0
+
+
+def free_memory() -> float:
+    """GiB that can still be had, of this machine or of the control group it runs in; infinite where neither says."""
+    found = [math.inf]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemAvailable")]
+        group = Path("/sys/fs/cgroup")
+        most, held = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        found += [(int(most) - int(held)) / 2**30] if most != "max" else []
+    except (OSError, ValueError):  # another system, or no such group
+        pass
+    return min(found)
 
 
 def scrub(said: Any) -> Any:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kvsuite import environment
+from kvsuite import environment, shapes
 from kvsuite.errors import UsageError
 
 
@@ -149,7 +149,7 @@ def located(model: Path, file: str = "") -> Path:
     """Where a model is: the folder (or file) of that path, else the cached snapshot of Hugging Face's hub of that name.
     What is not in the cache yet is fetched: ``file``, or all that the model needs. Raises UsageError, one sentence."""
     name = model.as_posix()
-    if model.exists() or not HUB_NAME.fullmatch(name):
+    if shapes.is_shape(model) or model.exists() or not HUB_NAME.fullmatch(name):
         return model
     try:
         from huggingface_hub import constants, hf_hub_download, snapshot_download
@@ -176,7 +176,9 @@ def located(model: Path, file: str = "") -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    """Of a model folder's weights and configuration."""
+    """Of a model folder's weights and configuration, or of a shape."""
+    if shapes.is_shape(folder):
+        return hashlib.sha256(repr(shapes.shaped(folder)).encode()).hexdigest()
     return environment.fingerprint(f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin", ".json"))
 
 
@@ -186,7 +188,10 @@ def _weights(folder: Path) -> list[Path]:
 
 def model_limit(model: Path) -> int | None:
     """The context length of a model folder, or of a model on the hub, read from its config without loading anything.
-    Raises UsageError, one sentence, where it is not a model."""
+    Raises UsageError, one sentence, where it is not a model. A shape has no limit."""
+    if shapes.is_shape(model):
+        shapes.shaped(model)
+        return None
     folder = located(model, "config.json")
     if not folder.is_dir():
         raise UsageError(f"model folder {folder.as_posix()!r} does not exist")

@@ -17,6 +17,8 @@ SMOKE: dict[str, Any] = {
     "compress": "prompt",
     "batch": "8",
     "length": "512,1024",
+    "cells": "",
+    "modes": "",
     "tasks": "document,needle,chat",
     "samples": "48,chat=8,document=16",
     "cap": 96,
@@ -65,6 +67,17 @@ STANDARD = SMOKE | {
     "rounds": 10,
     "timeout": 900,
 }
+PAPER_CELLS = ",".join(
+    f"{batch}x{length}"
+    for batches, lengths in (  # Section 4.1: short, by batch, long, long by batch
+        ((1,), (256, 512, 1024, 2048, 3072, 4000)),
+        ((2, 4, 8, 16), (1024,)),
+        ((1,), (4096, 6144, 8192, 10240)),
+        ((2, 4, 8, 16), (6144,)),
+    )
+    for batch in batches
+    for length in lengths
+)
 PAPER = (
     SMOKE
     | {  # what of App. A.3 fits one machine; StreamingLLM 64 + 448, H2O 64 + 448, KIVI G 32 R 128, cap 1024, T 1
@@ -72,6 +85,8 @@ PAPER = (
         "streaming-llm:budget=512,sinks=64,h2o:heavy=64,recent=448,streaming-llm:budget=256,h2o:budget=256",
         "batch": "1,2,4,8,16",
         "length": "1024,2048,4000,6144",
+        "cells": PAPER_CELLS,
+        "modes": "eager,sdpa",
         "tasks": STANDARD["tasks"],
         "samples": "48,needle=144,chat=80,document=32,reference:needle=192",
         "margins": f"{DECIDING},veto=broken+length+truncation",

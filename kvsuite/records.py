@@ -308,8 +308,9 @@ class Timing(Record):
 
     kind: ClassVar[str] = "timing"
 
-    phase: Literal["prefill", "decode", "shared prefill", "width"] = "decode"
-    """The last two are the core's promises: many methods against one prefill, a wide step against a narrow one."""
+    phase: Literal["prefill", "decode", "shared prefill", "width", "eager", "sdpa", "flash-attn"] = "decode"
+    """Then the core's promises: many methods against one prefill, a wide step against a narrow one. The last are steps
+    with transformers' attention of that name, both sides alike."""
     length: int = 0
     """Tokens of context per sequence at the first round."""
     tokens: int = 0
@@ -324,11 +325,27 @@ class Timing(Record):
     """Read by one step of all sequences."""
     checked: float | None = None
     """How far its attention was from the reference over what it holds, in units of the tolerance; None: not checked."""
+    rest_seconds: list[float] = field(default_factory=list)
+    """Of the same rounds with no layer at all, where the model has fewer layers than the one it stands for."""
+    scale: float = 1.0
+    """Layers of the model it stands for over layers that ran."""
+    moved: int = 0
+    """Bytes that a round must read from memory at least: weights, and what is held. Earlier runs did not record it."""
+    operations: int = 0
+    """Multiplications and additions of a round, those of products of matrices."""
+    bandwidth: float = 0.0
+    """Bytes a second that this machine read just before the cell was timed."""
+    rate: float = 0.0
+    """Operations a second of a large product in the compute dtype, then."""
 
     @property
     def job(self) -> Job | None:
         """One cell."""
         return Job("throughput", self.method, self.phase, cell_name(self.width, self.length))
+
+
+OUT_OF_MEMORY = "out of memory"
+"""What the error of a timed cell begins with whose size did not fit."""
 
 
 def cell_name(width: int, length: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kvsuite.errors import unknown
+from kvsuite.errors import UsageError, unknown
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,40 @@ SHAPES = {
     "qwen3-8b": ModelShape(36, 32, 8, 128, 4096, 12288, 151936),
 }
 """From their config.json on the hub."""
+
+
+PREFIX = "shape:"
+"""What the name of a model begins with that is a shape with random weights."""
+
+
+@dataclass(frozen=True)
+class ShapedModel:
+    """A shape with random weights, perhaps with fewer layers than the model has: only its speed means anything."""
+
+    name: str
+    shape: ModelShape
+    layers: int
+    """That run."""
+
+    @property
+    def scale(self) -> float:
+        """The model's layers over those that run."""
+        return self.shape.layers / self.layers
+
+
+def is_shape(model: object) -> bool:
+    """Whether a model that was named is one of these."""
+    return str(model).startswith(PREFIX)
+
+
+def shaped(model: object) -> ShapedModel:
+    """Of ``shape:llama-3.1-8b`` or ``shape:llama-3.1-8b:layers=4``. Raises UsageError."""
+    name, colon, rest = str(model).removeprefix(PREFIX).partition(":")
+    found = shape(name)
+    key, _, number = rest.partition("=")
+    if colon and (key != "layers" or not number.isdecimal() or not 1 <= int(number) <= found.layers):
+        raise UsageError(f"{model} is not shape:NAME or shape:NAME:layers=N with N from 1 to {found.layers}")
+    return ShapedModel(name, found, int(number) if colon else found.layers)
 
 
 def shape(name: str) -> ModelShape:

@@ -18,13 +18,16 @@ from kvsuite.analysis.speed import OURS
 from kvsuite.analysis.table import Cell, Note, Table
 from kvsuite.analysis.tables import servers, speed
 from kvsuite.analysis.tables.answers import answers
+from kvsuite.analysis.tables.capacity import capacity
 from kvsuite.analysis.tables.causes import causes
 from kvsuite.analysis.tables.chats import chats, sweep
 from kvsuite.analysis.tables.gates import gates, outcomes
+from kvsuite.analysis.tables.modes import modes
 from kvsuite.analysis.tables.types import types
 from kvsuite.analysis.tables.verbosity import verbosity
 from kvsuite.analysis.tables.verdicts import verdicts
 from kvsuite.errors import unknown
+from kvsuite.kernels import MODES
 from kvsuite.records import Answer, Record, Run, Timing
 
 NO_GATES = Gates()
@@ -80,7 +83,7 @@ def analyse(run: Run, held: Gates = NO_GATES, today: date | None = None) -> Repo
     found = outcomes(run, held, effects, today or date.today())
     tables = [*_shortfall(run), *gates(held, found), *servers.headlines(run), *judged]
     tables += [*servers.speed(run), *servers.served(run)]
-    tables += [*speed.phases(run), *types(run), *answers(run), *causes(run), *chats(run)]
+    tables += [*speed.phases(run), *modes(run), *capacity(run), *types(run), *answers(run), *causes(run), *chats(run)]
     tables += [*verbosity(run), *speed.promises(run)]
     tables += sweep(run, {table.key: table for table in tables})
     torn = f"{run.torn} record lines were cut off while being written and are left out."
@@ -126,7 +129,7 @@ def provenance(records: Sequence[Record]) -> list[Note]:
     """That what was scored is what was timed, or that it was not; nothing where no method was both."""
     good = [r for r in records if isinstance(r, (Answer, Timing)) and r.status == "ok" and r.cache.startswith(OURS)]
     scored = {(r.method, r.cache) for r in good if isinstance(r, Answer)}
-    timed = {(r.method, r.cache) for r in good if isinstance(r, Timing)}
+    timed = {(r.method, r.cache) for r in good if isinstance(r, Timing) and r.phase not in MODES}
     both = {method for method, _ in scored} & {method for method, _ in timed}
     if not both:
         return []

@@ -48,12 +48,16 @@ class SpeedRow:
     """Codec, and the backend: ``kivi/reference`` is PyTorch."""
     refusal: str = ""
     """Why another backend was not taken."""
+    of_limit: float | None = None
+    """The share of this machine's limit that it reached: seconds that its bytes and operations take at least, over
+    those it took. None where the machine was not measured."""
 
 
 def speed_rows(timings: Sequence[Timing]) -> list[SpeedRow]:
     """One row per timed cell, in order. Raises UsageError for a timing of our cache that was never checked."""
     rows = []
-    for t in timings:
+    for timing in timings:
+        t = scaled(timing)
         failed = t.status == "failed"
         if not failed and t.cache.startswith(OURS) and not (t.checked is not None and t.checked <= 1):
             raise UsageError(f"{t.method} was timed at width {t.width} without its output being checked")
@@ -63,6 +67,7 @@ def speed_rows(timings: Sequence[Timing]) -> list[SpeedRow]:
         if not failed and len(logs := log_speeds(t)) > 1:
             rate, beside = (t.tokens / statistics.median(seconds) for seconds in (t.seconds, t.baseline_seconds))
             row = replace(row, rate=rate, baseline_rate=beside, speedup=log_ratio_interval(logs), rounds=len(logs))
+            row = replace(row, of_limit=_of_limit(timing))
         rows.append(row)
     return rows
 
@@ -73,7 +78,8 @@ def break_evens(timings: Sequence[Timing]) -> dict[tuple[str, int], BreakEven]:
     lines: dict[tuple[str, int], list[tuple[int, float]]] = {}
     for t in timings:
         if t.phase == "decode" and t.status != "failed" and t.method != "full":
-            pairs = zip(t.seconds, t.baseline_seconds, strict=False)  # a run may end between the two
+            whole = scaled(t)
+            pairs = zip(whole.seconds, whole.baseline_seconds, strict=False)  # a run may end between the two
             own = [(t.length, (mine - base) * t.width / t.tokens) for mine, base in pairs]
             lines.setdefault((t.method, t.width), []).extend(own)
     return {
@@ -86,9 +92,32 @@ def break_evens(timings: Sequence[Timing]) -> dict[tuple[str, int], BreakEven]:
 def log_speeds(timing: Timing) -> list[float]:
     """By round, the logarithm of its speed as a multiple of the baseline's. None where rounds have no partner, as with
     ``--benchmark-disable``: which belongs to which is then not known."""
+    timing = scaled(timing)
     if len(timing.seconds) != len(timing.baseline_seconds):
         return []
     return [math.log(b / a) for a, b in zip(timing.seconds, timing.baseline_seconds, strict=True)]
+
+
+def scaled(timing: Timing) -> Timing:
+    """A timing of some of a model's layers as one of all of them, round by round: what they take grows with their
+    number, the rest (embedding, output, the choice of a token), the median of the same rounds, does not."""
+    if timing.scale == 1 or timing.status == "failed":
+        return timing
+    rest = statistics.median(timing.rest_seconds)
+    mine, base = (
+        [rest + (seconds - rest) * timing.scale for seconds in side]
+        for side in (timing.seconds, timing.baseline_seconds)
+    )
+    held, read = (round(n * timing.scale) for n in (timing.nbytes, timing.nbytes_read))
+    return replace(timing, seconds=mine, baseline_seconds=base, scale=1.0, nbytes=held, nbytes_read=read)
+
+
+def _of_limit(t: Timing) -> float | None:
+    """Of what ran, as it ran."""
+    if not (t.moved and t.operations and t.bandwidth and t.rate):
+        return None
+    least = max(t.moved / t.bandwidth, t.operations / t.rate)
+    return least / statistics.median(t.seconds)
 
 
 TRIMMING = 1.06

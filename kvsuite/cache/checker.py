@@ -67,8 +67,8 @@ def error(
 ) -> float:
     """How far ``out`` (n, head_dim) is from attention of ``q`` (n, head_dim) over ``held`` in float64, in units of the
     largest error of an attention that keeps scores and sums in float32 and rounds weights and result to q's dtype (keys
-    and values too, if what is held is not ``exact``; queries and weights to 16 bits with ``integers``). ``sinks`` (n,).
-    Infinite for NaN."""
+    and values too, if what is held is not ``exact``; queries and weights to 16 bits with ``integers``; scores, if
+    ``rounded``). ``sinks`` (n,). Infinite for NaN."""
     k, v, wide = held.k.double(), held.v.double(), q.double()
     if window is not None:
         inside = held.positions > held.positions[-1] - window
@@ -89,13 +89,16 @@ def error(
     if not held.exact:
         # every number is rounded on its own way to the score: 8 standard deviations of their sum
         products += 8 * unit / 3**0.5 * (wide.square() @ k.square().T).amax(1).sqrt() * scale
-    values = torch.zeros_like(products)
+    values = torch.zeros_like(products)[:, None]
     if held.integers:  # steps of a 32766th of the largest, times codes that span at most twice a token's largest number
         deviation = 8 / 12**0.5 / (32766 if q.shape[-1] <= 256 else 16383)
         largest = float(held.k.double().abs().max())  # also of what the window hides: it may share a scale
         products += deviation * q.shape[-1] ** 0.5 * wide.abs().amax(1) * scale * 2 * largest
-        values = deviation * 64**0.5 * (p @ (2 * v.abs().amax(1)))
+        values = deviation * 64**0.5 * (p @ (2 * v.abs().amax(1)))[:, None]
+    if held.rounded:  # each score by itself, as product, times the scale and with a mask: 8 standard deviations
+        moved = (p * scores)[:, :, None] * (v - (p @ v)[:, None])
+        values = 8 * unit * moved.square().sum(1).sqrt()
     allowed = (2 * products + (3 + (not held.exact)) * unit + (len(k) + 8) * single)[:, None] * (p @ v.abs())
-    allowed = allowed + values[:, None] + torch.finfo(q.dtype).tiny * 2 * unit * (1 + v.abs().sum(0))
+    allowed = allowed + values + torch.finfo(q.dtype).tiny * 2 * unit * (1 + v.abs().sum(0))
     found = float(((out.double() - p @ v).abs() / allowed).max())
     return found if found == found else float("inf")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,30 +12,66 @@ from transformers import DynamicCache
 
 from kvsuite.cache import adapter
 from kvsuite.cache.checker import AttentionChecker
+from kvsuite.cache.prefill import PrefillCache
 from kvsuite.engines.decoder import Decoder
 from kvsuite.engines.request import Request
 from kvsuite.engines.transformers import TransformersEngine
 from kvsuite.engines.worker import Prompt
+from kvsuite.errors import UsageError
 from kvsuite.methods import Method
 
 ENDLESS = 1 << 30
+GIB = 1 << 30
 
 
 class Unchecked(RuntimeError):
     """A cache was to be timed whose output nobody looked at, or whose output was wrong."""
 
 
+@dataclass
+class Room:
+    """Memory that the caches of a cell may take."""
+
+    left: float
+    """Bytes."""
+    what: str
+    """Whose they are."""
+
+    def take(self, nbytes: int) -> None:
+        """Raises MemoryError for more than is left."""
+        if nbytes > self.left:
+            have = f"{max(self.left, 0) / GIB:.2f} GiB are left of {self.what}"
+            raise MemoryError(f"the cache needs {nbytes / GIB:.2f} GiB, and {have}")
+        self.left -= nbytes
+
+
+ENOUGH = Room(math.inf, "a machine without end")
+
+
 class DecodeCell:
     """``width`` sequences with the same context under one method, decoding without end."""
 
-    def __init__(self, engine: TransformersEngine, method: Method, prompt: Prompt, width: int, steps: int) -> None:
-        """``steps``: rounds to come, one token each."""
+    def __init__(
+        self,
+        engine: TransformersEngine,
+        method: Method,
+        prompt: Prompt,
+        width: int,
+        steps: int,
+        mode: str = "",
+        room: Room = ENOUGH,
+    ) -> None:
+        """``steps``: rounds to come, one token each. ``mode``: one of `kernels.MODES`, unless the engine's own backend
+        attends. Raises MemoryError before anything is written where there is no ``room``."""
         length = prompt.context[0].k.shape[1]
         self.checked: float | None = None
         self.tokens = width
         with torch.inference_mode():
             lengths = [(length, steps + 3)]  # and the two of `check`
-            self.worker = engine.worker(method, width, lengths)
+            self.worker = engine.worker(method, width, lengths, backend=mode)
+            if mode and self.worker.backend != mode:
+                raise UsageError(self.worker.refusal)
+            room.take(sum(cache.kv.allocated for cache in self.worker.caches))
             self.decoder = Decoder(engine.model, [self.worker], width)
             for _ in range(width):
                 for response in self.decoder.admit(self.worker, prompt):
@@ -73,11 +111,11 @@ class DecodeCell:
 class PrefillCell:
     """One prompt through the model and into a method's cache: the observations it asks for are its own."""
 
-    def __init__(self, engine: TransformersEngine, method: Method, tokens: list[int]) -> None:
+    def __init__(self, engine: TransformersEngine, method: Method, tokens: list[int], room: Room = ENOUGH) -> None:
         self.engine, self.method, self.ids = engine, method, tokens
         self.tokens = len(tokens)
         self.checked: float | None = None
-        self.inner = DecodeCell(engine, method, self._prefill(), 1, 2)
+        self.inner = DecodeCell(engine, method, self._prefill(), 1, 2, room=room)
 
     def check(self) -> None:
         """The cache it fills is decoded from once, watched."""
@@ -99,11 +137,34 @@ class PrefillCell:
         return self.engine.prefill(Request("cell", "", "", ENDLESS), self.ids, [], self.method.observes)
 
 
-class TransformersCell:
-    """transformers' own DynamicCache under SDPA, the same sequences: a row of its own, not the baseline."""
+class RestCell:
+    """A step or a prefill without any layer: what of its time does not grow with them. It holds nothing."""
 
-    def __init__(self, engine: TransformersEngine, tokens: list[int], width: int) -> None:
-        self.model, self.tokens = engine.model, width
+    def __init__(self, engine: TransformersEngine, ids: list[list[int]]) -> None:
+        """``ids``: (batch, n), the tokens that are fed."""
+        self.engine, self.ids = engine, torch.tensor(ids, device=engine.model.device)
+
+    @torch.inference_mode()
+    def round(self) -> float:
+        """Seconds from the tokens to the choice of the next ones."""
+        config, layers = self.engine.model.config, self.engine.model.config.num_hidden_layers
+        config.num_hidden_layers = 0  # how many of its layers a model runs
+        try:
+            start = time.perf_counter()
+            cache = PrefillCache(self.engine.layers[:1])
+            logits = adapter.forward(self.engine.model, cache, self.ids)
+            logits.topk(2).values.tolist(), logits.argmax(-1).tolist()
+            return time.perf_counter() - start
+        finally:
+            config.num_hidden_layers = layers
+
+
+class TransformersCell:
+    """transformers' own DynamicCache under its own attention, the same sequences: a row of its own, not the
+    baseline."""
+
+    def __init__(self, engine: TransformersEngine, tokens: list[int], width: int, attention: str = "sdpa") -> None:
+        self.model, self.tokens, self.attention = engine.model, width, attention
         self.cache: Any = DynamicCache()
         self._forward(torch.tensor([tokens], device=self.model.device))
         self.cache.batch_repeat_interleave(width)
@@ -119,7 +180,7 @@ class TransformersCell:
 
     @torch.inference_mode()
     def _forward(self, ids: torch.Tensor) -> float:
-        self.model.set_attn_implementation("sdpa")
+        self.model.set_attn_implementation(self.attention)
         try:
             start = time.perf_counter()
             adapter.forward(self.model, self.cache, ids).argmax(-1).tolist()

@@ -18,12 +18,14 @@ from kvsuite.cache.prefill import PrefillCache
 from kvsuite.engines.packing import pack
 from kvsuite.engines.pool import DecoderPool
 from kvsuite.engines.precision import compute_dtype
+from kvsuite.engines.random_model import random_model
 from kvsuite.engines.request import Request, Response
 from kvsuite.engines.sampling import GREEDY, Sampling
 from kvsuite.engines.worker import MethodWorker, Prompt, say
 from kvsuite.errors import UsageError
 from kvsuite.methods import Codec, Method
 from kvsuite.methods.artifact import Artifact
+from kvsuite.shapes import shaped
 
 Compress = Literal["prompt", "context"]
 
@@ -58,7 +60,17 @@ class TransformersEngine:
         transformers.utils.logging.disable_progress_bar()
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        kv_dtype, (compute, reason) = model.dtype, compute_dtype(model.to(device), dtype)
+        return cls._computing(model.to(device), tokenizer, dtype, backend)
+
+    @classmethod
+    def shaped(cls, model: Path, dtype: str = "auto", device: str = "cpu", backend: str = "auto") -> TransformersEngine:
+        """A shape with random weights, which decodes token ids: ``shape:llama-3.1-8b:layers=2``. The rest as for
+        `load`. Raises UsageError for no shape."""
+        return cls._computing(random_model(shaped(model), device), None, dtype, backend)
+
+    @classmethod
+    def _computing(cls, model: Any, tokenizer: Any, dtype: str, backend: str) -> TransformersEngine:
+        kv_dtype, (compute, reason) = model.dtype, compute_dtype(model, dtype)
         model = model.to(compute)
         if model.device.type == "cpu":
             reason += f"; {pack(model)}"
@@ -71,14 +83,15 @@ class TransformersEngine:
         lengths: Iterable[tuple[int, int]],
         sampling: Sampling = GREEDY,
         name: str = "",
+        backend: str = "",
     ) -> MethodWorker:
-        """A method's caches for ``rows`` sequences of these lengths; see `MethodWorker`. Raises UsageError where its
-        codec has yet to learn something of the model."""
+        """A method's caches for ``rows`` sequences of these lengths; see `MethodWorker`. ``backend``: the
+        engine's unless given. Raises UsageError where its codec has yet to learn something of the model."""
         if _learns(method) and method.codec not in self.artifacts:
             raise UsageError(f"{method.name} must be calibrated before it is used")
         return MethodWorker(
             method, self.layers, rows, lengths,
-            sampling=sampling, name=name, backend=self.backend, artifact=self.artifacts.get(method.codec),
+            sampling=sampling, name=name, backend=backend or self.backend, artifact=self.artifacts.get(method.codec),
         )  # fmt: skip
 
     def calibrate(self, methods: Iterable[Method], text: Callable[[], list[int]]) -> None:

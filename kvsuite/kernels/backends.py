@@ -10,7 +10,7 @@ from typing import Protocol, cast
 from torch import Tensor
 
 from kvsuite.errors import UsageError
-from kvsuite.kernels import AUTO, BACKENDS
+from kvsuite.kernels import AUTO, BACKENDS, MODES
 from kvsuite.kernels.context import AttentionParams, HeadView, LayerContext, Needs
 from kvsuite.kernels.paged import PagedKV
 from kvsuite.kernels.quantspec import QuantSpec
@@ -90,12 +90,14 @@ class Backend(Protocol):
 
 def find(name: str) -> Backend:
     """The backend of that name. Raises ImportError where it needs a package that is not installed."""
+    if name in MODES:
+        return cast(Backend, importlib.import_module("kvsuite.kernels.dense").backend(name))
     return cast(Backend, importlib.import_module(f"kvsuite.kernels.{name}"))
 
 
 def choose(layer: LayerContext, k: QuantSpec, v: QuantSpec, needs: Needs, wanted: str = "auto") -> tuple[Backend, str]:
     """The backend of a layer, and why those before it were not taken. Raises UsageError for an unknown name."""
-    if wanted not in ("auto", *BACKENDS):
+    if wanted not in ("auto", *BACKENDS, *MODES):
         raise UsageError(f"no backend {wanted!r}; there are auto, {', '.join(BACKENDS)}")
     refused = []
     tried = AUTO.get(layer.device.type, ()) if wanted == "auto" else (wanted,)

@@ -79,3 +79,5 @@ class HeadView:
     """Whether attention reads these very numbers, not the stored codes with roundings of its own."""
     integers: bool = False
     """Attention multiplies codes by queries and weights that are rounded to 16-bit integers."""
+    rounded: bool = False
+    """Attention rounds its scores to the compute dtype."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 EVALUATIONS = ("throughput", "length", "samples", "tools")
 FIXTURES = frozenset(
     f"kv_{name}"
-    for name in ("session", "local", "serving", "method", "arm", "cell", "task", "batch", "length", "prefill")
+    for name in ("session", "local", "serving", "method", "arm", "cell", "task", "batch", "length", "prefill", "mode")
 )
 """By these a test is known to be an evaluation's."""
 PACKAGE = Path(kvsuite.__file__).parent

@@ -12,12 +12,17 @@ if TYPE_CHECKING:
 HELP = {
     "preset": f"how much is done: {', '.join(PRESETS)}; the defaults of all other options",
     "model": "a model folder in Hugging Face's layout, or a name on its hub, org/model (default: "
-    "SmolLM2-135M-Instruct, fetched once)",
+    "SmolLM2-135M-Instruct, fetched once); for throughput shape:NAME or shape:NAME:layers=N, a known model's shape "
+    "with random weights, such as shape:llama-3.1-8b:layers=2",
     "methods": "methods, comma-separated, e.g. kivi:bits=4,h2o:budget=256+int8; full and jitter always take part",
     "compress": "what is compressed: the whole prompt, or the context, the question being fed through the cache",
     "batch": "widths of decoding batches, comma-separated; answers are decoded at the largest, on a CPU all methods "
     "together in steps of 8 times as many rows",
     "length": "prompt lengths in tokens, comma-separated",
+    "cells": "what is timed, BATCHxLENGTH comma-separated, such as 1x4096,16x1024 (default: every --kv-batch with "
+    "every --kv-length)",
+    "modes": "what decoding is timed with beside kvsuite's own kernels, `paged`: eager, sdpa and flash-attn are "
+    "transformers' attention over the same caches",
     "tasks": "tasks, comma-separated; jsonl:FILE or jsonl:FILE#SCORER is a task of your own prompts, "
     "hub:NAME a published benchmark, reference:TASK a task's reference answers, forced through every cache",
     "samples": "samples per task: a number for all, and others for some of them, such as 48,chat=8",

@@ -21,7 +21,7 @@ from kvsuite.analysis.shortfall import interrupted
 from kvsuite.errors import UsageError
 from kvsuite.plugin import EVALUATIONS, SESSION, evaluates, options, untold
 from kvsuite.plugin.local import Local
-from kvsuite.plugin.options import Options
+from kvsuite.plugin.options import PAGED, Options
 from kvsuite.plugin.serving import Serving
 from kvsuite.plugin.session import Session
 from kvsuite.records import is_control, read
@@ -114,19 +114,26 @@ def parametrize(metafunc: pytest.Metafunc, session: Session) -> None:
     methods = asked.methods if asked.servers is None else ()
     if "throughput" in own:  # a control's speed is that of making noise
         methods = tuple(method for method in methods if not is_control(method.name))
+    lengths = tuple(dict.fromkeys(length for _, length in asked.cells))
+    cells = [pytest.param(width, length, id=f"b{width}-l{length}") for width, length in asked.cells]
+    apart: dict[str, tuple[Any, Any]] = {
+        "kv_batch": (asked.batch, lambda width: f"b{width}"),
+        "kv_length": (asked.length, lambda tokens: f"l{tokens}"),
+    }
     # a prefill takes seconds, and smoke has minutes
-    prefills = [asked.length[0] // 2] if asked.preset == "smoke" else asked.length
+    prefills = [lengths[0] // 2] if asked.preset == "smoke" else lengths
     values: dict[str, tuple[Any, Any]] = {
         "kv_method": (methods, lambda method: method.name),
         "kv_arm": (asked.arms, lambda name: name.replace(" ", "-")),
         "kv_cell": (session.cells if isinstance(session, Serving) else (), lambda cell: cell.name.replace(" ", "-")),
         "kv_task": (tasks, str),
-        "kv_batch": (asked.batch, lambda width: f"b{width}"),
-        "kv_length": (asked.length, lambda tokens: f"l{tokens}"),
+        "kv_batch,kv_length": (cells, None),
         "kv_prefill": (prefills, lambda tokens: f"l{tokens}"),
+        **(apart if not {*apart} <= set(metafunc.fixturenames) else {}),
+        "kv_mode": ([pytest.param(PAGED, id=pytest.HIDDEN_PARAM), *asked.modes], str),
     }
     for name, (parameters, identify) in values.items():
-        if name in metafunc.fixturenames:
+        if set(name.split(",")) <= set(metafunc.fixturenames):
             metafunc.parametrize(name, parameters, ids=identify)
 
 

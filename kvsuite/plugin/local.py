@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from functools import cached_property
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvsuite import models, tasks
+from kvsuite import environment, models, shapes, tasks
 from kvsuite.analysis.minutes import Speeds
 from kvsuite.engines.request import Request
 from kvsuite.errors import UsageError
@@ -24,6 +25,7 @@ from kvsuite.runs.setting import Executor, Setting
 from kvsuite.tasks import Sample, Task
 
 if TYPE_CHECKING:
+    from kvsuite.engines.timing import Room
     from kvsuite.engines.transformers import TransformersEngine
     from kvsuite.engines.worker import Prompt
 
@@ -75,12 +77,18 @@ class Local(Session):
 
             if not torch.cuda.is_available():
                 raise UsageError("--kv-device cuda: torch finds no CUDA device here")
+        if shapes.is_shape(self.options.model) and (others := sorted({*evaluations} - {"throughput"})):
+            raise UsageError(
+                f"--kv-model {self.options.model}: a shape has random weights, whose answers mean nothing; "
+                f"choose -m throughput, not {' or '.join(others)}"
+            )
         super().fetch(names, evaluations)
 
     def announce(self, items: Sequence[pytest.Item]) -> str:
         """Arms, tasks and cells, what computes, and how long it will take here, by speeds measured now."""
         parts = [f"{name} {len(self.samples(tasks.task(name)))}{_fitted(tasks.task(name))}" for name in self.chosen]
-        parts += [f"{self.timed_cells} timed cells"] if self.timed_cells else []
+        beyond = f" ({self.options.beyond} more are beyond the model's context)" if self.options.beyond else ""
+        parts += [f"{self.timed_cells} timed cells{beyond}"] if self.timed_cells else []
         what = f"{len(self.methods)} methods on {self.model_name}: {' · '.join(parts)}"
         if self.elsewhere:
             return f"kvsuite: {what}; {self.executor.facts()['executor']}"
@@ -103,6 +111,12 @@ class Local(Session):
     def model_name(self) -> str:
         """For people."""
         return self.options.model.name if self.options.model else models.DEFAULT
+
+    @property
+    def scale(self) -> float:
+        """Layers of the model over those that run: 1 but for a shape of which some run."""
+        model = self.options.model
+        return shapes.shaped(model).scale if shapes.is_shape(model) else 1.0
 
     @property
     def model_folder(self) -> Path:
@@ -188,7 +202,10 @@ class Local(Session):
 
     def known(self) -> dict[str, Any]:
         """The model, too."""
-        model = {"name": self.model_name, "fingerprint": models.fingerprint(self.model_folder)}
+        model: dict[str, Any] = {"name": self.model_name, "fingerprint": models.fingerprint(self.model_folder)}
+        if shapes.is_shape(self.options.model):
+            found = shapes.shaped(self.options.model)
+            model["layers"] = [found.layers, found.shape.layers]
         return super().known() | {"model": model}
 
     def facts(self) -> dict[str, Any]:
@@ -246,6 +263,16 @@ class Local(Session):
         """What the engine is asked for a sample."""
         return self.here.request(sample)
 
+    def room(self) -> Room:
+        """Memory for the caches of a timed cell; on a GPU torch knows better."""
+        from kvsuite.engines.timing import Room
+
+        if self.options.device != "cpu":
+            return Room(math.inf, "the GPU's memory")
+        asked, free = self.options.memory, environment.free_memory()
+        left, what = (asked, f"--kv-memory {asked:.3g}") if asked <= free else (free, "this machine's memory")
+        return Room(left * 2**30, what)
+
     def text(self, length: int) -> list[int]:
         """``length`` tokens: what speed is measured on."""
         return self.here.text(length)
@@ -253,10 +280,16 @@ class Local(Session):
     def prompt(self, length: int) -> Prompt:
         """That text, prefilled once, with whatever any method of the run asks to see."""
         if length not in self._prompts:
+            while self._prompts and sum(map(_nbytes, self._prompts.values())) > self.options.memory * 2**29:
+                self._prompts.pop(next(iter(self._prompts)))  # half of the memory is for caches
             observes = [o for method in self.methods for o in method.observes]
             request = Request("text", "", "", 1 << 30)
             self._prompts[length] = self.engine.prefill(request, self.text(length), [], observes)
         return self._prompts[length]
+
+
+def _nbytes(prompt: Prompt) -> int:
+    return sum(seen.k.nbytes + seen.v.nbytes for seen in prompt.context)
 
 
 def _fitted(task: Task) -> str:

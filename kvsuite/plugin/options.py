@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
-from kvsuite import environment, models, registry, tasks
+from kvsuite import environment, models, registry, shapes, tasks
 from kvsuite.analysis.gates import POLICIES, Gates
 from kvsuite.errors import UsageError, unknown
-from kvsuite.kernels import BACKENDS
+from kvsuite.kernels import BACKENDS, MODES
 from kvsuite.margins import Margins
 from kvsuite.methods import Method, parse, parse_all
 from kvsuite.plugin import servers
@@ -33,6 +34,8 @@ CHOICES = {
     "executor": ("here", "ray"),
     "undecided": POLICIES,
 }
+PAGED = "paged"
+"""The mode of kvsuite's own kernels."""
 SHORTEST = 256
 """Tokens below which no task can be told."""
 
@@ -48,6 +51,12 @@ class Options:
     compress: Literal["prompt", "context"]
     batch: tuple[int, ...]
     length: tuple[int, ...]
+    cells: tuple[tuple[int, int], ...]
+    """What is timed: batch and length."""
+    beyond: int
+    """Cells of the preset that the model's context is too short for."""
+    modes: tuple[str, ...]
+    """In which decoding is timed, besides kvsuite's own kernels."""
     tasks: tuple[str, ...]
     samples: Mapping[str, int]
     """How many of each task; of one that is not named, as many as under the empty name."""
@@ -110,13 +119,15 @@ class Options:
             "backend",
         )
         own = {key: list(v) if isinstance(v := getattr(self, key), tuple) else v for key in shared}
+        if set(self.cells) != {(n, length) for n in self.batch for length in self.length}:
+            own["cells"] = [f"{n}x{length}" for n, length in self.cells]
         own["tasks"] = [tasks.task(name).spelled for name in self.tasks]
         return own if self.servers is None else own | self.servers.settings()
 
 
 METHODS_ONLY = (
     *("methods", "compress", "dtype", "device", "backend", "memory", "executor", "ray-address"),
-    *("repeats", "reference-temperatures"),
+    *("repeats", "reference-temperatures", "cells", "modes"),
 )
 """Options that would do nothing to a server: refused on a command line, overlooked in a file that serves both."""
 
@@ -152,13 +163,21 @@ def check(given: Mapping[str, Any]) -> Options:
             raise unknown(f"value of --kv-{key}", str(raw[key]), known)
     texts = raw["methods"] if isinstance(raw["methods"], list) else [raw["methods"]]
     methods = {m.name: m for m in (BASELINE, CONTROL, *parse_all(map(str, texts)))}
+    lengths = tuple(sorted({_whole("length", x, SHORTEST) for x in _items("length", raw["length"])}))
+    batches = tuple(sorted({_whole("batch", x, 1) for x in _items("batch", raw["batch"])}))
+    if {"batch", "length"} & given.keys() and "cells" not in given:
+        raw["cells"] = ""
+    cells = _cells(raw["cells"]) if raw["cells"] else tuple((n, length) for n in batches for length in lengths)
     options = Options(
         preset=preset,
         model=Path(str(raw["model"])) if raw["model"] else None,
         methods=tuple(methods.values()),
         compress=raw["compress"],
-        batch=tuple(sorted({_whole("batch", x, 1) for x in _items("batch", raw["batch"])})),
-        length=tuple(sorted({_whole("length", x, SHORTEST) for x in _items("length", raw["length"])})),
+        batch=batches,
+        length=lengths,
+        cells=cells,
+        beyond=0,
+        modes=_modes(raw["modes"]),
         tasks=tuple(dict.fromkeys(tasks.task(name).name for name in _items("tasks", raw["tasks"]))),
         dtype=raw["dtype"],
         device=raw["device"],
@@ -178,6 +197,9 @@ def check(given: Mapping[str, Any]) -> Options:
         samples=_counts(raw["samples"]),
     )
     _check_drawn(options)
+    if "cells" not in given and options.limit is not None:
+        fits = tuple(cell for cell in cells if cell[1] + tasks.FRAME <= options.limit or cell[1] in lengths)
+        options = replace(options, cells=fits, beyond=len(cells) - len(fits))
     _check_sizes(options)
     return options
 
@@ -195,12 +217,24 @@ def _check_drawn(options: Options) -> None:
 def _check_sizes(options: Options) -> None:
     if options.device == "cuda" and not environment.cuda_driver():
         raise UsageError("--kv-device cuda: this machine has no CUDA driver (libcuda)")
-    longest = max(options.length)
+    longest = {"length": max(options.length), "cells": max(length for _, length in options.cells)}
     if options.servers is None:
         for method in options.methods:
-            method.check_context(longest)
-    if options.limit is not None and longest + tasks.FRAME > options.limit:
-        raise UsageError(f"--kv-length {longest} does not fit the model's context of {options.limit} tokens")
+            method.check_context(max(longest.values()))
+    for key, most in longest.items():
+        if options.limit is not None and most + tasks.FRAME > options.limit:
+            raise UsageError(f"--kv-{key} {most} does not fit the model's context of {options.limit} tokens")
+    if "flash-attn" in options.modes:
+        _check_flash(options)
+    if options.servers is not None and shapes.is_shape(options.model):
+        raise UsageError(f"--kv-model {options.model}: a shape has no weights that a server could load")
+
+
+def _check_flash(options: Options) -> None:
+    if importlib.util.find_spec("flash_attn") is None:
+        raise UsageError("--kv-modes flash-attn needs flash-attn, which is not installed: pip install 'kvsuite[cuda]'")
+    if options.device != "cuda":
+        raise UsageError("--kv-modes flash-attn needs --kv-device cuda")
 
 
 def _check_folders(options: Options) -> None:
@@ -260,6 +294,26 @@ def _counts(value: Any) -> dict[str, int]:
     if "" not in found:
         raise UsageError(f"--kv-samples {value}: begin with a number for all tasks, such as 8,chat=4")
     return found
+
+
+def _cells(value: Any) -> tuple[tuple[int, int], ...]:
+    """Of ``1x4096,16x1024``, each once."""
+    found = dict[tuple[int, int], None]()
+    for item in _items("cells", value):
+        width, cross, length = item.partition("x")
+        if not cross:
+            raise UsageError(f"--kv-cells {item!r} is not BATCHxLENGTH, such as 8x1024")
+        found[_whole("cells", width, 1), _whole("cells", length, SHORTEST)] = None
+    return tuple(found)
+
+
+def _modes(value: Any) -> tuple[str, ...]:
+    """Without ``paged``, which always takes part."""
+    found = dict.fromkeys(_items("modes", value)) if value else {}
+    for name in found:
+        if name not in (PAGED, *MODES):
+            raise unknown("mode", name, (PAGED, *MODES))
+    return tuple(name for name in found if name != PAGED)
 
 
 def _references(value: Any) -> tuple[float, ...]:

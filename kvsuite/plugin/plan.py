@@ -12,6 +12,7 @@ import pytest
 
 from kvsuite import tasks
 from kvsuite.analysis.minutes import Load, Speeds
+from kvsuite.plugin.options import PAGED
 from kvsuite.records import Job, cell_name
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 OTHER = 2.0
 """Seconds of a test that neither answers nor times."""
+UNPACKED = 3
+"""How many times as long a step takes that unpacks all that a cache holds."""
 CHECKED = 8
 """Samples that a test of the baseline answers once more."""
 
@@ -75,7 +78,8 @@ def _seconds(session: Local, speeds: Speeds, asked: Mapping[str, Any], known: di
     if "kv_prefill" in asked:
         return speeds.timing_prefill(int(str(asked["kv_prefill"])), o.rounds)
     if "kv_batch" in asked:
-        return speeds.timing_decode(int(str(asked["kv_batch"])), o.rounds)
+        seconds = speeds.timing_decode(int(str(asked["kv_batch"])), o.rounds)
+        return seconds if asked.get("kv_mode", PAGED) == PAGED else UNPACKED * seconds
     name = str(asked.get("kv_task"))
     if name not in o.tasks:
         return OTHER
@@ -103,7 +107,9 @@ def cell_job(asked: Mapping[str, Any]) -> Job | None:
     if "kv_prefill" in asked:
         return Job("throughput", arm, "prefill", cell_name(1, asked["kv_prefill"]))
     if "kv_batch" in asked:
-        return Job("throughput", arm, "decode", cell_name(asked["kv_batch"], asked["kv_length"]))
+        mode = asked.get("kv_mode", PAGED)
+        phase = "decode" if mode == PAGED else str(mode)
+        return Job("throughput", arm, phase, cell_name(asked["kv_batch"], asked["kv_length"]))
     return None
 
 

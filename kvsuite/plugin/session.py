@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvsuite import environment, registry, tasks
+from kvsuite import environment, registry, shapes, tasks
 from kvsuite.errors import UsageError
 from kvsuite.plugin.options import Options
 from kvsuite.plugin.progress import Progress
@@ -101,7 +101,7 @@ class Session:
         """What ``run.json`` says of any run, and what can be told before a model is loaded."""
         o = self.options
         return {
-            "texts": {task.name: task.fingerprint() for task in self.tasks},
+            "texts": {task.name: task.fingerprint() for task in self.tasks if not shapes.is_shape(o.model)},
             "plugins": {file.name: environment.fingerprint([file]) for file in registry.loaded()},
             "settings": o.settings(),
             "environment": environment.describe(),

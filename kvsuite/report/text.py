@@ -28,6 +28,8 @@ DIGITS = {
 """Decimals by unit; figures of other units have three significant digits."""
 MORE = 4
 """Further digits that a judged interval may take."""
+SLOW = 10
+"""Tokens a second below which two digits are shown."""
 OPEN = 100
 """A ratio's interval that reaches so far tells nothing."""
 
@@ -124,6 +126,8 @@ def _number(cell: Cell, x: float, unit: str, more: int) -> str:
         return f">{OPEN}"
     if cell.limits is not None:
         return f"{x:{sign},.{_judged(cell, DIGITS.get(unit, 1) + more)}f}"
+    if unit == "tok/s" and 0 < x < SLOW:
+        return f"{x:.2g}"
     if unit in DIGITS:
         return f"{x:,.{DIGITS[unit] + more}f}"
     return f"{x:,}" if isinstance(x, int) else f"{x:.3g}"

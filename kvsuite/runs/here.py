@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from kvsuite import models
+from kvsuite import models, shapes
 from kvsuite.engines.request import Request, Response
 from kvsuite.records import REFERENCE, Answer, Forced, Job, is_reference
 from kvsuite.runs.setting import Setting
@@ -34,7 +35,8 @@ class Here:
         from kvsuite.engines.transformers import TransformersEngine
 
         s = self.setting
-        engine = TransformersEngine.load(s.model, s.dtype, s.device, s.backend)
+        load = TransformersEngine.shaped if shapes.is_shape(s.model) else TransformersEngine.load
+        engine = load(s.model, s.dtype, s.device, s.backend)
         engine.calibrate(s.methods, lambda: self.text(CALIBRATION))
         return engine
 
@@ -61,7 +63,11 @@ class Here:
         }
 
     def text(self, length: int) -> list[int]:
-        """``length`` tokens of presidential messages: what speed is measured on, and what codecs learn from."""
+        """``length`` tokens of presidential messages: what speed is measured on, and what codecs learn from. A shape
+        has random ones."""
+        if shapes.is_shape(self.setting.model):
+            vocab = shapes.shaped(self.setting.model).shape.vocab
+            return random.Random(self.setting.seed).choices(range(vocab), k=length)
         if length not in self._texts:
             ids: list[int] = []
             for file in sorted(models.messages().glob("*.txt")):

@@ -112,11 +112,12 @@ def loaded(
     dtype: torch.dtype = torch.bfloat16,
     index: int = 0,
     kv_dtype: torch.dtype | None = None,
+    backend: str = "auto",
 ) -> LayerCache:
     """A cache with one row per context, compressed, and room for ``new`` tokens more."""
     where, lengths = layer(dtype, index, kv_dtype), [seen.k.shape[1] for seen in contexts]
     slots, pages = (max(size) for size in zip(*[sizes(method, where, n, new) for n in lengths], strict=True))
-    cache = method.cache(where, len(contexts), slots, pages)
+    cache = method.cache(where, len(contexts), slots, pages, backend=backend)
     for row, seen in enumerate(contexts):
         method.compress(row, [seen], [cache])
     return cache

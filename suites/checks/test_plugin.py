@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvsuite import environment
+from kvsuite.plugin import options
 from suites.checks import forked
 
 ROOT = Path(__file__).parents[2]
@@ -98,6 +99,13 @@ MISTAKES = [
     (["-m", "throughputs"], "unknown marker 'throughputs' in -m: did you mean 'throughput'?"),
     (["-m", "samples or lengths"], "unknown marker 'lengths' in -m: did you mean 'length'?"),
     (["--kv-memory", "much"], "--kv-memory must be a number of at least 0, not 'much'"),
+    (["--kv-model", "shape:llama-3.1-9b"], "unknown model 'llama-3.1-9b': did you mean 'llama-3.1-8b'?"),
+    (["--kv-model", "shape:llama-3.1-8b:layers=33"], "shape:NAME:layers=N with N from 1 to 32"),
+    ([*URL, "--kv-model", "shape:llama-3.1-8b"], "a shape has no weights that a server could load"),
+    (["--kv-modes", "egar"], "unknown mode 'egar': did you mean 'eager'?"),
+    (["--kv-modes", "flash-attn"], "flash-attn, which is not installed: pip install 'kvsuite[cuda]'"),
+    (["--kv-cells", "8*1024"], "--kv-cells '8*1024' is not BATCHxLENGTH, such as 8x1024"),
+    (["--kv-cells", "1x9000"], "--kv-cells 9000 does not fit the model's context of 8192 tokens"),
     (["--kv-compress", "contexts"], "unknown value of --kv-compress 'contexts': did you mean 'context'?"),
 ]
 
@@ -215,3 +223,19 @@ def test_listing_methods_is_fast_and_says_what_each_stores():
     assert all(set(row) == {"name", "kind", "stores", "source"} and all(row.values()) for row in rows)
     assert {"full", "jitter", "int8", "kivi", "streaming-llm", "h2o", "random"} <= {row["name"] for row in rows}
     assert {row["kind"] for row in rows} == {"selector", "budget", "codec"}
+
+
+def test_the_papers_grids_are_a_preset():
+    whole = options.check({"preset": "paper", "model": "shape:llama-2-7b"})
+    assert {n for width, n in whole.cells if width == 1} == {
+        *(256, 512, 1024, 2048, 3072, 4000, 4096, 6144, 8192, 10240),
+    }
+    assert {(width, n) for width, n in whole.cells if width > 1} == {
+        (w, n) for w in (2, 4, 8, 16) for n in (1024, 6144)
+    }
+    assert (whole.modes, whole.beyond) == (("eager", "sdpa"), 0)
+    default = options.check({"preset": "paper"})
+    assert (set(whole.cells) - set(default.cells), default.beyond) == ({(1, 8192), (1, 10240)}, 2)
+    assert options.check({"preset": "paper", "batch": "4", "length": "512,1024"}).cells == ((4, 512), (4, 1024))
+    assert "cells" not in options.check({}).settings()
+    assert options.check({"cells": "8x512"}).settings()["cells"] == ["8x512"]

@@ -232,7 +232,7 @@ def test_failed_and_missing_cells_of_a_run():
     cells, shown = states(run, "decode")
     assert {cells[method, "8 · 1024"] for method in ("full", "m")} == {"ok"}
     assert (cells["other", "8 · 1024"], cells["jitter", "8 · 1024"]) == ("failed", "missing")
-    assert {"FAILED", "missing"} <= set(shown)
+    assert {"OOM", "missing"} <= set(shown)
 
 
 def test_broken_and_partial_cells_of_a_run(tmp_path):

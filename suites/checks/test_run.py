@@ -1,6 +1,7 @@
 """Whole runs on a tiny random model: what is left behind, alone, in parallel, and when a cell breaks."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -250,3 +251,59 @@ def test_a_run_is_never_overwritten(run):
     result = run("samples")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["ERROR: --kv-run 'left' already holds a run; name another folder, or --kv-resume it"])
+
+
+SHAPE = """
+from kvsuite import shapes
+shapes.SHAPES["tiny"] = shapes.ModelShape(12, 4, 2, 16, 64, 64, 99)
+"""
+ASKED = ("--kv-model", "shape:tiny:layers=6", "--kv-cells", "2x256,1x300,50000x256", "--kv-memory", "0.1")
+
+
+def test_a_shape_is_timed_in_every_mode_and_what_does_not_fit_is_a_result(run, pytester):
+    pytester.makepyfile(shape=SHAPE)
+    chosen = ["-p", "shape", "--kv-methods", "int8", "-k", "decode or transformers", "--kv-modes", "paged,eager"]
+    result = run("throughput", *ASKED, *chosen)
+    assert result.ret == 0, result.outlines[-30:]
+    timings = left(Timing)
+    cells = {(2, 256), (1, 300), (50000, 256)}
+    assert {(t.method, t.phase, (t.width, t.length)) for t in timings} == {
+        (m, phase, cell) for m in ("full", "int8", "transformers") for phase in ("decode", "eager") for cell in cells
+    }
+    whole, large = ([t for t in timings if (t.width > 2) == over] for over in (False, True))
+    for t in large:
+        assert (t.status, t.seconds) == ("failed", [])
+        assert re.fullmatch(
+            r"out of memory: the cache needs [\d.]+ GiB, and 0.10 GiB are left of --kv-memory 0.1", t.error
+        )
+    for t in whole:
+        assert (t.status, t.scale, len(t.rest_seconds)) == ("ok", 2.0, 2)
+        assert t.checked is None if t.method == "transformers" else t.checked <= 1
+        assert t.method == "transformers" or min(t.moved, t.operations, t.bandwidth, t.rate) > 0
+        assert t.cache.endswith("/eager") == (t.phase == "eager" and t.method != "transformers")
+    facts = read(Path("left")).facts
+    assert facts["model"]["layers"] == [6, 12]
+    report = Path("left/report.md").read_text()
+    for said in ("## decoding by mode", "OOM", "6 of 12 layers ran", "## capacity", "full, % of the limit"):
+        assert said in report
+
+
+def test_a_shape_answers_nothing(run, pytester):
+    pytester.makepyfile(shape=SHAPE)
+    result = run("samples or throughput", *ASKED, "-p", "shape")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    [said] = [line for line in result.errlines if line.strip()]
+    assert said == (
+        "ERROR: --kv-model shape:tiny:layers=6: a shape has random weights, whose answers mean nothing; choose "
+        "-m throughput, not samples"
+    )
+
+
+def test_a_cell_that_nobody_timed_is_not_green(run, pytester):
+    """However pytest-benchmark came to be off."""
+    pytester.makepyfile(off="def pytest_runtest_setup(item): item.config._benchmarksession.disabled = True")
+    result = run("throughput", "-p", "off", "-k", "test_decode and int8")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    [timing] = left(Timing)
+    assert (timing.status, timing.seconds) == ("failed", [])
+    assert timing.error == "RuntimeError: pytest-benchmark did not time it: is it switched off?"

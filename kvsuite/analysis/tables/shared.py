@@ -39,6 +39,19 @@ def dtype_notes(run: Run) -> list[Note]:
     return [Note(f"Computed in {compute}; K and V are stored in {kv}{f': {reason}' if reason else ''}.")]
 
 
+def layers(run: Run) -> list[Note]:
+    """How a shape's layers that did not run were counted, where some did not."""
+    ran, whole = run.facts["model"].get("layers", (1, 1))
+    if ran == whole:
+        return []
+    return infos(
+        [
+            f"{ran} of {whole} layers ran: times are (time - rest) / {ran} × {whole} + rest, round by round; the rest "
+            "is what a step without layers takes, the median of the same rounds. Limits are those of what ran."
+        ]
+    )
+
+
 def missing(run: Run) -> list[Note]:
     """How many timed cells are not there."""
     done, asked = timed(run)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from kvsuite.analysis.latency import BreakEven
 from kvsuite.analysis.shortfall import timed
 from kvsuite.analysis.speed import REFERENCE, SpeedRow, break_evens, speed_rows
 from kvsuite.analysis.table import Cell, Column, Note, Row, Table, infos
-from kvsuite.analysis.tables.shared import dtype_notes, failed, missing, setting
-from kvsuite.records import Agreement, Run, Timing
+from kvsuite.analysis.tables.shared import dtype_notes, failed, layers, missing, setting
+from kvsuite.records import OUT_OF_MEMORY, Agreement, Run, Timing
 
 
 def phases(run: Run) -> list[Table]:
@@ -30,7 +30,7 @@ def _phase(phase: str, rows: Sequence[SpeedRow], run: Run) -> Table:
     def full(place: tuple[int, int]) -> Cell:
         """Its own cell; where that was not timed, its rounds in turn with the methods."""
         if (own := by.get(("full", *place))) is not None:
-            return _state(own) if own.rate is None else Cell(own.rate)
+            return state(own) if own.rate is None else Cell(own.rate)
         beside = [r.baseline_rate for r in rows if (r.width, r.length) == place and r.baseline_rate is not None]
         return Cell(statistics.median(beside)) if beside else absent
 
@@ -41,9 +41,9 @@ def _phase(phase: str, rows: Sequence[SpeedRow], run: Run) -> Table:
 
     methods = dict.fromkeys([*(r.method for r in rows), *(run.facts["methods"] if done < asked else [])])
     rates = {f"{w} · {n}": full((w, n)) for w, n in places}
-    drawn = [Row(("full, tok/s",), rates, ("full, tok/s",), "tok/s"), *map(row, methods)]
-    columns = [Column(f"{w} · {n}", f"{w} · {n}", shows="half") for w, n in places]
-    notes = [*missing(run), *_meaning(phase, rows)]
+    drawn = [Row(("full, tok/s",), rates, ("full, tok/s",), "tok/s"), *_reached(by, places), *map(row, methods)]
+    columns = [Column(f"{w} · {n}", f"{w} · {n}", shows="range") for w, n in places]
+    notes = [*missing(run), *_meaning(phase, rows), *layers(run)]
     if phase == "decode":
         notes += infos(by_what(rows, run.facts["environment"]["gpu"]))
         notes += _break_evens([r for r in run.records if isinstance(r, Timing) and not run.is_control(r.method)])
@@ -56,15 +56,27 @@ def _phase(phase: str, rows: Sequence[SpeedRow], run: Run) -> Table:
     return Table(phase, f"{phase} · {setting(run)}", ("batch · length",), columns, drawn, notes)
 
 
+def _reached(by: Mapping[tuple[str, int, int], SpeedRow], places: Sequence[tuple[int, int]]) -> list[Row]:
+    """How much of this machine's limit the baseline reached; no row where that was not measured."""
+    shares = {f"{w} · {n}": r.of_limit for w, n in places if (r := by.get(("full", w, n))) is not None}
+    cells = {at: Cell(100 * share) for at, share in shares.items() if share is not None}
+    return [Row(("full, % of the limit",), cells, ("full, % of the limit",), "%")] if cells else []
+
+
 def _meaning(phase: str, rows: Sequence[SpeedRow]) -> list[Note]:
     said = []
     if rounds := max(r.rounds for r in rows):
         said.append(
-            f"Speed as a multiple of full's, which ran in turn with it ({rounds} pairs of rounds); ± is the 95 % "
+            f"Speed as a multiple of full's, which ran in turn with it ({rounds} pairs of rounds), and its 95 % "
             "t-interval. The row of full against itself is the noise of this machine."
         )
     if any(r.speedup is None and not r.failed for r in rows):
         said.append("not measured: fewer than two pairs of rounds ran (--benchmark-disable, --kv-rounds).")
+    if any(r.of_limit is not None for r in rows):
+        said.append(
+            "The limit: weights once, and K and V, over the bandwidth that this machine read just before, or "
+            "operations over the rate of a large product then, whichever takes longer."
+        )
     if phase == "prefill":
         said.append(
             "A prefill with what the method observes, and its compression. One prefill serves all methods of a run."
@@ -72,13 +84,15 @@ def _meaning(phase: str, rows: Sequence[SpeedRow]) -> list[Note]:
     return infos(said)
 
 
-def _state(row: SpeedRow) -> Cell:
+def state(row: SpeedRow) -> Cell:
     """Why a row has no speed."""
+    if row.error.startswith(OUT_OF_MEMORY):
+        return Cell("OOM", state="failed")
     return Cell(state="failed" if row.failed else "not measured")
 
 
 def _speed(row: SpeedRow) -> Cell:
-    return _state(row) if row.speedup is None else Cell.estimated(row.speedup)
+    return state(row) if row.speedup is None else Cell.estimated(row.speedup)
 
 
 def by_what(rows: Sequence[SpeedRow], gpu: str | None) -> list[str]:
@@ -132,18 +146,21 @@ def timings(run: Run) -> list[Table]:
     for row in speed_rows([r for r in run.records if isinstance(r, Timing)]):
         key = (row.method, row.phase, str(row.width), str(row.length))
         if row.speedup is None:
-            rows.append(Row(key, {"rate": _state(row), "speed": _state(row)}))
+            rows.append(Row(key, {"rate": state(row), "speed": state(row)}))
             continue
         read = row.nbytes_read / 2**20 if row.nbytes_read else None
         held = {"held": Cell(row.nbytes / 2**20), "read": Cell(read), "checked": Cell(row.checked)}
-        rows.append(Row(key, {"rate": Cell(row.rate), "speed": Cell.estimated(row.speedup), **held}))
+        limit = {} if row.of_limit is None else {"limit": Cell(100 * row.of_limit)}
+        rows.append(Row(key, {"rate": Cell(row.rate), "speed": Cell.estimated(row.speedup), **held, **limit}))
     if not rows:
         return []
     columns = [Column("rate", "tok/s", "tok/s"), Column("speed", "× full", "×"), Column("speed", "95 %", "×", "ends")]
     columns += [Column("held", "MiB", "MiB"), Column("read", "read", "MiB"), Column("checked", "checked", "tolerances")]
+    columns += [Column("limit", "of limit", "%")] if any("limit" in row.cells for row in rows) else []
     note = (
         "read: MiB that one step reads; "
-        "checked: largest error of the attention output over what the cache holds, in units of what rounding explains."
+        "checked: largest error of the attention output over what the cache holds, in units of what rounding explains; "
+        "limit: the least time that its bytes or operations take at the bandwidth and rate measured here, over its own."
     )
     heads = ("method", "phase", "batch", "length")
     return [Table("timings", "every timed cell", heads, columns, rows, [*missing(run), Note(note)], detail=True)]
@@ -154,10 +171,10 @@ WIDER, PREFILLS = "× the tok/s of width 1", "× the prefill alone"
 
 def promises(run: Run) -> list[Table]:
     """What many methods cost beside one prefill, what width is worth, and how often the same tokens came."""
-    timings = [r for r in run.records if isinstance(r, Timing) and r.phase not in ("decode", "prefill")]
+    timings = [r for r in run.records if isinstance(r, Timing) and r.phase in ("shared prefill", "width")]
     rows = []
     for row in speed_rows(timings):
-        name, cell = f"{row.phase}: {row.method}", _state(row)
+        name, cell = f"{row.phase}: {row.method}", state(row)
         if row.speedup is not None:
             low, mean, high = row.speedup.low, row.speedup.mean, row.speedup.high
             if row.phase == "width":

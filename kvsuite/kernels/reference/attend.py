@@ -37,7 +37,7 @@ def attend(
     for b, row in enumerate(rows):
         if row is None:
             continue
-        _rotate_sinks(kv, row)
+        rotate_sinks(kv, row)
         for span, used in kv.spans(row):
             logits = None if sinks is None else sinks[span]
             if pages is None:
@@ -53,9 +53,9 @@ def attend(
 def read(kv: PagedKV, row: int) -> list[HeadView]:
     """What each kv head of a row holds, as `attend` sees it, in order of position: the checker's oracle."""
     views = []
-    _rotate_sinks(kv, row)
+    rotate_sinks(kv, row)
     for span, used in kv.spans(row):
-        held = _load(kv, row, span, used, None)
+        held = load(kv, row, span, used, None)
         slots = torch.arange(used, device=held.k.device) if held.slots is None else held.slots
         positions = slots.int()[None] if held.positions is None else held.positions
         for h, own in enumerate(positions.expand(held.k.shape[0], -1)):
@@ -73,7 +73,7 @@ def page_keys(kv: PagedKV, row: int, head: int, columns: np.ndarray) -> tuple[Te
 
 
 @dataclass(frozen=True)
-class _Loaded:
+class Loaded:
     """k, v (heads, n, head_dim); positions int32 (heads or 1, n), -1 for an empty slot, None where slots are positions;
     slots (n,). ``places``: where they lie in a pool of single tokens, (heads, n), None where heads are
     `PagedKV.consecutive`."""
@@ -97,14 +97,19 @@ def _attend(
     columns: np.ndarray | None = None,
 ) -> Tensor:
     """q (heads, group * queries, head_dim) of one row -> the same shape."""
-    held = _load(kv, row, heads, used, columns)
-    mask = _mask(kv, row, heads, held, queries, params.window)
+    held = load(kv, row, heads, used, columns)
+    mask = readable(kv, row, heads, held, queries, params.window)
     if mask is not None:
         mask = mask.repeat(1, q.shape[1] // queries, 1)
     if kv.accumulated_attention is None and kv.newest_attention is None:
         return attention(q, held.k, held.v, params.scale, mask, params.softcap, sink_logits)
     p = probabilities(q, held.k, params.scale, mask, params.softcap, sink_logits)
-    mean = p.mean(dim=1)
+    note(kv, row, heads, used, held, p.mean(dim=1))
+    return torch.matmul(p, held.v.float()).to(q.dtype)
+
+
+def note(kv: PagedKV, row: int, heads: slice, used: int, held: Loaded, mean: Tensor) -> None:
+    """Keep the attention that some heads' tokens got from the newest query, (heads, n), in the fields that want it."""
     for name, adds in (("accumulated_attention", True), ("newest_attention", False)):
         field: Tensor | None = getattr(kv, name)
         if field is None:
@@ -116,10 +121,9 @@ def _attend(
             if not adds:  # what was not read got nothing
                 field[kv.pages(row, heads, slice(None))] = 0
             field.view(-1).index_put_((held.places,), mean, accumulate=adds)
-    return torch.matmul(p, held.v.float()).to(q.dtype)
 
 
-def _load(kv: PagedKV, row: int, heads: slice, used: int, columns: np.ndarray | None) -> _Loaded:
+def load(kv: PagedKV, row: int, heads: slice, used: int, columns: np.ndarray | None) -> Loaded:
     """What attention sees of some heads: all their slots, or those of some pages."""
     if columns is None and kv.consecutive(row, heads):
         views = kv.views(row, heads)
@@ -127,7 +131,7 @@ def _load(kv: PagedKV, row: int, heads: slice, used: int, columns: np.ndarray | 
         v = _in_place(kv, kv.v, views.v, row, heads, used)
         _turn_sinks(kv, row, heads, k)
         positions = None if views.positions is None else views.positions[:, :used]
-        return _Loaded(k, v, positions, None, None)
+        return Loaded(k, v, positions, None, None)
     if columns is None:
         columns = np.arange(-(-used // PAGE))
         if kv.needs.positions:
@@ -139,7 +143,7 @@ def _load(kv: PagedKV, row: int, heads: slice, used: int, columns: np.ndarray | 
     places = kv.places(row, of, _slots(columns)[None])
     if len(columns) and columns[0] == 0:
         _turn_sinks(kv, row, heads, k)
-    return _Loaded(k, v, positions, slots, places)
+    return Loaded(k, v, positions, slots, places)
 
 
 def _in_place(kv: PagedKV, store: KVStore, pools: tuple[Tensor, ...], row: int, heads: slice, used: int) -> Tensor:
@@ -188,7 +192,7 @@ def _positions(kv: PagedKV, row: int, heads: slice, columns: np.ndarray, slots: 
     return kv.positions[kv.pages(row, heads, columns)].flatten(1, 2)
 
 
-def _mask(kv: PagedKV, row: int, heads: slice, held: _Loaded, queries: int, window: int | None) -> Tensor | None:
+def readable(kv: PagedKV, row: int, heads: slice, held: Loaded, queries: int, window: int | None) -> Tensor | None:
     """bool (heads or 1, queries, n), or None where everything may be read."""
     seen, tokens = int(kv.host.seen[row]), int(kv.host.tokens[row, heads.start])
     if queries == 1 and held.places is None and tokens == held.k.shape[1] and (window is None or seen <= window):
@@ -198,7 +202,7 @@ def _mask(kv: PagedKV, row: int, heads: slice, held: _Loaded, queries: int, wind
     return causal_mask(newest, slots[None] if held.positions is None else held.positions, window)
 
 
-def _rotate_sinks(kv: PagedKV, row: int) -> None:
+def rotate_sinks(kv: PagedKV, row: int) -> None:
     """Let the first tokens' keys stand where the cache has them, in their pages: turned on from the originals by as
     many positions as were evicted behind them, never from an already turned copy."""
     if kv.original_sinks is None or kv.layer.rope is None:
