@@ -49,6 +49,14 @@ METHODS = {
     "snapkv:budget=24,window=8 + ada + kivi:bits=4,group=16,residual=32": "snapkv:budget=100,window=8 + ada + kivi",
     "h2o:budget=20 + ada": "h2o:budget=100 + ada",
     "streaming-llm:budget=24 + ada + int4": None,
+    "int8:rotate=hadamard": None,
+    "int4:rotate=hadamard": None,
+    "nvfp4": None,
+    "nvfp4:scale=4over6,k_scale=0.5": None,
+    "mxfp4": None,
+    "q8_0": None,
+    "q4_0": None,
+    "h2o:budget=16 + q4_0": None,
     "knorm:budget=20": "knorm:budget=100",
     "knorm:budget=20 + layers": "knorm:budget=100 + layers",
     "keydiff:budget=20 + int8": None,
@@ -110,9 +118,13 @@ def tokens(n: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> tuple[torc
 
 def context(length: int, seed: int, dtype: torch.dtype = torch.bfloat16, index: int = 0) -> PrefilledLayer:
     """A prefilled layer of which all was observed that the table's methods ask for."""
-    q, k, v = tokens(length, seed, dtype)
+    return prefilled(*tokens(length, seed, dtype), index)
+
+
+def prefilled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: int = 0) -> PrefilledLayer:
+    """The same of a prompt's own q (HEADS, T, DIM), k and v (KV_HEADS, T, DIM)."""
     asked = [*OBSERVED, *(LastQueries(n) for n in (8, 16, 32))]
-    (one,) = PrefillCache([layer(dtype, index)], asked, "reference").layers
+    (one,) = PrefillCache([layer(k.dtype, index)], asked, "reference").layers
     one.update(k[None], v[None])
     one.attend(q[None], SCALE, None, None, None)
     return one.seen

@@ -22,7 +22,7 @@ class Compactor(BudgetSelector):
     RoPE, centred and multiplied by a Gaussian sketch of ``sketch`` columns: diag(X (XᵀX + 0.01)⁻¹ Xᵀ). Attention is what
     a token gets from all queries of its chunk of ``chunk`` tokens, earlier or later ones, of logits that are not divided
     by √d, times ‖v‖₂, averaged over 3 neighbours. Without ``blend`` it is the share of tokens that go, as in kvpress.
-    The sketch is drawn from ``seed`` and the layer. Acts on the prompt alone; while decoding all new tokens stay."""
+    The sketch is drawn from ``seed`` and the layer, one for all heads. Acts on the prompt alone; while decoding all new tokens stay."""
 
     name = "compactor"
     stores = "the first and last tokens, and those with high leverage or attention, per kv head"
@@ -64,7 +64,7 @@ class Compactor(BudgetSelector):
         import torch
 
         noise = torch.Generator().manual_seed(self.seed * 1_000_003 + layer)
-        sketch = torch.randn(len(keys), keys.shape[2], self.sketch, generator=noise).to(keys.device)
+        sketch = torch.randn(keys.shape[2], self.sketch, generator=noise).to(keys.device)
         x = (keys - keys.mean(1, keepdim=True)) @ (sketch / self.sketch**0.5)
         gram = x.transpose(1, 2) @ x + 0.01 * torch.eye(self.sketch, device=x.device)
         solved = torch.cholesky_solve(x.transpose(1, 2), torch.linalg.cholesky(gram))
