@@ -13,8 +13,14 @@ from transformers import Cache
 
 from kvsuite.cache.attending import AttendingLayer
 from kvsuite.cache.observations import (
-    AttentionMass, ChunkAttention, ExtraPass, HiddenStates, LastQueries, Observation, PreRopeMoments,
-)  # fmt: skip
+    AttentionMass,
+    ChunkAttention,
+    ExtraPass,
+    HiddenStates,
+    LastQueries,
+    Observation,
+    PreRopeMoments,
+)
 from kvsuite.errors import UsageError
 from kvsuite.kernels.backends import for_prefill
 from kvsuite.kernels.context import AttentionParams, LayerContext
@@ -144,8 +150,8 @@ class PrefillCache(Cache):
 
 def pre_rope_moments(q: Tensor, layer: LayerContext, skip: int = 0, block: int = 1024) -> tuple[Tensor, Tensor]:
     """Mean (heads, head_dim) and covariance (heads, head_dim, head_dim), float32, of a prompt's queries before RoPE:
-    q (heads, T, head_dim) as attention uses them, but for the first ``skip`` (never all). Raises UsageError where the layer's RoPE
-    is not known."""
+    q (heads, T, head_dim) as attention uses them, but for the first ``skip`` (never all). Raises UsageError where the
+    layer's RoPE is not known."""
     if layer.rope is None:
         raise UsageError(f"layer {layer.index} rotates its queries in a way that kvsuite cannot undo")
     heads, length, dim = q.shape

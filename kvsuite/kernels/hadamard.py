@@ -11,6 +11,7 @@ def hadamard(x: Tensor) -> Tensor:
     largest power of two that divides head_dim. By additions, whose rounding does not depend on the rest of a batch."""
     n, width, turned = x.shape[-1] & -x.shape[-1], 1, x.float()
     while width < n:
-        a, b = turned.unflatten(-1, (-1, 2, width)).unbind(-2)
+        a, b = turned.reshape(*x.shape[:-1], -1, 2, width).unbind(-2)
         turned, width = torch.stack([a + b, a - b], -2).flatten(-3), 2 * width
-    return turned * n**-0.5
+    turned *= n**-0.5
+    return turned

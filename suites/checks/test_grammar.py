@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from kvsuite.errors import UsageError
-from kvsuite.methods import Method, catalogue, component, names, parse, parse_all
+from kvsuite.methods import BudgetSelector, Method, catalogue, component, names, parse, parse_all
 from kvsuite.methods.base import share
 from suites.checks.table import METHODS, layer
 

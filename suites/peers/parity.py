@@ -91,7 +91,8 @@ def spelled(length: int) -> list[dict[str, Any]]:
     for text, press, more in PEERS:
         for share in SHARES:
             tokens = round(share * length)
-            ratio = 1 - (tokens + 0.5) / length  # kvpress truncates the product with the length
+            half = 0 if press == "PyramidKVPress" else 0.5  # the others truncate their product with the length
+            ratio = 1 - (tokens + half) / length
             name = text.format(n=tokens, ratio=ratio)
             found.append({"name": name, "press": press, "more": more, "ratio": ratio, "tokens": tokens})
     return found

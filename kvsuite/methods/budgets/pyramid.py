@@ -20,7 +20,7 @@ class Pyramid(Budget):
     """Counts fall in equal steps from the first layer to the last; all heads of a layer keep the same number. With B
     the selector's budget, W = ``window`` and L layers, layer l keeps max - l · ((max - min) // (L - 1)) + W tokens,
     min = (B - W) // ``beta`` and max = 2 (B - W) - min. Where max ≥ T - W, max = T - W and min = 2 (B - W) - max. Where
-    T < 2 (B - W), and with one layer, all keep B. The steps are rounded down, so somewhat more than B stays in the mean.
+    T < 2 (B - W), and with one layer, all keep B. Steps are rounded down, so somewhat more than B stays in the mean.
     The authors' defaults; ``window`` must cover what the selector keeps in any case.
 
     ``rule=kvpress``: B counts without the window. Layer l keeps round(max - l · (max - min) / (L - 1)), min = B / beta,

@@ -58,23 +58,20 @@ class PerToken(QuantSpec):
 
     def encode(self, x: Tensor, fitted: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         from kvsuite.kernels.hadamard import hadamard
-        from kvsuite.kernels.quantize import pack, quantize
+        from kvsuite.kernels.quantize import blocks, pack, quantize
 
         turned = hadamard(x[:, :, 0]) if self.rotation else x[:, :, 0]
-        codes, scale, zero = quantize(self._groups(turned), self.bits, dim=-1)
+        codes, scale, zero = quantize(blocks(turned, self.group), self.bits, dim=-1)
         return pack(codes.flatten(-2), self.bits), scale, zero
 
     def decode(self, fields: tuple[Tensor, ...], dtype: torch.dtype, fitted: tuple[Tensor, ...]) -> Tensor:
         import torch
 
         from kvsuite.kernels.hadamard import hadamard
-        from kvsuite.kernels.quantize import dequantize, unpack
+        from kvsuite.kernels.quantize import blocks, dequantize, unpack
 
         packed, scale, zero = fields
-        codes = self._groups(unpack(packed, self.bits))
+        codes = blocks(unpack(packed, self.bits), self.group)
         if self.rotation:
             return hadamard(dequantize(codes, scale, zero, torch.float32).flatten(-2)).to(dtype).unsqueeze(2)
         return dequantize(codes, scale, zero, dtype).flatten(-2).unsqueeze(2)
-
-    def _groups(self, x: Tensor) -> Tensor:
-        return x.reshape(*x.shape[:-1], x.shape[-1] // self.group, self.group)

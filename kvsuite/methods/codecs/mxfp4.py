@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MxFp4(Codec):
-    """E2M1 codes, and for each 32 channels of a token a power of two as its scale: s = 2^(⌊log₂ max|x|⌋ - 2), kept as an
-    e8m0 byte; code = e2m1(x / s), to nearest even, saturating; x ≈ code · s. Numbers above 6 s, up to 8 s, become
+    """E2M1 codes, and for each 32 channels of a token a power of two as its scale: s = 2^(⌊log₂ max|x|⌋ - 2), kept as
+    an e8m0 byte; code = e2m1(x / s), to nearest even, saturating; x ≈ code · s. Numbers above 6 s, up to 8 s, become
     6 s."""
 
     name = "mxfp4"
@@ -50,22 +50,22 @@ class Microscaled(QuantSpec):
         import torch
 
         from kvsuite.kernels.fp4 import to_e2m1
-        from kvsuite.kernels.quantize import pack
+        from kvsuite.kernels.quantize import blocks, pack
 
-        blocks = x[:, :, 0].float().unflatten(-1, (-1, 32))
-        largest = blocks.abs().amax(-1, keepdim=True)
+        parts = blocks(x[:, :, 0].float(), 32)
+        largest = parts.abs().amax(-1, keepdim=True)
         power = largest.frexp().exponent - 3  # frexp's mantissa is in [0.5, 1)
         power = torch.where(largest > 0, power, -127).clamp(-127, 127)
         scales = torch.where(largest.isfinite(), power + 127, 255)  # 255 is no number
-        codes = to_e2m1(torch.ldexp(blocks, -power))
+        codes = to_e2m1(torch.ldexp(parts, -power))
         return pack(codes.flatten(-2), 4), scales[..., 0].to(torch.uint8)
 
     def decode(self, fields: tuple[Tensor, ...], dtype: torch.dtype, fitted: tuple[Tensor, ...]) -> Tensor:
         import torch
 
         from kvsuite.kernels.fp4 import from_e2m1
-        from kvsuite.kernels.quantize import unpack
+        from kvsuite.kernels.quantize import blocks, unpack
 
-        codes = unpack(fields[0], 4).unflatten(-1, (-1, 32))
+        codes = blocks(unpack(fields[0], 4), 32)
         steps = fields[1].view(torch.float8_e8m0fnu).float()[..., None]
         return (from_e2m1(codes) * steps).flatten(-2).to(dtype).unsqueeze(2)

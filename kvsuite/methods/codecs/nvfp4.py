@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class NvFp4(Codec):
     """E2M1 codes, and for each 16 channels of a token a scale s in e4m3; K and V have a fixed scale t each besides, 1.0
-    unless calibrated. s = e4m3(max|x| / (6 t)), code = e2m1(x / (s t)), x ≈ code · s · t; both round to nearest even and
-    saturate, so |x| ends at 2688 t, and blocks with max|x| below 0.006 t are zero. ``scale=4over6`` also tries
+    unless calibrated. s = e4m3(max|x| / (6 t)), code = e2m1(x / (s t)), x ≈ code · s · t; both round to nearest even
+    and saturate, so |x| ends at 2688 t, and blocks with max|x| up to 6/1024 t are zero. ``scale=4over6`` also tries
     s = e4m3(max|x| / (4 t)) for each block and takes the one with the smaller squared error, since codes are coarse
     between 4 and 6."""
 
@@ -66,21 +66,21 @@ class E2M1Blocks(QuantSpec):
     def encode(self, x: Tensor, fitted: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         import torch
 
-        from kvsuite.kernels.quantize import pack
+        from kvsuite.kernels.quantize import blocks, pack
 
-        blocks = x[:, :, 0].float().unflatten(-1, (-1, 16))
-        codes, scales, error = self._encoded(blocks, 6.0)
+        parts = blocks(x[:, :, 0].float(), 16)
+        codes, scales, error = self._encoded(parts, 6.0)
         if self.chooses:
-            other, own, smaller = self._encoded(blocks, 4.0)
+            other, own, smaller = self._encoded(parts, 4.0)
             better = smaller < error
             codes, scales = torch.where(better, other, codes), torch.where(better, own, scales)
         return pack(codes.flatten(-2), 4), scales[..., 0]
 
     def decode(self, fields: tuple[Tensor, ...], dtype: torch.dtype, fitted: tuple[Tensor, ...]) -> Tensor:
         from kvsuite.kernels.fp4 import from_e2m1
-        from kvsuite.kernels.quantize import unpack
+        from kvsuite.kernels.quantize import blocks, unpack
 
-        codes = unpack(fields[0], 4).unflatten(-1, (-1, 16))
+        codes = blocks(unpack(fields[0], 4), 16)
         return (from_e2m1(codes) * self._steps(fields[1][..., None])).flatten(-2).to(dtype).unsqueeze(2)
 
     def _encoded(self, blocks: Tensor, full: float) -> tuple[Tensor, Tensor, Tensor]:

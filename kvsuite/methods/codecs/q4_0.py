@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Q40(Codec):
     """Symmetric per 32 channels of a token: d = m / -8 in float32, m the number that is largest in size, with its sign;
-    code = ⌊x · (1/d) + 8.5⌋, at most 15; x ≈ (code - 8) · float16(d). Codes, scales and their order in a block are those
-    of gguf's own quantizer."""
+    code = ⌊x · (1/d) + 8.5⌋, at most 15; x ≈ (code - 8) · float16(d). Codes, scales and their order in a block are
+    those of gguf's own quantizer."""
 
     name = "q4_0"
     stores = "4-bit codes, a float16 scale per 32 channels"
@@ -51,12 +51,12 @@ class Symmetric4(QuantSpec):
     def encode(self, x: Tensor, fitted: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         import torch
 
-        from kvsuite.kernels.quantize import pack
+        from kvsuite.kernels.quantize import blocks, pack
 
-        blocks = x[:, :, 0].float().unflatten(-1, (-1, 32))
-        largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))  # the first, where there are two
+        parts = blocks(x[:, :, 0].float(), 32)
+        largest = parts.gather(-1, parts.abs().argmax(-1, keepdim=True))  # the first, where there are two
         scale = largest / -8
-        codes = (blocks * inverse(scale) + 8.5).clamp(0, 15).to(torch.uint8)
+        codes = (parts * inverse(scale) + 8.5).clamp(0, 15).to(torch.uint8)
         return pack(codes, 4), scale.half()
 
     def decode(self, fields: tuple[Tensor, ...], dtype: torch.dtype, fitted: tuple[Tensor, ...]) -> Tensor:

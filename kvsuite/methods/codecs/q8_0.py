@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Q80(Codec):
-    """Symmetric per 32 channels of a token: d = max|x| / 127 in float32, code = x · (1/d) to the nearest integer, halves
-    away from zero, x ≈ code · float16(d). Codes and scales are those of gguf's own quantizer."""
+    """Symmetric per 32 channels of a token: d = max|x| / 127 in float32, code = x · (1/d) to the nearest integer,
+    halves away from zero, x ≈ code · float16(d). Codes and scales are those of gguf's own quantizer."""
 
     name = "q8_0"
     stores = "8-bit codes, a float16 scale per 32 channels"
@@ -48,18 +48,24 @@ class Symmetric8(QuantSpec):
     def encode(self, x: Tensor, fitted: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         import torch
 
-        blocks = x[:, :, 0].float().unflatten(-1, (-1, 32))
-        scale = blocks.abs().amax(-1, keepdim=True) / 127
-        scaled = blocks * inverse(scale)
-        codes = scaled.sign() * (scaled.abs() + 0.5).floor()
+        from kvsuite.kernels.quantize import blocks
+
+        parts = blocks(x[:, :, 0].float(), 32)
+        scale = parts.abs().amax(-1, keepdim=True) / 127
+        scaled = parts * inverse(scale)
+        whole = scaled.abs().floor()
+        codes = scaled.sign() * (whole + (scaled.abs() - whole >= 0.5))
         return codes.to(torch.int8).flatten(-2), scale.half()
 
     def decode(self, fields: tuple[Tensor, ...], dtype: torch.dtype, fitted: tuple[Tensor, ...]) -> Tensor:
+        from kvsuite.kernels.quantize import blocks
+
         codes, scale = fields
-        return (codes.unflatten(-1, (-1, 32)).float() * scale.float()).flatten(-2).to(dtype).unsqueeze(2)
+        values = (blocks(codes, 32).float() * scale.float()).flatten(-2)
+        return values.to(dtype).unsqueeze(2)
 
 
 def inverse(scale: Tensor) -> Tensor:
     """1 / scale; 0 where that is infinite."""
-    one = 1 / scale
+    one: Tensor = 1 / scale
     return one.masked_fill(one.isinf(), 0.0)

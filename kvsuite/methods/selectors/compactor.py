@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 class Compactor(BudgetSelector):
     """Keeps the first ``sinks`` and the last ``recent`` tokens, and of the others those with the highest
     ``blend`` · leverage + attention, both as z-scores over all kv heads of a layer. Leverage is that of the keys before
-    RoPE, centred and multiplied by a Gaussian sketch of ``sketch`` columns: diag(X (XᵀX + 0.01)⁻¹ Xᵀ). Attention is what
-    a token gets from all queries of its chunk of ``chunk`` tokens, earlier or later ones, of logits that are not divided
-    by √d, times ‖v‖₂, averaged over 3 neighbours. Without ``blend`` it is the share of tokens that go, as in kvpress.
-    The sketch is drawn from ``seed`` and the layer, one for all heads. Acts on the prompt alone; while decoding all new tokens stay."""
+    RoPE, centred and multiplied by a Gaussian sketch of ``sketch`` columns: diag(X (XᵀX + 0.01)⁻¹ Xᵀ). Attention is
+    what a token gets from all queries of its chunk of ``chunk`` tokens, earlier or later ones, of logits that are not
+    divided by √d, times ‖v‖₂, averaged over 3 neighbours. Without ``blend`` it is the share of tokens that go, as in
+    kvpress. The sketch is drawn from ``seed`` and the layer, one for all heads. Acts on the prompt alone; while
+    decoding all new tokens stay."""
 
     name = "compactor"
     stores = "the first and last tokens, and those with high leverage or attention, per kv head"
@@ -68,7 +69,8 @@ class Compactor(BudgetSelector):
         x = (keys - keys.mean(1, keepdim=True)) @ (sketch / self.sketch**0.5)
         gram = x.transpose(1, 2) @ x + 0.01 * torch.eye(self.sketch, device=x.device)
         solved = torch.cholesky_solve(x.transpose(1, 2), torch.linalg.cholesky(gram))
-        return (x * solved.transpose(1, 2)).sum(-1).clamp(min=0)
+        scores: Tensor = (x * solved.transpose(1, 2)).sum(-1)
+        return scores.clamp(min=0)
 
 
 def _standard(scores: Tensor) -> Tensor:

@@ -24,4 +24,5 @@ class Knorm(BudgetSelector):
     source = "Devoto et al. 2024, arXiv 2406.11430; kvpress knorm_press.py"
 
     def score(self, seen: PrefilledLayer, tokens: int) -> Tensor:
-        return -seen.k.float().norm(dim=-1)
+        norms: Tensor = seen.k.float().norm(dim=-1)
+        return -norms
