@@ -93,7 +93,7 @@ def test_permuting_heads_permutes_the_result(text, length, seed):
         assert torch.equal(a.positions, b.positions)
 
 
-@pytest.mark.parametrize("text", METHODS)
+@pytest.mark.parametrize("text", [text for text in METHODS if not getattr(parse(text).selector, "one_set", False)])
 @settings(max_examples=4)
 @given(sizes=st.lists(st.integers(5, 30), min_size=KV_HEADS, max_size=KV_HEADS), seed=st.integers(0, 999))
 def test_a_head_among_longer_and_shorter_ones_equals_itself_among_equals(text, sizes, seed):
