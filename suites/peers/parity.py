@@ -154,7 +154,7 @@ def measure(case: Case, python: str, folder: Path) -> list[dict[str, Any]]:
     rows = []
     for arm in asked:
         mine, other = chosen(parse(arm["name"]), context), theirs[f"{arm['name']} kept"].bool()
-        found = compared(mine, other, theirs[f"{arm['name']} scores"], "+ada" in arm["name"].replace(" ", ""))
+        found = compared(mine, other, theirs[f"{arm['name']} scores"], parse(arm["name"]).budget.name == "ada")
         rows.append({"case": case.name, **arm, **found})
     return rows
 
