@@ -6,10 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import avg_pool1d, max_pool1d
 
+from kvsuite.engines.request import Request
+from kvsuite.engines.transformers import TransformersEngine
 from kvsuite.errors import UsageError
-from kvsuite.methods import parse
+from kvsuite.methods import parse, parse_all
 from suites.checks import naive
 from suites.checks.table import DIM, HEADS, KV_HEADS, SCALE, context, layer, loaded, prefilled, tokens
+from suites.checks.test_models import build
 
 GROUP = HEADS // KV_HEADS
 FREQUENCY = layer().rope.inverse_frequency.double()
@@ -301,3 +304,29 @@ def test_whole_layers_stay_whole_while_decoding(length):
 def test_what_makes_no_sense_is_refused(text, said):
     with pytest.raises(UsageError, match=said):
         parse(text)
+
+
+ANSWERED = [
+    "knorm:budget=0.3+layers:first=1",
+    "keydiff:budget=0.3+nvfp4",
+    "tova:budget=0.3+q8_0",
+    "lagkv:budget=0.3,lag=8",
+    "observed-attention:budget=0.3+ada+mxfp4",
+    "expected-attention:budget=0.3+int4:rotate=hadamard",
+    "compactor:budget=0.4,chunk=16",
+    "r-kv:budget=0.4,every=4+q4_0",
+    "snapkv:budget=0.4,window=8+pyramid",
+]
+
+
+@pytest.mark.parametrize("compress", ["prompt", "context"])
+def test_a_model_answers_through_them(compress):
+    """From the observation of a real prefill to the last token, all together."""
+    model = build("Llama")
+    engine = TransformersEngine(model, None)
+    engine.encode = lambda request, how: (list(range(1, 61)), [] if how == "prompt" else [3, 4, 5])
+    engine.stop = frozenset()
+    responses = list(engine.generate([Request("x", "", "", 9)], parse_all([",".join(ANSWERED)]), compress=compress))
+    assert {r.error for r in responses} == {""}
+    assert sorted(r.method for r in responses) == sorted(ANSWERED)
+    assert all(len(r.tokens) == 9 for r in responses)
