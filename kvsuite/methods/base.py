@@ -52,6 +52,8 @@ class Selector(Component):
     kind: ClassVar[Kind] = "selector"
     one_set: ClassVar[bool] = False
     """Whether all heads of a layer keep the same tokens."""
+    before_rope: ClassVar[bool] = False
+    """Whether it looks at queries or keys as they were before RoPE."""
 
     @property
     def protects(self) -> tuple[int, str]:
@@ -228,6 +230,8 @@ class Method:
         if self.selector is not None and layer.window is not None:
             # a window drops tokens by itself: a budget would be spent on tokens nobody can read
             raise UsageError(f"{self.name}: layer {layer.index} has a sliding window, where no selector can act yet")
+        if self.selector is not None and self.selector.before_rope and layer.rope is None:
+            raise UsageError(f"{self.name}: cannot undo the rotation of layer {layer.index}'s queries and keys")
         if eviction is not None and eviction.rerotated_sinks and layer.rope is None:
             raise UsageError(f"{self.name}: cannot re-rotate this model's keys; use positions=absolute")
         if eviction is not None and eviction.rerotated_sinks and self.reader is not None:

@@ -1,5 +1,7 @@
 """Selectors and budgets against independent writings of their formulas in float64, and what they do while decoding."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -304,6 +306,14 @@ def test_whole_layers_stay_whole_while_decoding(length):
 def test_what_makes_no_sense_is_refused(text, said):
     with pytest.raises(UsageError, match=said):
         parse(text)
+
+
+@pytest.mark.parametrize("text", ["expected-attention", "compactor"])
+def test_a_rotation_that_nobody_can_undo_is_refused_before_a_prompt_is_read(text):
+    where = replace(layer(), rope=None)
+    with pytest.raises(UsageError, match=f"{text}: cannot undo the rotation of layer 0's queries and keys"):
+        parse(text).cache(where, 1, 32)
+    parse("snapkv").cache(where, 1, 32)
 
 
 ANSWERED = [

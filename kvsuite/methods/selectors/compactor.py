@@ -28,6 +28,7 @@ class Compactor(BudgetSelector):
     name = "compactor"
     stores = "the first and last tokens, and those with high leverage or attention, per kv head"
     source = "Chari & Van Durme 2025, arXiv 2507.08143; kvpress compactor_press.py, leverage_press.py"
+    before_rope = True
 
     sinks: int = 8
     recent: int = 4

@@ -27,6 +27,7 @@ class ExpectedAttention(BudgetSelector):
     name = "expected-attention"
     stores = "sinks and the tokens that future queries are expected to attend to, per kv head"
     source = "Devoto et al. 2025, arXiv 2510.00636; kvpress expected_attention_press.py"
+    before_rope = True
 
     future: int = 512
     sinks: int = 4
