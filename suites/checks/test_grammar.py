@@ -102,7 +102,7 @@ def test_names_round_trip(text):
         ("+int8", "names no method"),
         (":budget=3", "names no method"),
         ("kivi:bit=4", r"unknown parameter of kivi 'bit': did you mean 'bits'\? known are bits, group, residual"),
-        ("int8:bits=4", "unknown parameter of int8 'bits': known are none"),
+        ("mxfp4:bits=4", "unknown parameter of mxfp4 'bits': known are none"),
         ("kivi+int8", "two codecs, kivi and int8"),
         ("h2o+random", "two selectors, h2o and random"),
         ("h2o+uniform+uniform", "two budgets"),
