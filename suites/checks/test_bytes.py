@@ -230,7 +230,7 @@ def test_compressing_shrinks():
     sizes = [loaded(parse(text), [seen], 0).nbytes for text in order]
     assert sizes == sorted(set(sizes))
     for text in METHODS:
-        if parse(text).selector:
+        if parse(text).selector and not parse(text).budget.whole(0, 1):
             assert loaded(parse(text), [seen], 0).nbytes < sizes[-1] / 2
 
 
