@@ -150,7 +150,10 @@ def test_codes_are_the_numbers_of_e2m1():
     assert torch.equal(from_e2m1(to_e2m1(every)), every)
 
 
-@given(value=st.floats(-8, 8, width=32))
+EDGES = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]
+
+
+@given(value=st.sampled_from([sign * edge for edge in EDGES for sign in (1, -1)]) | st.floats(-8, 8, width=32))
 def test_numbers_go_to_the_nearest_code_and_halves_to_the_even_one(value):
     assert float(from_e2m1(to_e2m1(torch.tensor([value])))) == nearest(value, POSITIVE)
 
