@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("methods", help="list the parts of methods: selectors, budgets, codecs, readers")
     _plugin_option(listing)
     listing.add_argument("--json", action="store_true", help="a list of {name, kind, stores, source}")
+    listing.add_argument("--markdown", action="store_true", help="what each does, for docs/methods.md")
     listing.set_defaults(run=_methods)
     fetching = commands.add_parser("fetch", help="download all that runs and commands need, and convert the model")
     fetching.set_defaults(run=_fetch)
@@ -375,6 +376,11 @@ def _crossover(asked: argparse.Namespace) -> None:
 def _methods(asked: argparse.Namespace) -> None:
     from kvsuite.methods import catalogue
 
+    if asked.markdown:
+        from kvsuite.methods.described import markdown
+
+        print(markdown(catalogue()))
+        return
     rows = [{"name": p.name, "kind": p.kind, "stores": p.stores, "source": p.source} for p in catalogue()]
     if asked.json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))

@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import pkgutil
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class Registry:
     offers: Callable[[ModuleType], Iterable[str]]
     """The names of the parts that a user's file holds."""
     packages: tuple[str, ...] = ()
-    """Where the built-in ones are: ``streaming_llm.py`` is ``streaming-llm``."""
+    """Where the built-in ones are: ``streaming_llm.py`` is ``streaming-llm``, and ``q8_0.py`` is ``q8_0``."""
     helpers: tuple[str, ...] = ("base",)
     """Modules there that are no parts."""
 
@@ -51,7 +52,7 @@ class Registry:
 def known(registry: Registry, files: tuple[str, ...]) -> dict[str, str]:
     """What `Registry.names` gives while these files are loaded; kept, since entry points take milliseconds to find."""
     found = {
-        module.name.replace("_", "-"): f"{package}.{module.name}"
+        re.sub(r"(?<!\d)_|_(?!\d)", "-", module.name): f"{package}.{module.name}"
         for package in registry.packages
         for module in pkgutil.iter_modules(importlib.import_module(package).__path__)
         if module.name not in registry.helpers

@@ -49,8 +49,21 @@ class HiddenStates(Observation):
 
 @dataclass(frozen=True)
 class PreRopeMoments(Observation):
-    """Mean and covariance of the prompt's queries before RoPE: (heads, head_dim) and (heads, head_dim, head_dim),
-    float32. While prefilling alone."""
+    """Mean and covariance of the prompt's queries before RoPE, but for the first ``skip``: (heads, head_dim) and
+    (heads, head_dim, head_dim), float32. While prefilling alone."""
+
+    skip: int = 0
+
+
+@dataclass(frozen=True)
+class ChunkAttention(Observation):
+    """The attention that each token but the first and last ones gets from the queries of its own chunk, causal or not:
+    the softmax of q·k, *not* divided by √head_dim, over the chunk's keys, summed over its queries, mean over the query
+    group: float32 (kv_heads, T - first - last). Chunks begin after the first tokens. While prefilling alone."""
+
+    chunk: int
+    first: int = 0
+    last: int = 0
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,20 @@ from torch import Tensor
 from transformers import Cache
 
 from kvsuite.cache.attending import AttendingLayer
-from kvsuite.cache.observations import AttentionMass, ExtraPass, HiddenStates, LastQueries, Observation, PreRopeMoments
+from kvsuite.cache.observations import (
+    AttentionMass,
+    ChunkAttention,
+    ExtraPass,
+    HiddenStates,
+    LastQueries,
+    Observation,
+    PreRopeMoments,
+)
 from kvsuite.errors import UsageError
 from kvsuite.kernels.backends import for_prefill
 from kvsuite.kernels.context import AttentionParams, LayerContext
 from kvsuite.kernels.reference.attention import causal_self_attention
+from kvsuite.kernels.rope import Rope
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,17 @@ class PrefilledLayer:
     observed: dict[Observation, Any] = field(default_factory=dict)
     params: AttentionParams = field(default_factory=lambda: AttentionParams(1.0))
     """How the model attends in this layer."""
+    rope: Rope | None = None
+    """How it rotates queries and keys, where kvsuite can do the same."""
+
+    @property
+    def k_before_rope(self) -> Tensor:
+        """k as it was before RoPE: float32 (kv_heads, T, head_dim). Raises UsageError where the rotation is not
+        known."""
+        if self.rope is None:
+            raise UsageError(f"layer {self.layer} rotates its keys in a way that kvsuite cannot undo")
+        back = -torch.arange(self.k.shape[1], device=self.k.device)[:, None]
+        return self.rope.rotate(self.k.float(), back) / self.rope.scaling
 
     def __getitem__(self, observation: Observation) -> Any:
         """What was observed; see the observation's own docstring."""
@@ -65,7 +85,7 @@ class _PrefillLayer(AttendingLayer):
             observed[observation] = self._observe(observation, q[0], k, params)
             _wait(out)
             self.seconds[observation] += time.perf_counter() - start
-        self.seen = PrefilledLayer(self.layer.index, k, v, observed, params)
+        self.seen = PrefilledLayer(self.layer.index, k, v, observed, params, self.layer.rope)
         return out[None]
 
     def get_seq_length(self) -> int:
@@ -81,7 +101,10 @@ class _PrefillLayer(AttendingLayer):
         if isinstance(what, HiddenStates):
             return self.hidden
         if isinstance(what, PreRopeMoments):
-            return pre_rope_moments(q, self.layer)
+            return pre_rope_moments(q, self.layer, what.skip)
+        if isinstance(what, ChunkAttention):
+            inner = slice(what.first, q.shape[1] - what.last)
+            return chunk_attention(q[:, inner], k[:, inner], what.chunk)
         raise UsageError(f"nobody can observe {what}")
 
 
@@ -125,21 +148,37 @@ class PrefillCache(Cache):
         return [module.register_forward_pre_hook(catch(layer), with_kwargs=True) for module, layer in pairs]
 
 
-def pre_rope_moments(q: Tensor, layer: LayerContext, block: int = 1024) -> tuple[Tensor, Tensor]:
+def pre_rope_moments(q: Tensor, layer: LayerContext, skip: int = 0, block: int = 1024) -> tuple[Tensor, Tensor]:
     """Mean (heads, head_dim) and covariance (heads, head_dim, head_dim), float32, of a prompt's queries before RoPE:
-    q (heads, T, head_dim) as attention uses them. Raises UsageError where the layer's RoPE is not known."""
+    q (heads, T, head_dim) as attention uses them, but for the first ``skip`` (never all). Raises UsageError where the
+    layer's RoPE is not known."""
     if layer.rope is None:
         raise UsageError(f"layer {layer.index} rotates its queries in a way that kvsuite cannot undo")
     heads, length, dim = q.shape
     total, square = q.new_zeros(heads, dim, dtype=torch.float64), q.new_zeros(heads, dim, dim, dtype=torch.float64)
-    for first in range(0, length, block):
+    origin, skip = q.new_zeros(heads, 1, dim, dtype=torch.float32), min(skip, length - 1)
+    for first in range(skip, length, block):
         part = q[:, first : first + block].float()
         back = torch.arange(-first, -first - part.shape[1], -1, device=q.device)[:, None]
         part = layer.rope.rotate(part, back) / layer.rope.scaling
+        if first == skip:
+            origin = part.mean(1, keepdim=True)
+        part = part - origin  # squares of what is far from zero would cancel in float32
         total += part.sum(1)
         square += part.transpose(1, 2) @ part
-    mean = total / length
-    return mean.float(), (square / length - mean[:, :, None] * mean[:, None]).float()
+    mean = total / (length - skip)
+    return (mean + origin[:, 0]).float(), (square / (length - skip) - mean[:, :, None] * mean[:, None]).float()
+
+
+def chunk_attention(q: Tensor, k: Tensor, chunk: int) -> Tensor:
+    """What `ChunkAttention` says: q (heads, T, head_dim), k (kv_heads, T, head_dim) to float32 (kv_heads, T)."""
+    kv_heads, length, dim = k.shape
+    parts = [k.new_zeros(kv_heads, 0, dtype=torch.float32)]
+    for first in range(0, length, chunk):
+        keys = k[:, first : first + chunk].float()
+        queries = q[:, first : first + chunk].float().reshape(kv_heads, -1, dim)
+        parts.append((queries @ keys.transpose(1, 2)).softmax(-1).sum(1))
+    return torch.cat(parts, 1) / (q.shape[0] // kv_heads)
 
 
 def _wait(x: Tensor) -> None:

@@ -36,6 +36,11 @@ def _float16(x: Tensor, up: bool) -> Tensor:
     return torch.where(wrong, torch.nextafter(half, bound), half)
 
 
+def blocks(x: Tensor, size: int) -> Tensor:
+    """x (..., n * size) as (..., n, size)."""
+    return x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
+
+
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Codes (..., D) uint8 into (..., D * bits / 8), in parts: with 4 bits the low nibbles are channels [0, D/2), the
     high ones [D/2, D), with 2 bits four quarters. Nothing is interleaved, so a kernel only splits its query."""

@@ -19,9 +19,17 @@ class Rope:
     def rotate(self, k: Tensor, by: int | Tensor) -> Tensor:
         """k (..., head_dim) turned on by ``by`` positions (a tensor: broadcast to (..., 1)); one rotation in
         float32, rounded once to k's dtype. Channels beyond the rotary dimension stay."""
-        half = self.inverse_frequency.shape[0]
         angle = by * self.inverse_frequency
-        cos, sin = angle.cos(), angle.sin()
+        return self._turn(k, angle.cos(), angle.sin())
+
+    def average(self, x: Tensor, first: int, count: int) -> Tensor:
+        """x (..., head_dim) under the mean of the rotations to ``count`` positions from ``first`` on, float32."""
+        where = torch.arange(first, first + count, device=x.device)[:, None]
+        angle = where * self.inverse_frequency
+        return self._turn(x.float(), angle.cos().mean(0), angle.sin().mean(0))
+
+    def _turn(self, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        half = self.inverse_frequency.shape[0]
         x, y = k[..., :half].float(), k[..., half : 2 * half].float()
         turned = torch.cat([x * cos - y * sin, y * cos + x * sin], dim=-1).to(k.dtype)
         return torch.cat([turned, k[..., 2 * half :]], dim=-1)

@@ -50,6 +50,15 @@ class Selector(Component):
     """Scores tokens; which stay is the budget's affair. One that also acts while decoding has an `eviction`."""
 
     kind: ClassVar[Kind] = "selector"
+    one_set: ClassVar[bool] = False
+    """Whether all heads of a layer keep the same tokens."""
+    before_rope: ClassVar[bool] = False
+    """Whether it looks at queries or keys as they were before RoPE."""
+
+    @property
+    def protects(self) -> tuple[int, str]:
+        """How many tokens stay whatever their scores, and what they are called: a budget must be above it."""
+        return 0, ""
 
     @property
     def observes(self) -> tuple[Observation, ...]:
@@ -74,10 +83,42 @@ class Selector(Component):
 
 
 @dataclass(frozen=True)
+class BudgetSelector(Selector):
+    """One whose size is its ``budget`` alone: tokens per head, or, below 1, a share of the context."""
+
+    budget: float = 0.2
+
+    def check(self) -> None:
+        """Raise UsageError where the hyperparameters contradict each other."""
+        protected, called = self.protects
+        check_share(self.name, "budget", self.budget)
+        if 1 <= self.budget <= protected:
+            raise UsageError(f"{self.name}: budget={self.budget:g} must be above {called}")
+
+    def check_context(self, longest: int) -> None:
+        """UsageError where a share of the longest context is no more than what is protected."""
+        protected, called = self.protects
+        if self.budget < 1 and round(self.budget * longest) <= protected:
+            kept = f"{round(self.budget * longest)} of {longest} tokens"
+            raise UsageError(f"{self.name}: budget={self.budget:g} is {kept} and must be above {called}")
+
+    def tokens(self, length: int) -> int:
+        """The budget in tokens, one more than what is protected at least."""
+        return share(self.budget, length, least=self.protects[0] + 1)
+
+
+@dataclass(frozen=True)
 class Budget(Component):
     """Shares the tokens that may stay out over layers and heads."""
 
     kind: ClassVar[Kind] = "budget"
+
+    def check_selector(self, selector: Selector) -> None:
+        """Raise UsageError where it cannot share this selector's tokens out."""
+
+    def whole(self, layer: int, layers: int) -> bool:
+        """Whether a layer of so many keeps everything, also while decoding."""
+        return False
 
     def most(self, tokens: int, length: int) -> tuple[int, int]:
         """The most tokens that one head may keep of a context of ``length``, and the most that the heads of a layer may
@@ -189,6 +230,8 @@ class Method:
         if self.selector is not None and layer.window is not None:
             # a window drops tokens by itself: a budget would be spent on tokens nobody can read
             raise UsageError(f"{self.name}: layer {layer.index} has a sliding window, where no selector can act yet")
+        if self.selector is not None and self.selector.before_rope and layer.rope is None:
+            raise UsageError(f"{self.name}: cannot undo the rotation of layer {layer.index}'s queries and keys")
         if eviction is not None and eviction.rerotated_sinks and layer.rope is None:
             raise UsageError(f"{self.name}: cannot re-rotate this model's keys; use positions=absolute")
         if eviction is not None and eviction.rerotated_sinks and self.reader is not None:
@@ -210,7 +253,8 @@ class Method:
                 scores = [self.selector.score(seen, tokens) for seen in context]
                 counts = self.budget.allot(scores, tokens).tolist()
         for i, (seen, cache) in enumerate(zip(context, caches, strict=True)):
-            budget = None if counts is None else counts[i]
+            whole = counts is None or self.budget.whole(i, len(context))
+            budget = None if counts is None or whole else counts[i]
             keep = None if scores is None or budget is None else highest(scores[i], budget)
             cache.load(row, seen, keep, budget)
 

@@ -54,6 +54,8 @@ def parse(text: str) -> Method:
         raise UsageError(f"{text!r} has a budget but no selector that would need one")
     assert selector is None or isinstance(selector, Selector)
     assert isinstance(budget, Budget)
+    if selector is not None:
+        budget.check_selector(selector)
     assert isinstance(codec, Codec)
     reader = parts.get("reader")
     assert reader is None or isinstance(reader, Reader)

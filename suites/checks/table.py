@@ -8,10 +8,9 @@ import torch
 from kvsuite import registry
 from kvsuite.cache.layer import LayerCache
 from kvsuite.cache.observations import AttentionMass, LastQueries
-from kvsuite.cache.prefill import PrefilledLayer
+from kvsuite.cache.prefill import PrefillCache, PrefilledLayer
 from kvsuite.kernels.context import AttentionParams, LayerContext
 from kvsuite.kernels.cpu.build import BuildError, compiler
-from kvsuite.kernels.reference.mass import column_mass
 from kvsuite.kernels.rope import Rope
 from kvsuite.methods import Method, parse
 
@@ -50,6 +49,22 @@ METHODS = {
     "snapkv:budget=24,window=8 + ada + kivi:bits=4,group=16,residual=32": "snapkv:budget=100,window=8 + ada + kivi",
     "h2o:budget=20 + ada": "h2o:budget=100 + ada",
     "streaming-llm:budget=24 + ada + int4": None,
+    "int4:rotate=hadamard": None,
+    "nvfp4:scale=4over6": None,
+    "mxfp4": None,
+    "q8_0": None,
+    "q4_0": None,
+    "knorm:budget=20": "knorm:budget=100",
+    "knorm:budget=20 + layers": "knorm:budget=100 + layers",
+    "keydiff:budget=20 + int8": None,
+    "tova:budget=16": "tova:budget=100",
+    "tova:budget=20,recent=1 + kivi:bits=4,group=16,residual=32": "tova:budget=100,recent=1 + kivi:bits=4",
+    "lagkv:budget=24,sinks=2,lag=8": "lagkv:budget=100,sinks=2,lag=8",
+    "observed-attention:budget=20 + ada": "observed-attention:budget=100 + ada",
+    "expected-attention:budget=20,future=64": "expected-attention:budget=100",
+    "compactor:budget=24,chunk=16,sketch=16,sinks=2,recent=3": "compactor:budget=100",
+    "r-kv:budget=24,every=16": "r-kv:budget=100,every=16",
+    "snapkv:budget=24,window=8 + pyramid": "snapkv:budget=100,window=8 + pyramid",
     # from outside, by the plug-in in plugin/kvsuite_fixtures.py
     "redundant:budget=24,every=16": "redundant:budget=100,every=16",
     "redundant:budget=30,every=16 + kivi:bits=4,group=16,residual=32": None,
@@ -60,13 +75,16 @@ METHODS = {
 EVERY_STEP = [
     text for text in METHODS if parse(text).selector and getattr(parse(text).selector.eviction, "every", 0) == 1
 ]
-COMPACTING = [text for text in METHODS if text.startswith("redundant")]
+COMPACTING = [
+    text for text in METHODS if parse(text).selector and getattr(parse(text).selector.eviction, "every", 0) > 1
+]
 READING = [text for text in METHODS if parse(text).reader]
 STEPWISE = [*EVERY_STEP, *COMPACTING, *(text for text in READING if text not in EVERY_STEP)]
 SELECTING = [text for text in METHODS if parse(text).selector]
 CODECS = [text for text in METHODS if not parse(text).selector and not parse(text).reader]
 CHUNKED = [text for text in METHODS if text not in STEPWISE]
-RAGGED = [text for text in METHODS if "ada" in text]
+RAGGED = [text for text in METHODS if parse(text).budget.name == "ada"]
+OBSERVED = list(dict.fromkeys(observation for text in METHODS for observation in parse(text).observes))
 
 HEADS, KV_HEADS, DIM = 4, 2, 32
 SCALE = DIM**-0.5
@@ -95,9 +113,17 @@ def tokens(n: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> tuple[torc
 
 
 def context(length: int, seed: int, dtype: torch.dtype = torch.bfloat16, index: int = 0) -> PrefilledLayer:
-    q, k, v = tokens(length, seed, dtype)
-    observed = {AttentionMass(): column_mass(q, k, SCALE)} | {LastQueries(n): q[:, -n:] for n in (8, 16, 32)}
-    return PrefilledLayer(index, k, v, observed, AttentionParams(SCALE))
+    """A prefilled layer of which all was observed that the table's methods ask for."""
+    return prefilled(*tokens(length, seed, dtype), index)
+
+
+def prefilled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: int = 0) -> PrefilledLayer:
+    """The same of a prompt's own q (HEADS, T, DIM), k and v (KV_HEADS, T, DIM)."""
+    asked = [*OBSERVED, *(LastQueries(n) for n in (8, 16, 32))]
+    (one,) = PrefillCache([layer(k.dtype, index)], asked, "reference").layers
+    one.update(k[None], v[None])
+    one.attend(q[None], SCALE, None, None, None)
+    return one.seen
 
 
 def plain(k: torch.Tensor, v: torch.Tensor, mass: torch.Tensor | None = None, index: int = 0) -> PrefilledLayer:

@@ -76,3 +76,27 @@ def test_steps_are_compared_with_the_faster_plain_cache_round_by_round(monkeypat
     assert "40.0" in rows["bf16"], "of 60 ms 20 are there without a context"
     assert "67% " in rows["bf16"]
     assert "0.67 [0.44, 0.89]" in rows["f16"], "slower than the other plain cache"
+
+
+def kept(*places):
+    found = torch.zeros(1, 1, 6, dtype=torch.bool)
+    found[0, 0, list(places)] = True
+    return found
+
+
+@pytest.mark.parametrize(
+    ("mine", "holds", "others"),
+    [(kept(0, 1, 2), True, 0), (kept(0, 1, 3), True, 1), (kept(0, 1, 4), False, 1), (kept(0, 1), False, 0)],
+    ids=["the same", "a tie", "a lower score", "fewer"],
+)
+def test_other_tokens_may_stay_only_where_scores_are_equal(monkeypatch, mine, holds, others):
+    monkeypatch.syspath_prepend(PEERS)
+    scores = torch.tensor([[[5.0, 4.0, 3.0, 3.0, 2.9, 1.0]]])
+    found = script("parity").compared(mine, kept(0, 1, 2), scores, False)
+    assert (found["holds"], found["others"]) == (holds, others)
+
+
+def test_every_pair_of_parity_is_a_method_with_the_tokens_it_says(monkeypatch):
+    monkeypatch.syspath_prepend(PEERS)
+    for arm in script("parity").spelled(780):
+        assert parse(arm["name"]).tokens(780) == arm["tokens"]

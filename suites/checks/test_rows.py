@@ -1,14 +1,11 @@
 """Property 2: a sequence does not depend on its mates, on its place in the batch, or on which head is which."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvsuite.cache.layer import LayerCache
-from kvsuite.cache.observations import AttentionMass, LastQueries
 from kvsuite.methods import parse
 from suites.checks.table import (
     CHUNKED,
@@ -20,6 +17,7 @@ from suites.checks.table import (
     layer,
     loaded,
     plain,
+    prefilled,
     same,
     sizes,
     tokens,
@@ -84,9 +82,8 @@ def test_permuting_heads_permutes_the_result(text, length, seed):
     method = parse(text)
     seen, (q, k, v) = context(length, seed), tokens(STEPS, seed + 1)
     swapped = torch.arange(HEADS).view(KV_HEADS, -1).flip(0).flatten()
-    observed = {what: x.flip(0) for what, x in seen.observed.items() if isinstance(what, AttentionMass)}
-    observed |= {what: x[swapped] for what, x in seen.observed.items() if isinstance(what, LastQueries)}
-    turned = replace(seen, k=seen.k.flip(0), v=seen.v.flip(0), observed=observed)
+    own = tokens(length, seed)
+    turned = prefilled(own[0][swapped], own[1].flip(0), own[2].flip(0))
     one, other = loaded(method, [seen], STEPS), loaded(method, [turned], STEPS)
     out = decode(one, q, k, v, STEPS)
     assert torch.equal(decode(other, q[swapped], k.flip(0), v.flip(0), STEPS), out[swapped])
@@ -96,7 +93,7 @@ def test_permuting_heads_permutes_the_result(text, length, seed):
         assert torch.equal(a.positions, b.positions)
 
 
-@pytest.mark.parametrize("text", METHODS)
+@pytest.mark.parametrize("text", [text for text in METHODS if not getattr(parse(text).selector, "one_set", False)])
 @settings(max_examples=4)
 @given(sizes=st.lists(st.integers(5, 30), min_size=KV_HEADS, max_size=KV_HEADS), seed=st.integers(0, 999))
 def test_a_head_among_longer_and_shorter_ones_equals_itself_among_equals(text, sizes, seed):
@@ -162,7 +159,8 @@ def test_looking_at_a_cache_does_not_change_it(length, text):
 def test_what_was_given_is_left_as_it_was(text):
     method, seen = parse(text), context(60, 0)
     q, k, v = tokens(STEPS, 1)
-    given = (seen.k, seen.v, *seen.observed.values(), q, k, v)
+    observed = [y for x in seen.observed.values() for y in (x if isinstance(x, tuple) else (x,))]
+    given = (seen.k, seen.v, *observed, q, k, v)
     before = [x.clone() for x in given]
     decode(loaded(method, [seen], STEPS), q, k, v, STEPS)
     for x, y in zip(given, before, strict=True):

@@ -96,6 +96,6 @@ def test_what_makes_no_sense_is_refused(text, said):
 
 
 def test_a_share_below_the_window_is_refused():
-    with pytest.raises(UsageError, match="51 of 256 tokens and must be above window=64"):
+    with pytest.raises(UsageError, match="51 of 256 tokens and must be above its window of 64"):
         parse("snapkv:window=64").check_context(256)
     assert SCALE == DIM**-0.5

@@ -1,7 +1,9 @@
 """Every part of a method that there is occurs in a row of the table of checks."""
 
 from kvsuite.methods import catalogue, parse
+from kvsuite.methods.described import markdown
 from suites.checks.table import METHODS
+from suites.checks.tiny import ROOT
 
 
 def test_every_part_is_in_a_row():
@@ -16,3 +18,10 @@ def test_rows_that_keep_everything_are_of_the_same_parts():
             assert type(parse(text).budget) is type(parse(everything).budget)
             assert type(parse(text).codec) is type(parse(everything).codec)
             assert type(parse(text).reader) is type(parse(everything).reader)
+
+
+def test_the_page_of_methods_says_what_their_docstrings_say():
+    """Stale? sed -i '/^<!-- kvsuite/q' docs/methods.md; (echo; kvsuite methods --markdown) >> docs/methods.md"""
+    own = [part for part in catalogue() if part.__module__.startswith("kvsuite.")]
+    page = (ROOT / "docs" / "methods.md").read_text()
+    assert page.partition("<!-- kvsuite methods --markdown -->\n\n")[2] == markdown(own) + "\n"

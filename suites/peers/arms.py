@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kvsuite.methods import names, parse
+from kvsuite.methods import parse
 from kvsuite.tasks.base import task
 
 SHARES = (1 / 4, 1 / 2, 1 / 8, 3 / 8, 3 / 4, 5 / 8, 1 / 16, 7 / 8)
@@ -17,16 +17,15 @@ QUESTION = (
 )
 """About 30 tokens with the end of the chat template."""
 PEERS = (
-    ("random", "random:budget={n}", "RandomPress"),
-    ("streaming-llm", "streaming-llm:budget={n},positions=absolute", "StreamingLLMPress"),
-    ("observed-attention", "observed-attention:budget={n}", "ObservedAttentionPress"),
-    ("h2o", "h2o:budget={n}", "ObservedAttentionPress"),
-    ("knorm", "knorm:budget={n}", "KnormPress"),
-    ("snapkv", "snapkv:budget={n}", "SnapKVPress"),
-    ("expected-attention", "expected-attention:budget={n}", "ExpectedAttentionPress"),
-    ("tova", "tova:budget={n}", "TOVAPress"),
+    ("random:budget={n}", "RandomPress"),
+    ("streaming-llm:budget={n},positions=absolute", "StreamingLLMPress"),
+    ("observed-attention:budget={n}", "ObservedAttentionPress"),
+    ("knorm:budget={n}", "KnormPress"),
+    ("snapkv:budget={n}", "SnapKVPress"),
+    ("expected-attention:budget={n}", "ExpectedAttentionPress"),
+    ("tova:budget={n}", "TOVAPress"),
 )
-"""A selector of kvsuite, its spelling with a budget, and the press that does the same to a context."""
+"""A selector of kvsuite with a budget, and the press that does the same to a context."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +43,9 @@ class Arm:
 def arms(count: int, length: int) -> list[dict[str, Any]]:
     """``count`` arms: full, and every selector that both sides have, budget after budget, until there are enough."""
     found = [Arm("full")]
-    peers, presses = [], set()
-    for name, spelling, press in PEERS:
-        if name in names() and press not in presses:
-            peers.append((spelling, press))
-            presses.add(press)
     for share in SHARES:
         tokens = round(share * length)
-        found += [Arm(parse(spelling.format(n=tokens)).name, press, tokens) for spelling, press in peers]
+        found += [Arm(parse(spelling.format(n=tokens)).name, press, tokens) for spelling, press in PEERS]
     if len(found) < count:
         raise SystemExit(f"both sides have {len(found)} arms in common, not {count}")
     return [asdict(arm) for arm in found[:count]]

@@ -12,6 +12,8 @@ from kvsuite.methods.base import Budget
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kvsuite.methods.base import Selector
+
 
 @dataclass(frozen=True)
 class Ada(Budget):
@@ -27,6 +29,10 @@ class Ada(Budget):
     def check(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise UsageError(f"{self.name}: alpha={self.alpha:g} must be between 0 and 1")
+
+    def check_selector(self, selector: Selector) -> None:
+        if selector.one_set:
+            raise UsageError(f"{self.name}: all heads of {selector.name} keep the same tokens; leave {self.name} out")
 
     def most(self, tokens: int, length: int) -> tuple[int, int]:
         return length, tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from kvsuite.kernels.quantspec import QuantSpec
 from kvsuite.methods.base import Codec
@@ -16,11 +16,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Int4(Codec):
-    """Asymmetric per token and head: 4-bit codes, a float16 scale and zero."""
+    """Asymmetric per token and head: 4-bit codes, a float16 scale and zero. ``rotate=hadamard``: K (after RoPE) and V
+    are turned by an orthonormal Hadamard matrix before they are encoded, and back when they are read, in float32, as
+    llama.cpp does with its own blocks; it acts on as many channels at once as the largest power of two that divides
+    head_dim."""
 
     name = "int4"
     stores = "4-bit codes, float16 scale and zero per token and head"
-    source = "LMDeploy quant_policy=4"
+    source = "LMDeploy quant_policy=4; rotate: llama.cpp#21038"
+
+    rotate: Literal["none", "hadamard"] = "none"
 
     def specs(self, layer: LayerContext, artifact: Artifact | None = None) -> tuple[QuantSpec, QuantSpec]:
-        return PerToken(4, layer.head_dim), PerToken(4, layer.head_dim)
+        rotation = "" if self.rotate == "none" else self.rotate
+        return (PerToken(4, layer.head_dim, rotation=rotation),) * 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from kvsuite.kernels.quantspec import QuantSpec
 from kvsuite.methods.base import Codec
@@ -19,14 +19,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Int8(Codec):
-    """Asymmetric per token and head: 8-bit codes, a float16 scale and zero."""
+    """Asymmetric per token and head: 8-bit codes, a float16 scale and zero. ``rotate=hadamard``: K (after RoPE) and V
+    are turned by an orthonormal Hadamard matrix before they are encoded, and back when they are read, in float32, as
+    llama.cpp does with its own blocks; it acts on as many channels at once as the largest power of two that divides
+    head_dim."""
 
     name = "int8"
     stores = "8-bit codes, float16 scale and zero per token and head"
-    source = "LMDeploy quant_policy=8; vLLM int8_per_token_head"
+    source = "LMDeploy quant_policy=8; vLLM int8_per_token_head; rotate: llama.cpp#21038"
+
+    rotate: Literal["none", "hadamard"] = "none"
 
     def specs(self, layer: LayerContext, artifact: Artifact | None = None) -> tuple[QuantSpec, QuantSpec]:
-        return PerToken(8, layer.head_dim), PerToken(8, layer.head_dim)
+        rotation = "" if self.rotate == "none" else self.rotate
+        return (PerToken(8, layer.head_dim, rotation=rotation),) * 2
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,7 @@ class PerToken(QuantSpec):
     bits: int
     group: int
     residual: int = 0
+    rotation: str = ""
 
     def fields(self, head_dim: int, kv_dtype: torch.dtype) -> list[tuple[Shape, torch.dtype]]:
         import torch
@@ -50,17 +57,21 @@ class PerToken(QuantSpec):
         ]
 
     def encode(self, x: Tensor, fitted: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        from kvsuite.kernels.quantize import pack, quantize
+        from kvsuite.kernels.hadamard import hadamard
+        from kvsuite.kernels.quantize import blocks, pack, quantize
 
-        codes, scale, zero = quantize(self._groups(x[:, :, 0]), self.bits, dim=-1)
+        turned = hadamard(x[:, :, 0]) if self.rotation else x[:, :, 0]
+        codes, scale, zero = quantize(blocks(turned, self.group), self.bits, dim=-1)
         return pack(codes.flatten(-2), self.bits), scale, zero
 
     def decode(self, fields: tuple[Tensor, ...], dtype: torch.dtype, fitted: tuple[Tensor, ...]) -> Tensor:
-        from kvsuite.kernels.quantize import dequantize, unpack
+        import torch
+
+        from kvsuite.kernels.hadamard import hadamard
+        from kvsuite.kernels.quantize import blocks, dequantize, unpack
 
         packed, scale, zero = fields
-        codes = self._groups(unpack(packed, self.bits))
+        codes = blocks(unpack(packed, self.bits), self.group)
+        if self.rotation:
+            return hadamard(dequantize(codes, scale, zero, torch.float32).flatten(-2)).to(dtype).unsqueeze(2)
         return dequantize(codes, scale, zero, dtype).flatten(-2).unsqueeze(2)
-
-    def _groups(self, x: Tensor) -> Tensor:
-        return x.reshape(*x.shape[:-1], x.shape[-1] // self.group, self.group)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from kvsuite.cache.observations import LastQueries, Observation
 from kvsuite.errors import UsageError
-from kvsuite.methods.base import Selector, check_share, share
+from kvsuite.methods.base import BudgetSelector
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SnapKV(Selector):
+class SnapKV(BudgetSelector):
     """Keeps the last ``window`` tokens and those that their queries attend to most: the softmax summed over these
     queries, pooled along the keys by ``kernel`` (each head by itself), and averaged over the query group. Acts on the
     prompt alone; while decoding all new tokens stay."""
@@ -25,25 +25,18 @@ class SnapKV(Selector):
     stores = "the last tokens and those they attend to most, per kv head"
     source = "Li et al. 2024, arXiv 2404.14469, section 4; FasterDecoding/SnapKV monkeypatch/snapkv_utils.py"
 
-    budget: float = 0.2
     window: int = 32
     kernel: int = 7
     pool: Literal["max", "avg"] = "max"
 
     def check(self) -> None:
-        check_share(self.name, "budget", self.budget)
         if self.window < 1 or self.kernel < 1 or self.kernel % 2 == 0:
             raise UsageError(f"{self.name}: window must be at least 1, and kernel odd and at least 1")
-        if 1 <= self.budget <= self.window:
-            raise UsageError(f"{self.name}: budget={self.budget:g} must be above its window of {self.window} tokens")
+        super().check()
 
-    def check_context(self, longest: int) -> None:
-        if self.budget < 1 and round(self.budget * longest) <= self.window:
-            kept = f"{round(self.budget * longest)} of {longest} tokens"
-            raise UsageError(f"{self.name}: budget={self.budget:g} is {kept} and must be above window={self.window}")
-
-    def tokens(self, length: int) -> int:
-        return share(self.budget, length, least=self.window + 1)
+    @property
+    def protects(self) -> tuple[int, str]:
+        return self.window, f"its window of {self.window} tokens"
 
     @property
     def observes(self) -> tuple[Observation, ...]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from kvsuite.cache.decoding import LowestEviction
 from kvsuite.errors import UsageError
-from kvsuite.methods.base import Selector, check_share, share
+from kvsuite.methods.base import BudgetSelector
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class StreamingLLM(Selector):
+class StreamingLLM(BudgetSelector):
     """The first ``sinks`` tokens and the last budget - sinks, also while decoding.
 
     ``positions=cache``, the authors': keys stand where the cache has them. Relative to the query that moves only the
@@ -29,24 +29,17 @@ class StreamingLLM(Selector):
     stores = "first 4 tokens and the last budget - 4, also while decoding"
     source = "Xiao et al. 2023, arXiv 2309.17453; mit-han-lab/streaming-llm streaming_llm/kv_cache.py"
 
-    budget: float = 0.2
     sinks: int = 4
     positions: Literal["cache", "absolute"] = "cache"
 
     def check(self) -> None:
         if self.sinks < 0:
             raise UsageError(f"{self.name}: sinks={self.sinks} must not be negative")
-        if 1 <= self.budget <= self.sinks:
-            raise UsageError(f"{self.name}: budget={self.budget:g} must be above its {self.sinks} sinks")
-        check_share(self.name, "budget", self.budget)
+        super().check()
 
-    def check_context(self, longest: int) -> None:
-        if self.budget < 1 and round(self.budget * longest) <= self.sinks:
-            kept = f"{round(self.budget * longest)} of {longest} tokens"
-            raise UsageError(f"{self.name}: budget={self.budget:g} is {kept} and must be above its {self.sinks} sinks")
-
-    def tokens(self, length: int) -> int:
-        return share(self.budget, length, least=self.sinks + 1)
+    @property
+    def protects(self) -> tuple[int, str]:
+        return self.sinks, f"its {self.sinks} sinks"
 
     def score(self, seen: PrefilledLayer, tokens: int) -> Tensor:
         import torch

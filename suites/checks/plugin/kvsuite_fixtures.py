@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from kvsuite.cache.observations import LastQueries
+from kvsuite.kernels.hadamard import hadamard
 from kvsuite.kernels.quantspec import QuantSpec
 from kvsuite.methods import Codec, Reader, Selector
 from kvsuite.methods.artifact import Artifact
@@ -115,13 +116,3 @@ class Levels(QuantSpec):
     def decode(self, fields, dtype, fitted):
         rotated = torch.tensor(self.levels)[fields[0].int()] * fitted[0][:, None]
         return (hadamard(rotated)).to(dtype).unsqueeze(2)
-
-
-def hadamard(x):
-    """x (..., n), turned by the orthonormal Hadamard matrix, its own inverse; n is a power of two. By additions of
-    elements: how a matrix product rounds depends on what else is in it."""
-    n, width, x = x.shape[-1], 1, x.float()
-    while width < n:
-        a, b = x.unflatten(-1, (-1, 2, width)).unbind(-2)
-        x, width = torch.stack([a + b, a - b], -2).flatten(-3), 2 * width
-    return x / n**0.5

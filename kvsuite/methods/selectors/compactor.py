@@ -1,0 +1,79 @@
+"""Compactor: keys that span the others, and what chunks attend to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvsuite.cache.observations import ChunkAttention, Observation
+from kvsuite.errors import UsageError
+from kvsuite.methods.base import BudgetSelector
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvsuite.cache.prefill import PrefilledLayer
+
+
+@dataclass(frozen=True)
+class Compactor(BudgetSelector):
+    """Keeps the first ``sinks`` and the last ``recent`` tokens, and of the others those with the highest
+    ``blend`` · leverage + attention, both as z-scores over all kv heads of a layer. Leverage is that of the keys before
+    RoPE, centred and multiplied by a Gaussian sketch of ``sketch`` columns: diag(X (XᵀX + 0.01)⁻¹ Xᵀ). Attention is
+    what a token gets from all queries of its chunk of ``chunk`` tokens, earlier or later ones, of logits that are not
+    divided by √d, times ‖v‖₂, averaged over 3 neighbours. Without ``blend`` it is the share of tokens that go, as in
+    kvpress. The sketch is drawn from ``seed`` and the layer, one for all heads. Acts on the prompt alone; while
+    decoding all new tokens stay."""
+
+    name = "compactor"
+    stores = "the first and last tokens, and those with high leverage or attention, per kv head"
+    source = "Chari & Van Durme 2025, arXiv 2507.08143; kvpress compactor_press.py, leverage_press.py"
+    before_rope = True
+
+    sinks: int = 8
+    recent: int = 4
+    chunk: int = 256
+    sketch: int = 48
+    blend: float | None = None
+    seed: int = 0
+
+    def check(self) -> None:
+        if min(self.sinks, self.recent) < 0 or min(self.chunk, self.sketch) < 1:
+            raise UsageError(f"{self.name}: sinks and recent must not be negative, chunk and sketch at least 1")
+        super().check()
+
+    @property
+    def protects(self) -> tuple[int, str]:
+        return self.sinks + self.recent, f"its {self.sinks} first and {self.recent} last tokens"
+
+    @property
+    def observes(self) -> tuple[Observation, ...]:
+        return (ChunkAttention(self.chunk, self.sinks, self.recent),)
+
+    def score(self, seen: PrefilledLayer, tokens: int) -> Tensor:
+        from torch.nn.functional import avg_pool1d, pad
+
+        length = seen.k.shape[1]
+        inner = slice(self.sinks, length - self.recent)
+        attention = seen[self.observes[0]] * seen.v[:, inner].float().norm(dim=-1)
+        attention = _standard(avg_pool1d(attention, 3, stride=1, padding=1))
+        leverage = _standard(self._leverage(seen.k_before_rope[:, inner], seen.layer))
+        blend = 1 - tokens / length if self.blend is None else self.blend
+        return pad(blend * leverage + attention, (self.sinks, self.recent), value=float("inf"))
+
+    def _leverage(self, keys: Tensor, layer: int) -> Tensor:
+        """keys float32 (kv_heads, n, head_dim) to (kv_heads, n)."""
+        import torch
+
+        noise = torch.Generator().manual_seed(self.seed * 1_000_003 + layer)
+        sketch = torch.randn(keys.shape[2], self.sketch, generator=noise).to(keys.device)
+        x = (keys - keys.mean(1, keepdim=True)) @ (sketch / self.sketch**0.5)
+        gram = x.transpose(1, 2) @ x + 0.01 * torch.eye(self.sketch, device=x.device)
+        solved = torch.cholesky_solve(x.transpose(1, 2), torch.linalg.cholesky(gram))
+        scores: Tensor = (x * solved.transpose(1, 2)).sum(-1)
+        return scores.clamp(min=0)
+
+
+def _standard(scores: Tensor) -> Tensor:
+    """Less their mean, over their standard deviation, all heads together."""
+    return (scores - scores.mean()) / scores.std().clamp(min=1e-6)
