@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvsuite import ci, records, registry, shapes
+from kvsuite import ci, records, registry, shapes, tools
 from kvsuite.errors import UsageError
 from kvsuite.margins import Margins
 
@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     _why_options(commands.add_parser("why", help="what the caches had lost of the samples that a run's methods broke"))
     _verbosity_options(commands.add_parser("verbosity", help="whether a run's longer answers to chats are worse ones"))
     _crossover_options(commands.add_parser("crossover", help="where fp8 K/V is faster on a GPU, from public tables"))
+    tools.add(commands)
     ci.add(commands)
     return parser
 
