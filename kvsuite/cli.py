@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvsuite import benchmarks, ci, records, registry, routing, shapes
+from kvsuite import benchmarks, ci, records, registry, routing, shapes, tools
 from kvsuite.errors import UsageError
 from kvsuite.margins import Margins
 
@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     _crossover_options(commands.add_parser("crossover", help="where fp8 K/V is faster on a GPU, from public tables"))
     benchmarks.add(commands)
     routing.add(commands)
+    tools.add(commands)
     ci.add(commands)
     return parser
 

@@ -1,8 +1,8 @@
-"""What a predictor is worth: its accuracy on groups it has not seen, beside that of a predictor that knows nothing."""
+"""What predictions of unseen figures are worth, beside those of a predictor that knows less."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,12 +10,6 @@ import numpy as np
 from kvsuite.analysis.resample import DRAWS, Design, Floats
 from kvsuite.analysis.stats import Estimate, Ratio, estimate
 from kvsuite.errors import UsageError
-
-Predict = Callable[[Floats], Floats]
-"""(n, k) features → (n,) figures."""
-Train = Callable[[Floats, Floats], Predict]
-"""(n, k) features and (n,) figures → what predicts."""
-FOLDS = 5
 
 
 def closeness(predicted: Floats, true: Floats) -> Floats:
@@ -70,61 +64,3 @@ def worth(
     top = (-np.inf, 1.0)
     ratios = [Ratio(mine, bounds=top), Ratio(theirs, bounds=top), Ratio(mine - theirs)]
     return Worth(len(true), sum(design.counts), *estimate(design, ratios, draws=draws, seed=seed))
-
-
-def best_constant(x: Floats, y: Floats) -> Predict:
-    """The null that knows nothing but the training figures: the one number with the highest mean accuracy on them.
-
-    That is their median with weights 1 / figure, below the mean: against the mean, a predictor that merely aims low
-    would look as if it knew something.
-    """
-    order = np.argsort(y)
-    weights = np.cumsum(1 / y[order])
-    value = float(y[order][np.searchsorted(weights, weights[-1] / 2)])
-    return lambda new: np.full(len(new), value)
-
-
-def training_mean(x: Floats, y: Floats) -> Predict:
-    """The null that predicts the mean of the training figures."""
-    value = float(y.mean())
-    return lambda new: np.full(len(new), value)
-
-
-def feature(column: int) -> Train:
-    """The null that returns a feature as it is: the uncompressed model's figure, whatever the method."""
-    return lambda x, y: lambda new: new[:, column]
-
-
-def held_out(
-    x: Floats,
-    y: Floats,
-    groups: Sequence[str],
-    fit: Train,
-    null: Train = best_constant,
-    folds: int = FOLDS,
-    draws: int = DRAWS,
-    seed: int = 0,
-) -> Worth:
-    """Train on all groups but a fold's and predict that fold's, for each of ``folds``; the null likewise. ``x`` is
-    (n, k), ``y`` and ``groups`` (n,). Raises UsageError for columns that do not fit, fewer groups than folds, and true
-    figures that are not over 0.
-
-    The interval is of the entries predicted; that other training data would have given another predictor is not in it.
-    """
-    if x.ndim != 2 or y.ndim != 1 or not len(x) == len(y) == len(groups):
-        raise UsageError(f"features are {x.shape}, figures {y.shape}, groups {len(groups)}; each entry has one of each")
-    closeness(y, y)
-    names = np.array(groups, dtype=str)
-    unique = np.unique(names)
-    if not 2 <= folds <= len(unique):
-        raise UsageError(f"{folds} folds cannot be made of {len(unique)} groups; at least 2 and one group each")
-    shuffled = np.random.default_rng(seed).permutation(unique)
-    predicted, nothing = np.empty(len(y)), np.empty(len(y))
-    for fold in range(folds):
-        out = np.isin(names, shuffled[fold::folds])
-        for kind, column in ((fit, predicted), (null, nothing)):
-            found = np.asarray(kind(x[~out], y[~out])(x[out]), dtype=float)
-            if found.shape != (int(out.sum()),):
-                raise UsageError(f"a predictor gave {found.shape} numbers for {int(out.sum())} entries")
-            column[out] = found
-    return worth(predicted, nothing, y, groups, draws, seed)

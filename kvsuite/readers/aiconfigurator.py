@@ -168,3 +168,70 @@ def _facts(file: Path) -> dict[str, float]:
         return {name: float(facts[name]) for name in ("mem_bw", "mem_capacity", "sm_version")}
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{file} does not say what the GPU's memory is: {error}") from error
+
+
+@dataclass(frozen=True)
+class Formats:
+    """Attention of a decode step with fp8 and with bf16 K and V, cell by cell, on one GPU with one pair of kernels."""
+
+    gpu: str
+    engine: str
+    version: str
+    kernels: str
+    """That of bf16, and that of fp8 where it is another."""
+    bandwidth: float
+    """Of the GPU's memory, bytes a second, as specified."""
+    capability: int
+    cells: NDArray[np.int64]
+    """(n, 5): batch, length, heads, kv heads, head dimension."""
+    plain: NDArray[np.float64]
+    """(n,) ms with bf16."""
+    fp8: NDArray[np.float64]
+    """(n,) ms with fp8."""
+
+
+UNNAMED = "torch_flow"
+"""What TensorRT-LLM's tables have for the name of a kernel; it has others for each generation of GPUs."""
+CELL = ("batch_size", "step", "num_heads", "num_key_value_heads", "head_dim")
+
+
+def formats(systems: Path, engine: str) -> list[Formats]:
+    """All GPUs' newest tables of an engine, full attention alone; none of a GPU without fp8. Where a format was
+    measured with several kernels, those of one name belong together. Raises UsageError for an unknown engine."""
+    files = sorted(systems.glob(f"data/*/attention/*/*/{ATTENTION}"))
+    engines = {file.parents[1].name for file in files}
+    if engine not in engines:
+        raise unknown("engine", engine, engines)
+    found = []
+    for gpu in sorted({file.parents[3].name for file in files if file.parents[1].name == engine}):
+        file = _newest(file for file in files if (file.parents[3].name, file.parents[1].name) == (gpu, engine))
+        facts = _facts(systems / f"{gpu}.yaml")
+        times = _by_kernel(file)
+        for kernel, fp8 in sorted(times.get("fp8", {}).items()):
+            plains = times.get(DTYPE, {})
+            name = kernel if kernel in plains else next(iter(plains), "")
+            both = sorted(fp8.keys() & plains.get(name, {}).keys()) if name == kernel or len(plains) == 1 else []
+            if both:
+                cells, ms = np.array(both), [np.array([x[cell] for cell in both]) for x in (plains[name], fp8)]
+                known = kernel if name == kernel else f"{name}, {kernel}"
+                capability = int(facts["sm_version"])
+                if known == UNNAMED:
+                    known += f" of generation {capability // 10}"
+                found.append(Formats(gpu, engine, file.parent.name, known, facts["mem_bw"], capability, cells, *ms))
+    return found
+
+
+def _by_kernel(file: Path) -> dict[str, dict[str, dict[tuple[int, ...], float]]]:
+    """ms by K/V dtype, kernel and cell."""
+    table = _columns(file, "attn_dtype", "kv_cache_dtype", "kernel_source", "latency", *CELL)
+    here = table["attn_dtype"].astype(str) == DTYPE
+    for name, value in {"isl": 1, "beam_width": 1, "window_size": 0}.items():
+        if name in table:  # older files have no window_size
+            here &= _numbers(table[name]) == value
+    cells = np.column_stack([_numbers(table[name][here]) for name in CELL]).astype(int)
+    cells[:, 1] += 1  # the token that is decoded
+    found: dict[str, dict[str, dict[tuple[int, ...], float]]] = {}
+    named = (table[name][here] for name in ("kv_cache_dtype", "kernel_source", "latency"))
+    for cell, dtype, kernel, ms in zip(cells.tolist(), *named, strict=True):
+        found.setdefault(str(dtype), {}).setdefault(str(kernel), {})[tuple(cell)] = float(ms)
+    return found
