@@ -227,9 +227,9 @@ GPU = {"environment": ENVIRONMENT | {"gpu": "a GPU"}}
 
 
 def test_a_cell_that_failed_or_is_missing_is_no_absent_one():
-    failed = timing("other", status="failed", error="out of memory", seconds=[], baseline_seconds=[])
+    failed = timing("other", status="failed", error="it broke", seconds=[], baseline_seconds=[])
     found = run([timing("full"), timing(), failed], **GPU, expected={"timings": 3}, finished="now")
-    assert [row[1] for row in drawn(found)["decode"].rows] == ["40", "0.50 ± 0.00", "0.50 ± 0.00", "FAILED"]
+    assert [row[1] for row in drawn(found)["decode"].rows] == ["40", "0.50 (0.50–0.50)", "0.50 (0.50–0.50)", "FAILED"]
     assert (verdict(found, "m", "speed"), verdict(found, "other", "speed")) == (HARMFUL, "FAILED")
     found = run([timing("full"), timing()], **GPU, expected={"timings": 4})
     rows = {row[0]: row[1] for row in drawn(found)["decode"].rows}
