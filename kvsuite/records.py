@@ -334,7 +334,7 @@ class Timing(Record):
     operations: int = 0
     """Multiplications and additions of a round, those of products of matrices."""
     bandwidth: float = 0.0
-    """Bytes a second that this machine read just before the cell was timed."""
+    """Bytes a second that this machine read, measured before the run's first cell."""
     rate: float = 0.0
     """Operations a second of a large product in the compute dtype, then."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,14 +30,16 @@ class Asked:
     """Multiplications and additions of matrix products and attention."""
 
 
+@functools.cache  # cells are many, and this takes longer than some of them
 def bandwidth(device: torch.device) -> float:
-    """Bytes a second that all threads together read from memory now."""
+    """Bytes a second that all threads together read from memory, measured once."""
     memory = torch.ones(READ[device.type] // 4, dtype=torch.float32, device=device)
     return memory.nbytes / _fastest(lambda: memory.sum(), device)
 
 
+@functools.cache
 def rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large matrix product now."""
+    """Operations a second of a large matrix product, measured once."""
     rows = ROWS[device.type]
     one = torch.full((rows, rows), 0.5, dtype=dtype, device=device)
     return 2 * rows**3 / _fastest(lambda: one @ one, device)

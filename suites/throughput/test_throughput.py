@@ -90,7 +90,7 @@ def run_cell(kv_local, benchmark, cell, make):
 
 
 def limits(kv_local, asked, turns):
-    """What this machine can do now, and what a round asks of it."""
+    """What this machine can do, and what a round asks of it."""
     from kvsuite.engines.limits import bandwidth, rate
 
     layer = kv_local.engine.layers[0]

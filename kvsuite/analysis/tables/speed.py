@@ -74,7 +74,7 @@ def _meaning(phase: str, rows: Sequence[SpeedRow]) -> list[Note]:
         said.append("not measured: fewer than two pairs of rounds ran (--benchmark-disable, --kv-rounds).")
     if any(r.of_limit is not None for r in rows):
         said.append(
-            "The limit: weights once, and K and V, over the bandwidth that this machine read just before, or "
+            "The limit: weights once, and K and V, over the bandwidth that this machine read in this run, or "
             "operations over the rate of a large product then, whichever takes longer."
         )
     if phase == "prefill":
