@@ -257,7 +257,7 @@ SHAPE = """
 from kvsuite import shapes
 shapes.SHAPES["tiny"] = shapes.ModelShape(12, 4, 2, 16, 64, 64, 99)
 """
-ASKED = ("--kv-model", "shape:tiny:layers=6", "--kv-cells", "2x256,1x300,50000x256", "--kv-memory", "0.1")
+ASKED = ("--kv-model", "shape:tiny:layers=6", "--kv-cells", "2x256,1x300,4000x256", "--kv-memory", "0.1")
 
 
 def test_a_shape_is_timed_in_every_mode_and_what_does_not_fit_is_a_result(run, pytester):
@@ -266,7 +266,7 @@ def test_a_shape_is_timed_in_every_mode_and_what_does_not_fit_is_a_result(run, p
     result = run("throughput", *ASKED, *chosen)
     assert result.ret == 0, result.outlines[-30:]
     timings = left(Timing)
-    cells = {(2, 256), (1, 300), (50000, 256)}
+    cells = {(2, 256), (1, 300), (4000, 256)}
     assert {(t.method, t.phase, (t.width, t.length)) for t in timings} == {
         (m, phase, cell) for m in ("full", "int8", "transformers") for phase in ("decode", "eager") for cell in cells
     }
