@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,4 +100,4 @@ def _score(asked: argparse.Namespace) -> None:
     elif asked.markdown:
         print(*map(markdown.table, benchmark.tables(found)), sep="\n\n")
     else:
-        terminal.write(benchmark.tables(found), sys.stdout, shutil.get_terminal_size().columns)
+        terminal.show(benchmark.tables(found))

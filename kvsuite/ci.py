@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,7 +63,7 @@ def _gate(asked: argparse.Namespace) -> int:
     if not (held.gates or held.against):
         raise UsageError("say what the run is held against: --gate 'speed[int8]>=1.0', --against RUN")
     report = analyse(records.read(Path(asked.folder)), held)
-    terminal.write([report.table("gates")], sys.stdout, shutil.get_terminal_size().columns)
+    terminal.show([report.table("gates")])
     return int(report.failed)
 
 
@@ -103,7 +102,7 @@ def _leaderboard(asked: argparse.Namespace) -> None:
     elif asked.markdown:
         print(markdown.table(table))
     else:
-        terminal.write([table], sys.stdout, shutil.get_terminal_size().columns)
+        terminal.show([table])
 
 
 def named(given: Sequence[str]) -> dict[str, str]:

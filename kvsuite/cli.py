@@ -7,14 +7,14 @@ import io
 import itertools
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvsuite import benchmarks, ci, records, registry, routing, shapes, tools
+from kvsuite import benchmarks, ci, predicting, records, registry, routing, shapes
+from kvsuite.arguments import whole_numbers
 from kvsuite.errors import UsageError
 from kvsuite.margins import Margins
 
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     _crossover_options(commands.add_parser("crossover", help="where fp8 K/V is faster on a GPU, from public tables"))
     benchmarks.add(commands)
     routing.add(commands)
-    tools.add(commands)
+    predicting.add(commands)
     ci.add(commands)
     return parser
 
@@ -151,7 +151,7 @@ def _verbosity_options(parser: argparse.ArgumentParser) -> None:
 def _capacity_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="RUN", help="a run folder with decoding timed at two lengths or more")
     parser.add_argument("--memory", type=float, default=1.0, metavar="GIB", help="for caches alone (default: 1)")
-    parser.add_argument("--length", type=_whole, default=[], metavar="N,…", help="tokens (default: the longest timed)")
+    parser.add_argument("--length", type=whole_numbers, default=[], metavar="N,…", help="tokens; else the longest")
     parser.set_defaults(run=_capacity)
 
 
@@ -162,9 +162,9 @@ def _crossover_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv", default="fp8", metavar="METHOD", help="measured: fp8; modelled: int4, snapkv:budget=0.25 …"
     )
-    parser.add_argument("--batch", type=_whole, metavar="N,…", help="these batches, interpolated if need be")
+    parser.add_argument("--batch", type=whole_numbers, metavar="N,…", help="these batches, interpolated if need be")
     parser.add_argument(
-        "--length", type=_whole, metavar="N,…", help="these lengths (default: the tables', from 256 on)"
+        "--length", type=whole_numbers, metavar="N,…", help="these lengths (default: the tables', from 256 on)"
     )
     parser.add_argument("--kernel", metavar="NAME", help="where the engine has several for one format")
     parser.add_argument("--extrapolate", action="store_true", help="a stated model where nothing was measured")
@@ -173,13 +173,6 @@ def _crossover_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--svg", type=Path, metavar="FILE", help="write the maps as a picture")
     parser.add_argument("--json", action="store_true", help="every cell as numbers, for a program")
     parser.set_defaults(run=_crossover)
-
-
-def _whole(text: str) -> list[int]:
-    numbers = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
-    if min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: write whole numbers above 0, separated by commas")
-    return numbers
 
 
 def _margins_option(parser: argparse.ArgumentParser) -> None:
@@ -215,7 +208,7 @@ def _negatives(asked: argparse.Namespace) -> None:
         print(json.dumps(negatives.as_json(found), indent=2, ensure_ascii=False, allow_nan=False))
         print(*found.notes, sep="\n", file=sys.stderr)
     else:
-        terminal.write(negatives.tables(found), sys.stdout, shutil.get_terminal_size().columns)
+        terminal.show(negatives.tables(found))
 
 
 def _compared(asked: argparse.Namespace) -> Compared:
@@ -247,7 +240,7 @@ def _compare(asked: argparse.Namespace) -> None:
         tables = changes.runs(one, other, margins)
     else:
         tables = _two_results(asked, margins)
-    terminal.write(tables, sys.stdout, shutil.get_terminal_size().columns)
+    terminal.show(tables)
 
 
 def _two_results(asked: argparse.Namespace, margins: Margins) -> list[Table]:
@@ -284,7 +277,7 @@ def _report(asked: argparse.Namespace) -> None:
     elif asked.markdown or asked.json:
         print((markdown if asked.markdown else as_json).render(report), end="")
     else:
-        terminal.write(report.tables, sys.stdout, shutil.get_terminal_size().columns, report.notes)
+        terminal.show(report.tables, report.notes)
 
 
 def _paper(asked: argparse.Namespace) -> None:
@@ -298,7 +291,7 @@ def _paper(asked: argparse.Namespace) -> None:
         shown = [paper.overview(), *(t for t in tables if t.rows)] if not asked.figures else tables
         print(*([] if asked.figures else [paper.INTRO]), *map(markdown.table, shown), sep="\n\n")
     else:
-        terminal.write(tables, sys.stdout, shutil.get_terminal_size().columns)
+        terminal.show(tables)
 
 
 def _why(asked: argparse.Namespace) -> None:
@@ -311,7 +304,7 @@ def _why(asked: argparse.Namespace) -> None:
     for at, loss in enumerate(why.losses(), start=1):
         done = f"{at} of {len(why.asked)}: {loss.method}, {loss.sample}"
         print(f"{done}: {loss.error}" if loss.error else done, file=sys.stderr, flush=True)
-    terminal.write(causes(records.read(folder)), sys.stdout, shutil.get_terminal_size().columns)
+    terminal.show(causes(records.read(folder)))
 
 
 def _verbosity(asked: argparse.Namespace) -> None:
@@ -324,7 +317,7 @@ def _verbosity(asked: argparse.Namespace) -> None:
     alike = itertools.groupby(asks.similarities(), lambda r: f"{r.task}, {r.sample}")
     for at, (which, _) in enumerate(alike, start=1):
         print(f"{at} of {len(asks.asked)}: {which}", file=sys.stderr, flush=True)
-    terminal.write(verbosity(records.read(folder)), sys.stdout, shutil.get_terminal_size().columns)
+    terminal.show(verbosity(records.read(folder)))
 
 
 def _plan(asked: argparse.Namespace) -> None:
@@ -339,7 +332,7 @@ def _plan(asked: argparse.Namespace) -> None:
     else:
         run, margins = records.read(Path(asked.folder)), Margins.parse(asked.margins)
         tables = [plan.plan(run, margins), *plan.blocks(run, margins)]
-    terminal.write(tables, sys.stdout, shutil.get_terminal_size().columns)
+    terminal.show(tables)
 
 
 def _capacity(asked: argparse.Namespace) -> None:
@@ -347,7 +340,7 @@ def _capacity(asked: argparse.Namespace) -> None:
     from kvsuite.report import terminal
 
     tables = capacity.asked(records.read(Path(asked.folder)), asked.memory, asked.length)
-    terminal.write(tables, sys.stdout, shutil.get_terminal_size().columns)
+    terminal.show(tables)
 
 
 def _crossover(asked: argparse.Namespace) -> None:
@@ -371,7 +364,7 @@ def _crossover(asked: argparse.Namespace) -> None:
     if asked.json:
         print(json.dumps(crossover.as_json(found, cells), indent=1))
     else:
-        terminal.write(tables, sys.stdout, shutil.get_terminal_size().columns)
+        terminal.show(tables)
 
 
 def _methods(asked: argparse.Namespace) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,7 +96,7 @@ def _simulate(asked: argparse.Namespace) -> None:
     if asked.json:
         print(json.dumps(routed.as_json(setup, rows), indent=1, ensure_ascii=False, allow_nan=False))
     else:
-        terminal.write(routed.tables(setup, rows, asked.seeds), sys.stdout, shutil.get_terminal_size().columns)
+        terminal.show(routed.tables(setup, rows, asked.seeds))
 
 
 def _setup(asked: argparse.Namespace) -> Setup:

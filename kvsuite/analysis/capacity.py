@@ -15,7 +15,7 @@ STRAIGHT = 0.02
 
 
 @dataclass(frozen=True)
-class Held:
+class SequenceBytes:
     """Bytes that one sequence holds over its tokens, a line through what was measured."""
 
     fixed: float
@@ -28,7 +28,7 @@ class Held:
         return int(nbytes // (self.fixed + self.token * length))
 
 
-def held(timings: Sequence[Timing]) -> dict[str, Held]:
+def sequence_bytes(timings: Sequence[Timing]) -> dict[str, SequenceBytes]:
     """By method, where decoding was timed at two lengths or more. On models with windows the fixed part is what
     windowed layers hold, and the slope that of the others."""
     points: dict[str, dict[int, float]] = {}
@@ -38,10 +38,10 @@ def held(timings: Sequence[Timing]) -> dict[str, Held]:
     return {method: _line(sorted(known.items())) for method, known in points.items() if len(known) > 1}
 
 
-def _line(points: Sequence[tuple[int, float]]) -> Held:
+def _line(points: Sequence[tuple[int, float]]) -> SequenceBytes:
     lengths, nbytes = np.array(points, dtype=float).T
     token, fixed = np.polyfit(lengths, nbytes, 1)
     away = np.abs(fixed + token * lengths - nbytes) / nbytes
     if len(points) > 2 and away.max() > STRAIGHT:
         return _line(points[1:])
-    return Held(float(max(fixed, 0.0)), float(max(token, 0.0)), tuple(length for length, _ in points))
+    return SequenceBytes(float(max(fixed, 0.0)), float(max(token, 0.0)), tuple(length for length, _ in points))

@@ -99,6 +99,12 @@ def requests(arm: Beside, paces: Mapping[str, Pace], base: str) -> Requests | No
     )
 
 
+def of_arms(arms: Sequence[Beside], paces: Mapping[str, Pace], base: str) -> dict[str, Requests]:
+    """By name, those of all arms whose speed is known, but of the baseline beside itself."""
+    found = {arm.name: requests(arm, paces, base) for arm in arms if arm.method != base or arm.control}
+    return {name: known for name, known in found.items() if known is not None}
+
+
 def _joined(pairs: Pairs, mine: Pace, base: Pace) -> tuple[Floats, Floats]:
     """(n,) each: seconds of an arm's requests, and of the baseline's."""
     return np.array([_of(a, mine) for a, _ in pairs]), np.array([_of(b, base) for _, b in pairs])

@@ -16,7 +16,7 @@ import numpy as np
 from kvsuite.analysis.length import Beside, Pairs, beside
 from kvsuite.analysis.resample import Design
 from kvsuite.analysis.stats import Estimate, Ratio, estimate
-from kvsuite.readers.run import answers
+from kvsuite.readers.run import by_task
 from kvsuite.records import Answer, Job, Run, Similarity
 
 SEEN = 256
@@ -59,10 +59,9 @@ def job(a: Answer) -> Job:
 
 def arms(run: Run) -> dict[str, list[Beside]]:
     """By task of chats, all that are to be compared with the baseline: not itself."""
-    known = list(answers(run, "length", references=True))
     found = {}
-    for task in dict.fromkeys(a.task for a in known):
-        some = beside([a for a in known if a.task == task], run.baseline)
+    for task, known in by_task(run, "length").items():
+        some = beside(known, run.baseline)
         found[task] = [arm for arm in some if arm.apart and (arm.control or arm.method != run.baseline)]
     return found
 

@@ -21,7 +21,7 @@ ROWS = {"cpu": 1024, "cuda": 8192}
 
 
 @dataclass(frozen=True)
-class Asked:
+class StepWork:
     """Of one step, or one prefill."""
 
     moved: int
@@ -57,23 +57,23 @@ def _fastest(run: Callable[[], object], device: torch.device) -> float:
     return min(seconds[1:])
 
 
-def step(model: Any, worker: MethodWorker) -> Asked:
+def step(model: Any, worker: MethodWorker) -> StepWork:
     """A step of one token for every sequence of a worker."""
     products = _products(model)
     tokens = sum(cache.kept(row) for cache in worker.caches for row, _ in worker.active)  # of all kv heads
     layer = worker.caches[0].layer
     attention = 4 * layer.head_dim * (layer.heads // layer.kv_heads) * tokens
     rows = len(worker.active)
-    return Asked(_nbytes(products) + worker.read_nbytes, 2 * _numel(products) * rows + attention)
+    return StepWork(_nbytes(products) + worker.read_nbytes, 2 * _numel(products) * rows + attention)
 
 
-def prefill(model: Any, worker: MethodWorker, length: int) -> Asked:
+def prefill(model: Any, worker: MethodWorker, length: int) -> StepWork:
     """A prompt of ``length`` tokens: causal attention, and the logits of its last token alone."""
     products = _products(model)
     last = [x for x in products if x is model.get_output_embeddings()]
     others = [x for x in products if x is not model.get_output_embeddings()]
     attention = sum(2 * cache.layer.heads * cache.layer.head_dim * length**2 for cache in worker.caches)
-    return Asked(_nbytes(products), 2 * _numel(others) * length + 2 * _numel(last) + attention)
+    return StepWork(_nbytes(products), 2 * _numel(others) * length + 2 * _numel(last) + attention)
 
 
 def _products(model: Any) -> list[torch.nn.Linear]:

@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 POSITIONS = 32
 """Positions of an answer that are looked at, where it has more."""
 
-Held = list[list[Tensor]]
+HeldPositions = list[list[Tensor]]
 """For each layer and kv head the positions of the tokens it holds, int64 (n,)."""
 
 
 @dataclass(frozen=True)
-class Asked:
+class ForcedAnswer:
     """A sample, as it was answered."""
 
     request: Request
@@ -50,7 +50,7 @@ class Asked:
 
 @torch.inference_mode()
 def losses(
-    engine: TransformersEngine, asked: Asked, parting: Mapping[Method, int | None]
+    engine: TransformersEngine, asked: ForcedAnswer, parting: Mapping[Method, int | None]
 ) -> dict[Method, dict[str, Any]]:
     """The figures of `records.Loss` by method, or ``{"error": why}``. ``parting``: the place in the answer, from 0, at
     which each method's own parts from it; None where it does not."""
@@ -79,7 +79,7 @@ def _look(
     engine: TransformersEngine,
     method: Method,
     prompt: Prompt,
-    asked: Asked,
+    asked: ForcedAnswer,
     whole: Sequence[PrefilledLayer],
     even: Sequence[int],
     apart: Sequence[int | None],
@@ -99,7 +99,7 @@ def _look(
     return figures | {"parting": next((by_place[p] for p in apart if p is not None), None)}
 
 
-def _tokens(views: Sequence[Sequence[HeadView]], asked: Asked) -> dict[str, Any]:
+def _tokens(views: Sequence[Sequence[HeadView]], asked: ForcedAnswer) -> dict[str, Any]:
     """How much of the prompt, and of its span, is held."""
     heads = [head for layer in views for head in layer]
     kept = sum(len(head.positions) for head in heads) / len(heads) / len(asked.context)
@@ -136,12 +136,12 @@ def _errors(
 
 
 def _held(
-    engine: TransformersEngine, worker: MethodWorker, row: int, asked: Asked, at: Sequence[int]
-) -> list[Held]:  # fmt: skip
+    engine: TransformersEngine, worker: MethodWorker, row: int, asked: ForcedAnswer, at: Sequence[int]
+) -> list[HeldPositions]:  # fmt: skip
     """What the cache holds when it attends for the answer's tokens ``at``: what it held before the step, and the token
     that is fed, since what a step evicts it has read."""
     worker.member.rows = (row,)
-    cache, found = KVCache(worker.member), list[Held]()
+    cache, found = KVCache(worker.member), list[HeldPositions]()
     fed, start = asked.suffix + asked.answer, len(asked.context)
     for step in range(len(asked.suffix) + at[-1]):
         if step + 1 - len(asked.suffix) in at:
@@ -157,7 +157,9 @@ def _held(
     return found
 
 
-def _attention(whole: Sequence[PrefilledLayer], held: Sequence[Held], at: Sequence[int], prompt: int) -> list[float]:
+def _attention(
+    whole: Sequence[PrefilledLayer], held: Sequence[HeldPositions], at: Sequence[int], prompt: int
+) -> list[float]:
     """For each place of the answer the share of attention that goes to tokens that are not held: mean over layers and
     query heads. ``whole`` ends with the token that decides the last place; ``prompt``: tokens before the answer."""
     window = LastQueries(at[-1] - at[0] + 1)

@@ -71,7 +71,7 @@ def attend(
     return out
 
 
-Held = list[tuple[int, list[tuple[slice, int, Loaded]]]]
+HeldRows = list[tuple[int, list[tuple[slice, int, Loaded]]]]
 """Row by row: heads that lie alike, their slots in use, and what they hold."""
 
 
@@ -80,7 +80,7 @@ def _spans(kv: PagedKV, row: int) -> list[tuple[slice, int, Loaded]]:
     return [(span, used, load(kv, row, span, used, None)) for span, used in kv.spans(row)]
 
 
-def _dense(kv: PagedKV, held: Held, field: str, dtype: torch.dtype) -> Tensor:
+def _dense(kv: PagedKV, held: HeldRows, field: str, dtype: torch.dtype) -> Tensor:
     """(n, kv_heads, T, head_dim) of all rows, 0 behind the shorter ones."""
     parts = [[getattr(one, field) for _, _, one in spans] for _, spans in held]
     lengths = {part.shape[1] for own in parts for part in own}
@@ -94,7 +94,7 @@ def _dense(kv: PagedKV, held: Held, field: str, dtype: torch.dtype) -> Tensor:
     return dense
 
 
-def _allowed(kv: PagedKV, held: Held, queries: int, window: int | None, longest: int) -> Tensor | None:
+def _allowed(kv: PagedKV, held: HeldRows, queries: int, window: int | None, longest: int) -> Tensor | None:
     """bool (n, kv_heads, Q, T): what may be read; None where everything may."""
     masks = [[readable(kv, row, span, one, queries, window) for span, _, one in spans] for row, spans in held]
     full = all(one.k.shape[1] == longest for _, spans in held for _, _, one in spans)
@@ -108,7 +108,7 @@ def _allowed(kv: PagedKV, held: Held, queries: int, window: int | None, longest:
 
 
 def _note(
-    kv: PagedKV, held: Held, q: Tensor, k: Tensor, allowed: Tensor | None, weights: Tensor | None, scale: float
+    kv: PagedKV, held: HeldRows, q: Tensor, k: Tensor, allowed: Tensor | None, weights: Tensor | None, scale: float
 ) -> None:
     """Keep the attention that tokens got. Only eager attention tells its weights; beside the others they are computed
     once more, which is what a method pays there that selects by attention."""

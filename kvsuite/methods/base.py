@@ -264,6 +264,13 @@ def share(value: float, length: int, least: int = 1) -> int:
     return max(least, round(value * length)) if 0 < value < 1 else int(value)
 
 
+def check_above_zero(owner: str, **values: float) -> None:
+    """UsageError unless all are finite and above 0."""
+    for name, value in values.items():
+        if not 0 < value < float("inf"):
+            raise UsageError(f"{owner}: {name}={value:g} must be above 0")
+
+
 def check_share(owner: str, name: str, value: float, least: int = 1) -> None:
     """UsageError unless ``value`` is a fraction in (0, 1) or a whole number of at least ``least`` tokens."""
     if not (0 < value < 1 or (value >= least and value == int(value))):

@@ -9,7 +9,6 @@ of its length over the baseline's to the same prompt, where neither was capped.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,10 +17,9 @@ from typing import Any
 
 import numpy as np
 
-import kvsuite
 from kvsuite.analysis.resample import Floats, Mask
 from kvsuite.errors import UsageError, unknown
-from kvsuite.predict import learner
+from kvsuite.predict import files, learner
 from kvsuite.predict.prompts import COUNTED, Embed, features
 from kvsuite.predict.types import Classifier
 from kvsuite.records import Answer, Run, is_reference
@@ -256,30 +254,17 @@ class Predictor:
 
     def save(self, file: Path) -> None:
         """As JSON."""
-        what: dict[str, Any] = {
-            "kind": KIND,
-            "kvsuite": kvsuite.__version__,
-            "model": self.model,
-            "fingerprint": self.fingerprint,
-        }
-        what |= {"cap": self.cap, "levels": LEVELS, "length": self.length.as_json()}
-        what |= {"change": self.change.as_json() if self.change else None}
-        what |= {"types": self.types.as_json() if self.types else None}
-        try:
-            file.write_text(json.dumps(what, allow_nan=False) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"{str(file)!r} cannot be written: {error.strerror}") from error
+        learned = {
+            "model": self.model, "fingerprint": self.fingerprint, "cap": self.cap, "levels": LEVELS,
+            "length": self.length.as_json(), "change": self.change.as_json() if self.change else None,
+            "types": self.types.as_json() if self.types else None,
+        }  # fmt: skip
+        files.write(file, KIND, learned)
 
     @classmethod
     def load(cls, file: Path) -> Predictor:
         """What `save` wrote. Raises UsageError for another file, and for one of another version."""
-        try:
-            what = json.loads(file.read_text(encoding="utf-8"))
-            kind, version = what["kind"], what["kvsuite"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{str(file)!r} is no predictor: {error!r}") from error
-        if (kind, version) != (KIND, kvsuite.__version__):
-            raise UsageError(f"{str(file)!r} is of kvsuite {version}, {kind}; this is {kvsuite.__version__}, {KIND}")
+        what = files.read(file, KIND)
         change = Quantiles.of(what["change"]) if what["change"] else None
         types = Classifier.of(what["types"]) if what["types"] else None
         return cls(what["model"], what["fingerprint"], what["cap"], Quantiles.of(what["length"]), change, types)

@@ -11,9 +11,9 @@ from kvsuite.analysis.stats import Estimate
 from kvsuite.analysis.table import Cell, Column, Note, Row, Table, infos
 from kvsuite.predict.kernels import Left
 from kvsuite.predict.length import LEVELS
+from kvsuite.predict.length_scores import LengthScore
 from kvsuite.predict.scores import Score
 from kvsuite.predict.throughput import Answer
-from kvsuite.predict.told import Told
 from kvsuite.predict.types import Accuracy
 
 SCORED = (
@@ -117,7 +117,7 @@ def answer_json(a: Answer) -> dict[str, Any]:
     return {name: getattr(a, name) for name in names}
 
 
-def lengths(rows: Sequence[Told], types: Accuracy | None) -> list[Table]:
+def lengths(rows: Sequence[LengthScore], types: Accuracy | None) -> list[Table]:
     """By what is predicted and by whom; then how often the type of a task was told right."""
     columns = [
         Column("n", "n"),
@@ -154,7 +154,7 @@ def lengths(rows: Sequence[Told], types: Accuracy | None) -> list[Table]:
     return found
 
 
-def told_json(row: Told) -> dict[str, Any]:
+def told_json(row: LengthScore) -> dict[str, Any]:
     """One row of `lengths`."""
     found: dict[str, Any] = {n: getattr(row, n) for n in ("what", "predictor", "n", "prompts")}
     for name in ("concordance", "loss"):

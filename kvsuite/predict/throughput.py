@@ -11,7 +11,6 @@ by a Gaussian process over log b and log n.
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,12 +21,11 @@ from typing import Any
 
 import numpy as np
 
-import kvsuite
 from kvsuite.analysis.kv_formats import stored
 from kvsuite.analysis.resample import Floats
 from kvsuite.errors import UsageError, unknown
 from kvsuite.methods.grammar import parse
-from kvsuite.predict import learner
+from kvsuite.predict import files, learner
 from kvsuite.predict.cells import Cell, Stage, merged, rate
 from kvsuite.shapes import SHAPES
 
@@ -317,25 +315,13 @@ class Predictor:
         """As JSON: the cells, and what was learned beyond them."""
         for stage in {c.stage for c in self.cells}:
             self._reach(stage)
-        what = {"kind": KIND, "kvsuite": kvsuite.__version__, "cells": [asdict(c) for c in self.cells]}
-        text = json.dumps(what | {"scales": self._scales, "reach": self.reach}, indent=1, allow_nan=False)
-        try:
-            file.write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"{str(file)!r} cannot be written: {error.strerror}") from error
+        cells = [asdict(c) for c in self.cells]
+        files.write(file, KIND, {"cells": cells, "scales": self._scales, "reach": self.reach})
 
     @classmethod
     def load(cls, file: Path) -> Predictor:
         """What `save` wrote. Raises UsageError for another file, and for one of another version of kvsuite."""
-        try:
-            what = json.loads(file.read_text(encoding="utf-8"))
-            kind, version = what["kind"], what["kvsuite"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{str(file)!r} is no predictor: {error!r}") from error
-        if kind != KIND or version != kvsuite.__version__:
-            raise UsageError(
-                f"{str(file)!r} is of kvsuite {version}, kind {kind}, and this is {kvsuite.__version__}, {KIND}"
-            )
+        what = files.read(file, KIND)
         return cls([Cell(**c) for c in what["cells"]], what["scales"], what["reach"])
 
 

@@ -68,6 +68,14 @@ def named_documents(path: str, which: str) -> tuple[Documents, bool]:
     return documents(run).get(method, {}), all(arm != method for arm, _ in arms(run))
 
 
+def by_task(run: Run, evaluation: str = "") -> dict[str, list[Answer]]:
+    """Its answers by task, those at other temperatures among them; see `answers`."""
+    found: dict[str, list[Answer]] = {}
+    for a in answers(run, evaluation, references=True):
+        found.setdefault(a.task, []).append(a)
+    return found
+
+
 def answers(run: Run, evaluation: str = "", references: bool = False) -> Iterable[Answer]:
     """A run's answers to tasks, or to those of one evaluation; those at other temperatures only where ``references``
     are asked for."""

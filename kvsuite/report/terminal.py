@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import shutil
+import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -44,6 +46,11 @@ def _brief(table: Table) -> Table:
     """A table under the headline needs no title, and no explanation of its words."""
     title = "" if table.key == "decision" else table.title
     return replace(table, title=title, notes=[note for note in table.notes if note.severity == "warning"])
+
+
+def show(tables: Sequence[Table], last: Sequence[Note] = ()) -> None:
+    """Draw tables, and ``last`` notes, in the window of whoever asked."""
+    write(tables, sys.stdout, shutil.get_terminal_size().columns, last)
 
 
 def write(tables: Sequence[Table], file: TextIO, width: int, last: Sequence[Note] = (), brief: bool = False) -> None:

@@ -62,14 +62,14 @@ class Why:
                     yield loss
 
     def _sample(self, task: Task, sample: Sample, looked: list[Looked]) -> Iterator[Loss]:
-        from kvsuite.engines.losses import Asked, losses
+        from kvsuite.engines.losses import ForcedAnswer, losses
 
         engine, request, span = self.here.engine, self.here.request(sample), sentence(sample)
         context, suffix = engine.encode(request, self.here.setting.compress)
         base = looked[0].base
         if base.prompt_tokens != len(context) + len(suffix) or base.prompt not in ("", sample.prompt_end):
             raise UsageError(f"sample {sample.id} of {task.name} is not the one that {self.run.folder} holds")
-        asked = Asked(request, context, suffix, base.tokens, engine.tokens_of(request, span))
+        asked = ForcedAnswer(request, context, suffix, base.tokens, engine.tokens_of(request, span))
         methods: dict[Method, Looked] = {parse(one.method): one for one in looked}
         found = losses(engine, asked, {method: one.parting for method, one in methods.items()})
         for method, figures in found.items():

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from kvsuite import cli
-from kvsuite.analysis.capacity import held
+from kvsuite.analysis.capacity import sequence_bytes
 from kvsuite.analysis.speed import break_evens, log_speeds, scaled, speed_rows
 from kvsuite.analysis.tables.capacity import capacity
 from kvsuite.records import Run, RunFolder, Timing
@@ -28,7 +28,7 @@ def timing(method, length, nbytes, width=1, **more):
 def test_a_fixed_part_and_a_slope():
     full = [timing("full", n, 7 * KIB + 100 * n, width) for n in (512, 1024, 4096) for width in (1, 8)]
     evicts = [timing("evicts", n, min(n, 1000) * 100) for n in (256, 512, 2048, 4096, 8192)]
-    found = held([*full, *evicts, timing("one", 512, 5), timing("full", 512, 1, phase="eager")])
+    found = sequence_bytes([*full, *evicts, timing("one", 512, 5), timing("full", 512, 1, phase="eager")])
     assert set(found) == {"full", "evicts"}
     assert (found["full"].fixed, found["full"].token) == (pytest.approx(7 * KIB), pytest.approx(100))
     assert found["full"].lengths == (512, 1024, 4096)

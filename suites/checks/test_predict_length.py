@@ -12,8 +12,8 @@ from kvsuite.cli import main
 from kvsuite.errors import UsageError
 from kvsuite.predict import types
 from kvsuite.predict.length import LEVELS, Lengths, Predictor, Quantiles, concordant, pinball, prompts_of
+from kvsuite.predict.length_scores import elsewhere, told
 from kvsuite.predict.prompts import COUNTED, counted
-from kvsuite.predict.told import elsewhere, told
 from kvsuite.records import Answer, RunFolder, read
 from kvsuite.runs import verbosity
 

@@ -18,7 +18,7 @@ from kvsuite.analysis import causes
 from kvsuite.analysis.report import analyse
 from kvsuite.analysis.tables import causes as table
 from kvsuite.cli import main
-from kvsuite.engines.losses import POSITIONS, Asked, losses
+from kvsuite.engines.losses import POSITIONS, ForcedAnswer, losses
 from kvsuite.engines.request import Request
 from kvsuite.errors import UsageError
 from kvsuite.methods import parse, parse_all
@@ -42,7 +42,7 @@ def engine(tiny_llama):
 def asked(answer=12, suffix=0, span=()):
     draw = np.random.default_rng(3)
     parts = [draw.integers(1, 128, n).tolist() for n in (LENGTH, suffix, answer)]
-    return Asked(Request("a", "", "", answer), *parts, list(span))
+    return ForcedAnswer(Request("a", "", "", answer), *parts, list(span))
 
 
 def eager(engine, ids):

@@ -12,7 +12,7 @@ from kvsuite.analysis.samples import SampleRow, sample_rows
 from kvsuite.analysis.shortfall import Share, Who, shares, total
 from kvsuite.analysis.table import Cell, Column, Note, Row, State, Table, errors, infos, span
 from kvsuite.analysis.tables.shared import dtype_notes, failed, floor, served, setting
-from kvsuite.readers.run import answers as task_answers
+from kvsuite.readers.run import by_task
 from kvsuite.records import REFERENCE, Answer, Run, is_reference
 from kvsuite.tasks.reference import PREFIX
 
@@ -27,10 +27,8 @@ FRAGMENTED = 0.05
 
 def answers(run: Run) -> list[Table]:
     """One table a task."""
-    known, arms = list(task_answers(run, references=True)), shares(run)
-    found = []
-    for task in dict.fromkeys(a.task for a in known):
-        mine = [a for a in known if a.task == task]
+    arms, found = shares(run), []
+    for task, mine in by_task(run).items():
         made = {"length": _length, "divergence": _divergence}.get(mine[0].evaluation, _samples)
         found.append(made(task, mine, arms[task], run))
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvsuite.analysis.capacity import Held, held
+from kvsuite.analysis.capacity import SequenceBytes, sequence_bytes
 from kvsuite.analysis.speed import SpeedRow, speed_rows
 from kvsuite.analysis.table import Cell, Column, Note, Row, Table
 from kvsuite.analysis.tables.shared import setting
@@ -18,7 +18,7 @@ def capacity(run: Run, gib: float = 1.0, lengths: Sequence[int] = ()) -> list[Ta
     """Of sequences of these lengths, unless given the longest that was measured. Nothing where fewer than two lengths
     were."""
     timings = [r for r in run.records if isinstance(r, Timing) and r.phase == "decode" and r.method != "transformers"]
-    found, rows = held(timings), speed_rows(timings)
+    found, rows = sequence_bytes(timings), speed_rows(timings)
     if run.baseline not in found:
         return []
     asked = lengths or [max(length for one in found.values() for length in one.lengths)]
@@ -40,7 +40,9 @@ def capacity(run: Run, gib: float = 1.0, lengths: Sequence[int] = ()) -> list[Ta
     return [Table("capacity", title, ("method", "length"), columns, drawn, [Note(text) for text in notes])]
 
 
-def _row(method: str, one: Held, full: Held, rows: Sequence[SpeedRow], gib: float, length: int) -> Row:
+def _row(
+    method: str, one: SequenceBytes, full: SequenceBytes, rows: Sequence[SpeedRow], gib: float, length: int
+) -> Row:
     fits, base = one.sequences(gib * GIB, length), full.sequences(gib * GIB, length)
     timed = {r.width: r.rate for r in rows if r.method == method and r.length == length and r.rate and r.width <= fits}
     widest = max(timed, default=None)

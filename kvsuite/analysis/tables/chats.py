@@ -7,10 +7,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from kvsuite.analysis.length import Beside, beside, loops
-from kvsuite.analysis.requests import QUANTILES, paces, requests
+from kvsuite.analysis.requests import QUANTILES, Requests, of_arms, paces
 from kvsuite.analysis.table import Cell, Column, Note, Row, Table, infos
 from kvsuite.analysis.tables.shared import setting
-from kvsuite.readers.run import answers
+from kvsuite.readers.run import by_task
 from kvsuite.records import Run
 
 SENTENCE = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])|\n+")
@@ -20,22 +20,19 @@ def chats(run: Run) -> list[Table]:
     """Of every task of chats: the seconds of its requests, where speed was measured, and why answers are longer."""
     if "servers" in run.facts:  # whose requests are timed themselves
         return []
-    known = list(answers(run, "length", references=True))
+    width, speed = paces(run)
     found = []
-    for task in dict.fromkeys(a.task for a in known):
-        arms = beside([a for a in known if a.task == task], run.baseline)
-        found += [*_requests(task, arms, run), *_longer(task, arms)]
+    for task, known in by_task(run, "length").items():
+        arms = beside(known, run.baseline)
+        found += [*_requests(task, of_arms(arms, speed, run.baseline), width, run), *_longer(task, arms)]
     return found
 
 
-def _requests(task: str, arms: Sequence[Beside], run: Run) -> list[Table]:
-    width, known = paces(run)
+def _requests(task: str, known: Mapping[str, Requests], width: int, run: Run) -> list[Table]:
     rows = []
-    for arm in arms:
-        r = requests(arm, known, run.baseline)
-        if r is not None and (arm.method != run.baseline or arm.control):
-            cells = {"mean": Cell.estimated(r.mean), "slower": Cell(r.slower, of=r.pairs)}
-            rows.append(Row((arm.name,), cells | {name: Cell(x) for name, x in r.quantiles.items()}))
+    for name, r in known.items():
+        cells = {"mean": Cell.estimated(r.mean), "slower": Cell(r.slower, of=r.pairs)}
+        rows.append(Row((name,), cells | {quantile: Cell(x) for quantile, x in r.quantiles.items()}))
     if not rows:
         return []
     columns = [Column("mean", "mean", "×"), Column("mean", "95 %", "×", "ends")]

@@ -14,14 +14,14 @@ from typing import Any
 
 from kvsuite import readers
 from kvsuite.analysis.length import beside, length_rows
-from kvsuite.analysis.requests import paces, requests
+from kvsuite.analysis.requests import of_arms, paces
 from kvsuite.analysis.samples import Broken
 from kvsuite.analysis.table import Cell, Column, Note, Row, Table, infos
 from kvsuite.analysis.tables.negatives import NOISE, Compared, Counts, counted
 from kvsuite.analysis.verbosity import verbosity
 from kvsuite.columns import align
 from kvsuite.errors import UsageError, unknown
-from kvsuite.readers.run import answers
+from kvsuite.readers.run import by_task
 from kvsuite.records import Run
 
 SHOWN = (0.01, 0.10, 0.32)
@@ -94,9 +94,8 @@ def _types(found: Counts) -> Found:
 def _length(run: Run) -> Found:
     """Of each method's answers to chats the shares with D ≥ 50 % and D ≤ -50 %."""
     found: Found = {}
-    chats = list(answers(run, "length", references=True))
-    for task in dict.fromkeys(a.task for a in chats):
-        for row in length_rows([a for a in chats if a.task == task], run.baseline):
+    for chats in by_task(run, "length").values():
+        for row in length_rows(chats, run.baseline):
             if row.d is not None and row.pairs and (row.control or row.method != run.baseline):
                 longer, shorter = row.d
                 found[row.name] = f"{100 * shorter:.1f} / {100 * longer:.1f} ({row.pairs} prompts)"
@@ -108,14 +107,11 @@ def _requests(run: Run) -> Found:
     slower; nothing where prefill and decode were not timed."""
     _, speed = paces(run)
     found: Found = {}
-    chats = list(answers(run, "length", references=True))
-    for task in dict.fromkeys(a.task for a in chats):
-        for arm in beside([a for a in chats if a.task == task], run.baseline):
-            r = requests(arm, speed, run.baseline)
-            if r is not None and (arm.method != run.baseline or arm.control):
-                found[f"{arm.name}: mean, × {run.baseline}"] = f"{r.mean.mean:.2f} ({r.mean.low:.2f}–{r.mean.high:.2f})"
-                found[f"{arm.name}: p95, × {run.baseline}"] = f"{r.quantiles['p95']:.2f}"
-                found[f"{arm.name}: slower"] = _of(r.slower, r.pairs)
+    for chats in by_task(run, "length").values():
+        for name, r in of_arms(beside(chats, run.baseline), speed, run.baseline).items():
+            found[f"{name}: mean, × {run.baseline}"] = f"{r.mean.mean:.2f} ({r.mean.low:.2f}–{r.mean.high:.2f})"
+            found[f"{name}: p95, × {run.baseline}"] = f"{r.quantiles['p95']:.2f}"
+            found[f"{name}: slower"] = _of(r.slower, r.pairs)
     return found
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from kvsuite.errors import UsageError
 from kvsuite.kernels.quantspec import QuantSpec
-from kvsuite.methods.base import Codec
+from kvsuite.methods.base import Codec, check_above_zero
 
 if TYPE_CHECKING:
     import torch
@@ -32,9 +32,8 @@ class Fp8(Codec):
     v_scale: float = 1.0
 
     def check(self) -> None:
+        check_above_zero(self.name, k_scale=self.k_scale, v_scale=self.v_scale)
         for name, scale in (("k_scale", self.k_scale), ("v_scale", self.v_scale)):
-            if not 0 < scale < float("inf"):
-                raise UsageError(f"{self.name}: {name}={scale:g} must be above 0")
             if self.per == "token" and scale != 1.0:
                 raise UsageError(f"{self.name}: per=token has a scale of its own for each token; leave {name} out")
 

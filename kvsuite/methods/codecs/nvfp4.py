@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from kvsuite.errors import UsageError
 from kvsuite.kernels.quantspec import QuantSpec
-from kvsuite.methods.base import Codec
+from kvsuite.methods.base import Codec, check_above_zero
 
 if TYPE_CHECKING:
     import torch
@@ -37,9 +37,7 @@ class NvFp4(Codec):
     v_scale: float = 1.0
 
     def check(self) -> None:
-        for name, scale in (("k_scale", self.k_scale), ("v_scale", self.v_scale)):
-            if not 0 < scale < float("inf"):
-                raise UsageError(f"{self.name}: {name}={scale:g} must be above 0")
+        check_above_zero(self.name, k_scale=self.k_scale, v_scale=self.v_scale)
 
     def specs(self, layer: LayerContext, artifact: Artifact | None = None) -> tuple[QuantSpec, QuantSpec]:
         if layer.head_dim % 16:

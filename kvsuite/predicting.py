@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvsuite import records
+from kvsuite.arguments import whole_numbers
 from kvsuite.errors import UsageError
 
 if TYPE_CHECKING:
@@ -44,8 +43,8 @@ def _throughput_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save", type=Path, metavar="FILE", help="keep what was learned, as JSON")
     parser.add_argument("--method", help="answer for this method, at --batch and --length")
     parser.add_argument("--model", help="and this model, where there are several")
-    parser.add_argument("--batch", type=_whole, default=[1], metavar="N,…")
-    parser.add_argument("--length", type=_whole, default=[1024], metavar="N,…")
+    parser.add_argument("--batch", type=whole_numbers, default=[1], metavar="N,…")
+    parser.add_argument("--length", type=whole_numbers, default=[1024], metavar="N,…")
     parser.add_argument("--extrapolate", action="store_true", help="answer outside what was timed, too")
     parser.add_argument("--json", action="store_true", help="figures for a program")
     parser.set_defaults(run=_throughput)
@@ -67,13 +66,6 @@ def _length_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, metavar="N", help="its tokens (default: words × 4/3)")
     parser.add_argument("--json", action="store_true", help="figures for a program")
     parser.set_defaults(run=_length)
-
-
-def _whole(text: str) -> list[int]:
-    numbers = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
-    if min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: write whole numbers above 0, separated by commas")
-    return numbers
 
 
 def _throughput(asked: argparse.Namespace) -> None:
@@ -130,7 +122,7 @@ def _kernels(asked: argparse.Namespace) -> None:
 def _length(asked: argparse.Namespace) -> None:
     from kvsuite.predict import tables
     from kvsuite.predict.length import Lengths, Predictor, prompts_of
-    from kvsuite.predict.told import elsewhere, told
+    from kvsuite.predict.length_scores import elsewhere, told
     from kvsuite.runs.verbosity import MiniLM
 
     predictor = Predictor.load(asked.use) if asked.use else None
@@ -176,4 +168,4 @@ def _show(tables: Sequence[Table], figures: Any, as_json: bool) -> None:
     if as_json:
         print(json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False))
     else:
-        terminal.write(tables, sys.stdout, shutil.get_terminal_size().columns)
+        terminal.show(tables)

@@ -24,7 +24,7 @@ Fit = Callable[[Sequence[Entry], Floats, Sequence[Entry], Floats], Floats]
 
 
 @dataclass(frozen=True)
-class Told:
+class LengthScore:
     """What one predictor is worth; intervals 95 %, of prompts."""
 
     what: str
@@ -40,7 +40,7 @@ class Told:
     """Whether the learned predictor's loss is surely less; None for itself, and for the ceiling."""
 
 
-def told(lengths: Lengths, x: Floats, seed: int = 0) -> list[Told]:
+def told(lengths: Lengths, x: Floats, seed: int = 0) -> list[LengthScore]:
     """``x``: the entries' features. A document's prompts are left out together. Raises UsageError for few prompts."""
     entries, base = lengths.entries, lengths.baseline
     prompts = {e.group for e in entries}
@@ -128,7 +128,7 @@ def _one(feature: Callable[[Sequence[Entry]], Floats], figure: Callable[[Sequenc
 def _compare(
     what: str, entries: Sequence[Entry], x: Floats, at: Sequence[int], figure: Callable[[Sequence[Entry]], Floats],
     fits: dict[str, Fit], cap: int | None, seed: int,
-) -> list[Told]:  # fmt: skip
+) -> list[LengthScore]:  # fmt: skip
     """Every prompt is predicted once, by what was learned without it. Lengths are fitted as log(1 + length)."""
     some, mine = [entries[i] for i in at], x[list(at)]
     groups = np.array([e.group for e in some])
@@ -145,7 +145,7 @@ def _compare(
     drawn = {name: _Drawn.of(some, true, q, seed, fold) for name, q in predicted.items()}
     learned = drawn["learned"]
     return [
-        Told(
+        LengthScore(
             what, name, len(some), len(set(groups)), _ends(d.concordance), _ends(d.loss),
             None if d is learned else float(np.quantile((learned.loss - d.loss)[1:], 0.975)) < 0,
         )
@@ -153,7 +153,7 @@ def _compare(
     ]  # fmt: skip
 
 
-def _ceiling(lengths: Lengths, seed: int) -> Told:
+def _ceiling(lengths: Lengths, seed: int) -> LengthScore:
     """One answer of the baseline as the prediction of another to the same prompt."""
     firsts, second, capped = zip(*lengths.twice, strict=True)
     some = [_again(e, length, cut) for e, length, cut in zip(firsts, second, capped, strict=True)]
@@ -161,7 +161,7 @@ def _ceiling(lengths: Lengths, seed: int) -> Told:
     drawn = _Drawn.of(some, _length(some), quantiles, seed)
     n = len({e.group for e in some})
     name = "another answer of its own (ceiling)"
-    return Told("the baseline's length", name, len(some), n, _ends(drawn.concordance), _ends(drawn.loss), None)
+    return LengthScore("the baseline's length", name, len(some), n, _ends(drawn.concordance), _ends(drawn.loss), None)
 
 
 def _again(e: Entry, length: float, capped: bool) -> Entry:
@@ -211,7 +211,7 @@ def _ends(values: Floats) -> tuple[float, float, float]:
     return float(values[0]), float(low), float(high)
 
 
-def elsewhere(predictor: Predictor, lengths: Lengths, x: Floats, seed: int = 0) -> list[Told]:
+def elsewhere(predictor: Predictor, lengths: Lengths, x: Floats, seed: int = 0) -> list[LengthScore]:
     """A predictor that was learned elsewhere, on a run it knows nothing of; methods that it does not know are left
     out. Raises UsageError where none is left."""
     known = [at for at, e in enumerate(lengths.entries) if e.method in predictor.length.methods]
@@ -222,5 +222,7 @@ def elsewhere(predictor: Predictor, lengths: Lengths, x: Floats, seed: int = 0) 
     drawn = _Drawn.of(some, _length(some), quantiles, seed)
     prompts = len({e.group for e in some})
     return [
-        Told("all lengths", "learned elsewhere", len(some), prompts, _ends(drawn.concordance), _ends(drawn.loss), None)
+        LengthScore(
+            "all lengths", "learned elsewhere", len(some), prompts, _ends(drawn.concordance), _ends(drawn.loss), None
+        )
     ]
