@@ -121,6 +121,8 @@ def test_names_round_trip(text):
         ("h2o:heavy=nan", "heavy must be a number, not 'nan'"),
         ("h2o:heavy=inf", "heavy must be a number"),
         ("random:budget=1e999", "budget must be a number"),
+        ("fp8:k_scale=0", "fp8: k_scale=0 must be above 0"),
+        ("nvfp4:v_scale=-1", "nvfp4: v_scale=-1 must be above 0"),
         ("random:budget=0", "budget=0 must be at least 1 tokens or a fraction"),
         ("random:budget=-5", "budget=-5 must be"),
         ("random:budget=2.5", "budget=2.5 must be"),
