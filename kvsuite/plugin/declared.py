@@ -26,7 +26,7 @@ HELP = {
     "tasks": "tasks, comma-separated; jsonl:FILE or jsonl:FILE#SCORER is a task of your own prompts, "
     "hub:NAME a published benchmark, reference:TASK a task's reference answers, forced through every cache",
     "samples": "samples per task: a number for all, and others for some of them, such as 48,chat=8",
-    "cap": "most tokens of a chat answer",
+    "cap": "most tokens of a chat answer, and of what is forced of a document (128 at most)",
     "temperature": "of chat answers; 0 is greedy",
     "repeats": "answers of each method to each chat, with other noise; prompts are what counts, repeats make each "
     "prompt's figure sharper",
@@ -52,6 +52,7 @@ HELP = {
     "acknowledged": "a TOML file of failures that are known and borne: gate, reason, date",
     "run": "the folder this run leaves (default: runs/ and the time)",
     "resume": "the folder of a run that was cut off: what it has recorded is not done again, what failed is",
+    "learn": "runs that -m tools learns from, comma-separated (default: this run's own cells and chats)",
     "executor": "who answers: here (this process, or pytest-xdist's workers with -n), or ray (the GPUs of a cluster)",
     "ray-address": "the Ray cluster's address (default: one is started on this machine)",
     "plugin": "a Python file of yours with methods, tasks, readers or reports; may be given several times, and adds to "

@@ -85,7 +85,10 @@ class Local(Session):
         super().fetch(names, evaluations)
 
     def announce(self, items: Sequence[pytest.Item]) -> str:
-        """Arms, tasks and cells, what computes, and how long it will take here, by speeds measured now."""
+        """Arms, tasks and cells, what computes, and how long it will take here, by speeds measured now; nothing where
+        tools learn from other runs."""
+        if not self.chosen and not self.timed_cells:
+            return ""
         parts = [f"{name} {len(self.samples(tasks.task(name)))}{_fitted(tasks.task(name))}" for name in self.chosen]
         beyond = f" ({self.options.beyond} more are beyond the model's context)" if self.options.beyond else ""
         parts += [f"{self.timed_cells} timed cells{beyond}"] if self.timed_cells else []

@@ -27,7 +27,7 @@ def test_every_figure_and_table_is_there_once_and_says_how_or_why():
 
 @pytest.fixture(scope="module")
 def found():
-    return {table.key: table for table in paper.figures([], read(STANDARD), None)}
+    return {table.key: table for table in paper.figures([], [read(STANDARD)], None)}
 
 
 def test_ours_is_what_the_run_shows(found):
