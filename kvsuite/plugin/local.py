@@ -84,6 +84,19 @@ class Local(Session):
             )
         super().fetch(names, evaluations)
 
+    def check_model(self) -> None:
+        """Refuse a model of the user's that cannot be compared: from its configuration, from what its folder holds, and
+        by its twin. The default model is the one file whose hash is known here, and has been compared as a whole."""
+        model = self.options.model
+        if model is None or shapes.is_shape(model):
+            return
+        folder = models.located(model, "config.json")
+        models.check_whole(folder)
+        from kvsuite.engines import pretrained, twin
+
+        config = pretrained.read_config(folder)
+        twin.check(config, self.options.methods)
+
     def announce(self, items: Sequence[pytest.Item]) -> str:
         """Arms, tasks and cells, what computes, and how long it will take here, by speeds measured now."""
         parts = [f"{name} {len(self.samples(tasks.task(name)))}{_fitted(tasks.task(name))}" for name in self.chosen]

@@ -33,6 +33,30 @@ MODELS = {
     "Gemma2": {"sliding_window": 16, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 32},
     "GptOss": {"sliding_window": 16, "num_local_experts": 2, "num_experts_per_tok": 1},
     "Phi3": {},
+    "Phimoe": {"sliding_window": 16, "num_local_experts": 2},  # the next two tell the mask alone of the window
+    "Qwen2Moe": {
+        "sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1, "num_experts": 2,
+        "num_experts_per_tok": 1, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+    },
+    "Exaone4": {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "HunYuanDenseV1": {},  # normalizes keys after it has rotated them
+    "Afmoe": {  # views what attention returns
+        "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32, "num_shared_experts": 1,
+    },
+    "ExaoneMoe": {
+        "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32, "num_shared_experts": 1,
+    },
+    "Gemma4Text": {  # layers with heads of their own number and size, keys that are values, too
+        "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "attention_k_eq_v": True, "num_global_key_value_heads": 1, "global_head_dim": 64,
+        "vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 8,
+    },
+    "MiMoV2Flash": {  # twice the kv heads where there is a window
+        "sliding_window": 16, "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "v_head_dim": 32, "n_routed_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32,
+    },
 }
 
 

@@ -1,0 +1,317 @@
+"""Models that a user brings: exact, or refused in one sentence before anything runs."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig
+
+from kvsuite import configs, models
+from kvsuite.cache import adapter
+from kvsuite.engines import pretrained, twin
+from kvsuite.engines.transformers import TransformersEngine
+from kvsuite.errors import UsageError
+from kvsuite.methods import parse, parse_all
+from suites.checks.depth import depth
+from suites.checks.test_models import build
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def of(kind, **more):
+    return AutoConfig.for_model(kind, **more)
+
+
+def contexts(name, **more):
+    model = build(name, **more)
+    adapter.install(model)
+    return adapter.contexts(model)
+
+
+# what the twin sees
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3", "gemma3_text", "gpt_oss", "gpt2"])
+def test_a_model_that_is_exact_passes(kind):
+    twin.check(of(kind), parse_all(["full,int8"]))
+
+
+def test_a_twin_is_small_and_has_two_layers_of_each_kind():
+    small = twin.shrunken(of("gemma3_text"))
+    assert small.layer_types == [SLIDING, SLIDING, FULL, FULL]
+    assert small.num_hidden_layers == 4
+    assert small.sliding_window == 8
+    assert small.head_dim == of("gemma3_text").head_dim, "rotations depend on it"
+    with torch.device("meta"):
+        model = pretrained.auto_class(small).from_config(small)
+    assert sum(p.numel() for p in model.parameters()) < 2e7
+
+
+def test_a_window_that_never_acts_stays():
+    assert twin.shrunken(of("mistral", sliding_window=4096, max_position_embeddings=4096)).sliding_window == 4096
+
+
+def drop_window(monkeypatch):
+    mask_forward = adapter.mask_forward
+    monkeypatch.setattr(adapter, "mask_forward", lambda *a, **k: mask_forward(*a, **k) and adapter.Causal(None))
+
+
+def half_scale(monkeypatch):
+    attention_forward = adapter.attention_forward
+
+    def halved(*args, scaling, **more):
+        return attention_forward(*args, scaling=scaling / 2, **more)
+
+    monkeypatch.setattr(adapter, "attention_forward", halved)
+
+
+@pytest.mark.parametrize(("kind", "breaks"), [("phimoe", drop_window), ("llama", half_scale)])
+def test_a_twin_that_computes_something_else_is_refused(monkeypatch, kind, breaks):
+    breaks(monkeypatch)
+    with pytest.raises(UsageError, match=f"'{kind}' computes something else .* off by"):
+        twin.check(of(kind, sliding_window=4096))
+
+
+def test_a_method_that_cannot_act_on_the_layers_is_refused():
+    with pytest.raises(UsageError, match="h2o:budget=16: layer 0 has a sliding window"):
+        twin.check(of("mistral"), parse_all(["full,h2o:budget=16"]))
+
+
+# the window is the mask's
+
+
+def test_a_window_that_only_attention_is_told_is_refused():
+    module, q = torch.nn.Identity(), torch.zeros(1, 1, 1, 8)
+    with pytest.raises(ValueError, match="attention is told a window of 8, its mask one of None"):
+        adapter.attention_forward(module, q, adapter._Layer(0, ()), q, adapter.Causal(None), sliding_window=8)
+
+
+@pytest.mark.parametrize("told", [{"indices": 1}, {"position_bias": 1}, {"is_causal": False}])
+def test_what_attention_is_told_and_would_drop_is_refused(told):
+    module, q = torch.nn.Identity(), torch.zeros(1, 1, 1, 8)
+    with pytest.raises(ValueError, match=f"attention is told {next(iter(told))!r}"):
+        adapter.attention_forward(module, q, adapter._Layer(0, ()), q, adapter.Causal(None), **told)
+
+
+MASKS = {
+    "causal": (lambda b, h, q, k: k <= q, None, True),
+    "window": (lambda b, h, q, k: (k <= q) & (k > q - 4), 4, True),
+    "chunks": (lambda b, h, q, k: (k <= q) & (k // 4 == q // 4), 4, False),
+    "both ways": (lambda b, h, q, k: (k >= 0) & (q >= 0), None, False),
+    "a window nobody is told of": (lambda b, h, q, k: (k <= q) & (k > q - 4), None, False),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_are_asked_what_may_be_read(name):
+    function, window, understood = MASKS[name]
+    told = {"q_length": 11, "kv_length": 11, "mask_function": function, "local_size": window}
+    if understood:
+        assert adapter.mask_forward(**told) == adapter.Causal(window)
+    else:
+        with pytest.raises(ValueError, match="not this model's"):
+            adapter.mask_forward(**told)
+
+
+def test_a_mask_with_an_unknown_argument_is_refused():
+    with pytest.raises(ValueError, match="the mask is told 'block_table'"):
+        adapter.mask_forward(1, 1, MASKS["causal"][0], block_table=[1])
+
+
+# RoPE by the layer's own keys
+
+ROTATED = {
+    "HunYuanDenseV1": ({}, [False, False, False]),
+    "Exaone4": ({"sliding_window": 512, "layer_types": [SLIDING, FULL, SLIDING]}, [True, False, True]),
+    "ExaoneMoe": ({"sliding_window": 512, "layer_types": [SLIDING, FULL, SLIDING]}, [True, False, True]),
+    "Afmoe": ({"sliding_window": 512, "layer_types": [SLIDING, FULL, SLIDING]}, [True, False, True]),
+}
+
+
+@pytest.mark.parametrize("name", ROTATED)
+def test_rope_is_what_the_keys_of_a_layer_show(name):
+    more, rotated = ROTATED[name]
+    layers = contexts(name, **more)
+    assert [layer.rope is not None for layer in layers] == rotated
+    assert [layer.window for layer in layers] == [None] * 3, "as long as the context: it never acts"
+    with pytest.raises(UsageError, match="cannot re-rotate this model's keys; use positions=absolute"):
+        parse("streaming-llm:budget=16").check_layers(layers)
+    parse("streaming-llm:budget=16,positions=absolute").check_layers(layers)
+
+
+def test_layers_are_as_they_were_seen():
+    assert [(x.heads, x.kv_heads, x.head_dim, x.window) for x in contexts("Gemma4Text")] == [
+        (4, 2, 32, 16), (4, 1, 64, None), (4, 1, 64, None),
+    ]  # fmt: skip
+    layers = contexts("MiMoV2Flash")
+    assert [(x.kv_heads, x.window) for x in layers] == [(2, None), (4, 16), (2, None)]
+    with pytest.raises(UsageError, match="layer 1 has a sliding window"):
+        parse("h2o:budget=16").check_layers(layers)
+
+
+def test_no_selector_acts_on_layers_that_differ_in_kv_heads(tiny_llama):
+    layers = [x for x in contexts("MiMoV2Flash", sliding_window=512)]
+    assert [x.window for x in layers] == [None] * 3
+    with pytest.raises(UsageError, match="layers differ in their kv heads"):
+        parse("h2o:budget=16").check_layers(layers)
+
+
+# folders
+
+
+def folder_of(kind, path, world, **more):
+    """A folder with a small random model of a kind and the letters' tokenizer."""
+    config = of(kind, **more)
+    torch.manual_seed(0)
+    pretrained.auto_class(config).from_config(config).save_pretrained(path)
+    for file in (world / "model").glob("tokenizer*"):
+        shutil.copy(file, path)
+    return path
+
+
+SMALL = {
+    "vocab_size": 101, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 1024, "eos_token_id": 0,
+}  # fmt: skip
+EYES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+SEEING = {
+    "llava": {"text_config": {"model_type": "llama", **SMALL}, "vision_config": {"model_type": "clip_vision_model",
+              "patch_size": 14, **EYES}, "image_token_index": 100},
+    "gemma3": {"text_config": {"model_type": "gemma3_text", "sliding_window": 64, **SMALL},
+               "vision_config": {"patch_size": 14, **EYES}, "image_token_index": 100, "mm_tokens_per_image": 4},
+    "qwen2_5_vl": {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                   "mrope_section": [2, 3, 3]}, **SMALL},
+                   "vision_config": {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2,
+                                     "out_hidden_size": 64, "fullatt_block_indexes": [0]},
+                   "image_token_id": 100, "video_token_id": 99, "vision_start_token_id": 98,
+                   "vision_end_token_id": 97},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SEEING)
+@torch.inference_mode()
+def test_a_folder_of_a_model_that_sees_answers_text(kind, tmp_path, world):
+    folder = folder_of(kind, tmp_path, world, **SEEING[kind])
+    twin.check(pretrained.read_config(folder))
+    engine = TransformersEngine.load(folder, "float32")
+    ids = torch.randint(1, 90, (1, 60))
+    engine.model.set_attn_implementation("eager")
+    expected = engine.model(input_ids=ids).logits[:, -1]
+    engine.model.set_attn_implementation(adapter.NAME)
+    found = adapter.forward(engine.model, adapter.PrefillCache(engine.layers), ids)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def without(folder, *names):
+    """Leave tensors out of a folder's weights."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = {k: v for k, v in load_file(folder / "model.safetensors").items() if k not in names}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def change(folder, **values):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def cut(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def shards(folder):
+    names = {"a": "model-00001-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+def unreadable(folder):
+    """Whoever reads weights fails with another sentence."""
+    (folder / "model.safetensors").write_bytes(b"no weights")
+
+
+BROKEN = {
+    "encoder-decoder": (lambda f: [unreadable(f), change(f, is_encoder_decoder=True)], "is an encoder-decoder"),
+    "latent": (lambda f: [unreadable(f), change(f, kv_lora_rank=8)], "caches latent vectors"),
+    "layers": (lambda f: [unreadable(f), change(f, layer_types=[FULL, "linear_attention"])], "linear_attention"),
+    "rope": (lambda f: [unreadable(f), change(f, rope_scaling={"type": "dynamic", "factor": 2.0})], "'dynamic' RoPE"),
+    "unheard of": (lambda f: change(f, model_type="lama"), "transformers cannot read '.*config.json'"),
+    "no decoder": (lambda f: change(f, model_type="vit"), "'vit' is no causal language model in transformers"),
+    "cut off": (cut, "model.safetensors' is damaged: it holds .* bytes of weights, not"),
+    "no weights": (unreadable, "model.safetensors' is no file of weights"),
+    "a shard": (shards, "has no model-00001-of-00002.safetensors, which its model.safetensors.index.json names"),
+    "tensors": (lambda f: without(f, "model.layers.1.mlp.up_proj.weight", "model.norm.weight"),
+                "lack 'model.layers.1.mlp.up_proj.weight' and 1 more tensor"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def model(world, tmp_path):
+    return shutil.copytree(world / "model", tmp_path / "broken")
+
+
+def refused(run, folder, sentence, *arguments):
+    """A run ends with one sentence, before it collects anything."""
+    result = run(*arguments, "--kv-model", str(folder))
+    told = [line for line in [*result.outlines, *result.errlines] if line.strip()]
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert re.fullmatch(f"ERROR: .*{sentence}.*", told[-1])
+    assert not any("Traceback" in line or "passed" in line or "failed" in line for line in told)
+    assert len(told) < 12
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_folder_is_refused(name, run, model):
+    damage, sentence = BROKEN[name]
+    damage(model)
+    refused(run, model, sentence, "samples")
+
+
+@pytest.mark.parametrize("marker", ["length", "throughput", "samples or length"])
+@pytest.mark.parametrize("name", depth(["latent", "tensors"], [*BROKEN]))
+def test_whatever_the_marker(name, marker, run, model):
+    damage, sentence = BROKEN[name]
+    damage(model)
+    refused(run, model, sentence, marker)
+
+
+@pytest.mark.parametrize("name", depth(["latent", "cut off", "tensors"], [*BROKEN]))
+def test_the_controller_of_workers_refuses(name, run, model):
+    damage, sentence = BROKEN[name]
+    damage(model)
+    refused(run, model, sentence, "samples", "-n", "2")
+
+
+def test_a_model_that_computes_otherwise_is_refused_before_its_weights_are_read(run, model):
+    unreadable(model)
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")  # a file of no weights
+    change(model, model_type="diffllama", num_key_value_heads=2)
+    refused(run, model, "'diffllama' cannot be run on kvsuite's cache: ValueError: a layer attends twice", "samples")
+
+
+def test_a_gguf_file_is_refused(run, tmp_path):
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    refused(run, tmp_path / "a.gguf", "is a file: only a server reads it, kvsuite itself a model folder", "samples")
+
+
+def test_the_default_model_has_no_twin(monkeypatch):
+    from kvsuite.plugin import options
+    from kvsuite.plugin.local import Local
+
+    monkeypatch.setattr(twin, "check", lambda *_: pytest.fail("its hash is known"))
+    Local(options.check({})).check_model()
+
+
+@pytest.mark.parametrize("change", [{"kv_lora_rank": 8}, {"layer_types": ["chunked_attention"]}])
+def test_the_text_part_of_a_configuration_decides(change):
+    with pytest.raises(UsageError, match="model type 'seen'"):
+        configs.refuse({"model_type": "seer", "text_config": {"model_type": "seen", **change}})
+
+
+def test_a_whole_folder_is_whole(world):
+    models.check_whole(world / "model")
+    assert transformers.__version__
