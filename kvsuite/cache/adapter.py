@@ -134,7 +134,7 @@ class Causal:
 
 
 MEANINGLESS = frozenset({"cache_position", "deterministic", "kwargs", "output_attentions", "output_hidden_states"}) | {
-    "position_ids", "return_dict", "use_cache",
+    "output_router_logits", "position_ids", "return_dict", "use_cache",
 }  # fmt: skip
 """What models hand down to attention that changes nothing there."""
 

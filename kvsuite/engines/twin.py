@@ -39,7 +39,7 @@ def check(config: Any, methods: Iterable[Method] = ()) -> None:
             model = made.from_config(shrunken(config), dtype=torch.float32).eval()
             for parameter in model.get_decoder().parameters():
                 if parameter.is_floating_point():  # norms and sinks begin as constants, which would hide a difference
-                    parameter.normal_(std=0.5 if parameter.dim() == 1 else 1.5 / math.sqrt(parameter.shape[-1]))
+                    parameter.normal_(std=0.5 if parameter.dim() < 2 else 1.5 / math.sqrt(parameter.shape[-1]))
             ids = torch.randint(SMALL, VOCABULARY, (1, TOKENS))
             model.set_attn_implementation("eager")
             expected = model(input_ids=ids, use_cache=False).logits
@@ -51,11 +51,11 @@ def check(config: Any, methods: Iterable[Method] = ()) -> None:
             found = _logits(model, layers, ids)
         except Exception as error:
             raise UsageError(f"{kind} cannot be run on kvsuite's cache: {first_line(error)}") from error
-        error = float((found - expected).abs().max() / expected.std())
-        if not error < FAR:
+        off = float((found - expected).abs().max() / expected.std())
+        if not off < FAR:
             raise UsageError(
                 f"{kind} computes something else on kvsuite's cache than by itself: the logits of a small copy are off "
-                f"by {error:.2g} of their spread"
+                f"by {off:.2g} of their spread"
             )
     for method in methods:
         method.check_layers(layers)
