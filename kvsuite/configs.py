@@ -7,7 +7,9 @@ from typing import Any
 
 from kvsuite.errors import UsageError
 
-KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+KNOWN_LAYERS = {"attention", "full_attention", "sliding_attention"}
+RECURRENT = ("mamba_", "ssm_", "rwkv_")
+"""What the sizes of layers with a state begin with."""
 MOVING = {"dynamic", "longrope"}
 """RoPE whose frequencies follow the longest sequence of the batch, so that a row would depend on its mates."""
 
@@ -28,7 +30,11 @@ def refuse(config: Mapping[str, Any]) -> None:
         raise UsageError(f"{kind} caches latent vectors (latent attention), not K and V per head")
     if own.get("num_kv_shared_layers"):
         raise UsageError(f"{kind} has layers that read another layer's K and V, which no method can compress by itself")
+    if own.get("cross_attention_layers"):
+        raise UsageError(f"{kind} has layers that attend to images, which kvsuite does not give it")
     types = own.get("layer_types")
+    if not types and any(str(name).startswith(RECURRENT) for name in own):
+        raise UsageError(f"{kind} has recurrent layers, whose state is no K and V")
     strange = sorted({str(x) for x in types} - KNOWN_LAYERS) if isinstance(types, list) else []
     if strange:
         raise UsageError(f"{kind} has layers kvsuite does not understand: {', '.join(strange)}")

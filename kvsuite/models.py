@@ -191,7 +191,9 @@ def model_limit(model: Path) -> int | None:
     Raises UsageError as `model_config`. A shape has no limit."""
     limit = configs.text_part(model_config(model)).get("max_position_embeddings")
     if limit is not None and not isinstance(limit, int):
-        raise UsageError(f"{str(model / 'config.json')!r} says max_position_embeddings is {limit!r}, which is no number")
+        raise UsageError(
+            f"{str(model / 'config.json')!r} says max_position_embeddings is {limit!r}, which is no number"
+        )
     return limit
 
 
@@ -231,13 +233,12 @@ def check_whole(folder: Path) -> None:
             length = int.from_bytes(opened.read(8), "little")
             size = file.stat().st_size - 8 - length
             try:
-                header = json.loads(opened.read(length)) if size >= 0 else None
+                header: Any = json.loads(opened.read(length)) if size >= 0 else None
                 ends = [x["data_offsets"][1] for name, x in header.items() if name != "__metadata__"]
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise UsageError(f"{str(file)!r} is no file of weights") from error
         if size != max(ends, default=0):
             raise UsageError(f"{str(file)!r} is damaged: it holds {size} bytes of weights, not {max(ends, default=0)}")
-
 
 
 def _once(name: str, package: Package, make: Callable[[Path, Path], object]) -> Path:

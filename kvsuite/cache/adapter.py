@@ -128,14 +128,15 @@ class KVCache(Cache):
 
 @dataclass(frozen=True)
 class Causal:
-    """What stands for the mask that is never built: a query reads the keys up to its own, at most ``window`` of them."""
+    """What stands for a mask that is never built: a query reads the keys up to its own, at most ``window`` of them."""
 
     window: int | None
 
 
-MEANINGLESS = frozenset({"cache_position", "deterministic", "kwargs", "output_attentions", "output_hidden_states"}) | {
-    "output_router_logits", "position_ids", "return_dict", "use_cache",
-}  # fmt: skip
+MEANINGLESS = frozenset(
+    ("cache_position", "deterministic", "logits_to_keep", "output_attentions", "output_hidden_states",
+     "output_router_logits", "position_ids", "return_dict", "use_cache")
+)  # fmt: skip
 """What models hand down to attention that changes nothing there."""
 
 

@@ -49,18 +49,19 @@ def auto_class(config: Any) -> Any:
     )
 
 
-def load_model(folder: Path) -> Any:
-    """A model in its checkpoint's dtype. Raises UsageError where its weights are damaged or not all there."""
+def load_model(folder: Path, device: str | None = None) -> Any:
+    """A model in its checkpoint's dtype. Raises UsageError where its weights are damaged or not all there. On the
+    ``device`` "meta" no weight is read: only names and sizes are held against the configuration's."""
     config = read_config(folder)
     made = auto_class(config)
     try:
         with quiet(), contextlib.redirect_stderr(io.StringIO()):
             model, found = made.from_pretrained(
-                folder, config=config, dtype="auto", local_files_only=True, output_loading_info=True
+                folder, config=config, dtype="auto", local_files_only=True, output_loading_info=True, device_map=device
             )
     except Exception as error:  # whatever transformers and safetensors find wrong
         raise UsageError(f"the weights in {str(folder)!r} cannot be read: {first_line(error)}") from error
     if missing := sorted(found["missing_keys"]):
-        more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UsageError(f"the weights in {str(folder)!r} lack {missing[0]!r}{more}")
     return model

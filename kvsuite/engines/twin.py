@@ -71,9 +71,7 @@ def _logits(model: Any, layers: list[LayerContext], ids: Tensor) -> Tensor:
     cache = KVCache(Member(caches))
     for at in range(PROMPT, TOKENS):
         where = torch.tensor([[at]])
-        found.append(
-            model(input_ids=ids[:, at : at + 1], position_ids=where, use_cache=True, **{name: cache}).logits
-        )
+        found.append(model(input_ids=ids[:, at : at + 1], position_ids=where, use_cache=True, **{name: cache}).logits)
     return torch.cat(found, dim=1)
 
 
@@ -90,7 +88,7 @@ def shrunken(config: Any) -> Any:
     return type(config).from_dict(values)
 
 
-DEPTHS = {"num_hidden_layers", "depth", "num_layers", "n_layers", "encoder_layers"}
+DEPTHS = {"num_hidden_layers", "depth", "num_layers", "n_layers", "encoder_layers", "num_blocks"}
 """Names of how many layers a part has that reads images or sound. It is built, and never run."""
 
 
@@ -105,9 +103,10 @@ def _id(value: Any) -> Any:
 
 def _small(config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     names = getattr(config, "attribute_map", {})
-    count, hidden, heads = (
-        values[names.get(name, name)] for name in ("num_hidden_layers", "hidden_size", "num_attention_heads")
-    )
+    main = [names.get(name, name) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads")]
+    if not all(isinstance(values.get(name), int) for name in main):
+        raise ValueError(f"its configuration has no {', '.join(main)}")
+    count, hidden, heads = (values[name] for name in main)
     per_layer, kept = _per_layer(values, count), _kept(values, count)
     each, few = values.get("head_dim") or hidden // heads, min(HEADS, heads)
     acting = values.get(names.get("max_position_embeddings", "max_position_embeddings")) or math.inf
@@ -116,8 +115,8 @@ def _small(config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, list) and key in per_layer:
             return [size(key, value[i]) for i in kept]
         if key == "per_layer_config" and isinstance(value, dict):
-            own = [value.get(i, value.get(str(i))) for i in kept]
-            return {i: {k: size(k, v) for k, v in part.items()} for i, part in enumerate(own) if part}
+            own = {int(i): {k: size(k, v) for k, v in part.items()} for i, part in value.items()}
+            return {new: own[old] for new, old in enumerate(kept) if old in own}
         if key.endswith(("token_id", "token_index")):
             return _id(value)
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
@@ -132,7 +131,7 @@ def _small(config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
             return min(value, WINDOW) if value < acting and "layers" not in key else value
         if "n_group" in key or "topk_group" in key:
             return 1
-        if "per_tok" in key or "top_k" in key or "topk" in key:
+        if "per_tok" in key or "top_k" in key or "topk" in key or key == "moe_k":
             return min(value, EXPERTS // 2)
         if "intermediate" in key or "ffn" in key or key == "n_inner":
             return SMALL
@@ -146,7 +145,6 @@ def _small(config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
 
     small = {key: size(key, value) for key, value in values.items() if key != "quantization_config"}
     return small | {"dtype": "float32"}
-
 
 
 def _per_layer(values: Mapping[str, Any], count: int) -> list[str]:

@@ -225,7 +225,9 @@ class Method:
         for layer in layers:
             if layer.window is not None:
                 # a window drops tokens by itself: a budget would be spent on tokens nobody can read
-                raise UsageError(f"{self.name}: layer {layer.index} has a sliding window, where no selector can act yet")
+                raise UsageError(
+                    f"{self.name}: layer {layer.index} has a sliding window, where no selector can act yet"
+                )
             if self.selector.before_rope and layer.rope is None:
                 raise UsageError(f"{self.name}: cannot undo the rotation of layer {layer.index}'s queries and keys")
             if moves and layer.rope is None:
@@ -233,7 +235,9 @@ class Method:
         if moves and self.reader is not None:
             raise UsageError(f"{self.name}: a reader does not see keys that move; use positions=absolute")
         if len({layer.kv_heads for layer in layers}) > 1:
-            raise UsageError(f"{self.name}: this model's layers differ in their kv heads, where no selector can act yet")
+            raise UsageError(
+                f"{self.name}: this model's layers differ in their kv heads, where no selector can act yet"
+            )
 
     def cache(
         self,

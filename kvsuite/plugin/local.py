@@ -96,6 +96,8 @@ class Local(Session):
 
         config = pretrained.read_config(folder)
         twin.check(config, self.options.methods)
+        if any(folder.glob("*.safetensors")) and getattr(config, "quantization_config", None) is None:
+            pretrained.load_model(folder, "meta")
 
     def announce(self, items: Sequence[pytest.Item]) -> str:
         """Arms, tasks and cells, what computes, and how long it will take here, by speeds measured now."""

@@ -1,4 +1,4 @@
-"""Every type of causal model that transformers knows, in its default configuration: exact on kvsuite's cache, or why not.
+"""Every type of causal model that transformers knows, in its default configuration: exact, or why not.
 
 ``python -m suites.checks.sweep`` writes ``docs/models.md`` from it, in two minutes.
 """
@@ -19,8 +19,8 @@ TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 HEAD = """# Which models kvsuite answers with
 
-Before a model of your own is used, kvsuite makes a *twin* of it: its configuration with few and small layers, a window of
-8 tokens and random weights. The twin's logits on kvsuite's cache must be those of transformers' eager attention, for a
+Before a model of your own is used, kvsuite makes a *twin* of it: its configuration with few and small layers, a window
+of 8 tokens and random weights. The twin's logits on kvsuite's cache must be those of transformers' eager attention, for a
 prompt and for tokens decoded one by one. Otherwise the run ends with one sentence and exit code 4, before the weights
 are read. So this table decides nothing. It says what came out for the default configuration of each causal type.
 `python -m suites.checks.sweep` has written it with transformers {version}.

@@ -6,15 +6,17 @@ import shutil
 
 import pytest
 import torch
-import transformers
 from transformers import AutoConfig
 
-from kvsuite import configs, models
+from kvsuite import configs
 from kvsuite.cache import adapter
+from kvsuite.cache.prefill import PrefillCache
 from kvsuite.engines import pretrained, twin
 from kvsuite.engines.transformers import TransformersEngine
 from kvsuite.errors import UsageError
 from kvsuite.methods import parse, parse_all
+from kvsuite.plugin import options
+from kvsuite.plugin.local import Local
 from suites.checks.depth import depth
 from suites.checks.test_models import build
 
@@ -152,8 +154,8 @@ def test_layers_are_as_they_were_seen():
         parse("h2o:budget=16").check_layers(layers)
 
 
-def test_no_selector_acts_on_layers_that_differ_in_kv_heads(tiny_llama):
-    layers = [x for x in contexts("MiMoV2Flash", sliding_window=512)]
+def test_no_selector_acts_on_layers_that_differ_in_kv_heads():
+    layers = contexts("MiMoV2Flash", sliding_window=512)
     assert [x.window for x in layers] == [None] * 3
     with pytest.raises(UsageError, match="layers differ in their kv heads"):
         parse("h2o:budget=16").check_layers(layers)
@@ -201,7 +203,7 @@ def test_a_folder_of_a_model_that_sees_answers_text(kind, tmp_path, world):
     engine.model.set_attn_implementation("eager")
     expected = engine.model(input_ids=ids).logits[:, -1]
     engine.model.set_attn_implementation(adapter.NAME)
-    found = adapter.forward(engine.model, adapter.PrefillCache(engine.layers), ids)
+    found = adapter.forward(engine.model, PrefillCache(engine.layers), ids)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
@@ -244,7 +246,7 @@ BROKEN = {
     "no weights": (unreadable, "model.safetensors' is no file of weights"),
     "a shard": (shards, "has no model-00001-of-00002.safetensors, which its model.safetensors.index.json names"),
     "tensors": (lambda f: without(f, "model.layers.1.mlp.up_proj.weight", "model.norm.weight"),
-                "lack 'model.layers.1.mlp.up_proj.weight' and 1 more tensor"),
+                "lack 'model.layers.1.mlp.up_proj.weight' and 1 more"),
 }  # fmt: skip
 
 
@@ -253,9 +255,30 @@ def model(world, tmp_path):
     return shutil.copytree(world / "model", tmp_path / "broken")
 
 
-def refused(run, folder, sentence, *arguments):
-    """A run ends with one sentence, before it collects anything."""
-    result = run(*arguments, "--kv-model", str(folder))
+def check(folder):
+    """What a run does before it collects anything."""
+    Local(options.check({"model": folder, "length": 256})).check_model()
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_folder_is_refused(name, model):
+    damage, sentence = BROKEN[name]
+    check(model)
+    damage(model)
+    with pytest.raises(UsageError, match=sentence) as refusal:
+        check(model)
+    assert "\n" not in str(refusal.value)
+
+
+RUNS = [("tensors", "samples", ()), ("tensors", "length", ("-n", "2")), ("latent", "throughput", ())]
+MORE = [(name, marker, ("-n", "2")) for name in BROKEN for marker in ("samples", "throughput", "samples or length")]
+
+
+@pytest.mark.parametrize(("name", "marker", "workers"), depth(RUNS, RUNS + MORE))
+def test_a_run_ends_before_it_begins(name, marker, workers, run, model):
+    damage, sentence = BROKEN[name]
+    damage(model)
+    result = run(marker, *workers, "--kv-model", str(model))
     told = [line for line in [*result.outlines, *result.errlines] if line.strip()]
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert re.fullmatch(f"ERROR: .*{sentence}.*", told[-1])
@@ -263,45 +286,20 @@ def refused(run, folder, sentence, *arguments):
     assert len(told) < 12
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_folder_is_refused(name, run, model):
-    damage, sentence = BROKEN[name]
-    damage(model)
-    refused(run, model, sentence, "samples")
+def test_a_twin_is_asked_before_weights_are_read(model):
+    (model / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")  # a file without a tensor
+    change(model, model_type="diffllama")
+    with pytest.raises(UsageError, match="'diffllama' cannot be run on kvsuite's cache: ValueError: a layer attends"):
+        check(model)
 
 
-@pytest.mark.parametrize("marker", ["length", "throughput", "samples or length"])
-@pytest.mark.parametrize("name", depth(["latent", "tensors"], [*BROKEN]))
-def test_whatever_the_marker(name, marker, run, model):
-    damage, sentence = BROKEN[name]
-    damage(model)
-    refused(run, model, sentence, marker)
-
-
-@pytest.mark.parametrize("name", depth(["latent", "cut off", "tensors"], [*BROKEN]))
-def test_the_controller_of_workers_refuses(name, run, model):
-    damage, sentence = BROKEN[name]
-    damage(model)
-    refused(run, model, sentence, "samples", "-n", "2")
-
-
-def test_a_model_that_computes_otherwise_is_refused_before_its_weights_are_read(run, model):
-    unreadable(model)
-    (model / "model.safetensors").unlink()
-    (model / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")  # a file of no weights
-    change(model, model_type="diffllama", num_key_value_heads=2)
-    refused(run, model, "'diffllama' cannot be run on kvsuite's cache: ValueError: a layer attends twice", "samples")
-
-
-def test_a_gguf_file_is_refused(run, tmp_path):
+def test_a_gguf_file_is_refused(tmp_path):
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    refused(run, tmp_path / "a.gguf", "is a file: only a server reads it, kvsuite itself a model folder", "samples")
+    with pytest.raises(UsageError, match="is a file: only a server reads it, kvsuite itself a model folder"):
+        check(tmp_path / "a.gguf")
 
 
 def test_the_default_model_has_no_twin(monkeypatch):
-    from kvsuite.plugin import options
-    from kvsuite.plugin.local import Local
-
     monkeypatch.setattr(twin, "check", lambda *_: pytest.fail("its hash is known"))
     Local(options.check({})).check_model()
 
@@ -310,8 +308,3 @@ def test_the_default_model_has_no_twin(monkeypatch):
 def test_the_text_part_of_a_configuration_decides(change):
     with pytest.raises(UsageError, match="model type 'seen'"):
         configs.refuse({"model_type": "seer", "text_config": {"model_type": "seen", **change}})
-
-
-def test_a_whole_folder_is_whole(world):
-    models.check_whole(world / "model")
-    assert transformers.__version__
