@@ -106,7 +106,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         if run.options.resume is not None:
             run.check_resumed()
         if not session.config.option.collectonly:
-            run.check_model()
+            with _lenient():
+                run.check_model()
     except UsageError as error:
         raise pytest.UsageError(str(error)) from error
     except ImportError as error:

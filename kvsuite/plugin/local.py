@@ -45,6 +45,8 @@ class Local(Session):
         """Task ("" for timed cells) → the arms that chosen tests ask for."""
         self._proven, self._failures = False, 0
         """Whether the baseline was ever right, and how often it failed."""
+        self._unusable = ""
+        """Why no model can be loaded: it is not tried again for every test."""
 
     def choose(self, items: Sequence[pytest.Item]) -> None:
         """Take note of the arms that the chosen tests ask for: no other is run, but for the baseline and controls."""
@@ -95,7 +97,12 @@ class Local(Session):
         from kvsuite.engines import pretrained, twin
 
         config = pretrained.read_config(folder)
-        twin.check(config, self.options.methods)
+        layers = twin.check(config)
+        for method in self.options.methods:
+            try:
+                method.check_layers(layers)
+            except UsageError as error:
+                raise UsageError(f"{error}; leave it out of --kv-methods for {self.model_name}") from error
         if any(folder.glob("*.safetensors")) and getattr(config, "quantization_config", None) is None:
             pretrained.load_model(folder, "meta")
 
@@ -153,6 +160,8 @@ class Local(Session):
     @cached_property
     def executor(self) -> Executor:
         """Who answers, its model loaded. One that cannot be loaded ends the run, in a sentence."""
+        if self._unusable:
+            pytest.fail(self._unusable, pytrace=False)
         try:
             if self.elsewhere:
                 from kvsuite.runs.ray import OnRay
@@ -162,9 +171,10 @@ class Local(Session):
             return self.here
         except Exception as error:
             said = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
+            self._unusable = f"the model cannot be loaded: {said}"
             if self.worker:  # pytest-xdist takes a worker that exits for one that crashed
-                raise UsageError(f"the model cannot be loaded: {said}") from error
-            pytest.exit(f"the model cannot be loaded: {said}", returncode=pytest.ExitCode.USAGE_ERROR)
+                pytest.fail(self._unusable, pytrace=False)
+            pytest.exit(self._unusable, returncode=pytest.ExitCode.USAGE_ERROR)
 
     @property
     def elsewhere(self) -> bool:
