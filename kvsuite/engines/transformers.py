@@ -175,10 +175,10 @@ class TransformersEngine:
         self, request: Request, context: list[int], suffix: list[int], observes: Iterable[Observation] = ()
     ) -> Prompt:
         """Run the context through the model once, in full precision, and keep what the methods asked for."""
-        start = time.perf_counter()
         cache = PrefillCache(self.layers, observes, self.backend)
-        ids = torch.tensor([context], device=self.model.device)
         hooks = cache.catch_hidden(self.attention_modules) if HiddenStates() in cache.asked else []
+        start = time.perf_counter()
+        ids = torch.tensor([context], device=self.model.device)
         try:
             logits = adapter.forward(self.model, cache, ids)[0]
         finally:

@@ -46,7 +46,7 @@ def outcome(kind):
     """Why a type of model is refused, in one sentence; empty where it is exact."""
     try:
         config = AutoConfig.for_model(kind, **LACKING.get(kind, {}))
-    except ValueError as error:
+    except Exception as error:  # whatever its validators say
         return f"transformers builds no default configuration: {first_line(error)}"
     try:
         configs.refuse(config.to_dict())
