@@ -19,6 +19,6 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
 
 
 def first_line(error: BaseException) -> str:
-    """An exception in one line: its type and the first line of its text, without a stop at the end."""
-    text = str(error).strip().partition("\n")[0].rstrip(" .:")
+    """An exception in one line: its type and the beginning of its text, without a stop at the end."""
+    text = str(error).strip().partition("\n")[0][:200].rstrip(" .:")
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -247,6 +247,11 @@ def attention_layers(model: Any) -> list[AttentionLayer]:
     try:
         forward(model, cache, ids, position_ids=where)
     except Exception as error:  # whatever a model does with what it does not expect
+        own = f"{WatchedCache.layer.__name__!r} object", f"{Causal.__name__!r} object"  # taken for tensors
+        if any(name in str(error) for name in own):
+            raise UsageError(
+                f"{kind} computes its attention itself, not by transformers' attention interface"
+            ) from error
         raise UsageError(f"{kind} cannot be run on kvsuite's cache: {first_line(error)}") from error
     layers = [layer for layer in cache.seen if layer is not None]
     if not layers or len(layers) < len(cache.seen):

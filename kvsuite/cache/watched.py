@@ -56,8 +56,10 @@ class _WatchedLayer(AttendingLayer):
 class WatchedCache(Cache):
     """A cache that takes one pass over two sequences of one token."""
 
+    layer = _WatchedLayer
+
     def __init__(self) -> None:
-        super().__init__(layer_class_to_replicate=_WatchedLayer)
+        super().__init__(layer_class_to_replicate=self.layer)
 
     @property
     def seen(self) -> list[AttentionLayer | None]:

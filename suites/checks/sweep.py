@@ -25,8 +25,10 @@ a prompt and for tokens decoded one by one. Otherwise the run ends with one sent
 are read. So this table decides nothing. It says what came out for the default configuration of each causal type.
 `python -m suites.checks.sweep` has written it with transformers {version}.
 
-A method may ask for more than its model has: those that move keys need RoPE in Llama's layout (`rope` below), and no
-selector acts in a layer with a sliding window (`window`).
+A method may ask for more than its model has: those that move keys need RoPE in Llama's layout, and no selector acts in
+a layer with a sliding window. Such a method is refused by name, also before the weights are read. A model that reads
+images or sound is given text alone. The default configurations of `dbrx`, `cohere_compass_text`, `reformer` and `xmod`
+are none that transformers itself runs as a decoder.
 
 """
 
