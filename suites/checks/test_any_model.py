@@ -11,9 +11,11 @@ from transformers import AutoConfig
 from kvsuite import configs
 from kvsuite.cache import adapter
 from kvsuite.cache.prefill import PrefillCache
+from kvsuite.cache.rope import find_rope
 from kvsuite.engines import pretrained, twin
 from kvsuite.engines.transformers import TransformersEngine
 from kvsuite.errors import UsageError
+from kvsuite.kernels.rope import Rope
 from kvsuite.methods import parse
 from kvsuite.plugin import options
 from kvsuite.plugin.local import Local
@@ -166,6 +168,20 @@ def test_rope_is_what_the_keys_of_a_layer_show(name):
     with pytest.raises(UsageError, match="cannot re-rotate this model's keys; use positions=absolute"):
         parse("streaming-llm:budget=16").check_layers(layers)
     parse("streaming-llm:budget=16,positions=absolute").check_layers(layers)
+
+
+def test_a_key_of_zeros_shows_no_rope():
+    zeros, ropes = torch.zeros(2, 8), [Rope(torch.tensor([1.0, 0.1]))]
+    assert find_rope(ropes, zeros, zeros, 500) is None
+    ones = torch.ones(2, 8)
+    assert find_rope(ropes, ones, ropes[0].rotate(ones, 500), 500) is ropes[0]
+
+
+def test_what_attention_returns_can_be_viewed():
+    """AFMoE does so, whatever the cache makes of it."""
+    layer, q = adapter._Layer(0, ()), torch.zeros(1, 2, 3, 8)
+    layer.attend = lambda q, *_: torch.zeros(1, 2, 3, 8)
+    adapter.attention_forward(None, q, layer, q, adapter.Causal(None))[0].view(1, 3, 16)
 
 
 def test_layers_are_as_they_were_seen():
