@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvsuite import configs
 from kvsuite.cache import adapter
@@ -373,3 +373,34 @@ def test_a_type_is_refused_in_one_sentence(kind):
 @pytest.mark.parametrize("kind", depth(["llama"], TYPES))
 def test_any_type_is_exact_or_refused_in_one_sentence(kind):
     refusal(kind)
+
+
+# quantized weights, where their libraries are installed
+
+
+def int8():
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+def nf4():
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+
+
+@pytest.mark.parametrize(("library", "how"), [("torchao", int8), ("bitsandbytes", nf4)])
+@torch.inference_mode()
+def test_quantized_weights_answer_as_transformers(library, how, world):
+    pytest.importorskip(library)
+    model = AutoModelForCausalLM.from_pretrained(
+        world / "model", quantization_config=how(), dtype=torch.float32, device_map="cpu"
+    )
+    ids = torch.randint(1, 90, (1, 60))
+    model.set_attn_implementation("eager")
+    expected = model(input_ids=ids).logits[:, -1]
+    adapter.install(model)
+    found = adapter.forward(model, PrefillCache(adapter.contexts(model)), ids)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
