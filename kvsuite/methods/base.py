@@ -213,6 +213,32 @@ class Method:
             each = min(each, -(-mean // PAGE) + -(-new // PAGE) + 1)
         return layer.kv_heads * each
 
+    def check_layers(self, layers: Sequence[LayerContext]) -> None:
+        """UsageError where it cannot act on layers such as a model's."""
+        if type(self.codec).calibrate is Codec.calibrate:
+            for layer in layers:
+                self.codec.specs(layer)
+        if self.selector is None:
+            return
+        eviction = self.selector.eviction
+        moves = eviction is not None and eviction.rerotated_sinks
+        for layer in layers:
+            if layer.window is not None:
+                # a window drops tokens by itself: a budget would be spent on tokens nobody can read
+                raise UsageError(
+                    f"{self.name}: layer {layer.index} has a sliding window, where no selector can act yet"
+                )
+            if self.selector.before_rope and layer.rope is None:
+                raise UsageError(f"{self.name}: cannot undo the rotation of layer {layer.index}'s queries and keys")
+            if moves and layer.rope is None:
+                raise UsageError(f"{self.name}: cannot re-rotate this model's keys; use positions=absolute")
+        if moves and self.reader is not None:
+            raise UsageError(f"{self.name}: a reader does not see keys that move; use positions=absolute")
+        if len({layer.kv_heads for layer in layers}) > 1:
+            raise UsageError(
+                f"{self.name}: this model's layers differ in their kv heads, where no selector can act yet"
+            )
+
     def cache(
         self,
         layer: LayerContext,
@@ -226,16 +252,8 @@ class Method:
         """This method's cache of one layer; the sizes are those of `LayerCache`."""
         from kvsuite.cache.layer import LayerCache
 
+        self.check_layers([layer])
         eviction = None if self.selector is None else self.selector.eviction
-        if self.selector is not None and layer.window is not None:
-            # a window drops tokens by itself: a budget would be spent on tokens nobody can read
-            raise UsageError(f"{self.name}: layer {layer.index} has a sliding window, where no selector can act yet")
-        if self.selector is not None and self.selector.before_rope and layer.rope is None:
-            raise UsageError(f"{self.name}: cannot undo the rotation of layer {layer.index}'s queries and keys")
-        if eviction is not None and eviction.rerotated_sinks and layer.rope is None:
-            raise UsageError(f"{self.name}: cannot re-rotate this model's keys; use positions=absolute")
-        if eviction is not None and eviction.rerotated_sinks and self.reader is not None:
-            raise UsageError(f"{self.name}: a reader does not see keys that move; use positions=absolute")
         return LayerCache(
             layer, self.codec.specs(layer, artifact), rows, slots, pages=pages, backend=backend,
             eviction=eviction, reader=self.reader, selects=self.selector is not None,

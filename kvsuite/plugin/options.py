@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import pytest
 
-from kvsuite import environment, models, registry, shapes, tasks
+from kvsuite import configs, environment, models, registry, shapes, tasks
 from kvsuite.analysis.gates import POLICIES, Gates
 from kvsuite.errors import UsageError, unknown
 from kvsuite.kernels import BACKENDS, MODES
@@ -199,6 +199,8 @@ def check(given: Mapping[str, Any]) -> Options:
         **{key: _whole(key, raw[key], 0 if key == "seed" else 1) for key in ("cap", "repeats", "rounds", "seed")},
         samples=_counts(raw["samples"]),
     )
+    if options.servers is None and options.model is not None:
+        configs.refuse(models.model_config(options.model))
     _check_drawn(options)
     if "cells" not in given and options.limit is not None:
         fits = tuple(cell for cell in cells if cell[1] + tasks.FRAME <= options.limit or cell[1] in lengths)
