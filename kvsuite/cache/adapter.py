@@ -232,6 +232,7 @@ def contexts(model: Any, kv_dtype: torch.dtype | None = None) -> list[LayerConte
             device=model.device,
             rope=ropes[kind] if getattr(module, "use_rope", True) else None,  # SmolLM3 leaves some layers unrotated
             window=_window(module, config, kind),
+            layers=len(found),
         )
         for index, (module, kind) in enumerate(zip(found, types, strict=True))
     ]
