@@ -46,7 +46,7 @@ class QuantSpec:
     (KIVI's K), or always, the oldest leaving one by one (``rolling``; KIVI's V)."""
     rolling: bool = False
     late: bool = False
-    """What is encoded as a whole is so only when the next token comes: the one that completes it still reads it in full."""
+    """What is encoded as a whole is so only when the next token comes: who completes it still reads it in full."""
     rotation: str = ""
     """An orthonormal rotation of head_dim that is applied before encoding and undone by ``decode``. A backend with a
     kernel for it may rotate q (for K) and the output (for V) instead, as the cpu backend does."""

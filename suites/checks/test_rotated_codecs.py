@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -219,3 +220,24 @@ def test_a_head_dimension_that_8_does_not_divide_is_refused(text):
 def test_keys_that_are_not_turned_have_no_signs():
     with pytest.raises(UsageError, match="keys of bits=k8v4 are not turned; leave seed out"):
         parse("turboquant:bits=k8v4,seed=1")
+
+
+def by_trapezoids(bits, rounds=200):
+    """Levels as vllm's turboquant/centroids.py finds them, for N(0, 1): 200 trapezoids between edges, ±10.5 at the ends."""
+    own = np.linspace(-3.5, 3.5, 2 * 2**bits + 1)[1::2]
+    for _ in range(rounds):
+        edges = np.concatenate([[-10.5], (own[1:] + own[:-1]) / 2, [10.5]])
+        x = np.linspace(edges[:-1], edges[1:], 201)
+        own = np.trapezoid(x * norm.pdf(x), x, axis=0) / np.trapezoid(norm.pdf(x), x, axis=0)
+    return own
+
+
+@pytest.mark.parametrize(("bits", "furthest"), [(3, 0.0017), (4, 0.0017)])
+def test_vllms_levels_are_the_same_but_for_its_integration(bits, furthest):
+    assert np.abs(by_trapezoids(bits) - levels(bits)).max() < furthest
+
+
+def test_lmdeploys_levels_are_the_same():
+    """The positive ones of its turbo_quant.py."""
+    for bits, theirs in ((2, [0.4527808, 1.5104176]), (3, [0.2450942, 0.7560052, 1.3439093, 2.1519456])):
+        assert np.abs(np.array(levels(bits)[2 ** (bits - 1) :]) - theirs).max() < 1e-6
