@@ -223,7 +223,7 @@ def test_keys_that_are_not_turned_have_no_signs():
 
 
 def by_trapezoids(bits, rounds=200):
-    """Levels as vllm's turboquant/centroids.py finds them, for N(0, 1): 200 trapezoids between edges, ±10.5 at the ends."""
+    """Levels as vllm's turboquant/centroids.py finds them: 200 trapezoids between edges, with ±10.5 at the ends."""
     own = np.linspace(-3.5, 3.5, 2 * 2**bits + 1)[1::2]
     for _ in range(rounds):
         edges = np.concatenate([[-10.5], (own[1:] + own[:-1]) / 2, [10.5]])
