@@ -270,6 +270,7 @@ def contexts(model: Any, kv_dtype: torch.dtype | None = None) -> list[LayerConte
     where they do not attend as Llama's."""
     config, ropes = model.config.get_text_config(), list(rotations(model))
     longest = getattr(config, "max_position_embeddings", None) or math.inf
+    seen = attention_layers(model)
     return [
         LayerContext(
             index=index,
@@ -281,8 +282,9 @@ def contexts(model: Any, kv_dtype: torch.dtype | None = None) -> list[LayerConte
             device=layer.k.device,
             rope=find_rope(ropes, layer.k[0], layer.k[1], _step(config)),
             window=layer.window if layer.window is not None and layer.window < longest else None,
+            layers=len(seen),
         )
-        for index, layer in enumerate(attention_layers(model))
+        for index, layer in enumerate(seen)
     ]
 
 

@@ -40,7 +40,8 @@ class Component:
 
     def spelled(self) -> str:
         """Canonical text: the name and what differs from the defaults."""
-        values = {f.name: (getattr(self, f.name), f.default) for f in dataclasses.fields(self)}
+        fields = sorted(dataclasses.fields(self), key=lambda f: bool(f.kw_only))  # its own before those of all codecs
+        values = {f.name: (getattr(self, f.name), f.default) for f in fields}
         given = [f"{name}={v}" for name, (v, default) in values.items() if v != default or name in self.always]
         return ":".join([self.name, ",".join(given)]) if given else self.name
 
@@ -136,6 +137,28 @@ class Codec(Component):
     """How what stays is stored."""
 
     kind: ClassVar[Kind] = "codec"
+
+    skip_first: int = dataclasses.field(default=0, kw_only=True)
+    """So many first layers are stored as `full` stores them; ``skip_last``: so many last ones."""
+    skip_last: int = dataclasses.field(default=0, kw_only=True)
+
+    def check(self) -> None:
+        """Raise UsageError where the hyperparameters contradict each other."""
+        if self.skip_first < 0 or self.skip_last < 0:
+            raise UsageError(f"{self.name}: skip_first and skip_last must not be negative")
+
+    def at(self, layer: int, layers: int) -> Codec:
+        """What stores one layer of so many. Raises UsageError where none is left that this codec stores."""
+        skipped = self.skip_first + self.skip_last
+        if not skipped:
+            return self
+        if skipped >= layers:
+            raise UsageError(f"{self.spelled()}: leaves none of {layers} layers to {self.name}")
+        if self.skip_first <= layer < layers - self.skip_last:
+            return self
+        from kvsuite.methods.codecs.full import Full
+
+        return Full()
 
     def calibrate(self, context: Sequence[PrefilledLayer]) -> Artifact | None:
         """What it must learn of a model, from a text that the model has prefilled; None where it learns nothing."""
@@ -254,8 +277,9 @@ class Method:
 
         self.check_layers([layer])
         eviction = None if self.selector is None else self.selector.eviction
+        codec = self.codec.at(layer.index, layer.layers)
         return LayerCache(
-            layer, self.codec.specs(layer, artifact), rows, slots, pages=pages, backend=backend,
+            layer, codec.specs(layer, artifact), rows, slots, pages=pages, backend=backend,
             eviction=eviction, reader=self.reader, selects=self.selector is not None,
         )  # fmt: skip
 
