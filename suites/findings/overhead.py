@@ -38,7 +38,9 @@ def main() -> None:
     for (method, width, length), share in shares.items():
         print(f"{method} {width} × {length}: {100 * share:.2f} %")
     total = 1 - sum(spent[cell] for cell in whole) / sum(whole.values())
-    print(f"{100 * total:.2f} % of all, {100 * max(shares.values()):.2f} % of a cell at most ({100 * MOST:g} % allowed)")
+    print(
+        f"{100 * total:.2f} % of all, {100 * max(shares.values()):.2f} % of a cell at most ({100 * MOST:g} % allowed)"
+    )
 
 
 if __name__ == "__main__":
