@@ -26,7 +26,7 @@ HELP = {
     "tasks": "tasks, comma-separated; jsonl:FILE or jsonl:FILE#SCORER is a task of your own prompts, "
     "hub:NAME a published benchmark, reference:TASK a task's reference answers, forced through every cache",
     "samples": "samples per task: a number for all, and others for some of them, such as 48,chat=8",
-    "cap": "most tokens of a chat answer, and of what is forced of a document (128 at most)",
+    "cap": "most tokens of a chat answer",
     "temperature": "of chat answers; 0 is greedy",
     "repeats": "answers of each method to each chat, with other noise; prompts are what counts, repeats make each "
     "prompt's figure sharper",

@@ -11,7 +11,7 @@ from kvsuite.tasks.base import Sample
 from kvsuite.tasks.messages import MessageTask, first_sentences
 
 POSITIONS = 128
-"""Tokens that are forced, where --kv-cap does not end it before."""
+"""Tokens that are forced."""
 
 
 class Document(MessageTask):
@@ -40,7 +40,7 @@ class Document(MessageTask):
             if tokens(rest) > POSITIONS:
                 begun.add((text.stem, start))
                 name = f"document-l{length}-{len(found)}"
-                found.append(Sample(name, taken, "", rest, int(min(POSITIONS, self.cap)), cluster=text.stem))
+                found.append(Sample(name, taken, "", rest, POSITIONS, cluster=text.stem))
         if len(found) == count:
             return found
         raise UsageError(f"the presidential messages do not hold {count} documents of {max(lengths)} tokens")
