@@ -6,14 +6,16 @@ import ctypes
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from kvsuite.kernels import noise
 from kvsuite.kernels.cpu.build import BuildError, library
 
 
 def half_ulp(x: Tensor, seed: int) -> Tensor:
-    """As `noise.half_ulp`, with the same bits; that one does it on a GPU, and where there is no compiler."""
-    if x.device.type != "cpu":
+    """As `noise.half_ulp`, with the same bits; that one does it on a GPU, where there is no compiler, and where a mode
+    records torch's operations, which would not see a call into C++."""
+    if x.device.type != "cpu" or _get_current_dispatch_mode() is not None:
         return noise.half_ulp(x, seed)
     try:
         native = library("noise.cpp", {})
