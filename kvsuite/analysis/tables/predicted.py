@@ -35,11 +35,10 @@ def _table(tool: str, found: list[Predicted]) -> Table:
         Row(
             (r.what, r.measure, r.method),
             {
-                "n": Cell(r.n, unit=" "), "value": Cell(r.value, r.low, r.high),
-                **{name: Cell(value) for name, value in r.nulls.items()},
+                "n": Cell(r.n), "value": Cell(r.value, r.low, r.high, unit=r.unit),
+                **{name: Cell(value, unit=r.unit) for name, value in r.nulls.items()},
                 "better": Cell({True: "yes", False: "no", None: ""}[r.better]),
             },
-            unit=r.unit,
         )
         for r in found
     ]  # fmt: skip
