@@ -10,11 +10,12 @@ from kvsuite import records
 from kvsuite.errors import UsageError
 from kvsuite.predict import laws, scores
 from kvsuite.predict.cells import Cell, read
-from kvsuite.predict.length import Lengths, prompts_of
+from kvsuite.predict.length import Lengths
 from kvsuite.predict.length_scores import told
-from kvsuite.predict.prompts import Embed, features
+from kvsuite.predict.prompts import Embed, prompts_of
 from kvsuite.predict.router import Chats, Outcome, Setup, outcomes
 from kvsuite.predict.types import held_out, typed
+from kvsuite.readers.run import by_task
 from kvsuite.records import Predicted, Run
 from kvsuite.workloads import Arrivals
 
@@ -44,7 +45,7 @@ def chats(folders: Sequence[Path]) -> Run:
     """The first run with answers to chats. Raises UsageError where none has."""
     for folder in folders:
         run = records.read(folder)
-        if any(isinstance(r, records.Answer) and r.evaluation == "length" for r in run.records):
+        if by_task(run, "length"):
             return run
     raise UsageError(f"no answers to chats in {', '.join(map(str, folders))}")
 
@@ -94,7 +95,7 @@ def task_types(run: Run, embed: Embed) -> list[Predicted]:
     known = typed(run)
     if len({k.type for k in known}) < 2:
         raise UsageError(f"all prompts of {run.folder} are of one type")
-    a = held_out(features([k.prompt for k in known], [k.tokens for k in known], embed), known)
+    a = held_out(prompts_of(known, embed), known)
     learned = a.learned
     return [
         Predicted(

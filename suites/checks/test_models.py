@@ -26,6 +26,14 @@ SHAPE = {
     "max_position_embeddings": 512,
     "pad_token_id": 0,
 }
+EXPERTS = {
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "num_experts": 2,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 32,
+    "num_shared_experts": 1,
+}
 MODELS = {
     "Llama": {},
     "Mistral": {"sliding_window": 24},
@@ -46,22 +54,8 @@ MODELS = {
     },
     "Exaone4": {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "HunYuanDenseV1": {},  # normalizes keys after it has rotated them
-    "Afmoe": {  # views what attention returns
-        "sliding_window": 16,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-        "num_experts": 2,
-        "num_experts_per_tok": 1,
-        "moe_intermediate_size": 32,
-        "num_shared_experts": 1,
-    },
-    "ExaoneMoe": {
-        "sliding_window": 16,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-        "num_experts": 2,
-        "num_experts_per_tok": 1,
-        "moe_intermediate_size": 32,
-        "num_shared_experts": 1,
-    },
+    "Afmoe": EXPERTS,  # views what attention returns
+    "ExaoneMoe": EXPERTS,
     "Gemma4Text": {  # layers with heads of their own number and size, keys that are values, too
         "sliding_window": 16,
         "layer_types": ["sliding_attention", "full_attention", "full_attention"],

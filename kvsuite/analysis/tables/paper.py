@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -16,7 +16,7 @@ from kvsuite import readers
 from kvsuite.analysis.length import beside, length_rows
 from kvsuite.analysis.requests import of_arms, paces
 from kvsuite.analysis.samples import Broken
-from kvsuite.analysis.speed import attention_alone, speed_rows
+from kvsuite.analysis.speed import SpeedRow, attention_alone, speed_rows
 from kvsuite.analysis.table import Cell, Column, Note, Row, Table, infos
 from kvsuite.analysis.tables.negatives import NOISE, Compared, Counts, counted
 from kvsuite.analysis.verbosity import verbosity
@@ -137,33 +137,37 @@ def _verbosity(run: Run) -> Found:
 def _speeds(run: Run) -> Found:
     """Each method's speed over the uncompressed cache's by batch, at each length that was timed at several."""
     found: Found = {}
-    timings = [
-        r for r in run.records if isinstance(r, Timing) and r.phase == "decode" and r.method in run.facts["methods"]
-    ]
-    for name, some in (("decode", timings), ("attention alone", attention_alone(timings))):
+    for name, some in (("decode", _decoding(run)), ("attention alone", attention_alone(_decoding(run)))):
         rows = [row for row in speed_rows(some) if row.speedup is not None and row.method != run.baseline]
-        for length in sorted({row.length for row in rows}):
-            for method in dict.fromkeys(row.method for row in rows):
-                own = sorted((r for r in rows if (r.method, r.length) == (method, length)), key=lambda r: r.width)
-                if len(own) > 1:
-                    batches = ", ".join(str(r.width) for r in own)
-                    what = f"{name}, length {length:,}, batch {batches}: {method}, × {run.baseline}"
-                    found[what] = ", ".join(f"{r.speedup.mean:.2f}" for r in own if r.speedup is not None)
+        for length, method, own in _lines(rows, "length", "width"):
+            batches = ", ".join(str(r.width) for r in own)
+            what = f"{name}, length {length:,}, batch {batches}: {method}, × {run.baseline}"
+            found[what] = ", ".join(f"{r.speedup.mean:.2f}" for r in own if r.speedup is not None)
     return found
 
 
 def _attention(run: Run) -> Found:
-    """What attention takes of a step over the length, per sequence, milliseconds."""
+    """What attention takes of a step of the batch over the length, milliseconds."""
     found: Found = {}
-    timings = [r for r in run.records if isinstance(r, Timing) and r.method in run.facts["methods"]]
-    rows = [row for row in speed_rows(attention_alone(timings)) if row.rate]
-    for width in sorted({row.width for row in rows}):
-        for method in dict.fromkeys(row.method for row in rows):
-            own = sorted((r for r in rows if (r.method, r.width) == (method, width)), key=lambda r: r.length)
-            if len(own) > 1:
-                what = f"batch {width}, length {', '.join(f'{r.length:,}' for r in own)}: {method}, ms a step"
-                found[what] = ", ".join(f"{1000 * width / r.rate:.2f}" for r in own if r.rate)
+    rows = [row for row in speed_rows(attention_alone(_decoding(run))) if row.rate]
+    for width, method, own in _lines(rows, "width", "length"):
+        what = f"batch {width}, length {', '.join(f'{r.length:,}' for r in own)}: {method}, ms a step"
+        found[what] = ", ".join(f"{1000 * width / r.rate:.2f}" for r in own if r.rate)
     return found
+
+
+def _decoding(run: Run) -> list[Timing]:
+    methods = run.facts["methods"]  # among which transformers' own cache is not
+    return [r for r in run.records if isinstance(r, Timing) and r.phase == "decode" and r.method in methods]
+
+
+def _lines(rows: Sequence[SpeedRow], fixed: str, along: str) -> Iterator[tuple[int, str, list[SpeedRow]]]:
+    """Cells of one method and one value of ``fixed``, in order of ``along``, where there are several of these."""
+    for value in sorted({getattr(row, fixed) for row in rows}):
+        for method in dict.fromkeys(row.method for row in rows):
+            own = [row for row in rows if (getattr(row, fixed), row.method) == (value, method)]
+            if len(own) > 1:
+                yield value, method, sorted(own, key=lambda row: getattr(row, along))
 
 
 def _told(*tools: str) -> Callable[[Run], Found]:

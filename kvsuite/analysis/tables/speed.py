@@ -22,21 +22,24 @@ FEW = 6
 def phases(run: Run) -> list[Table]:
     """Decode, what attention took of it, and prefill, as far as they were timed."""
     timings = [r for r in run.records if isinstance(r, Timing)]
-    by = {phase: [t for t in timings if t.phase == phase] for phase in ("decode", "prefill")}
-    return [_phase(phase, own, run) for phase, own in (
-        ("decode", by["decode"]), (ATTENTION, attention_alone(by["decode"])), ("prefill", by["prefill"])
-    ) if own]  # fmt: skip
+    decode, prefill = ([t for t in timings if t.phase == phase] for phase in ("decode", "prefill"))
+    parts = {"decode": decode, ATTENTION: attention_alone(decode), "prefill": prefill}
+    return [_phase(phase, cells, run) for phase, cells in parts.items() if cells]
+
+
+Place = tuple[int, int]
+"""Batch and length."""
 
 
 def _phase(phase: str, cells: Sequence[Timing], run: Run) -> Table:
     rows = speed_rows(cells)
-    places = sorted({(r.width, r.length) for r in rows})
     by = {(r.method, r.width, r.length): r for r in rows}
+    places = sorted({(r.width, r.length) for r in rows})
+    heads, columns, where = _laid_out(places)
     done, asked = timed(run)
     absent = Cell(state="missing" if done < asked else "ok")
-    is_map = _is_map(places)
 
-    def full(place: tuple[int, int]) -> Cell:
+    def full(place: Place) -> Cell:
         """Its own cell; where that was not timed, its rounds in turn with the methods."""
         if (own := by.get(("full", *place))) is not None:
             return state(own) if own.rate is None else Cell(shown(own.rate, place[0]))
@@ -46,14 +49,12 @@ def _phase(phase: str, cells: Sequence[Timing], run: Run) -> Table:
     def shown(rate: float, width: int) -> float:
         return 1000 * width / rate if phase == ATTENTION else rate
 
-    def listed(key: str, name: str, unit: str, cells: Mapping[tuple[int, int], Cell]) -> list[Row]:
-        """One row, or one a batch."""
-        if not is_map:
-            return [Row((key,), {f"{w} · {n}": cell for (w, n), cell in cells.items()}, (name,), unit)]
-        batches: dict[int, dict[str, Cell]] = {}
-        for (w, n), cell in cells.items():
-            batches.setdefault(w, {})[str(n)] = cell
-        return [Row((key, str(w)), found, (name, str(w)), unit) for w, found in batches.items()]
+    def listed(key: str, name: str, unit: str, cells: Mapping[Place, Cell]) -> list[Row]:
+        found: dict[tuple[str, ...], dict[str, Cell]] = {}
+        for place, cell in cells.items():
+            row, column = where[place]
+            found.setdefault(row, {})[column] = cell
+        return [Row((key, *row), own, (name, *row), unit) for row, own in found.items()]
 
     methods = dict.fromkeys([*(r.method for r in rows), *(run.facts["methods"] if done < asked else [])])
     unit, of = ("ms", "of its step") if phase == ATTENTION else ("tok/s", "of the limit")
@@ -63,11 +64,11 @@ def _phase(phase: str, cells: Sequence[Timing], run: Run) -> Table:
     for method in methods:
         speeds = {place: absent if (r := by.get((method, *place))) is None else _speed(r) for place in places}
         drawn += listed(method, f"{method}, ×", "×", speeds)
-    heads: tuple[str, ...] = ("batch · length",)
-    keys = [f"{w} · {n}" for w, n in places]
-    if is_map:
-        heads, keys = ("method", "batch"), [str(n) for n in sorted({n for _, n in places})]
-    columns = [Column(key, key, shows="range") for key in keys]
+    shows = [Column(key, key, shows="range") for key in columns]
+    return Table(phase, f"{phase} · {setting(run)}", heads, shows, drawn, _notes(phase, rows, run))
+
+
+def _notes(phase: str, rows: Sequence[SpeedRow], run: Run) -> list[Note]:
     notes = [*missing(run), *_meaning(phase, rows), *layers(run)]
     if phase == "decode":
         notes += infos(by_what(rows, run.facts["environment"]["gpu"]))
@@ -77,25 +78,26 @@ def _phase(phase: str, cells: Sequence[Timing], run: Run) -> Table:
         notes.append(
             Note("transformers is its own DynamicCache under SDPA, the same sequences: a row beside, not the baseline.")
         )
-    notes += failed([(f"{r.method} b{r.width} l{r.length}", r.error) for r in rows if r.failed])
-    return Table(phase, f"{phase} · {setting(run)}", heads, columns, drawn, notes)
+    return [*notes, *failed([(f"{r.method} b{r.width} l{r.length}", r.error) for r in rows if r.failed])]
 
 
-def _is_map(places: Sequence[tuple[int, int]]) -> bool:
-    """Whether batches are rows and lengths columns, since there are many of both."""
-    widths, lengths = ({place[at] for place in places} for at in (0, 1))
-    return len(places) > FEW and min(len(widths), len(lengths)) > 1
+def _laid_out(places: Sequence[Place]) -> tuple[tuple[str, ...], list[str], dict[Place, tuple[tuple[str, ...], str]]]:
+    """Heads, columns, and for each place what its row is called beside the method, and its column. A place is a
+    column; where there are many batches and lengths, batches are rows and lengths columns."""
+    widths, lengths = (sorted({place[at] for place in places}) for at in (0, 1))
+    if len(places) > FEW and min(len(widths), len(lengths)) > 1:
+        return ("method", "batch"), [str(n) for n in lengths], {(w, n): ((str(w),), str(n)) for w, n in places}
+    where: dict[Place, tuple[tuple[str, ...], str]] = {(w, n): ((), f"{w} · {n}") for w, n in places}
+    return ("batch · length",), [column for _, column in where.values()], where
 
 
-def _reached(
-    by: Mapping[tuple[str, int, int], SpeedRow], places: Sequence[tuple[int, int]]
-) -> dict[tuple[int, int], Cell]:
+def _reached(by: Mapping[tuple[str, int, int], SpeedRow], places: Sequence[Place]) -> dict[Place, Cell]:
     """How much of this machine's limit the baseline reached; nothing where that was not measured."""
     shares = {place: r.of_limit for place in places if (r := by.get(("full", *place))) is not None}
     return {place: Cell(100 * share) for place, share in shares.items() if share is not None}
 
 
-def _of_step(run: Run) -> dict[tuple[int, int], Cell]:
+def _of_step(run: Run) -> dict[Place, Cell]:
     """How much of the baseline's steps its cache took."""
     own = [r for r in run.records if isinstance(r, Timing) and r.phase == "decode" and r.method == "full"]
     return {
