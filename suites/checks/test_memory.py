@@ -35,11 +35,13 @@ def test_memory_that_was_given_back_shows():
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells")
 def test_memory_that_the_heap_has_kept_is_given_back_first():
-    fill(20)  # from here on the heap serves such sizes
-    freed, behind = fill(20), torch.ones(1 << 14)
+    def many():
+        return [torch.ones(100_000, dtype=torch.uint8) for _ in range(200)]
+
+    *freed, behind = many()  # the last one keeps the heap from shrinking
     del freed
     with PeakMemory(CPU) as peak:
-        fill(20)
+        many()
     assert peak.nbytes > 18 * MIB
     assert behind.all()
 
