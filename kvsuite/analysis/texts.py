@@ -88,37 +88,60 @@ def _kind(character: str) -> str:
     return unicodedata.name(character, "symbol").split()[0] if category in "LM" else "symbol"
 
 
+def windows(text: str) -> list[str]:
+    """A text in up to three parts of equal size, none shorter than ``LONG``: its start, its middle and its end."""
+    count = min(max(len(text) // LONG, 1), 3)
+    return [text[len(text) * k // count : len(text) * (k + 1) // count] for k in range(count)]
+
+
 class NgramModel:
     """How surprising a text is, in bits a character, to whoever knows the baseline's answers to the other prompts: by
     three characters in a row (``most``), where these are unknown by two, by one. Prose of a model comes to 3 or 4, of
-    another language to 5, random letters to 8."""
+    another language to 5, random letters to 8. ``prompts``, (n,), numbers what ``texts`` are answers to: whoever knows
+    an answer to a prompt is surprised by no other. ``again`` are further sane answers, in the same order."""
 
-    def __init__(self, texts: Sequence[str], most: int = 3) -> None:
-        self._most = most
-        self._own = [[np.unique(grams, return_counts=True) for grams in _grams(text, most)] for text in texts]
+    def __init__(self, texts: Sequence[str], prompts: Places, again: Sequence[str] = (), most: int = 3) -> None:
+        self._most, self._prompts = most, prompts.tolist()
+        known: dict[int, dict[str, None]] = {prompt: {} for prompt in self._prompts}
+        for answers in filter(None, (texts, again)):
+            for prompt, text in zip(self._prompts, answers, strict=True):
+                known[prompt][text] = None  # once, however often it was said
+        self._own = {
+            prompt: [np.unique(grams, return_counts=True) for grams in _grams(" ".join(said), most)]
+            for prompt, said in known.items()
+        }
         self._counts = [np.zeros(SLOTS) for _ in range(most)]
         self._total = 0.0
-        for grams in self._own:
+        for grams in self._own.values():
             self._add(grams, 1)
-        bits = self._bits(texts)
-        usual = np.inf if np.isnan(bits).all() else float(np.nanquantile(bits, 0.75))
+        bits = np.array([x for at, text in enumerate(texts) for x in self._surprises(at, windows(text))])
+        self.known = not np.isnan(bits).all()
+        """Whether there is enough of them to tell anything."""
+        usual = float(np.nanquantile(bits, 0.75)) if self.known else np.inf
         self._mould = usual < MOULD
         self._edge = RANDOM if self._mould else STRANGE * max(usual, PROSE)
 
     def foreign(self, texts: Sequence[str]) -> Mask:
-        """(n,), one text a prompt: which are far more surprising than the baseline's own."""
-        return np.asarray(self._bits(texts) > self._edge)
+        """(n, 3), one text a prompt: which are far more surprising than the baseline's own at their start, in their
+        middle, at their end (``windows``; a text of two has no middle, one of one is everywhere the same)."""
+        found = np.zeros((len(texts), 3), np.bool_)
+        for at, text in enumerate(texts):
+            first, *rest = (bits > self._edge for bits in self._surprises(at, windows(text)))
+            found[at] = [first] * 3 if not rest else [first, len(rest) == 2 and rest[0], rest[-1]]
+        return found
 
     def jumbled(self, texts: Sequence[str]) -> Mask:
         """(n,), one text a prompt: which are no less surprising than their words in another order. With four characters
         in a row, of sane answers of a 135M model it is a twentieth to a third; of words in random order five in six."""
         found = np.zeros(len(texts), np.bool_)
         for at, text in enumerate(texts):
-            words = text.split()
+            words, between = text.split(), " "
+            if len(words) < WORDS:  # of scripts without spaces
+                words, between = list("".join(words)), ""
             if len(words) >= WORDS and not self._mould:
                 orders = np.random.default_rng(at).permuted([range(len(words))] * ORDERS, axis=1)
-                shuffled = [" ".join(words[place] for place in order) for order in orders.tolist()]
-                own, *others = self._surprises(at, [text, *shuffled])
+                shuffled = [between.join(words[place] for place in order) for order in orders.tolist()]
+                own, *others = self._surprises(at, [between.join(words), *shuffled])
                 found[at] = min(others) <= own
         return found
 
@@ -127,13 +150,11 @@ class NgramModel:
             counts[slots] += sign * times
         self._total += sign * float(grams[0][1].sum())
 
-    def _bits(self, texts: Sequence[str]) -> Floats:
-        return np.array([self._surprises(at, [text])[0] for at, text in enumerate(texts)])
-
     def _surprises(self, at: int, texts: Sequence[str]) -> list[float]:
-        """Bits a character of answers to one prompt. NaN for a text under ``LONG`` characters and where the baseline's
-        other answers have fewer than ``POOL``."""
-        self._add(self._own[at], -1)
+        """Bits a character of answers to the prompt of the text at a place. NaN for a text under ``LONG`` characters
+        and where the baseline's other answers have fewer than ``POOL``."""
+        own = self._own[self._prompts[at]]
+        self._add(own, -1)
         counts, found = self._counts, []
         for text in texts:
             grams = _grams(text, self._most)
@@ -145,7 +166,7 @@ class NgramModel:
                 before = counts[k - 1][grams[k - 1][self._most - 1 - k : -1]]
                 chance = (counts[k][grams[k][self._most - 1 - k :]] + BACK * chance) / (before + BACK)
             found.append(float(-np.log2(chance).mean()))
-        self._add(self._own[at], 1)
+        self._add(own, 1)
         return found
 
 

@@ -48,6 +48,7 @@ HELP = {
     "gate": "ENDPOINT[METHOD]>=NUMBER or <=: what the run must keep, such as quality[kivi*]>=-0.01 or "
     "speed[int8]>=1.0@b8-l4096; may be given several times, and adds to [tool.kvsuite.gates] (docs/ci.md)",
     "against": "an earlier run: what is worse than there beyond its margin fails",
+    "strict": "yes: a server that is BROKEN, FAILED or DIFFERS ends the run with exit code 1; no: it is told alone",
     "undecided": "what a gate does that nothing decides: passes, warns or fails",
     "acknowledged": "a TOML file of failures that are known and borne: gate, reason, date",
     "run": "the folder this run leaves (default: runs/ and the time)",

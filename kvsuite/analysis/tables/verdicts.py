@@ -8,10 +8,11 @@ from dataclasses import replace
 
 from kvsuite.analysis import forced
 from kvsuite.analysis.effects import Comparison, Finding, compare, decided
-from kvsuite.analysis.runs import broken, failures, noise, parts, speeds
+from kvsuite.analysis.runs import failures, noise, parts, speeds
 from kvsuite.analysis.shortfall import evaluation_of, shares
 from kvsuite.analysis.table import Cell, Column, Note, Row, Table, errors, infos
 from kvsuite.analysis.tables.decision import decision
+from kvsuite.analysis.validity import left_out, withheld
 from kvsuite.analysis.verdict import Effect, Named
 from kvsuite.margins import Margins
 from kvsuite.records import Run
@@ -48,7 +49,8 @@ NEEDS = (
 WORDS = (
     "harmful: all of the interval is beyond the margin; within margin: none of it; undecided: neither; not excluded: "
     "likewise, of an endpoint that can only convict; "
-    "capped: answers end at the cap, so longer ones would not be seen."
+    "capped: answers end at the cap, so longer ones would not be seen; cannot tell: a headline says why what was measured "
+    "clears no method."
 )
 PARTIAL = Note(
     "partial a/b: only a of b samples (of speed: rounds or cells) could be compared, since others are "
@@ -62,15 +64,16 @@ def verdicts(run: Run) -> tuple[list[Table], list[Named]]:
     endpoints themselves."""
     margins = Margins(**run.facts.get("margins", {}))
     fast = speeds(run, margins)
-    methods, beside = decided(compare(parts(run), margins), margins, [*forced.effects(run, margins), *fast.effects])
+    elsewhere = [*forced.effects(run, margins), *fast.effects]
+    methods, beside = decided(compare(parts(run), margins), margins, elsewhere, withheld(run))
     controls = compare(noise(run), margins)
     rows = [effect_row(row.method, e) for row in methods for e in distinct(row)]
     rows += _unanswered(run, methods)
     rows += [effect_row(name, e) for name, e in beside]
     rows += [Row((name, "speed"), {"effect": Cell(state=why)}) for name, why in fast.lost]
+    rows += [Row((name, "all"), {"effect": Cell(state=why)}) for name, why in sorted(left_out(run).items())]
     if not rows:
         return [], []
-    rows += [Row((name, "all"), {"effect": Cell(state="broken")}) for name in sorted(broken(run))]
     hidden = any(len(distinct(row)) < len(row.effects) for row in methods)
     noises = [effect_row(row.method, e) for row in controls for e in distinct(row)]
     rows += [Row(r.key, {"effect": replace(r.cells["effect"], p=None, verdict="noise")}) for r in noises]
