@@ -203,7 +203,9 @@ def decided(
     """The rows, and the endpoints ``beside`` that were measured elsewhere, with the verdicts of all together. Those in
     ``withheld``, by method, are not found within their margins."""
     found = [
-        (row.method, replace(e, withheld=e.endpoint in withheld.get(row.method, ()))) for row in rows for e in row.effects
+        (row.method, replace(e, withheld=e.endpoint in withheld.get(row.method, ())))
+        for row in rows
+        for e in row.effects
     ]
     effects = iter(decide([*found, *beside], margins))
     judged = [replace(row, effects=[next(effects)[1] for _ in row.effects]) for row in rows]

@@ -36,8 +36,8 @@ class Known:
 
 
 def parts(run: Run) -> list[Part]:
-    """The run's methods against ``full``: scored tasks, and chats. Arms whose answers are none, or to other prompts, are
-    left out."""
+    """The run's methods against ``full``: scored tasks, and chats, without arms whose answers are none, or to other
+    prompts."""
     found = [part for known in _known(run) for part in _parts(run, known, controls=False)]
     lost, noisy = left_out(run), acted(run)
     kept = [replace(p, methods={m: a for m, a in p.methods.items() if m not in lost}, acted=noisy) for p in found]

@@ -109,25 +109,27 @@ def _plain(run: Run, arm: str) -> bool:
 
 
 def _baseline(run: Run) -> Iterator[Outcome]:
-    """Whether the baseline is one: it makes sense, scores more than guessing does, and ends its answers by itself."""
+    """Whether the baseline is one: its answers make sense, score more than guessing does, and end by themselves."""
     above, guessed = _scored(run)
     if guessed:
         yield Outcome(
             run.baseline,
             "scores",
             "COULD NOT TELL",
-            f"quality: {'; '.join(guessed)}, which is what guessing scores, so nothing can be lost; give tasks that the "
-            "model can do",
+            f"quality: {'; '.join(guessed)}, which is what guessing scores, so nothing can be lost; give tasks "
+            "that the model can do",
             NOTHING if above else frozenset({"quality", "broken"}),
         )
     bad, told = sense(run)
-    state = "passed" if above else orderless(bad, told)
+    state = orderless(bad, told)
+    if above and state == "could not tell":
+        state = "passed"
     if state == "failed":
         text = f"{bad} of its {told} answers make no sense by themselves: nothing can be concluded; look at its log"
         yield Outcome(run.baseline, "sense", "BROKEN", text, ALL)
     elif state == "could not tell":
         needed = next(n for n in range(told, 1000) if orderless(0, n) == "passed")
-        text = f"whether its own answers make sense: {told} are long enough to tell, it takes {needed}, or a task scored"
+        text = f"whether its answers make sense: {told} are long enough to tell, it takes {needed}, or a task scored"
         yield Outcome(run.baseline, "sense", "COULD NOT TELL", text, ALL)
     else:
         yield Outcome(run.baseline, "sense")
@@ -225,8 +227,8 @@ def _prompts(run: Run) -> Iterator[Outcome]:
             yield Outcome(
                 arm, "prompts", "DIFFERS",
                 f"not the same prompt: it read {means[0]:,.0f} tokens where the baseline read {means[1]:,.0f}, in "
-                f"{len(apart)} of {len(shared)} requests. Serve the same model with the same chat template, and look for "
-                "a gateway that changes messages. It is in no ranking",
+                f"{len(apart)} of {len(shared)} requests. Serve the same model with the same chat template, and look "
+                "for a gateway that changes messages. It is in no ranking",
                 ALL, "differs",
             )  # fmt: skip
         else:
@@ -236,39 +238,59 @@ def _prompts(run: Run) -> Iterator[Outcome]:
 def _tokens(run: Run) -> Iterator[Outcome]:
     """Whether tokens are counted alike: by the server, by the model's tokenizer, by the size of the text."""
     served = {arm: [r for r in found if r.count] for arm, found in _by_arm(_served(run)).items()}
-    rates = {arm: _size(found) for arm, found in served.items()}
+    base = served.get(run.baseline, [])
+    both = SPEED | {"length", "truncation"}
     for arm, found in served.items():
-        counted = {"chunks" if r.counted == "chunks" else "tokens" for r in found}
-        reference = {"chunks" if r.counted == "chunks" else "tokens" for r in served.get(run.baseline, ())}
+        counted, reference = _counted(found), _counted(base)
         overruled = [r for r in found if r.usage_tokens is not None]
-        times = (rates.get(run.baseline) or math.nan) / (rates[arm] or math.nan)
+        times = _talkative(found, base)
         if len(overruled) > APART * len(found):
             said, read = sum(r.usage_tokens or 0 for r in overruled), sum(r.count for r in overruled)
             text = (
-                f"its server counts {said:,} tokens where the model's tokenizer counts {read:,}, in {len(overruled)} of "
-                f"{len(found)} answers. The tokenizer's count is used; look for a gateway that counts otherwise"
+                f"its server counts {said:,} tokens where the model's tokenizer counts {read:,}, in {len(overruled)} "
+                f"of {len(found)} answers. The tokenizer's count is used; look for a gateway that counts otherwise"
             )
             yield Outcome(arm, "tokens", "DIFFERS", text)
         elif counted != reference and reference:
             text = (
-                f"speed and length: its tokens are counted by {' and '.join(sorted(counted))}, the baseline's by "
-                f"{' and '.join(sorted(reference))}; name the model (--kv-model), so that its tokenizer counts"
+                f"speed and length: its tokens are counted by {counted}, the baseline's by {reference}; name the model "
+                "(--kv-model), so that its tokenizer counts"
             )
-            yield Outcome(arm, "tokens", "COULD NOT TELL", text, SPEED | {"length", "truncation"})
+            yield Outcome(arm, "tokens", "COULD NOT TELL", text, both)
         elif times > TALKATIVE or times < 1 / TALKATIVE:
             text = (
                 f"speed and length: for a text of the same size it counts {times:.2f} times as many tokens as the "
                 "baseline's server; name the model (--kv-model), so that its tokenizer decides"
             )
-            yield Outcome(arm, "tokens", "COULD NOT TELL", text, SPEED | {"length", "truncation"})
+            yield Outcome(arm, "tokens", "COULD NOT TELL", text, both)
         else:
             yield Outcome(arm, "tokens")
 
 
-def _size(found: Sequence[Served]) -> float:
-    """Characters a token; NaN where there are too few."""
-    size = sum(len(r.text) + len(r.reasoning) + len(r.calls) for r in found)
-    return size / sum(r.count for r in found) if size >= 500 else math.nan
+def _counted(found: Iterable[Served]) -> str:
+    """Who counted tokens, in words: the server's usage and a tokenizer count the same."""
+    return " and ".join(sorted({"chunks" if r.counted == "chunks" else "usage" for r in found}))
+
+
+def _talkative(mine: Iterable[Served], base: Iterable[Served]) -> float:
+    """How many times as many tokens an arm has as the baseline for a text of the same size, in the task or load where
+    that is most; 1 where the texts are too short to tell."""
+    times = [1.0]
+    sizes, reference = _sizes(mine), _sizes(base)
+    for where in sizes.keys() & reference.keys():
+        (size, count), (text, tokens) = sizes[where], reference[where]
+        if min(size, text) >= 500:
+            times.append(count / size / (tokens / text))
+    return max(times, key=lambda x: abs(math.log(x)))
+
+
+def _sizes(found: Iterable[Served]) -> dict[str, tuple[int, int]]:
+    """By task or load, characters and tokens."""
+    sums: dict[str, tuple[int, int]] = {}
+    for r in found:
+        size, count = sums.get(r.task or r.cell, (0, 0))
+        sums[r.task or r.cell] = size + len(r.text) + len(r.reasoning) + len(r.calls), count + r.count
+    return sums
 
 
 def _times(run: Run) -> Iterator[Outcome]:
@@ -281,7 +303,7 @@ def _times(run: Run) -> Iterator[Outcome]:
         lumps = len(mine) - len(paced)
         why = ""
         if lumps > APART * len(mine):
-            why = f"{lumps} of {len(mine)} answers came in one piece, so there is no time to a first token, nor per token"
+            why = f"{lumps} of {len(mine)} answers came in one piece: no time to a first token, none per token"
         elif paced and base:
             why = _story(paced, base, rushed and arm != run.baseline)
         if why:
@@ -317,9 +339,10 @@ def _repeats(run: Run) -> Iterator[Outcome]:
         pairs = [pair for pair in asked.values() if len(pair) == 2 and pair[0].output_key == pair[1].output_key]
         ratios = [_after(one) / max(_after(other), 1e-9) for one, other in pairs if _after(one) > 0]
         if len(ratios) >= 4 and statistics.median(ratios) > AGAIN:
+            times = min(statistics.median(ratios), 1e3)
             text = (
-                f"it writes the same answer {min(statistics.median(ratios), 1e3):.0f} times as fast when it is asked once "
-                "more: something keeps whole answers. Ask the server itself"
+                f"it writes the same answer {times:.0f} times as fast when it is asked once more: something keeps whole "
+                "answers. Ask the server itself"
             )
             yield Outcome(arm, "repeats", "DIFFERS", text, SPEED)
         else:
@@ -377,7 +400,8 @@ def _compression(run: Run, s: ServerReport) -> Outcome:
     if arm == run.baseline and compressed is None and s.facts:
         return Outcome(arm, check, "NOT SHOWN", "nothing says that its cache is uncompressed")
     if not _plain(run, arm) and s.facts and not s.proof:
-        return Outcome(arm, check, "NOT SHOWN", "nothing shows that compression ran; read its log, or give --kv-profile")
+        text = "nothing shows that compression ran; read its log, or give --kv-profile"
+        return Outcome(arm, check, "NOT SHOWN", text)
     return Outcome(arm, check)
 
 
@@ -385,7 +409,7 @@ def _cold(s: ServerReport, all_of_them: Sequence[ServerReport]) -> Outcome:
     """A server that had prompts in its prefix cache is compared with none that had not."""
     shares, perhaps = [x.warm for x in all_of_them], {x.perhaps_warm for x in all_of_them}
     if s.warm > WARM:
-        text = f"speed: {s.warm:.0%} of its prompts' tokens, which were to be cold, were in its prefix cache; switch it off"
+        text = f"speed: {s.warm:.0%} of its prompts' tokens were in its prefix cache, and were to be cold; switch it off"
         hides = SPEED if max(shares) - min(shares) > WARM else NOTHING
         return Outcome(s.method, "cold", "COULD NOT TELL", text, hides)
     if s.perhaps_warm:

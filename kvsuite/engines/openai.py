@@ -39,8 +39,8 @@ class Client:
 
     ``url`` is the server's root, with or without /v1; ``model`` the one to ask for, else the first that it names.
     Seconds: ``connect`` for a connection; ``first`` to the first token and ``total`` to the end, both from the first
-    attempt; ``between`` tokens. ``count`` counts the tokens of a text; it is used where the server does not say them, and
-    where it says far more or fewer.
+    attempt; ``between`` tokens. ``count`` counts the tokens of a text; it is used where the server does not say them,
+    and where it says far more or fewer.
     Raises UsageError for what is no URL or no time.
     """
 

@@ -218,8 +218,8 @@ class Server:
         return await probe.facts(self.profile, self._page, self._said())
 
     async def counters(self) -> tuple[dict[str, float], bool]:
-        """What it counted since it started, and whether it was started again since it was last looked at, by others than
-        ``start``."""
+        """What it counted since it started, and whether others than ``start`` started it again since it was last
+        looked at."""
         found = {} if self._client is None else await probe.counters(self.profile, self._page)
         again = any(found.get(name, value) < value for name, value in self.counted.items())
         self.counted = found

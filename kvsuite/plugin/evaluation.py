@@ -245,8 +245,8 @@ def _again(config: pytest.Config, folder: Path) -> str:
 
 
 def _hold(config: pytest.Config, report: Report, strict: bool) -> None:
-    """Let gates, and what was found wrong with servers, decide how pytest ends, and tell them to its JUnit file, which is
-    then written once more."""
+    """Let gates, and what was found wrong with servers, decide how pytest ends, and tell them to its JUnit file, which
+    is then written once more."""
     gates = [row for table in report.tables if table.key == "gates" for row in table.rows]
     alarms = report.alarms if strict else ()
     if not (gates or alarms):

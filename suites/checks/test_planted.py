@@ -108,7 +108,7 @@ def test_garbage_is_found(fault):
 UNTOLD = {
     "random tokens, 4 chats": lambda: broken(noisy(), 4, cap=64),
     "a fifth random, 32 chats": lambda: broken(noisy(), 32, 0.2),
-    "a fifth random, greedy, 16 chats": lambda: broken(noisy(), 16, 0.2, greedy=True),
+    "a quarter random, greedy, 16 chats": lambda: broken(noisy(), 16, 0.25, greedy=True),
     "words in no order, 8 chats": lambda: broken(salad, 8),
     "streams swapped, 8 chats": lambda: run(probes(), swapped(chats(n=8))),
     "short answers": lambda: broken(lambda r, rng: replace(r, text=noise(rng, 40), count=12), 40, cap=12),
@@ -248,10 +248,8 @@ TIMES = {
 @pytest.mark.parametrize("fault", TIMES)
 def test_instruments_that_disagree_are_told(fault):
     make, kind, text = TIMES[fault]
-    base = run(probes(), needles(64), chats(n=80), loads(blocks=8, seed="same"))
-    again = [replace(r, text=next(x.text for x in base.records if isinstance(x, type(r)) and (x.method, x.sample) == (r.method, r.sample)))
-             if r.method == M and getattr(r, "cell", "") else r for r in base.records]
-    found = run(change(again, make, where=lambda r: bool(r.cell)))
+    sane = [*probes(), *needles(64), *chats(n=80), *loads(blocks=8)]
+    found = run(change(sane, make, where=lambda r: bool(r.cell)))
     lines = [line for line in said(found) if line.startswith(f"{kind} m: ")]
     assert any(text in line for line in lines), said(found)
     assert "rank" not in believed(found)

@@ -32,8 +32,8 @@ COUNTS = (Column("tokens", "tokens", "tokens"), Column("capped", "at cap"), Colu
 
 
 def speed(run: Run) -> list[Table]:
-    """One row per cell and arm. An arm whose answers are none, or to other prompts, has no figures; one whose times cannot
-    be believed is not set beside the baseline."""
+    """One row per cell and arm. An arm whose answers are none, or to other prompts, has no figures; one whose times
+    cannot be believed is not set beside the baseline."""
     rows = served_rows(run)
     if not rows:
         return []

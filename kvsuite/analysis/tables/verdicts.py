@@ -49,8 +49,8 @@ NEEDS = (
 WORDS = (
     "harmful: all of the interval is beyond the margin; within margin: none of it; undecided: neither; not excluded: "
     "likewise, of an endpoint that can only convict; "
-    "capped: answers end at the cap, so longer ones would not be seen; cannot tell: a headline says why what was measured "
-    "clears no method."
+    "capped: answers end at the cap, so longer ones would not be seen; cannot tell: a headline says why what was "
+    "measured clears no method."
 )
 PARTIAL = Note(
     "partial a/b: only a of b samples (of speed: rounds or cells) could be compared, since others are "
