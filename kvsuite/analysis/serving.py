@@ -288,7 +288,8 @@ OFF = ("false", "off", "disabled", "no", "0")
 def _warm(run: Run) -> dict[str, float]:
     """By arm, of the prompts' tokens in loads that were to be cold, the share found in the prefix cache: as the server
     says it request by request, else as it counted in legs that had nothing but such loads."""
-    if run.facts["settings"].get("prefix") == "warm":
+    settings = run.facts["settings"]
+    if settings.get("prefix") == "warm" or settings.get("workload") == "multi-turn":  # later turns find the earlier
         return {}
     sums: dict[str, list[float]] = {}
     for r in timed(run):

@@ -337,3 +337,20 @@ def test_goodput_is_searched_for_in_every_arm(go, tmp_path):
     assert all("not reached: both targets still hold at the highest rate measured" in row for row in rows)
     served = [r for r in read(tmp_path / "left").records if isinstance(r, Served)]
     assert {r.cached_tokens for r in served} == {0}, "every search starts cold"
+
+
+def test_conversations_grow_and_are_the_same_in_every_arm(go, tmp_path):
+    with Server() as base, Server(cache_dtype="fp8_e4m3", kv_tokens=93184) as other:
+        urls = ["--kv-baseline", base.url, "--kv-variant", f"fp8={other.url}"]
+        result = go("throughput", *urls, "--kv-workload", "multi-turn", "--kv-rounds", "1")
+        asked = [[body["messages"] for _, body in s.calls if body["max_tokens"] == 24] for s in (base, other)]
+    assert result.ret == 0, result.outlines[-30:]
+    timed = [r for r in read(tmp_path / "left").records if isinstance(r, Served)]
+    assert {r.cell for r in timed} == {"closed:4 256 tokens multi-turn"}
+    assert len(asked[1]) == 2 * 4 * 3, "two legs, four conversations, three turns"
+    assert {json.dumps(m) for m in asked[0]} == {json.dumps(m) for m in asked[1]}
+    longest = [m for m in asked[1] if len(m) == 5]
+    assert len(longest) == 8
+    for messages in longest:
+        assert [m["role"] for m in messages] == ["user", "assistant", "user", "assistant", "user"]
+        assert asked[1].index(messages[:1]) < asked[1].index(messages[:3]) < asked[1].index(messages)
