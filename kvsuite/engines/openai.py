@@ -85,7 +85,8 @@ class Client:
 
     async def _count(self, heard: StreamParser) -> None:
         """The reply's tokens: as the server counts them, unless a tokenizer is here and does not find them so."""
-        reply, text, said, read = heard.reply, heard.close(), heard.tokens, None
+        reply, text, said = heard.reply, heard.close(), heard.tokens
+        read: int | None = None
         if self.count is not None:
             async with self._counting:  # in a thread, as other streams run on; one at a time, as tokenizers have state
                 read = await asyncio.to_thread(self.count, text) if text else 0
