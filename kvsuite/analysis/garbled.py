@@ -16,8 +16,8 @@ from kvsuite.analysis.length import is_empty, loops
 from kvsuite.analysis.resample import Floats, Mask, Places
 from kvsuite.analysis.samples import same_answers
 from kvsuite.analysis.stats import holm
+from kvsuite.analysis.texts import LONG, WORDS, NgramModel, Script, TfidfIndex, Vocabulary, length, squeezed, stuttered
 from kvsuite.analysis.verdict import POWER
-from kvsuite.analysis.texts import LONG, WORDS, NgramModel, Script, TfidfIndex, length, squeezed, stuttered
 from kvsuite.columns import Arm, Key
 from kvsuite.errors import UsageError
 
@@ -135,7 +135,8 @@ def check(base: Arm, variant: Arm, control: Arm | None) -> Check:
 
     A sign fails where its adjusted p is at most ``LEVEL`` and its share is ``LEAST`` beyond the floor. With fewer than
     ``FEW`` prompts none can. Broken is also a variant all of whose answers are empty, repetitive or in a wrong language
-    where none of the control's is. Raises UsageError where the arms are not aligned or no text was kept."""
+    where none of the control's is, or so few that it is no chance. Raises UsageError where the arms are not aligned or
+    no text was kept."""
     arms = [base, variant, *([control] if control is not None else [])]
     if any(arm.keys != base.keys for arm in arms):
         raise UsageError(f"{variant.source} cannot be checked: it does not answer the same samples as {base.source}")
@@ -150,7 +151,8 @@ def check(base: Arm, variant: Arm, control: Arm | None) -> Check:
     found = {name: _by_dataset(mark, base, others) for name, mark in MARKS.items()}
     signs = _signs(found, prompts, count < FEW)
     hard = [np.any([found[name].shown(k) for name in HOPELESS], axis=0) for k in range(len(others))]
-    all_hard = bool(hard[0].all()) and not any(x.any() for x in hard[1:])
+    alone = [len(np.unique(prompts[hard[0] & ~x])) for x in hard[1:]]
+    all_hard = bool(hard[0].all()) and all(0.5**n <= LEVEL or not x.any() for n, x in zip(alone, hard[1:], strict=True))
     failed = [s.name for s in signs if s.failed] or (list(HOPELESS) if all_hard else [])
     example = _example(base, others[0], found, failed) if failed else None
     same = np.array([mine == theirs for mine, theirs in zip(others[0].text, base.text, strict=True)], np.bool_)
@@ -196,15 +198,17 @@ def hopeless(base: Arm, variants: Sequence[Arm]) -> list[Mask]:
 
 
 def senseless(arm: Arm) -> tuple[int, int]:
-    """Of how many prompts an arm's answers make no sense by themselves – empty, symbols, words in no order – and of how
-    many that could be told."""
+    """Of how many prompts an arm's answers make no sense by themselves – empty, symbols, no common words, words in no
+    order – and of how many that could be told."""
     prompts = _codes(arm.cluster)
 
     def mark(part: Arm, _: list[Arm]) -> _Marks:
-        texts = _texts(part)
-        script, speech = Script(texts), NgramModel(texts, _codes(part.cluster), most=4)
-        odd = np.array([is_empty(text) or script.strange(text) for text in texts], np.bool_) | speech.jumbled(texts)
-        told = odd | (np.array([length(text) >= LONG for text in texts], np.bool_) & speech.known)
+        texts, prompts = _texts(part), _codes(part.cluster)
+        script, words = Script(texts), Vocabulary(texts, prompts)
+        speech = NgramModel(texts, prompts, most=4)
+        odd = np.array([is_empty(text) or script.strange(text) for text in texts], np.bool_) | words.rare(texts)
+        odd |= speech.jumbled(texts) & speech.ordered
+        told = odd | np.array([length(text) >= LONG for text in texts], np.bool_)
         return _Marks(told, [odd], np.zeros_like(odd), told)
 
     found = _by_dataset(mark, arm, [arm])
@@ -379,12 +383,14 @@ def _repetition(base: Arm, arms: list[Arm]) -> _Marks:
 
 def _language(base: Arm, arms: list[Arm]) -> _Marks:
     script, prompts = Script(_texts(base)), _codes(base.cluster)
-    speech = NgramModel(_texts(base), prompts, *(_texts(arm) for arm in arms[1:]))
+    again = [_texts(arm) for arm in arms[1:]]
+    speech, words = NgramModel(_texts(base), prompts, *again), Vocabulary(_texts(base), prompts, *again)
     strange = (np.array([script.strange(text) for text in _texts(arm)], np.bool_) for arm in (base, *arms))
-    seen = [speech.foreign(_texts(arm)) | odd[:, None] for arm, odd in zip((base, *arms), strange, strict=True)]
+    foreign = (speech.foreign(_texts(arm)) | words.foreign(_texts(arm)) for arm in (base, *arms))
+    seen = [windows | odd[:, None] for windows, odd in zip(foreign, strange, strict=True)]
     own, *others = (windows.any(1) for windows in seen)
     long = np.array([length(text) >= LONG for text in _texts(arms[0])], np.bool_)
-    return _Marks(~own, others, own & ~others[0], long & speech.known, seen[1] & ~seen[0])
+    return _Marks(~own, others, own & ~others[0], long & (speech.known | words.known), seen[1] & ~seen[0])
 
 
 def _order(base: Arm, arms: list[Arm]) -> _Marks:

@@ -15,7 +15,7 @@ from kvsuite.analysis.speed import REFERENCE, log_speeds, speed_rows
 from kvsuite.analysis.stats import Estimate
 from kvsuite.analysis.table import State
 from kvsuite.analysis.trimmed import log_change
-from kvsuite.analysis.validity import left_out, unranked, withheld
+from kvsuite.analysis.validity import left_out, unranked
 from kvsuite.analysis.verdict import Effect, Named, effect
 from kvsuite.margins import Margins
 from kvsuite.readers.run import answers, arms

@@ -341,8 +341,8 @@ def _repeats(run: Run) -> Iterator[Outcome]:
         if len(ratios) >= 4 and statistics.median(ratios) > AGAIN:
             times = min(statistics.median(ratios), 1e3)
             text = (
-                f"it writes the same answer {times:.0f} times as fast when it is asked once more: something keeps whole "
-                "answers. Ask the server itself"
+                f"it writes the same answer {times:.0f} times as fast when it is asked once more: something keeps "
+                "whole answers. Ask the server itself"
             )
             yield Outcome(arm, "repeats", "DIFFERS", text, SPEED)
         else:
@@ -409,7 +409,9 @@ def _cold(s: ServerReport, all_of_them: Sequence[ServerReport]) -> Outcome:
     """A server that had prompts in its prefix cache is compared with none that had not."""
     shares, perhaps = [x.warm for x in all_of_them], {x.perhaps_warm for x in all_of_them}
     if s.warm > WARM:
-        text = f"speed: {s.warm:.0%} of its prompts' tokens were in its prefix cache, and were to be cold; switch it off"
+        text = (
+            f"speed: {s.warm:.0%} of its prompts' tokens were in its prefix cache, and were to be cold; switch it off"
+        )
         hides = SPEED if max(shares) - min(shares) > WARM else NOTHING
         return Outcome(s.method, "cold", "COULD NOT TELL", text, hides)
     if s.perhaps_warm:

@@ -84,7 +84,9 @@ def main() -> None:
     found = count(PAIRS)
     kinds = sorted({kind for said in found for kind in said})
     by = ", ".join(f"{kind} {sum(kind in said for said in found)}" for kind in kinds)
-    line = f"Of {PAIRS} servers beside themselves {len(found)} had a false alarm (allowed: {ALLOWED}){f': {by}' if by else ''}."
+    line = (
+        f"Of {PAIRS} servers beside themselves {len(found)} had a false alarm; {ALLOWED} are allowed{by and f': {by}'}."
+    )
     text, _, _ = Path(DOCUMENT).read_text().partition(MARK)
     Path(DOCUMENT).write_text(f"{text.rstrip()}\n\n{MARK}\n\n{line}\n")
     print(line)

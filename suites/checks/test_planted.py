@@ -12,7 +12,6 @@ import pytest
 
 from kvsuite.analysis import validity
 from kvsuite.analysis.garbled import orderless
-from kvsuite.analysis.report import analyse
 from kvsuite.analysis.serving import served_rows
 from kvsuite.engines.openai import Client
 from kvsuite.engines.request import Ask
@@ -22,8 +21,25 @@ from kvsuite.plugin.visits import _served
 from suites.checks import nulls
 from suites.checks.depth import depth
 from suites.checks.planted import (
-    AGAIN, BASE, COMPRESSED, M, UNCOMPRESSED, believed, change, chats, loads, needles, noise, noisy, paced, probes, run,
-    said, shortened, verdicts,
+    AGAIN,
+    BASE,
+    COMPRESSED,
+    UNCOMPRESSED,
+    M,
+    believed,
+    change,
+    chats,
+    loads,
+    needles,
+    noise,
+    noisy,
+    paced,
+    probes,
+    reported,
+    run,
+    said,
+    shortened,
+    verdicts,
 )  # fmt: skip
 from suites.checks.scripted import Server
 from suites.checks.test_garbled import GERMAN
@@ -58,7 +74,10 @@ def swapped(records):
     """Two streams at a time have changed places."""
     mine = [r for r in records if r.method == M]
     other = {id(a): b for pair in zip(mine[::2], mine[1::2], strict=True) for a, b in (pair, pair[::-1])}
-    return [replace(r, **{k: getattr(other[id(r)], k) for k in ("text", "count", "finish")}) if id(r) in other else r for r in records]
+    return [
+        replace(r, **{k: getattr(other[id(r)], k) for k in ("text", "count", "finish")}) if id(r) in other else r
+        for r in records
+    ]
 
 
 def german(r, rng):
@@ -66,7 +85,9 @@ def german(r, rng):
 
 
 def constant(r, rng):
-    return replace(r, text="I would be glad to help you with that, and will do my best to answer the question that you asked me.")
+    return replace(
+        r, text="I would be glad to help you with that, and will do my best to answer the question that you asked me."
+    )
 
 
 def endless(r, rng):
@@ -78,7 +99,7 @@ def endless(r, rng):
 FOUND = {
     "random tokens, 8 chats": (lambda: broken(noisy(), 8, cap=64), "language 8 of 8"),
     "random tokens, 12 chats": (lambda: broken(noisy(), 12, cap=64), "language 1"),
-    "random from its half on": (lambda: broken(noisy(0.5)), "end 3"),
+    "random from its half on": (lambda: broken(noisy(0.5)), "end 1"),
     "random in its first third": (lambda: broken(noisy(0, 0.34)), "start "),
     "random in its middle": (lambda: broken(noisy(0.33, 0.67)), "middle "),
     "a fifth random, 80 chats": (lambda: broken(noisy(), 80, 0.2), "language "),
@@ -102,7 +123,7 @@ def test_garbage_is_found(fault):
     assert sign in line
     assert verdicts(found) == {"all": "broken"}
     assert believed(found) == []
-    assert any(alarm.startswith("BROKEN m") for alarm in analyse(found).alarms)
+    assert any(alarm.startswith("BROKEN m") for alarm in reported(found).alarms)
 
 
 UNTOLD = {
@@ -146,7 +167,7 @@ def test_what_has_no_fault_is_believed():
     """Else everything could be said to be found. With needles, chats and loads nothing stands above the verdicts."""
     found = run(probes(), needles(64), chats(n=80), loads(blocks=8))
     assert said(found) == []
-    assert analyse(found).alarms == []
+    assert reported(found).alarms == []
     assert "rank" in believed(found)
     assert verdicts(found)["quality"] == "within margin"
     assert {o.state for o in validity.outcomes(found)} == {"passed"}
@@ -166,8 +187,14 @@ LENGTHS = {
 @pytest.mark.parametrize("fault", LENGTHS)
 def test_answers_of_another_length_are_never_within_margin(fault):
     make, share = LENGTHS[fault]
-    found = run(probes(), needles(64), change(chats(n=80, cap=128), make, share=share, where=lambda r: r.task == "chat"))
-    seen = {endpoint: verdict for endpoint, verdict in verdicts(found).items() if endpoint in ("length", "truncation", "all")}
+    found = run(
+        probes(), needles(64), change(chats(n=80, cap=128), make, share=share, where=lambda r: r.task == "chat")
+    )
+    seen = {
+        endpoint: verdict
+        for endpoint, verdict in verdicts(found).items()
+        if endpoint in ("length", "truncation", "all")
+    }
     assert seen
     assert "within margin" not in seen.values() or "harmful" in seen.values()
     if share == 1 and fault != "twice as long":
@@ -190,19 +217,21 @@ def test_a_baseline_of_noise_is_said_first():
     first, *others = said(found)
     assert first.startswith("BROKEN baseline: ")
     assert "make no sense by themselves: nothing can be concluded" in first
-    assert any(line.startswith("COULD NOT TELL baseline: quality: it scores 0.00 on 16 samples of needle") for line in others)
+    assert any(
+        line.startswith("COULD NOT TELL baseline: quality: it scores 0.00 on 16 samples of needle") for line in others
+    )
     assert believed(found) == []
 
 
 def test_a_baseline_that_guesses_tells_nothing_of_quality():
-    found = run(probes(), needles(64, right=0), chats(n=80), loads(blocks=8))
+    found = run(probes(), needles(64, right=0), chats(n=40), loads(blocks=8))
     assert said(found)[0].startswith("COULD NOT TELL baseline: quality: it scores 0.00 on 64 samples of needle")
     assert "quality" not in believed(found)
     assert "rank" in believed(found)
 
 
 def test_a_baseline_that_compresses_clears_no_variant():
-    found = run(probes(baseline=COMPRESSED), needles(64), chats(n=80), loads(blocks=8))
+    found = run(probes(baseline=COMPRESSED), needles(64), loads())
     assert said(found)[0].startswith("COMPRESSED baseline: its own cache is compressed, fp8")
     assert believed(found) == []
 
@@ -238,8 +267,16 @@ TIMES = {
     "in a burst": (burst, "COULD NOT TELL", "follow its first token"),
     "eight times as fast": (paced(8), "COULD NOT TELL", "which no smaller cache explains"),
     "whole answers kept": (replayed, "DIFFERS", "times as fast when it is asked once more"),
-    "usage says half as much again": (lambda r, rng: replace(r, count=3 * r.count // 2), "COULD NOT TELL", "1.5"),
-    "usage says half": (lambda r, rng: replace(r, count=max(r.count // 2, 2)), "COULD NOT TELL", "times as many tokens"),
+    "usage says half as much again": (
+        lambda r, rng: replace(r, count=3 * r.count // 2),
+        "COULD NOT TELL",
+        "counts 1.4",
+    ),
+    "usage says half": (
+        lambda r, rng: replace(r, count=max(r.count // 2, 2)),
+        "COULD NOT TELL",
+        "times as many tokens",
+    ),
     "no usage": (lambda r, rng: replace(r, counted="chunks"), "COULD NOT TELL", "counted by chunks"),
     "the stream delivered twice": (twice, "COULD NOT TELL", "times as many tokens"),
 }
@@ -248,7 +285,7 @@ TIMES = {
 @pytest.mark.parametrize("fault", TIMES)
 def test_instruments_that_disagree_are_told(fault):
     make, kind, text = TIMES[fault]
-    sane = [*probes(), *needles(64), *chats(n=80), *loads(blocks=8)]
+    sane = [*probes(), *needles(64), *loads(blocks=8)]
     found = run(change(sane, make, where=lambda r: bool(r.cell)))
     lines = [line for line in said(found) if line.startswith(f"{kind} m: ")]
     assert any(text in line for line in lines), said(found)
@@ -257,7 +294,7 @@ def test_instruments_that_disagree_are_told(fault):
 
 
 def test_a_few_streams_that_stall_are_told():
-    found = run(probes(), needles(64), chats(n=80), change(loads(blocks=8), stall, share=0.2))
+    found = run(probes(), needles(64), change(loads(blocks=8), stall, share=0.2))
     assert any("some answers stall" in line for line in said(found))
     assert "rank" not in believed(found)
 
@@ -267,21 +304,21 @@ def test_not_the_same_prompt_has_no_figures(lost):
     def make(r, rng):
         return replace(r, prompt_tokens=r.prompt_tokens - 12 if lost == "system prompt" else r.prompt_tokens // 2)
 
-    found = run(change([*probes(), *needles(64), *chats(n=80), *loads()], make))
+    found = run(change([*probes(), *needles(64), *loads()], make))
     [line] = [line for line in said(found) if line.startswith("DIFFERS")]
     assert line.startswith("DIFFERS m: not the same prompt: it read ")
     assert (verdicts(found), believed(found)) == ({"all": "differs"}, [])
 
 
 def test_prompts_that_one_side_does_not_count_are_not_known_to_be_the_same():
-    found = run(change([*probes(), *needles(64), *chats(n=80), *loads()], lambda r, rng: replace(r, prompt_tokens=0)))
+    found = run(change([*probes(), *needles(64), *loads()], lambda r, rng: replace(r, prompt_tokens=0)))
     assert any("m: whether it reads the prompts that the baseline reads" in line for line in said(found))
     assert believed(found) == []
 
 
 def test_another_model_is_told_and_clears_nothing():
     facts = {M: COMPRESSED | {"features": {"model": "other"}}}
-    found = run(probes(**facts), needles(64), chats(n=80), loads())
+    found = run(probes(**facts), needles(64), loads())
     assert any(line.startswith("DIFFERS m: model: other (baseline: m)") for line in said(found))
     assert believed(found) == []
 
@@ -295,15 +332,17 @@ def test_failures_are_told_with_their_share():
 
     found = run(change([*probes(), *needles(32), *chats(n=80), *loads()], make, share=0.2))
     [line] = [line for line in said(found) if line.startswith("FAILED")]
-    assert "answers failed (2" in line
+    assert "answers failed (1" in line
     assert "HTTP 500: out of memory" in line
     assert believed(found) == []
 
 
 def test_a_server_that_was_started_again_is_told():
     again = [replace(p, counters={"restarted": 1.0}) if p.method == M else p for p in probes()]
-    found = run(again, needles(64), chats(n=80), loads(blocks=8))
-    assert any(line.startswith("RESTARTED m: its server ended by itself and was started again, 1 time") for line in said(found))
+    found = run(again, needles(64), loads())
+    assert any(
+        line.startswith("RESTARTED m: its server ended by itself and was started again, 1 time") for line in said(found)
+    )
     assert believed(found) == []
 
 
@@ -327,13 +366,16 @@ def answers(behaviour, arm, prompts, count=None, itl=0.002, rounds=2):
         found = []
         async with Client(url, count=count) as client:
             for leg in range(rounds):
-                asks = [Ask(f"s{at}", ({"role": "system", "content": "Be brief."}, {"role": "user", "content": p}), 48) for at, p in enumerate(prompts)]
+                asks = [
+                    Ask(f"s{at}", ({"role": "system", "content": "Be brief."}, {"role": "user", "content": p}), 48)
+                    for at, p in enumerate(prompts)
+                ]
                 replies = await asyncio.gather(*map(client.ask, asks))
                 known = {"evaluation": "throughput", "cell": "c", "block": 0, "leg": leg}
                 found += [_served(reply, ask, method=arm, **known) for reply, ask in zip(replies, asks, strict=True)]
         return found
 
-    with Server(behaviour=behaviour, itl=itl) as server:
+    with Server(behaviour=behaviour, itl=itl, prefix_caching=False) as server:
         return asyncio.run(go(server.url))
 
 
@@ -372,7 +414,10 @@ def test_a_server_that_does_this_is_told(sane, behaviour):
 
 def test_a_tokenizer_decides_what_usage_overstates(sane):
     found = run(probes(), sane, answers("overstated", M, PROMPTS, count=words))
-    assert any(line.startswith("DIFFERS m: its server counts 2,304 tokens where the model's tokenizer counts 1,536") for line in said(found))
+    assert any(
+        line.startswith("DIFFERS m: its server counts 2,304 tokens where the model's tokenizer counts 1,536")
+        for line in said(found)
+    )
     row = next(row for row in served_rows(found) if row.method == M)
     assert row.tokens == 48
 
@@ -382,12 +427,15 @@ def test_a_server_that_hangs_costs_its_timeout(tmp_path):
 
     async def go():
         async def silent(reader, writer):
-            await asyncio.sleep(30)
+            try:
+                await asyncio.sleep(30)
+            finally:
+                writer.close()
 
         server = await asyncio.start_server(silent, "127.0.0.1", 0)
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         begin = time.monotonic()
-        with pytest.raises(Exception, match="no server answers at .* no answer within 0.2 s"):
+        with pytest.raises(Exception, match=r"no server answers at .* no answer within 0.2 s"):
             await Started("m", Spec.parse(url), tmp_path / "log", Path, timeout=0.2).start()
         server.close()
         return time.monotonic() - begin
@@ -417,6 +465,6 @@ def test_a_port_in_an_assignment_is_filled_in(tmp_path):
 
 
 def test_a_server_beside_itself_raises_no_alarm():
-    """At 5 % a pair, 3 of 12 are as unlikely as 1 in 50; all 200 at night."""
-    pairs = depth(12, nulls.PAIRS)
-    assert len(nulls.count(pairs)) <= depth(2, nulls.ALLOWED)
+    """At 5 % a pair, 2 of 6 are as unlikely as 1 in 31; all 200 at night."""
+    pairs = depth(6, nulls.PAIRS)
+    assert len(nulls.count(pairs)) <= depth(1, nulls.ALLOWED)

@@ -22,9 +22,7 @@ def leg(method, block, half, seconds=1.0, leg=0, **more):
     known = {"cell": "c", "block": block, "leg": leg or 10 * block + half, "evaluation": "throughput", "cap": 50}
     known |= {"start": start, "ttft": 0.2 * seconds, "e2e": 1.2 * seconds, "count": TOKENS, "counted": "usage"}
     known |= {"gaps": [0.1 * seconds] * 10, "finish": "stop", "prompt_tokens": 100}
-    return [
-        Served(method, sample=f"s{i}", **{"text": recorded()[i][0][0]} | known | more) for i in range(PROMPTS)
-    ]
+    return [Served(method, sample=f"s{i}", **{"text": recorded()[i][0][0]} | known | more) for i in range(PROMPTS)]
 
 
 def run(records, tmp_path, **facts):

@@ -198,7 +198,10 @@ def test_every_arm_is_asked_the_same_and_cold(go, tmp_path):
     assert sorted(orders["baseline"]) == sorted(orders["baseline again"])
     assert orders["baseline"] != orders["baseline again"]
     assert all("max_tokens" in body and "ignore_eos" not in body for bodies in asked for body in bodies)
-    assert "DIFFERS fp8: model: scripted (baseline: theirs); serve one model under one name" in (tmp_path / "left" / "report.md").read_text()
+    assert (
+        "DIFFERS fp8: model: scripted (baseline: theirs); serve one model under one name"
+        in (tmp_path / "left" / "report.md").read_text()
+    )
     facts = read(tmp_path / "left").facts
     assert facts["model"]["name"] == "theirs"
 

@@ -12,4 +12,3 @@ def test_every_request_is_answered(kv_serving, kv_arm, kv_cell):
     prompts = [sorted((a.block, a.sample, a.cap, a.prompt_tokens) for a in answers) for answers in (mine, base)]
     assert prompts[0] == prompts[1], "every arm is asked the same"
     assert len({a.leg for a in mine}) == 2 * kv_serving.options.rounds
-

@@ -11,6 +11,7 @@ from kvsuite.analysis.tables.shared import failed
 from kvsuite.analysis.validity import OPEN, Kind, left_out, outcomes, unranked
 from kvsuite.records import Run
 
+
 def headlines(run: Run) -> list[Table]:
     """What must be read before any figure: every check that did not pass, once, the baseline's first, then the
     gravest. Of arms that have no figures, what could not be told besides is left out."""
