@@ -383,12 +383,12 @@ def _repetition(base: Arm, arms: list[Arm]) -> _Marks:
 
 def _language(base: Arm, arms: list[Arm]) -> _Marks:
     script, prompts = Script(_texts(base)), _codes(base.cluster)
-    again = [_texts(arm) for arm in arms[1:]]
-    speech, words = NgramModel(_texts(base), prompts, *again), Vocabulary(_texts(base), prompts, *again)
+    again = _texts(arms[1]) if len(arms) > 1 else []
+    speech, words = NgramModel(_texts(base), prompts, again), Vocabulary(_texts(base), prompts, again)
     strange = (np.array([script.strange(text) for text in _texts(arm)], np.bool_) for arm in (base, *arms))
     foreign = (speech.foreign(_texts(arm)) | words.foreign(_texts(arm)) for arm in (base, *arms))
     seen = [windows | odd[:, None] for windows, odd in zip(foreign, strange, strict=True)]
-    own, *others = (windows.any(1) for windows in seen)
+    own, *others = (np.asarray(windows.any(1)) for windows in seen)
     long = np.array([length(text) >= LONG for text in _texts(arms[0])], np.bool_)
     return _Marks(~own, others, own & ~others[0], long & (speech.known | words.known), seen[1] & ~seen[0])
 

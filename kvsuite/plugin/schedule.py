@@ -92,8 +92,8 @@ def load_asks(
     count = servers.requests or (2 * cell.arrivals.concurrency if cell.arrivals.kind == "closed" else OPEN)
     file = servers.workload
     if file is None:
-        talks = max(cell.arrivals.concurrency, -(-count // TURNS)) if servers.talks else count
-        asks = _digests(cell, f"{options.seed} {cell.name} {draw}", talks, options, tokens)
+        texts = max(cell.arrivals.concurrency, -(-count // TURNS)) if servers.talks else count
+        asks = _digests(cell, f"{options.seed} {cell.name} {draw}", texts, options, tokens)
         asks = [turn for ask in asks for turn in _turns(ask)] if servers.talks else asks
     elif file.suffix == ".jsonl":
         asks = [replace(a, max_tokens=a.max_tokens or options.cap) for a in workloads.read(file)]

@@ -12,7 +12,9 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
-from kvsuite.analysis.report import analyse
+from kvsuite.analysis.cost import throughput
+from kvsuite.analysis.tables import servers
+from kvsuite.analysis.tables.verdicts import verdicts as verdict_tables
 from kvsuite.records import Probe, Run, Served, read
 from suites.checks.test_garbled import elsewhere
 
@@ -75,7 +77,7 @@ def needles(n=32, right=1.0):
     ]
 
 
-def loads(seed="loads", blocks=4, requests=8, sd=0.02):
+def loads(seed="loads", blocks=4, requests=6, sd=0.02):
     """Timed answers, in blocks A B B A; what a leg is faster or slower by is drawn."""
     rng, found, answers = random.Random(seed), [], asked(seed, blocks * requests)
     for block in range(blocks):
@@ -121,33 +123,31 @@ def change(records, make, arms=(M,), share=1.0, seed=0, where=lambda r: True):
     return [make(r, rng) if chosen(r) else r for r in records]
 
 
-reported = functools.lru_cache(maxsize=4)(analyse)
-
-
 def said(found):
     """The headlines."""
-    return [note.text for table in reported(found).tables if table.key == "headlines" for note in table.notes]
+    return [note.text for table in servers.headlines(found) for note in table.notes]
 
 
-def believed(found, arm=M):
-    """What a report says in favour of an arm: endpoints within their margins, and its rank in speed."""
-    report = reported(found)
-    good = []
-    for table in report.tables:
-        for row in table.rows:
-            if table.key == "verdicts" and row.key[0] == arm and row.cells["effect"].verdict == "within margin":
-                good.append(row.key[1])
-            if table.key == "served" and row.key[1] == arm and row.cells["tpot ratio"].value is not None:
-                good.append("rank")
-    if report.throughput is not None and arm in report.throughput.rates and "rank" not in good:
-        good.append("rank in cost")
-    return good
+judged = functools.lru_cache(maxsize=4)(verdict_tables)
+
+
+def effects(found):
+    """By arm and endpoint, the verdicts' cells."""
+    tables, _ = judged(found)
+    return {row.key: row.cells["effect"] for t in tables if t.key == "verdicts" for row in t.rows}
 
 
 def verdicts(found, arm=M):
     """By endpoint."""
-    cells = {row.key: row.cells["effect"] for t in reported(found).tables if t.key == "verdicts" for row in t.rows}
-    return {endpoint: cell.verdict or cell.state for (name, endpoint), cell in cells.items() if name == arm}
+    return {end: cell.verdict or cell.state for (name, end), cell in effects(found).items() if name == arm}
+
+
+def believed(found, arm=M):
+    """What a report says in favour of an arm: endpoints within their margins, and its rank in speed."""
+    good = [endpoint for endpoint, verdict in verdicts(found, arm).items() if verdict == "within margin"]
+    rows = [row for table in servers.speed(found) for row in table.rows if row.key[-1] == arm]
+    ranked = any(cell.value is not None for row in rows for name, cell in row.cells.items() if name.endswith("ratio"))
+    return good + ["rank"] * ranked + ["cost"] * (arm in throughput(found).rates)
 
 
 @functools.cache
