@@ -37,6 +37,8 @@ IMPOSSIBLE = 4.0
 """As many times as fast per token no smaller cache makes a server that was not short of memory."""
 AGAIN = 8.0
 """As many times as fast per token no server repeats an answer that it computes."""
+QUICK = 0.05
+"""Seconds of an answer whose times tell of the network and the client more than of the server."""
 STALLED = 1.5
 """How much slower all answers together may be, beside the median one."""
 BURST = 10.0
@@ -295,7 +297,7 @@ def _sizes(found: Iterable[Served]) -> dict[str, tuple[int, int]]:
 
 def _times(run: Run) -> Iterator[Outcome]:
     """Whether the times of an arm tell one story."""
-    found = _by_arm(r for r in timed(run) if r.status == "ok" and r.count > 1)
+    found = _by_arm(r for r in timed(run) if r.status == "ok" and r.count > 1 and r.e2e > QUICK)
     base = [r for r in found.get(run.baseline, ()) if r.tpot]
     rushed = sum(s.counters.get("preemptions", 0) for s in told(run) if s.method == run.baseline) > 0
     for arm, mine in found.items():
@@ -337,7 +339,7 @@ def _repeats(run: Run) -> Iterator[Outcome]:
             legs.setdefault(r.method, {}).setdefault((r.cell, r.block, r.sample), []).append(r)
     for arm, asked in legs.items():
         pairs = [pair for pair in asked.values() if len(pair) == 2 and pair[0].output_key == pair[1].output_key]
-        ratios = [_after(one) / max(_after(other), 1e-9) for one, other in pairs if _after(one) > 0]
+        ratios = [_after(one) / max(_after(other), 1e-9) for one, other in pairs if one.e2e - one.ttft > QUICK]
         if len(ratios) >= 4 and statistics.median(ratios) > AGAIN:
             times = min(statistics.median(ratios), 1e3)
             text = (

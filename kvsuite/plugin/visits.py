@@ -82,9 +82,9 @@ class Visits:
     async def _start(self, arm: str) -> None:
         """Start an arm that is down, and warm it up."""
         server, session = self.servers[arm], self.session
-        if server.up or self.given_up(arm):
-            return
-        self.restarted[arm] = self.restarted.get(arm, 0) + server.ended
+        if self.given_up(arm) or (server.up and (server.spec.kind == "url" or await server.answers())):
+            return  # what has just died may seem to be up for a moment
+        self.restarted[arm] = self.restarted.get(arm, 0) + (server.up or server.ended)
         try:
             await server.start()
         except (UsageError, OSError, RuntimeError) as error:

@@ -460,7 +460,7 @@ class TestCounting:
         assert sign(check(base, unknown, control), "cap hits").n == 0
 
     def test_too_few_are_broken_only_if_all_are_hopeless(self):
-        world = World("few", FEW - 1)
+        world = World("few answers", FEW - 1)
         for kind in ("characters", "empty", "loop", "Russian", "exclamation marks"):
             found = checked(world.base, world.broken(kind), world.control)
             assert found.broken, kind
