@@ -203,12 +203,10 @@ def _verdict(e: Effect) -> Effect:
         verdict = "harmful"
     elif e.capped:
         verdict = "capped"
-    elif e.withheld:
-        verdict = "cannot tell"
     elif e.veto:
         verdict = "not excluded"
     elif e.safe <= e.levels[1]:
-        verdict = "within margin"
+        verdict = "cannot tell" if e.withheld else "within margin"
     return replace(e, verdict=verdict, estimate=replace(e.estimate, low=_end(e, -1), high=_end(e, 1)))
 
 

@@ -49,9 +49,9 @@ NEEDS = (
 WORDS = (
     "harmful: all of the interval is beyond the margin; within margin: none of it; undecided: neither; not excluded: "
     "likewise, of an endpoint that can only convict; "
-    "capped: answers end at the cap, so longer ones would not be seen; cannot tell: a headline says why what was "
-    "measured clears no method."
+    "capped: answers end at the cap, so longer ones would not be seen."
 )
+UNTOLD = " cannot tell: a headline says why what was measured clears no method."
 PARTIAL = Note(
     "partial a/b: only a of b samples (of speed: rounds or cells) could be compared, since others are "
     "missing. Those that are there may be the short ones, so these figures decide nothing.",
@@ -78,7 +78,8 @@ def verdicts(run: Run) -> tuple[list[Table], list[Named]]:
     noises = [effect_row(row.method, e) for row in controls for e in distinct(row)]
     rows += [Row(r.key, {"effect": replace(r.cells["effect"], p=None, verdict="noise")}) for r in noises]
     said = [
-        f"{WORDS} p: of no harm beyond the margin, one-sided, after Holm over all rows but the noise.{needs(rows)}",
+        f"{WORDS}{UNTOLD * bool(withheld(run))} p: of no harm beyond the margin, one-sided, after Holm over all rows "
+        f"but the noise.{needs(rows)}",
         endpoints(rows, fast.where)
         + (" broken has no row where it is quality with the sign turned." if hidden else ""),
         *(["noise: the controls, measured as if they were methods: what no effect looks like."] if noises else []),
