@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
@@ -11,6 +13,8 @@ class AttendingLayer(CacheLayerMixin):
     says how many tokens were seen, not how many are held."""
 
     is_sliding = False
+    module: Any = None
+    """The attention module that reads it, noted as it does."""
 
     def attend(self, q: Tensor, scale: float, window: int | None, softcap: float | None, aux: Tensor | None) -> Tensor:
         """q (batch, heads, Q, head_dim) -> the same shape."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from kvsuite.cache.prefill import PrefillCache
 from kvsuite.engines.packing import pack
 from kvsuite.engines.pool import DecoderPool
 from kvsuite.engines.precision import compute_dtype
+from kvsuite.engines.pretrained import load_model
 from kvsuite.engines.random_model import random_model
 from kvsuite.engines.request import Request, Response
 from kvsuite.engines.sampling import GREEDY, Sampling
@@ -57,8 +59,7 @@ class TransformersEngine:
     def load(cls, folder: Path, dtype: str = "auto", device: str = "cpu", backend: str = "auto") -> TransformersEngine:
         """From a folder in Hugging Face's layout. ``dtype``: what it computes in: auto (what this machine is fastest
         in), bfloat16 or float32. Uncompressed K and V are stored in the checkpoint's own dtype."""
-        transformers.utils.logging.disable_progress_bar()
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+        model = load_model(folder)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         return cls._computing(model.to(device), tokenizer, dtype, backend)
 
@@ -76,6 +77,11 @@ class TransformersEngine:
             reason += f"; {pack(model)}"
         return cls(model, tokenizer, kv_dtype, reason, backend)
 
+    @cached_property
+    def attention_modules(self) -> list[Any]:
+        """The model's, in the order of its layers."""
+        return adapter.attention_modules(self.model)
+
     def worker(
         self,
         method: Method,
@@ -89,6 +95,7 @@ class TransformersEngine:
         engine's unless given. Raises UsageError where its codec has yet to learn something of the model."""
         if _learns(method) and method.codec not in self.artifacts:
             raise UsageError(f"{method.name} must be calibrated before it is used")
+        method.check_layers(self.layers)
         return MethodWorker(
             method, self.layers, rows, lengths,
             sampling=sampling, name=name, backend=backend or self.backend, artifact=self.artifacts.get(method.codec),
@@ -168,10 +175,10 @@ class TransformersEngine:
         self, request: Request, context: list[int], suffix: list[int], observes: Iterable[Observation] = ()
     ) -> Prompt:
         """Run the context through the model once, in full precision, and keep what the methods asked for."""
-        start = time.perf_counter()
         cache = PrefillCache(self.layers, observes, self.backend)
+        hooks = cache.catch_hidden(self.attention_modules) if HiddenStates() in cache.asked else []
+        start = time.perf_counter()
         ids = torch.tensor([context], device=self.model.device)
-        hooks = cache.catch_hidden(adapter.attention_modules(self.model)) if HiddenStates() in cache.asked else []
         try:
             logits = adapter.forward(self.model, cache, ids)[0]
         finally:

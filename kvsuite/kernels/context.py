@@ -27,6 +27,8 @@ class LayerContext:
     rope: Rope | None = None
     window: int | None = None
     """The model's sliding window, where it has one."""
+    layers: int = 1
+    """Attention layers that the model has."""
 
     @property
     def token_bytes(self) -> int:
@@ -79,5 +81,7 @@ class HeadView:
     """Whether attention reads these very numbers, not the stored codes with roundings of its own."""
     integers: bool = False
     """Attention multiplies codes by queries and weights that are rounded to 16-bit integers."""
+    rotated: bool = False
+    """With ``integers``: these queries and weights are rounded after they are turned by `hadamard`."""
     rounded: bool = False
     """Attention rounds its scores to the compute dtype."""

@@ -152,7 +152,7 @@ class PagedKV:
     mapping: SlotMapping = field(default_factory=lambda: SlotMapping([], np.zeros((0, 0), dtype=np.int64)))
     """Where the tokens of the step go that is being made."""
     encodes: bool = False
-    """Whether this step fills a residual that is then encoded as a whole."""
+    """Whether this step encodes a residual as a whole."""
     bound: tuple[tuple[int | None, ...], Tensor] | None = None
     """A batch's rows and the tensor that holds them on the device."""
     layout: tuple[list[bool], list[list[int]]] | None = None
@@ -241,8 +241,8 @@ class PagedKV:
             after, first = np.where(again, slots, after), np.where(again, host.free_slot[rows], slots)
         self._refuse_overflow(rows, after)
         self.mapping = SlotMapping(rows, first)
-        whole = [r for r, rolling in ((x.spec.residual, x.spec.rolling) for x in (self.k, self.v)) if r and not rolling]
-        self.encodes = any(bool((after // r > slots // r).any()) for r in whole)
+        whole = [x.spec for x in (self.k, self.v) if x.spec.residual and not x.spec.rolling]
+        self.encodes = any(bool((spec.num_encoded(after) > spec.num_encoded(slots)).any()) for spec in whole)
         self.layout = None
         host.slots[rows] = after
         host.tokens[rows] += n

@@ -54,6 +54,14 @@ METHODS = {
     "mxfp4": None,
     "q8_0": None,
     "q4_0": None,
+    "turboquant:bits=k4v4,seed=3": None,
+    "turboquant:bits=k4v2": None,
+    "kvarn:bits=k4v2": None,
+    "h2o:budget=40 + kvarn:bits=k4v4": None,
+    "gear:bits=4,residual=32": "gear:bits=4,residual=128",
+    "gear-l:bits=2,rank=0.1,residual=32,order=after": None,
+    "kivi:bits=2,group=16,residual=32,order=after": "kivi:bits=2,group=16,order=after",
+    "int8:skip_first=1": "int8:skip_first=1",
     "knorm:budget=20": "knorm:budget=100",
     "knorm:budget=20 + layers": "knorm:budget=100 + layers",
     "keydiff:budget=20 + int8": None,
@@ -100,7 +108,11 @@ def has_compiler() -> bool:
 
 def layer(dtype: torch.dtype = torch.bfloat16, index: int = 0, kv_dtype: torch.dtype | None = None) -> LayerContext:
     rope = Rope(1e4 ** (-torch.arange(0, DIM, 2) / DIM))
-    return LayerContext(index, HEADS, KV_HEADS, DIM, dtype, kv_dtype or dtype, torch.device("cpu"), rope)
+    return LayerContext(index, HEADS, KV_HEADS, DIM, dtype, kv_dtype or dtype, torch.device("cpu"), rope, layers=2)
+
+
+FITTED = [text for text in CODECS if any(spec.fitted(DIM, torch.bfloat16) for spec in parse(text).codec.specs(layer()))]
+"""What each prompt teaches something."""
 
 
 def tokens(n: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -31,7 +31,7 @@ def seen():
     """A model's prefilled prompt with everything observed, what each cost, and what its first projection was given."""
     model, inputs = build("Llama"), []
     engine = TransformersEngine(model, Letters())
-    first = adapter.attention_modules(model)[0].q_proj
+    first = engine.attention_modules[0].q_proj
     hook = first.register_forward_pre_hook(lambda module, args: inputs.append(args[0][0]))
     prompt = engine.prefill(Request("x", "", "", 1), IDS[0].tolist(), [], [*ALL, LastQueries(7)])
     hook.remove()
