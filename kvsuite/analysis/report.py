@@ -108,7 +108,7 @@ def analyse(run: Run, held: Gates = NO_GATES, today: date | None = None) -> Repo
         limits(run, known),
         throughput(run),
         held.failed(found),
-        [f"{o.kind} {o.arm}: {o.text}" for o in validity.outcomes(run) if o.kind in validity.FATAL],
+        [f"{o.kind} {o.arm}: {o.text}" for o in validity.outcomes(run) if o.fatal],
     )
 
 

@@ -245,8 +245,8 @@ class ServerReport:
     failures: tuple[str, ...]
     proof: str = ""
     """Why compression is taken to have run; empty where that is not shown. Nothing to be shown of a baseline."""
-    lost: tuple[str, ...] = ()
-    """Features that the baseline's server has otherwise."""
+    apart: Mapping[str, tuple[str | None, str | None]] = field(default_factory=dict)
+    """By name, features that it says it has otherwise than the baseline's server says: what each says of them."""
     warm: float = 0.0
     """Of the tokens of prompts that were to be cold, the share that the server had in its prefix cache."""
     perhaps_warm: bool = False
@@ -272,12 +272,12 @@ def told(run: Run) -> list[ServerReport]:
             for name, value in p.counters.items():
                 sums[name] = max(sums.get(name, 0.0), value) if name == "late" else sums.get(name, 0.0) + value
         failures = tuple(dict.fromkeys(p.error for p in mine if p.status != "ok"))
-        proof, lost = ("", ()) if plain or not facts else (proven(facts, base), differing(facts, base))
+        proof, apart = ("", {}) if plain or not facts else (proven(facts, base), differing(facts, base))
         off = str(facts.get("features", {}).get("prefix caching", "")).lower() in OFF
         perhaps = bool(sums.get("perhaps_warm")) and method not in warm and not off
         share = warm.get(method, 0.0)
         found.append(
-            ServerReport(method, last.profile, last.command, facts, sums, failures, proof, lost, share, perhaps)
+            ServerReport(method, last.profile, last.command, facts, sums, failures, proof, apart, share, perhaps)
         )
     return found
 
@@ -334,14 +334,11 @@ def _per_token(facts: Mapping[str, Any]) -> float | None:
     return size / tokens if size and tokens else None
 
 
-def differing(facts: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[str, ...]:
-    """Features in which a server differs from the baseline's."""
+def differing(facts: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, tuple[str | None, str | None]]:
+    """By name, features of which a server and the baseline's do not say the same; None: it does not say."""
     mine, theirs = facts.get("features", {}), base.get("features", {})
-    return tuple(
-        f"{name}: {mine.get(name, 'not said')} (baseline: {theirs.get(name, 'not said')})"
-        for name in dict.fromkeys([*theirs, *mine])
-        if mine.get(name) != theirs.get(name)
-    )
+    both = {name: (mine.get(name), theirs.get(name)) for name in dict.fromkeys([*theirs, *mine])}
+    return {name: said for name, said in both.items() if said[0] != said[1]}
 
 
 def stored(run: Run) -> dict[str, float]:

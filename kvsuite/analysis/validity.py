@@ -23,6 +23,8 @@ Kind = Literal["BROKEN", "DIFFERS", "COMPRESSED", "FAILED", "RESTARTED", "NOT SH
 """Of headlines, the gravest first."""
 FATAL: tuple[Kind, ...] = ("BROKEN", "FAILED", "DIFFERS")
 """Kinds that end a run with an error, unless its user wants otherwise."""
+TESTED = frozenset({"cache eviction", "sparse attention", "kv_cache_dtype", "kv_dtype"})
+"""Features by which a cache is compressed: a comparison is about these."""
 OPEN: tuple[Kind, ...] = ("NOT SHOWN", "COULD NOT TELL")
 """Kinds of checks that did not decide."""
 ANSWERS = frozenset({"quality", "broken", "length", "truncation"})
@@ -64,11 +66,18 @@ class Outcome:
     variant's."""
     lost: Lost = "ok"
     """Why the arm has no figures at all, where it has none."""
+    tested: bool = False
+    """Whether it is what the comparison is about."""
 
     @property
     def state(self) -> State:
         """How the check ended."""
         return "passed" if self.kind is None else "could not tell" if self.kind in OPEN else "failed"
+
+    @property
+    def fatal(self) -> bool:
+        """Whether it ends a run with an error, unless the user wants otherwise."""
+        return self.kind in FATAL and not self.tested
 
 
 @lru_cache(maxsize=2)
@@ -380,10 +389,20 @@ def _servers(run: Run) -> Iterator[Outcome]:
         yield _restarted(s)
         yield _compression(run, s)
         yield _cold(s, reports)
-        for feature in s.lost:
-            model = feature.startswith("model:")
-            more = "; serve one model under one name (--served-model-name)" if model else ""
-            yield Outcome(s.method, "features", "DIFFERS", feature + more, ALL if model else NOTHING)
+        yield from _features(s)
+
+
+def _features(s: ServerReport) -> Iterator[Outcome]:
+    """Where a server says otherwise than the baseline's; what one of them does not say is not known to differ."""
+    for name, (mine, theirs) in s.apart.items():
+        if mine is None or theirs is None:
+            says = f"it does not say, the baseline: {theirs}" if mine is None else f"{mine}, the baseline does not say"
+            yield Outcome(s.method, "features", "COULD NOT TELL", f"{name}: {says}")
+            continue
+        model = name == "model"
+        more = "; serve one model under one name (--served-model-name)" if model else ""
+        text = f"{name}: {mine} (baseline: {theirs}){more}"
+        yield Outcome(s.method, "features", "DIFFERS", text, ALL if model else NOTHING, tested=name in TESTED)
 
 
 def _restarted(s: ServerReport) -> Outcome:

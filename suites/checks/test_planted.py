@@ -327,6 +327,41 @@ def test_another_model_is_told_and_clears_nothing():
     assert believed(found) == []
 
 
+FEATURES = {
+    "cache eviction": ("true", "false", False),
+    "sparse attention": ("true", "false", False),
+    "kv_cache_dtype": ("fp8_e4m3", "auto", False),
+    "prefix caching": ("False", "True", True),
+    "dtype": ("float16", "bfloat16", True),
+    "tokenizer": ("other", "m", True),
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_what_is_tested_differs_and_is_no_error(name):
+    """Anything else that differs ends a run with an error (`--kv-strict`)."""
+    mine, theirs, fatal = FEATURES[name]
+    plain = UNCOMPRESSED | {"features": {"model": "m", name: theirs}}
+    own = COMPRESSED | {"features": {"model": "m", name: mine}}
+    report = analyse(run(probes(**{BASE: plain, AGAIN: plain, M: own}), needles(64), chats(n=80), loads()))
+    line = f"DIFFERS m: {name}: {mine} (baseline: {theirs})"
+    assert [(note.text, note.severity) for note in report.table("headlines").notes] == [
+        (f"{line}.", "error" if fatal else "warning")
+    ]
+    assert report.alarms == [line] * fatal
+    assert "rank" in believed(report.run)
+
+
+@pytest.mark.parametrize(("mine", "theirs"), [("True", None), (None, "True")])
+def test_what_one_server_does_not_say_is_not_known_to_differ(mine, theirs):
+    """A server at a URL has no log to be read."""
+    told = {arm: {"features": {"model": "m"} | ({"x": x} if x else {})} for arm, x in ((BASE, theirs), (M, mine))}
+    report = analyse(run(probes(baseline=UNCOMPRESSED | told[BASE], m=COMPRESSED | told[M]), needles(64), chats(n=80)))
+    assert [note.text for note in report.table("headlines").notes] == [
+        "COULD NOT TELL m: x: True, the baseline does not say." if mine else "COULD NOT TELL m: x: it does not say, the baseline: True."
+    ]
+    assert report.alarms == []
+
 # what failed
 
 

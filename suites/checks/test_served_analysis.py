@@ -159,7 +159,8 @@ def test_features_that_differ():
     mine, base = (
         {"features": f} for f in ({"prefix caching": "False", "x": "1"}, {"prefix caching": "True", "x": "1"})
     )
-    assert differing(mine, base) == ("prefix caching: False (baseline: True)",)
+    assert differing(mine, base) == {"prefix caching": ("False", "True")}
+    assert differing(mine, {}) == {"prefix caching": ("False", None), "x": ("1", None)}
 
 
 def test_what_is_told_of_an_arm(tmp_path):
@@ -173,7 +174,7 @@ def test_what_is_told_of_an_arm(tmp_path):
     base, mine = told(run([*probes, *warm, *leg("baseline", 0, 0)], tmp_path))
     assert base.counters == {"preemptions": 3.0, "late": 0.2}
     assert (mine.facts, mine.failures, mine.warm, mine.proof) == (FP8, ("it died",), 0.5, "")
-    assert mine.lost == ()
+    assert mine.apart == {}
 
 
 def test_every_leg_is_checked_for_garbage(tmp_path):

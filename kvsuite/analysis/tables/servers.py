@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from kvsuite.analysis.serving import FIGURES, ServedRow, ServerReport, blocks, goodputs, served_rows, told
 from kvsuite.analysis.shortfall import interrupted
-from kvsuite.analysis.table import Cell, Column, Note, Row, State, Table, errors, infos, span
+from kvsuite.analysis.table import Cell, Column, Note, Row, Severity, State, Table, errors, infos, span
 from kvsuite.analysis.tables.shared import failed
 from kvsuite.analysis.validity import OPEN, Kind, left_out, outcomes, unranked
 from kvsuite.records import Run
@@ -15,13 +15,14 @@ from kvsuite.records import Run
 def headlines(run: Run) -> list[Table]:
     """What must be read before any figure: every check that did not pass, once, the baseline's first, then the
     gravest. Of arms that have no figures, what could not be told besides is left out."""
-    lost, said = left_out(run), dict[tuple[Kind, str], list[str]]()
+    lost, said = left_out(run), dict[tuple[Kind, str, Severity], list[str]]()
     for o in outcomes(run):
         if o.kind is not None and not (o.arm in lost and o.kind in OPEN):
-            said.setdefault((o.kind, o.text), []).append(o.arm)
+            severity: Severity = "warning" if o.kind in OPEN or o.tested else "error"
+            said.setdefault((o.kind, o.text, severity), []).append(o.arm)
     notes = [
-        Note(f"{kind} {', '.join(dict.fromkeys(arms))}: {text}.", "warning" if kind in OPEN else "error")
-        for (kind, text), arms in said.items()
+        Note(f"{kind} {', '.join(dict.fromkeys(arms))}: {text}.", severity)
+        for (kind, text, severity), arms in said.items()
     ]
     return [Table("headlines", "headlines", notes=notes)] if notes else []
 
