@@ -358,9 +358,12 @@ def test_what_one_server_does_not_say_is_not_known_to_differ(mine, theirs):
     told = {arm: {"features": {"model": "m"} | ({"x": x} if x else {})} for arm, x in ((BASE, theirs), (M, mine))}
     report = analyse(run(probes(baseline=UNCOMPRESSED | told[BASE], m=COMPRESSED | told[M]), needles(64), chats(n=80)))
     assert [note.text for note in report.table("headlines").notes] == [
-        "COULD NOT TELL m: x: True, the baseline does not say." if mine else "COULD NOT TELL m: x: it does not say, the baseline: True."
+        "COULD NOT TELL m: x: True, the baseline does not say."
+        if mine
+        else "COULD NOT TELL m: x: it does not say, the baseline: True."
     ]
     assert report.alarms == []
+
 
 # what failed
 
