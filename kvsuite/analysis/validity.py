@@ -82,10 +82,10 @@ class Outcome:
 
 @lru_cache(maxsize=2)
 def outcomes(run: Run) -> tuple[Outcome, ...]:
-    """All that is checked of a comparison of servers, the baseline first; nothing for any other run."""
-    if not any(isinstance(r, Served) for r in run.records) and not told(run):
-        return ()
-    found = [outcome for check in CHECKS for outcome in check(run)]
+    """All that is checked of a comparison of servers, the baseline first; of any other run, what the baseline
+    scores."""
+    served = any(isinstance(r, Served) for r in run.records) or told(run)
+    found = [outcome for check in (_scores, *(CHECKS if served else ())) for outcome in check(run)]
     return tuple(sorted(found, key=lambda o: (o.arm != run.baseline, _rank(o))))
 
 
@@ -119,18 +119,23 @@ def _plain(run: Run, arm: str) -> bool:
     return arm == run.baseline or run.is_control(arm)
 
 
-def _baseline(run: Run) -> Iterator[Outcome]:
-    """Whether the baseline is one: its answers make sense, score more than guessing does, and end by themselves."""
+def _scores(run: Run) -> Iterator[Outcome]:
+    """Whether the baseline scores more than guessing does. A task in which it does not is in the mean score all the
+    same, since leaving out what the baseline got wrong by chance would make every method look worse."""
     above, guessed = _scored(run)
     if guessed:
-        yield Outcome(
-            run.baseline,
-            "scores",
-            "COULD NOT TELL",
-            f"quality: {'; '.join(guessed)}, which is what guessing scores, so nothing can be lost; give tasks "
-            "that the model can do",
-            NOTHING if above else frozenset({"quality", "broken"}),
+        more = "In the mean over all tasks that hides what others lose" if above else "Nothing can be lost there"
+        text = (
+            f"quality: it scores {'; '.join(guessed)}, not shown to be above guessing. {more}: give tasks that "
+            "the model can do"
         )
+        hides = NOTHING if above else frozenset({"quality", "broken"})
+        yield Outcome(run.baseline, "scores", "COULD NOT TELL", text, hides)
+
+
+def _baseline(run: Run) -> Iterator[Outcome]:
+    """Whether the baseline is one: its answers make sense, and end by themselves."""
+    above, _ = _scored(run)
     bad, told = sense(run)
     state = orderless(bad, told)
     if above and state == "could not tell":
@@ -162,7 +167,7 @@ def _scored(run: Run) -> tuple[list[str], list[str]]:
         mean, chance = (statistics.fmean(x) for x in zip(*found, strict=True))
         low = mean_interval([score for score, _ in found]).low
         if low < chance + EDGE:
-            guessed.append(f"it scores {mean:.2f} on {len(found)} samples of {task}")
+            guessed.append(f"{mean:.2f} on {len(found)} samples of {task} (guessing: {chance:.2f})")
         else:
             above.append(task)
     return above, guessed

@@ -52,6 +52,20 @@ def test_the_command_computes_a_report_once(bootstraps, capsys, form):
     assert "fp8_e5m2" in capsys.readouterr().out
 
 
+def test_a_baseline_that_guesses_clears_no_method_by_its_score():
+    """A task in which it does is told, and stays in the mean; where it does so in all of them the score tells
+    nothing."""
+    run = read(REPORTS / "standard")
+    [table] = [table for table in analyse(run).tables if table.key == "headlines"]
+    assert [note.text.partition(":")[0] for note in table.notes] == ["COULD NOT TELL full"]
+    assert "0.04 on 32 samples of instructions (guessing: 0.00)" in table.notes[0].text
+    assert analyse(run).cell("verdicts", ("int8", "quality"), "effect").verdict == "within margin"
+    kept = [r for r in run.records if getattr(r, "task", "") in ("instructions", "qa")]
+    guessing = analyse(replace(run, records=kept))
+    assert guessing.cell("verdicts", ("int8", "quality"), "effect").verdict == "cannot tell"
+    assert guessing.cell("verdicts", ("h2o:budget=0.125", "quality"), "effect").verdict in ("cannot tell", "harmful")
+
+
 OUTSIDE = """
 def pytest_kv_report(report, terminalreporter):
     bound = report.cell("verdicts", ("fp8_e5m2", "length"), "effect").high
