@@ -11,6 +11,10 @@ class AttendingLayer(CacheLayerMixin):
     says how many tokens were seen, not how many are held."""
 
     is_sliding = False
+    wants_hidden = False
+    """Whether `hidden` must be set before it attends."""
+    hidden: Tensor | None = None
+    """(batch, n, hidden size): what the layer's attention was given, before its projections."""
 
     def attend(self, q: Tensor, scale: float, window: int | None, softcap: float | None, aux: Tensor | None) -> Tensor:
         """q (batch, heads, Q, head_dim) -> the same shape."""

@@ -93,6 +93,8 @@ def _part(text: str, whole: str) -> Component:
 
 
 def _value(owner: str, key: str, text: str, hint: typing.Any) -> typing.Any:
+    if hint is str:
+        return text
     options = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal:
         for option in options:
