@@ -7,7 +7,20 @@ from hypothesis import strategies as st
 
 from kvsuite.cache.layer import LayerCache
 from kvsuite.methods import parse
-from suites.checks.table import CHUNKED, CODECS, KV_HEADS, SCALE, STEPWISE, context, layer, loaded, plain, same, tokens
+from suites.checks.table import (
+    CHUNKED,
+    CODECS,
+    FITTED,
+    KV_HEADS,
+    SCALE,
+    STEPWISE,
+    context,
+    layer,
+    loaded,
+    plain,
+    same,
+    tokens,
+)
 
 chunks = st.lists(st.integers(1, 9) | st.integers(16, 60), min_size=1, max_size=5)
 
@@ -21,7 +34,7 @@ def feed(cache, k, v, chunks, rows=(0,)):
         first += n
 
 
-@pytest.mark.parametrize("text", [text for text in CODECS if text != "codebook"])  # whose scale is its prompt's own
+@pytest.mark.parametrize("text", [text for text in CODECS if text not in FITTED])  # to their prompt
 @settings(max_examples=8)
 @given(prompt=st.integers(1, 140), chunks=chunks)
 def test_any_chunks_equal_one_by_one_equal_all_at_once(text, prompt, chunks):
@@ -42,7 +55,7 @@ def test_any_chunks_equal_one_by_one_equal_all_at_once(text, prompt, chunks):
     assert torch.equal(singly.attend(q[None], SCALE), once.attend(q[None], SCALE))
 
 
-@pytest.mark.parametrize("text", [text for text in CHUNKED if text not in CODECS or text == "codebook"])
+@pytest.mark.parametrize("text", [text for text in CHUNKED if text not in CODECS or text in FITTED])
 @settings(max_examples=8)
 @given(prompt=st.integers(1, 140), chunks=chunks)
 def test_chunks_after_a_selected_prompt_equal_one_by_one(text, prompt, chunks):

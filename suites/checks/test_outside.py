@@ -1,15 +1,17 @@
-"""What a plug-in may bring: a selector that compacts, a reader of pages, a codec that must be calibrated. Through the
-engine."""
+"""What another package may bring, through the engine: selectors that compact, a reader, a codec to be calibrated."""
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
 import pytest
 import torch
 
+from kvsuite.cache.adapter import attention_modules
 from kvsuite.cache.checker import AttentionChecker
 from kvsuite.cache.layer import LayerCache
-from kvsuite.cache.observations import HiddenStates, LastQueries, NewestAttention
+from kvsuite.cache.observations import HiddenStates, LastQueries, NewestAttention, PreRopeMoments
+from kvsuite.engines.decoder import Decoder
 from kvsuite.engines.request import Request
 from kvsuite.engines.transformers import TransformersEngine
 from kvsuite.errors import UsageError
@@ -55,6 +57,34 @@ def test_all_of_them_answer_beside_the_baseline(tiny_llama):
         assert by["redundant:budget=40,every=16", r.id].nbytes_end < full.nbytes_end / 2
         assert by["top-pages:top=1", r.id].path == "full/reference"
         assert by["codebook", r.id].path == "codebook/reference"
+
+
+def test_a_number_of_each_hidden_state_is_kept_and_decides(tiny_llama):
+    """The tokens with the longest hidden states stay, of the prompt and of the answer, through two compactions."""
+    made = engine(tiny_llama)
+    method = parse("loud:budget=24,every=16,recent=4")
+    prompt = made.prefill(REQUESTS[0], list(range(60)), [], [*method.observes, HiddenStates()])
+    worker = made.worker(method, 2, [(60, 40)])
+    decoder = Decoder(made.model, [worker], 2)
+    assert not list(decoder.admit(worker, prompt))
+    layer, sizes = worker.caches[1], prompt.context[1][HiddenStates()].norm(dim=-1).tolist()
+    inputs = []
+    hook = attention_modules(made.model)[1].register_forward_pre_hook(
+        lambda module, args, kwargs: inputs.append(kwargs["hidden_states"][0, 0].detach()), with_kwargs=True
+    )
+    for _ in range(35):
+        before = [held.positions.tolist() for held in layer.read(0)]
+        list(decoder.step())
+        sizes.append(float(inputs[-1].norm()))
+        seen = len(sizes)
+        for had, held in zip(before, layer.read(0), strict=True):
+            expected = [*had, seen - 1]
+            if (seen - 60) % 16 == 0:
+                order = sorted(expected, key=lambda p: -sizes[p] if p < seen - 4 else -math.inf)
+                expected = sorted(order[:24])
+            assert held.positions.tolist() == expected
+    hook.remove()
+    assert worker.backend == "reference"
 
 
 def test_a_backend_that_refuses_says_why(tiny_llama):
@@ -162,7 +192,7 @@ def test_what_cannot_be_is_refused(tiny_llama, monkeypatch):
     with pytest.raises(UsageError, match="keys that move"):
         parse("streaming-llm:budget=20 + top-pages").cache(layer(), 1, 64)
     with pytest.raises(UsageError, match="cannot be observed while"):
-        LayerCache(layer(), parse("full").codec.specs(layer()), 1, 64, eviction=Tova(observes=(HiddenStates(),)))
+        LayerCache(layer(), parse("full").codec.specs(layer()), 1, 64, eviction=Tova(observes=(PreRopeMoments(),)))
     from kvsuite.kernels import triton
 
     assert choose(layer(), *parse("full").codec.specs(layer()), Needs(), "triton")[1] == ""
