@@ -6,7 +6,7 @@ from kvsuite.methods import BudgetSelector
 
 @dataclass(frozen=True)
 class Loud(BudgetSelector):
-    """Keeps the tokens with the largest hidden states, and the last ones; every 64 steps back to its budget."""
+    """The tokens with the largest number in their hidden states, and the last ones; every 64 steps to its budget."""
 
     name = "loud"
     stores = "the tokens with the largest hidden states, and the last `recent`"
@@ -45,7 +45,7 @@ class Quieter:
 
     def note(self, hidden, layer):
         """What is kept of each token when it passes: hidden (n, hidden size) to (1, n), the same in all heads."""
-        return hidden.float().norm(dim=-1)[None]
+        return hidden.float().abs().amax(-1)[None]
 
     def score(self, state):
         newest = state.positions >= state.num_seen - self.recent

@@ -1,5 +1,6 @@
 """docs/extending.md is followed as a newcomer would: its files are written, its commands run."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -45,7 +46,9 @@ def test_every_command_of_the_page_runs(folder, world):
     for at, command in enumerate(COMMANDS):
         if command.startswith("pytest"):
             own = [*shlex.split(command)[1:], "--kv-run", f"runs/{at}", str(ROOT / "suites" / "samples")]
-            ran = forked.run([*small, *own], folder)
+            installed = [ROOT / "docs" / "examples", ROOT / "suites" / "checks" / "plugin"]  # their entry points
+            path = os.pathsep.join([os.environ["PYTHONPATH"], *map(str, installed)])
+            ran = forked.run([*small, *own], folder, PYTHONPATH=path)
             code, told = ran.ret, "\n".join([*ran.outlines, *ran.errlines])
         else:
             words = command.replace("kvsuite", f"{sys.executable} -m kvsuite", 1)
