@@ -241,7 +241,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
         furthest, holds = max(row["furthest"] for row in own), all(row["holds"] for row in own)
         table.add_row(
             text.replace("budget={n},", "").replace(":budget={n}", "").replace("{ratio}", "…").replace("{zap}", "…"),
-            press + (f"({more['press']})" if more else ""),
+            press + (f"({more['press']})" if "press" in more else ""),
             f"{same:,} of {sets:,}",
             f"{others:,} of {tokens:,}",
             f"{furthest:.0e}",
