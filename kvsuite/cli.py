@@ -128,7 +128,9 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
 
 def _paper_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("figures", nargs="*", metavar="FIGURE", help="fig6, table9, …; else all")
-    parser.add_argument("--run", dest="folder", type=Path, metavar="RUN", help="a run folder: ours")
+    parser.add_argument(
+        "--run", dest="folders", action="append", default=[], type=Path, metavar="RUN", help="a run folder: ours"
+    )
     parser.add_argument("--artifact", type=Path, metavar="FOLDER", help="a clone of the artifact: its data, recomputed")
     parser.add_argument("--markdown", action="store_true", help="as docs/paper.md has it")
     parser.set_defaults(run=_paper)
@@ -285,9 +287,9 @@ def _paper(asked: argparse.Namespace) -> None:
     from kvsuite.analysis.tables import paper
     from kvsuite.report import markdown, terminal
 
-    run = records.read(asked.folder) if asked.folder else None
+    runs = list(map(records.read, asked.folders))
     artifact = paper.Artifact(asked.artifact) if asked.artifact else None
-    tables = paper.figures(asked.figures, run, artifact)
+    tables = paper.figures(asked.figures, runs, artifact)
     if asked.markdown:
         shown = [paper.overview(), *(t for t in tables if t.rows)] if not asked.figures else tables
         print(*([] if asked.figures else [paper.INTRO]), *map(markdown.table, shown), sep="\n\n")

@@ -16,3 +16,9 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return UsageError(f"unknown {kind} {name!r}: {hint}known are {', '.join(names) or 'none'}")
+
+
+def first_line(error: BaseException) -> str:
+    """An exception in one line: its type and the beginning of its text, without a stop at the end."""
+    text = str(error).strip().partition("\n")[0][:200].rstrip(" .:")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kvsuite import environment, shapes
+from kvsuite import configs, environment, shapes
 from kvsuite.errors import UsageError
 
 
@@ -188,11 +188,24 @@ def _weights(folder: Path) -> list[Path]:
 
 def model_limit(model: Path) -> int | None:
     """The context length of a model folder, or of a model on the hub, read from its config without loading anything.
-    Raises UsageError, one sentence, where it is not a model. A shape has no limit."""
+    Raises UsageError as `model_config`. A shape has no limit."""
+    limit = configs.text_part(model_config(model)).get("max_position_embeddings")
+    if limit is not None and not isinstance(limit, int):
+        raise UsageError(
+            f"{str(model / 'config.json')!r} says max_position_embeddings is {limit!r}, which is no number"
+        )
+    return limit
+
+
+def model_config(model: Path) -> dict[str, Any]:
+    """The configuration of a model folder, or of a model on the hub, read without loading anything; a shape has an
+    empty one. Raises UsageError, one sentence, where it is not a model."""
     if shapes.is_shape(model):
         shapes.shaped(model)
-        return None
+        return {}
     folder = located(model, "config.json")
+    if folder.is_file():
+        raise UsageError(f"{folder.as_posix()!r} is a file: only a server reads it, kvsuite itself a model folder")
     if not folder.is_dir():
         raise UsageError(f"model folder {folder.as_posix()!r} does not exist")
     config = folder / "config.json"
@@ -203,13 +216,29 @@ def model_limit(model: Path) -> int | None:
         found = json.loads(config.read_text())
     except ValueError as error:
         raise UsageError(f"{str(config)!r} is not JSON: {error}") from error
-    own = found.get("text_config", found) if isinstance(found, dict) else None
-    if not isinstance(own, dict):
+    if not isinstance(found, dict) or ("text_config" in found and not isinstance(found["text_config"], dict)):
         raise UsageError(f"{str(config)!r} is not a model's configuration")
-    limit = own.get("max_position_embeddings")
-    if limit is not None and not isinstance(limit, int):
-        raise UsageError(f"{str(config)!r} says max_position_embeddings is {limit!r}, which is no number")
-    return limit
+    return found
+
+
+def check_whole(folder: Path) -> None:
+    """UsageError where a file of weights that the index names is not there, or is cut off."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        for name in sorted({*json.loads(index.read_text()).get("weight_map", {}).values()}):
+            if not (folder / name).is_file():
+                raise UsageError(f"{str(folder)!r} has no {name}, which its {index.name} names")
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            size = file.stat().st_size - 8 - length
+            try:
+                header: Any = json.loads(opened.read(length)) if size >= 0 else None
+                ends = [x["data_offsets"][1] for name, x in header.items() if name != "__metadata__"]
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise UsageError(f"{str(file)!r} is no file of weights") from error
+        if size != max(ends, default=0):
+            raise UsageError(f"{str(file)!r} is damaged: it holds {size} bytes of weights, not {max(ends, default=0)}")
 
 
 def _once(name: str, package: Package, make: Callable[[Path, Path], object]) -> Path:

@@ -121,8 +121,9 @@ def _kernels(asked: argparse.Namespace) -> None:
 
 def _length(asked: argparse.Namespace) -> None:
     from kvsuite.predict import tables
-    from kvsuite.predict.length import Lengths, Predictor, prompts_of
+    from kvsuite.predict.length import Lengths, Predictor
     from kvsuite.predict.length_scores import elsewhere, told
+    from kvsuite.predict.prompts import prompts_of
     from kvsuite.runs.verbosity import MiniLM
 
     predictor = Predictor.load(asked.use) if asked.use else None
@@ -153,12 +154,12 @@ def _length(asked: argparse.Namespace) -> None:
 def _types(run: records.Run, embed: Embed) -> tuple[Classifier | None, Accuracy | None]:
     """The classifier, and what it is worth; None where all prompts are of one type."""
     from kvsuite.predict import types
-    from kvsuite.predict.prompts import features
+    from kvsuite.predict.prompts import prompts_of
 
     known = types.typed(run)
     if len({k.type for k in known}) < 2:
         return None, None
-    x = features([k.prompt for k in known], [k.tokens for k in known], embed)
+    x = prompts_of(known, embed)
     return types.Classifier.learned(x, [k.type for k in known]), types.held_out(x, known)
 
 

@@ -40,6 +40,7 @@ SMOKE: dict[str, Any] = {
     "acknowledged": "",
     "run": "",
     "resume": "",
+    "learn": "",
     "executor": "here",
     "ray-address": "",
     "plugin": [],

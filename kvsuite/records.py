@@ -269,6 +269,35 @@ class Similarity(Record):
 
 
 @dataclass(frozen=True)
+class Predicted(Record):
+    """What a predictor, or a routing policy, is worth on what it had not seen, beside those that know less."""
+
+    kind: ClassVar[str] = "predicted"
+
+    tool: str = ""
+    """throughput, length, type of task or router."""
+    what: str = ""
+    """What was predicted, and what was left out while learning."""
+    measure: str = ""
+    """An error or loss, of which less is better, or a share of right answers."""
+    unit: str = ""
+    n: int = 0
+    value: float = 0.0
+    low: float | None = None
+    high: float | None = None
+    """The ends of the 95 % interval, where it has one."""
+    nulls: dict[str, float] = field(default_factory=dict)
+    """The same measure of others, by name."""
+    better: bool | None = None
+    """Whether it surely does better than they do; None where nothing was compared."""
+
+    @property
+    def job(self) -> Job | None:
+        """One figure of one tool."""
+        return Job("tools", self.method, self.tool, f"{self.what}, {self.measure}")
+
+
+@dataclass(frozen=True)
 class Probe(Record):
     """What a server said of itself around one leg: on ``/metrics``, in its log, in its own words."""
 
@@ -337,6 +366,10 @@ class Timing(Record):
     """Bytes a second that this machine read, measured before the run's first cell."""
     rate: float = 0.0
     """Operations a second of a large product in the compute dtype, then."""
+    attention_seconds: list[float] = field(default_factory=list)
+    baseline_attention_seconds: list[float] = field(default_factory=list)
+    """What the caches took of either side's rounds: storing new tokens and attending, all layers. Empty on a GPU, which
+    works while the clock reads."""
 
     @property
     def job(self) -> Job | None:
@@ -354,7 +387,7 @@ def cell_name(width: int, length: int) -> str:
 
 
 KINDS: dict[str, type[Record]] = {
-    kind.kind: kind for kind in (Answer, Served, Forced, Loss, Similarity, Probe, Agreement, Timing)
+    kind.kind: kind for kind in (Answer, Served, Forced, Loss, Similarity, Predicted, Probe, Agreement, Timing)
 }
 
 

@@ -35,6 +35,8 @@ def kernel_of(text: str, grids: Mapping[str, Grid], shape: ModelShape, extended:
     plain = method.codec.spelled() == "full" or method.codec.name == "jitter"
     if method.reader is not None or (plain and method.selector is None):
         raise UsageError(f"{method.name!r} stores all of K and V in bf16: there is nothing to compare")
+    if any(method.codec.at(layer, shape.layers) != method.codec for layer in range(shape.layers)):
+        raise UsageError(f"{method.name!r} does not store all layers alike: no kernel is like it")
     dtype = BF16 if plain else FP8 if method.codec.spelled() == "fp8" else None
     if dtype is None:
         specs = method.codec.specs(cast("LayerContext", shape))  # of which codecs read head_dim alone
@@ -60,6 +62,10 @@ def _token(spec: QuantSpec, head_dim: int) -> float:
     """Bytes of one encoded token: `QuantSpec.fields` as numbers, without torch."""
     if spec.layout in ("token", "channel"):
         return head_dim * spec.bits / 8 + head_dim / spec.group * 4  # float16 scale and zero
+    if spec.layout == "plain":
+        return 2 * head_dim
+    if spec.layout == "levels":
+        return head_dim * spec.bits / 8 + 2
     if spec.layout == "fp8":
         return head_dim + (4 if spec.scale is None else 0)
     raise UsageError(f"{type(spec).__name__} has no known layout, so its bytes are unknown")

@@ -8,7 +8,7 @@ from datetime import date
 from functools import cached_property
 
 from kvsuite.analysis.cost import Throughput, throughput
-from kvsuite.analysis.figure import Figure
+from kvsuite.analysis.figure import Figure, Map
 from kvsuite.analysis.figures import figures
 from kvsuite.analysis.gates import Gates
 from kvsuite.analysis.pairs import Pair, pairs
@@ -23,6 +23,7 @@ from kvsuite.analysis.tables.causes import causes
 from kvsuite.analysis.tables.chats import chats, sweep
 from kvsuite.analysis.tables.gates import gates, outcomes
 from kvsuite.analysis.tables.modes import modes
+from kvsuite.analysis.tables.predicted import predicted
 from kvsuite.analysis.tables.types import types
 from kvsuite.analysis.tables.verbosity import verbosity
 from kvsuite.analysis.tables.verdicts import verdicts
@@ -45,7 +46,7 @@ class Report:
     """Every single figure: too long for a terminal."""
     notes: Sequence[Note]
     """To be read at the end."""
-    figures: Sequence[Figure] = ()
+    figures: Sequence[Figure | Map] = ()
     sentences: Sequence[Sentence] = ()
     """One a method, for whoever reads nothing else."""
     limits: Sequence[str] = ()
@@ -84,7 +85,7 @@ def analyse(run: Run, held: Gates = NO_GATES, today: date | None = None) -> Repo
     tables = [*_shortfall(run), *gates(held, found), *servers.headlines(run), *judged]
     tables += [*servers.speed(run), *servers.served(run)]
     tables += [*speed.phases(run), *modes(run), *capacity(run), *types(run), *answers(run), *causes(run), *chats(run)]
-    tables += [*verbosity(run), *speed.promises(run)]
+    tables += [*verbosity(run), *predicted(run), *speed.promises(run)]
     tables += sweep(run, {table.key: table for table in tables})
     torn = f"{run.torn} record lines were cut off while being written and are left out."
     notes = [*provenance(run.records), *([Note(torn, "warning")] if run.torn else [])]

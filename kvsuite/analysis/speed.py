@@ -72,6 +72,19 @@ def speed_rows(timings: Sequence[Timing]) -> list[SpeedRow]:
     return rows
 
 
+def attention_alone(timings: Sequence[Timing]) -> list[Timing]:
+    """The decoding cells with what the caches took of each round in place of its seconds, where that was recorded."""
+    return [
+        replace(
+            t,
+            seconds=[s * t.scale for s in t.attention_seconds],
+            baseline_seconds=[s * t.scale for s in t.baseline_attention_seconds],
+            scale=1.0, moved=0,
+        )
+        for t in timings if t.phase == "decode" and t.attention_seconds
+    ]  # fmt: skip
+
+
 def break_evens(timings: Sequence[Timing]) -> dict[tuple[str, int], BreakEven]:
     """By method and width: from which context on, or up to which, a decode step takes less time than the baseline's,
     which ran in turn with it; where two lengths or more were timed."""

@@ -10,25 +10,27 @@ import functools
 import inspect
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 
+from kvsuite import configs
 from kvsuite.cache.attending import AttendingLayer
 from kvsuite.cache.checker import AttentionChecker
 from kvsuite.cache.layer import LayerCache
-from kvsuite.cache.rope import find_rope
-from kvsuite.errors import UsageError
+from kvsuite.cache.rope import find_rope, rotations
+from kvsuite.cache.watched import AttentionLayer, WatchedCache
+from kvsuite.errors import UsageError, first_line
 from kvsuite.kernels.context import LayerContext
+from kvsuite.kernels.reference.attention import causal_mask
 
 NAME = "kvsuite"
 """The ``attn_implementation`` under which a model reads our caches."""
-
-KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
 @dataclass
@@ -130,12 +132,26 @@ class KVCache(Cache):
         super().__init__(layers=[_Layer(index, members) for index in range(len(members[0].caches))])
 
 
+@dataclass(frozen=True)
+class Causal:
+    """What stands for a mask that is never built: a query reads the keys up to its own, at most ``window`` of them."""
+
+    window: int | None
+
+
+MEANINGLESS = frozenset(
+    ("cache_position", "deterministic", "logits_to_keep", "output_attentions", "output_hidden_states",
+     "output_router_logits", "position_ids", "return_dict", "use_cache")
+)  # fmt: skip
+"""What models hand down to attention that changes nothing there."""
+
+
 def attention_forward(
     module: Any,
     query: Tensor,
     key: Any,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Causal | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -143,23 +159,56 @@ def attention_forward(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function registered with transformers. Whatever asks for more than it understands is refused."""
+    """The attention function registered with transformers. Whatever asks for more than it understands is refused.
+
+    The window is the mask's, as in transformers' own eager and SDPA attention, which read no ``sliding_window``.
+    """
     if not isinstance(key, AttendingLayer):
         raise ValueError(f"attn_implementation={NAME!r} needs a cache of kvsuite")
-    if attention_mask is not None or dropout or kwargs.get("position_bias") is not None:
-        raise ValueError("kvsuite understands neither ready-made masks nor position biases nor dropout")
+    if not isinstance(attention_mask, Causal) or dropout:
+        raise ValueError("kvsuite understands neither ready-made masks nor dropout")
+    if sliding_window is not None and sliding_window != attention_mask.window:
+        raise ValueError(f"attention is told a window of {sliding_window}, its mask one of {attention_mask.window}")
+    _refuse_more("attention", kwargs, MEANINGLESS)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = key.attend(query, scale, sliding_window, softcap, s_aux)
-    return out.transpose(1, 2), None
+    key.module = module
+    out = key.attend(query, scale, attention_mask.window, softcap, s_aux)
+    return out.transpose(1, 2).contiguous(), None
 
 
-def mask_forward(*args: Any, attention_mask: Tensor | None = None, use_vmap: bool = False, **kwargs: Any) -> None:
-    """The mask function registered with transformers: none is built, positions say what may be read. A mask that would
-    be dropped without a word is refused."""
+def mask_forward(
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[..., Tensor],
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Causal:
+    """The mask function registered with transformers: none is built, positions say what may be read. Any other mask
+    than a causal one with a window is refused: three of a prompt's queries are asked what they may read."""
     if attention_mask is not None and not bool(attention_mask.all()):
         raise ValueError("kvsuite does not take padding: give each sequence a row of its own instead of a padded batch")
     if use_vmap:
         raise ValueError("kvsuite does not understand this model's own attention mask")
+    _refuse_more("the mask", kwargs, {"allow_is_bidirectional_skip", "allow_is_causal_skip", "allow_torch_fix",
+                                      "batch_size", "config", "dtype"})  # fmt: skip
+    if q_length > 1 or not q_offset:
+        queries = torch.tensor([0, q_length // 2, q_length - 1], device=device) + q_offset
+        keys, zero = torch.arange(kv_length, device=device) + kv_offset, torch.zeros(1, 1, 1, 1, device=device).long()
+        allowed = mask_function(zero, zero, queries[None, None, :, None], keys[None, None, None])
+        if not bool((allowed == causal_mask(queries, keys, local_size)).all()):
+            raise ValueError("kvsuite understands causal masks with a sliding window, not this model's")
+    return Causal(local_size)
+
+
+def _refuse_more(who: str, told: Mapping[str, Any], known: Collection[str]) -> None:
+    for name in sorted({*told} - {*known}):
+        if told[name] is not None and not (name == "is_causal" and told[name] is True):
+            raise ValueError(f"{who} is told {name!r}, which kvsuite does not understand")
 
 
 def forward(model: Any, cache: Any, input_ids: Tensor, **inputs: Any) -> Tensor:
@@ -201,70 +250,77 @@ def cache_argument(forward: Callable[..., Any]) -> str:
 
 
 def install(model: Any) -> None:
-    """Let one model read our caches. Raises UsageError where its attention is not understood."""
-    refuse_unknown(model.config)
+    """Let one model read our caches. Raises UsageError where its configuration is refused."""
+    configs.refuse(model.config.to_dict())
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, mask_forward)
     model.set_attn_implementation(NAME)
 
 
-def refuse_unknown(config: Any) -> None:
-    """One sentence for a model whose cache would be misread."""
-    config = config.get_text_config()
-    kind = getattr(config, "model_type", "?")
-    if getattr(config, "is_encoder_decoder", False):
-        raise UsageError(f"model type {kind!r} is an encoder-decoder; kvsuite compresses decoder-only models")
-    if getattr(config, "kv_lora_rank", None):
-        raise UsageError(f"model type {kind!r} caches latent vectors (latent attention), not K and V per head")
-    strange = sorted(set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS)
-    if strange:
-        raise UsageError(f"model type {kind!r} has layers kvsuite does not understand: {', '.join(strange)}")
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {p.get("rope_type") for p in (rope, *rope.values()) if isinstance(p, dict)}
-    for moving in sorted({"dynamic", "longrope"} & kinds):
-        # its frequencies follow the longest sequence of the batch, so a row would depend on its mates
-        raise UsageError(f"model type {kind!r} uses {moving!r} RoPE, whose keys change with the length of the batch")
+FIRST, STEP = 3, 500
+"""At which position a token is put, and how far it is moved where the model's context is long enough."""
+
+
+@torch.inference_mode()
+def attention_layers(model: Any) -> list[AttentionLayer]:
+    """What the layers of an installed model do with one token at two positions. Raises UsageError where they do not
+    attend as Llama's."""
+    config, cache = model.config.get_text_config(), WatchedCache()
+    kind = f"model type {getattr(config, 'model_type', '?')!r}"
+    ids = torch.full((2, 1), config.vocab_size // 2, device=model.device)
+    where = torch.tensor([[FIRST], [FIRST + _step(config)]], device=model.device)
+    try:
+        forward(model, cache, ids, position_ids=where)
+    except Exception as error:  # whatever a model does with what it does not expect
+        own = f"{WatchedCache.layer.__name__!r} object", f"{Causal.__name__!r} object"  # taken for tensors
+        if any(name in str(error) for name in own):
+            raise UsageError(
+                f"{kind} computes its attention itself, not by transformers' attention interface"
+            ) from error
+        raise UsageError(f"{kind} cannot be run on kvsuite's cache: {first_line(error)}") from error
+    layers = [layer for layer in cache.seen if layer is not None]
+    if not layers or len(layers) < len(cache.seen):
+        raise UsageError(f"{kind} has layers that do not hand their keys and values to a cache")
+    _MODULES[model] = [layer.module for layer in layers]
+    return layers
+
+
+_MODULES: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
+"""Models that were seen, and their attention modules: a pass must not begin by looking for them."""
 
 
 def attention_modules(model: Any) -> list[Any]:
-    """A model's attention modules, in the order of its layers."""
-    return [
-        module
-        for module in model.modules()
-        if hasattr(module, "layer_idx") and (hasattr(module, "k_proj") or hasattr(module, "qkv_proj"))
-    ]
+    """An installed model's attention modules, in the order of its layers."""
+    if model not in _MODULES:
+        attention_layers(model)
+    return _MODULES[model]
 
 
 def contexts(model: Any, kv_dtype: torch.dtype | None = None) -> list[LayerContext]:
-    """A `LayerContext` for every attention layer of a model, in order. ``kv_dtype``: what uncompressed K and V are
-    stored in; the model's own dtype unless given."""
-    found = attention_modules(model)
-    config = model.config.get_text_config()
-    types = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
-    if len(found) != len(types):
-        kind = getattr(config, "model_type", "?")
-        raise UsageError(f"model type {kind!r} does not build its attention as Llama does; kvsuite cannot read it")
-    ropes = {kind: find_rope(model, found[types.index(kind)], kind) for kind in dict.fromkeys(types)}
+    """A `LayerContext` for every layer of an installed model, in order, as the layers were seen to attend.
+    ``kv_dtype``: what uncompressed K and V are stored in; what they are computed in unless given. Raises UsageError
+    where they do not attend as Llama's."""
+    config, ropes = model.config.get_text_config(), list(rotations(model))
+    longest = getattr(config, "max_position_embeddings", None) or math.inf
+    seen = attention_layers(model)
     return [
         LayerContext(
             index=index,
-            heads=config.num_attention_heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-            head_dim=module.head_dim,
-            dtype=model.dtype,
-            kv_dtype=kv_dtype or model.dtype,
-            device=model.device,
-            rope=ropes[kind] if getattr(module, "use_rope", True) else None,  # SmolLM3 leaves some layers unrotated
-            window=_window(module, config, kind),
-            hidden_size=config.hidden_size,
+            heads=layer.heads,
+            kv_heads=layer.k.shape[1],
+            head_dim=layer.k.shape[2],
+            dtype=layer.k.dtype,
+            kv_dtype=kv_dtype or layer.k.dtype,
+            device=layer.k.device,
+            rope=find_rope(ropes, layer.k[0], layer.k[1], _step(config)),
+            window=layer.window if layer.window is not None and layer.window < longest else None,
+            layers=len(seen),
+            hidden_size=getattr(config, "hidden_size", 0),
         )
-        for index, (module, kind) in enumerate(zip(found, types, strict=True))
+        for index, layer in enumerate(seen)
     ]
 
 
-def _window(module: Any, config: Any, kind: str | None) -> int | None:
-    """A layer's sliding window, as the model will pass it to the attention function; None where it never acts."""
-    own = None if kind == "full_attention" else getattr(config, "sliding_window", None)
-    window: int | None = getattr(module, "sliding_window", own)
+def _step(config: Any) -> int:
     longest = getattr(config, "max_position_embeddings", None) or math.inf
-    return window if window is not None and window < longest else None
+    return int(min(STEP, longest - FIRST - 1))

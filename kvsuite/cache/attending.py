@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
@@ -15,6 +17,8 @@ class AttendingLayer(CacheLayerMixin):
     """Whether `hidden` must be set before it attends."""
     hidden: Tensor | None = None
     """(batch, n, hidden size): what the layer's attention was given, before its projections."""
+    module: Any = None
+    """The attention module that reads it, noted as it does."""
 
     def attend(self, q: Tensor, scale: float, window: int | None, softcap: float | None, aux: Tensor | None) -> Tensor:
         """q (batch, heads, Q, head_dim) -> the same shape."""

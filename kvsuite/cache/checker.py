@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvsuite.cache.layer import LayerCache
 from kvsuite.kernels.context import HeadView
+from kvsuite.kernels.hadamard import hadamard
 from kvsuite.kernels.quantspec import PAGE
 
 
@@ -46,9 +47,8 @@ class AttentionChecker:
                 chosen = cache.pages_read[at]
                 assert chosen is not None
                 read = torch.isin(held.slots // PAGE, torch.from_numpy(chosen[head]).to(held.slots.device))
-                held = HeadView(
-                    held.k[read], held.v[read], held.positions[read], held.slots[read], held.exact, held.integers
-                )
+                fields = (held.k[read], held.v[read], held.positions[read], held.slots[read])
+                held = HeadView(*fields, held.exact, held.integers, held.rotated)
             own = slice(head * group, (head + 1) * group)
             sinks = None if sink_logits is None else sink_logits[own]
             found = error(q[at, own, 0], out[at, own, 0], held, scale, window, softcap, sinks)
@@ -92,9 +92,10 @@ def error(
     values = torch.zeros_like(products)[:, None]
     if held.integers:  # steps of a 32766th of the largest, times codes that span at most twice a token's largest number
         deviation = 8 / 12**0.5 / (32766 if q.shape[-1] <= 256 else 16383)
-        largest = float(held.k.double().abs().max())  # also of what the window hides: it may share a scale
-        products += deviation * q.shape[-1] ** 0.5 * wide.abs().amax(1) * scale * 2 * largest
-        values = deviation * 64**0.5 * (p @ (2 * v.abs().amax(1)))[:, None]
+        keys, values, queries = (hadamard(x) if held.rotated else x for x in (held.k, v, wide))
+        largest = float(keys.double().abs().max())  # also of what the window hides: it may share a scale
+        products += deviation * q.shape[-1] ** 0.5 * queries.double().abs().amax(1) * scale * 2 * largest
+        values = deviation * 64**0.5 * (p @ (2 * values.double().abs().amax(1)))[:, None]
     if held.rounded:  # each score by itself, as product, times the scale and with a mask: 8 standard deviations
         moved = (p * scores)[:, :, None] * (v - (p @ v)[:, None])
         values = 8 * unit * moved.square().sum(1).sqrt()

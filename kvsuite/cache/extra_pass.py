@@ -37,9 +37,9 @@ def repetitions(
 class _ExtraLayer(AttendingLayer):
     """Attends over a prefilled layer and what is fed after it, which is forgotten when the next chunk comes."""
 
-    def __init__(self, seen: PrefilledLayer, what: ExtraPass, module: Any) -> None:
+    def __init__(self, seen: PrefilledLayer, what: ExtraPass) -> None:
         super().__init__()
-        self.seen, self.what, self.module = seen, what, module
+        self.seen, self.what = seen, what
         self.wants_hidden = what.normalized
         self.chunk = range(0)
         """The places of the tokens that are repeated."""
@@ -99,10 +99,8 @@ class ExtraPassCache(Cache):
     """A prefilled context as a transformers cache that notes what is looked at. Give the model ``position_ids`` from T
     on, and say with `repeats` which chunk is fed."""
 
-    def __init__(self, context: Sequence[PrefilledLayer], what: ExtraPass, modules: Sequence[Any]) -> None:
-        """``modules``: the model's attention modules, layer by layer."""
-        pairs = zip(context, modules, strict=True)
-        super().__init__(layers=[_ExtraLayer(seen, what, module) for seen, module in pairs])
+    def __init__(self, context: Sequence[PrefilledLayer], what: ExtraPass) -> None:
+        super().__init__(layers=[_ExtraLayer(seen, what) for seen in context])
 
     def repeats(self, chunk: range) -> None:
         """The tokens at these places are fed next."""

@@ -1,8 +1,8 @@
-"""Finding out whether a model's keys can be moved by `Rope.rotate`."""
+"""Finding out whether a layer's keys can be moved by `Rope.rotate`."""
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,35 +10,34 @@ from torch import Tensor
 
 from kvsuite.kernels.rope import Rope
 
+NEAR = {torch.float32: 1e-3}
+"""By how much of the largest channel a moved key may be off: by dtype, else `ROUGH`."""
+ROUGH = 0.03
+"""16 bits round the angles' cosines and the products to 2⁻⁹ each."""
 
-def find_rope(model: Any, attention: Any, layer_type: str | None) -> Rope | None:
-    """The rotary embedding of one attention module, or None where its keys cannot be moved by `Rope.rotate`.
 
-    Nothing is believed from names: a random key is rotated by the model's own code to two positions, and ours must
-    carry the one to the other (so GLM's, Cohere's and GPT-OSS's interleaved layouts are told apart).
+def rotations(model: Any) -> Iterator[Rope]:
+    """Every rotary embedding that a model has: a buffer ``inv_freq``, or ``full_attention_inv_freq`` and the like."""
+    for module in model.modules():
+        for name, frequency in module.named_buffers(recurse=False):
+            kind = name.removesuffix("inv_freq")
+            if kind != name and "original" not in kind and frequency.dim() == 1:
+                scaling = getattr(module, f"{kind}attention_scaling", 1.0)
+                yield Rope(frequency.detach().float(), float(scaling))
+
+
+def find_rope(ropes: list[Rope], at: Tensor, moved: Tensor, by: int) -> Rope | None:
+    """The rotary embedding that carries a layer's keys ``at`` one position to those that it gave the same hidden state
+    ``by`` positions on, both (kv_heads, head_dim). None where there is none, and where the keys stay as they are.
+
+    Nothing is believed of names or configurations: interleaved channels, a norm after the rotation and a layer without
+    one are told by the keys.
     """
-    own = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
-    embedding = getattr(model.get_decoder(), "rotary_emb", None)
-    if own is None or embedding is None:
+    near = NEAR.get(moved.dtype, ROUGH) * float(moved.abs().max())
+    if torch.allclose(at.float(), moved.float(), rtol=0, atol=near):
         return None
-    prefixed = f"{layer_type}_inv_freq"
-    typed = hasattr(embedding, prefixed)
-    frequency = getattr(embedding, prefixed if typed else "inv_freq", None)
-    if frequency is None:
-        return None
-    scaling = getattr(embedding, f"{layer_type}_attention_scaling" if typed else "attention_scaling", 1.0)
-    rope = Rope(frequency.detach().float(), float(scaling))
-    generator = torch.Generator().manual_seed(0)
-    key = torch.randn(1, 1, 1, attention.head_dim, generator=generator).to(frequency.device)
-
-    def at(position: int) -> Tensor:
-        ids = torch.tensor([[position]], device=frequency.device)
-        cos, sin = embedding(key, ids, layer_type) if typed else embedding(key, ids)
-        turned: Tensor = own(key, key, cos, sin)[1]
-        return turned
-
-    try:
-        moved, wanted = rope.rotate(at(3), 500), at(503)
-    except (TypeError, ValueError, RuntimeError):  # another model's signature: not a layout we know
-        return None
-    return rope if torch.allclose(moved, wanted, atol=1e-3 * float(wanted.abs().max())) else None
+    for rope in ropes:
+        fits = 2 * len(rope.inverse_frequency) <= at.shape[-1]
+        if fits and torch.allclose(rope.rotate(at.float(), by), moved.float(), rtol=0, atol=near):
+            return rope
+    return None

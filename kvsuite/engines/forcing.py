@@ -23,7 +23,7 @@ from kvsuite.methods import Method
 if TYPE_CHECKING:
     from kvsuite.engines.transformers import TransformersEngine
 
-TOGETHER = 64
+TOGETHER = 256
 """Rows of the matrix products on a CPU, all arms together. It does not follow the number of arms, so that what one is
 found to do does not depend on which others are measured."""
 ROWS = 16
@@ -155,7 +155,7 @@ class Forcing:
             logits = {name: own for decoder in self.decoders for name, own in self._step(decoder, found).items()}
             if base not in logits:
                 break
-            expected = logits[base].float().log_softmax(-1)
+            expected = _Expected.of(logits[base])
             for name, own in logits.items():
                 columns = _compared(expected, own.float().log_softmax(-1), following)
                 for one, kl, flip, log in zip([found[i, name] for i in ids], *columns, strict=True):
@@ -192,9 +192,24 @@ class Forcing:
             self._lose(name, TimeoutError(f"took more than {limit:.3g} s"))
 
 
-def _compared(expected: Tensor, mine: Tensor, following: Tensor) -> tuple[list[float], list[int], list[float]]:
+@dataclass(frozen=True)
+class _Expected:
+    """The baseline's distributions at one position, which all arms are held against: (rows, vocabulary)."""
+
+    logs: Tensor
+    probabilities: Tensor
+    best: Tensor
+    """(rows,): the most likely tokens."""
+
+    @classmethod
+    def of(cls, logits: Tensor) -> _Expected:
+        logs = logits.float().log_softmax(-1)
+        return cls(logs, logs.exp(), logs.argmax(-1))
+
+
+def _compared(expected: _Expected, mine: Tensor, following: Tensor) -> tuple[list[float], list[int], list[float]]:
     """KL, flips and log probabilities of what follows, (rows,), from log probabilities (rows, vocabulary)."""
-    kl = (expected.exp() * (expected - mine)).sum(-1)
-    flips = expected.argmax(-1) != mine.argmax(-1)
+    kl = (expected.probabilities * (expected.logs - mine)).sum(-1)
+    flips = expected.best != mine.argmax(-1)
     logs = mine.gather(-1, following[:, None])[:, 0]
     return kl.tolist(), flips.int().tolist(), logs.tolist()

@@ -65,7 +65,6 @@ class DecodeCell:
         attends. Raises MemoryError before anything is written where there is no ``room``."""
         length = prompt.context[0].k.shape[1]
         self.checked: float | None = None
-        self.tokens = width
         with torch.inference_mode():
             lengths = [(length, steps + 3)]  # and the two of `check`
             self.worker = engine.worker(method, width, lengths, backend=mode)
@@ -96,6 +95,12 @@ class DecodeCell:
         start = time.perf_counter()
         self._step()
         return time.perf_counter() - start
+
+    @property
+    def attended(self) -> float:
+        """Seconds that the caches have taken so far, storing and attending; 0 on a GPU, which works while the clock
+        reads."""
+        return 0.0 if self.worker.caches[0].layer.device.type == "cuda" else self.worker.member.seconds
 
     @torch.inference_mode()
     def compress(self, prompt: Prompt) -> None:

@@ -18,6 +18,7 @@ from kvsuite.cache.prefill import PrefillCache
 from kvsuite.engines.packing import pack
 from kvsuite.engines.pool import DecoderPool
 from kvsuite.engines.precision import compute_dtype
+from kvsuite.engines.pretrained import load_model
 from kvsuite.engines.random_model import random_model
 from kvsuite.engines.request import Request, Response
 from kvsuite.engines.sampling import GREEDY, Sampling
@@ -57,8 +58,7 @@ class TransformersEngine:
     def load(cls, folder: Path, dtype: str = "auto", device: str = "cpu", backend: str = "auto") -> TransformersEngine:
         """From a folder in Hugging Face's layout. ``dtype``: what it computes in: auto (what this machine is fastest
         in), bfloat16 or float32. Uncompressed K and V are stored in the checkpoint's own dtype."""
-        transformers.utils.logging.disable_progress_bar()
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+        model = load_model(folder)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         return cls._computing(model.to(device), tokenizer, dtype, backend)
 
@@ -89,6 +89,8 @@ class TransformersEngine:
         engine's unless given. Raises UsageError where its codec has yet to learn something of the model."""
         if _learns(method) and method.codec not in self.artifacts:
             raise UsageError(f"{method.name} must be calibrated before it is used")
+        method.check_layers(self.layers)
+        method.check_model(self.layers)
         return MethodWorker(
             method, self.layers, rows, lengths,
             sampling=sampling, name=name, backend=backend or self.backend, artifact=self.artifacts.get(method.codec),
@@ -168,8 +170,8 @@ class TransformersEngine:
         self, request: Request, context: list[int], suffix: list[int], observes: Iterable[Observation] = ()
     ) -> Prompt:
         """Run the context through the model once, in full precision, and keep what the methods asked for."""
-        start = time.perf_counter()
         cache = PrefillCache(self.layers, observes, self.backend)
+        start = time.perf_counter()
         ids = torch.tensor([context], device=self.model.device)
         logits = adapter.forward(self.model, cache, ids)[0]
         if logits.is_cuda:
@@ -184,7 +186,7 @@ class TransformersEngine:
         """Run the context through the model once more, chunk by chunk, after the prefilled context. Where there is no
         tokenizer, as for a shape, nothing is said before a chunk."""
         start = time.perf_counter()
-        again = ExtraPassCache(cache.prefilled, what, adapter.attention_modules(self.model))
+        again = ExtraPassCache(cache.prefilled, what)
         for chunk, fed in repetitions(context, what.chunk, self._tokens, self._turn()):
             again.repeats(chunk)
             where = torch.arange(len(context), len(context) + len(fed), device=self.model.device)[None]

@@ -62,8 +62,7 @@ class MethodWorker:
     ) -> None:
         """``lengths``: of each sequence to come, the context's tokens and the most that follow; ``sampling``: how its
         tokens are drawn; ``name`` of its responses: the method's unless given; ``backend``: who computes on its caches;
-        ``artifact``: what its codec has learned. Raises UsageError where the method is not for such
-        layers."""
+        ``artifact``: what its codec has learned."""
         self.method, self.sampling, self.name = method, sampling, name or method.name
         self.sequences: list[Sequence | None] = [None] * rows
         self.seconds = 0.0
@@ -73,7 +72,6 @@ class MethodWorker:
         sizes = sorted(set(lengths))
         slots = max(method.capacity(*size) for size in sizes)
         pages = [max(method.pages(layer, *size) for size in sizes) for layer in layers]
-        method.check_model(layers)
         self.artifact = "+".join(found.hash for found in (method.artifact, artifact) if found is not None)
         self.caches = [
             method.cache(layer, rows, slots, most, backend=backend, artifact=artifact)

@@ -28,7 +28,9 @@ class LayerContext:
     window: int | None = None
     """The model's sliding window, where it has one."""
     hidden_size: int = 0
-    """Channels of what goes into the layer."""
+    """Channels of what goes into the layer; 0 where the model's configuration does not say."""
+    layers: int = 1
+    """Attention layers that the model has."""
 
     @property
     def token_bytes(self) -> int:
@@ -85,5 +87,7 @@ class HeadView:
     """Whether attention reads these very numbers, not the stored codes with roundings of its own."""
     integers: bool = False
     """Attention multiplies codes by queries and weights that are rounded to 16-bit integers."""
+    rotated: bool = False
+    """With ``integers``: these queries and weights are rounded after they are turned by `hadamard`."""
     rounded: bool = False
     """Attention rounds its scores to the compute dtype."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -31,12 +33,22 @@ def half_ulp(x: Tensor, seed: int) -> Tensor:
     draws = _mix(content_hash(x, seed).unsqueeze(-1) + words)  # 64 random bits, two for each of 32 channels
     shifts = torch.arange(0, 64, 2, device=x.device)
     two = ((draws.unsqueeze(-1) >> shifts) & 3).flatten(-2)[..., :dim]
-    ulp = 1 << FINER[x.dtype]
-    step = ((two == 3).to(bits.dtype) - (two == 0).to(bits.dtype)) * ulp
+    one = ulp(x.dtype)
+    step = ((two == 3).to(bits.dtype) - (two == 0).to(bits.dtype)) * one
     magnitude = bits & torch.iinfo(bits.dtype).max
-    top = _bits(torch.tensor(torch.finfo(x.dtype).max, dtype=x.dtype, device=x.device))
-    movable = (magnitude > ulp) & (magnitude <= top - ulp)
+    movable = (magnitude > one) & (magnitude <= top(x.dtype) - one)
     return torch.where(movable, bits + step, bits).view(x.dtype)
+
+
+def ulp(dtype: torch.dtype) -> int:
+    """A unit in the last place of bfloat16, in the bits of a dtype as an integer."""
+    return 1 << FINER[dtype]
+
+
+@functools.cache
+def top(dtype: torch.dtype) -> int:
+    """The bits of the largest number of a dtype, as an integer."""
+    return int(_bits(torch.tensor(torch.finfo(dtype).max, dtype=dtype)))
 
 
 def _bits(x: Tensor) -> Tensor:

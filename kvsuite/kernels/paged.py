@@ -156,7 +156,7 @@ class PagedKV:
     mapping: SlotMapping = field(default_factory=lambda: SlotMapping([], np.zeros((0, 0), dtype=np.int64)))
     """Where the tokens of the step go that is being made."""
     encodes: bool = False
-    """Whether this step fills a residual that is then encoded as a whole."""
+    """Whether this step encodes a residual as a whole."""
     bound: tuple[tuple[int | None, ...], Tensor] | None = None
     """A batch's rows and the tensor that holds them on the device."""
     layout: tuple[list[bool], list[list[int]]] | None = None
@@ -247,8 +247,8 @@ class PagedKV:
             after, first = np.where(again, slots, after), np.where(again, host.free_slot[rows], slots)
         self._refuse_overflow(rows, after)
         self.mapping = SlotMapping(rows, first)
-        whole = [r for r, rolling in ((x.spec.residual, x.spec.rolling) for x in (self.k, self.v)) if r and not rolling]
-        self.encodes = any(bool((after // r > slots // r).any()) for r in whole)
+        whole = [x.spec for x in (self.k, self.v) if x.spec.residual and not x.spec.rolling]
+        self.encodes = any(bool((spec.num_encoded(after) > spec.num_encoded(slots)).any()) for spec in whole)
         self.layout = None
         host.slots[rows] = after
         host.tokens[rows] += n
@@ -391,7 +391,7 @@ class PagedKV:
     @property
     def token_fields(self) -> list[Tensor]:
         """All tensors of pages that each slot has a part of."""
-        own = (self.positions, self.accumulated_attention, self.newest_attention)
+        own = (self.positions, self.accumulated_attention, self.newest_attention, self.noted)
         return [*self.k.pools, *self.v.pools, *(x for x in own if x is not None)]
 
     @property

@@ -43,7 +43,10 @@ def blocks(x: Tensor, size: int) -> Tensor:
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Codes (..., D) uint8 into (..., D * bits / 8), in parts: with 4 bits the low nibbles are channels [0, D/2), the
-    high ones [D/2, D), with 2 bits four quarters. Nothing is interleaved, so a kernel only splits its query."""
+    high ones [D/2, D), with 2 bits four quarters, with 1 bit eight parts. 3 bits are the lower two and, behind them,
+    the highest one. Nothing is interleaved, so a kernel only splits its query."""
+    if bits == 3:
+        return torch.cat([pack(codes & 3, 2), pack(codes >> 2, 1)], dim=-1)
     parts = codes.chunk(8 // bits, dim=-1)
     packed = parts[0].clone()
     for i, part in enumerate(parts[1:], start=1):
@@ -55,6 +58,9 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     """The inverse of `pack`: (..., D * bits / 8) -> (..., D) uint8."""
     if bits == 8:
         return packed
+    if bits == 3:
+        lower, highest = packed.tensor_split([packed.shape[-1] // 3 * 2], dim=-1)
+        return unpack(lower, 2) | unpack(highest, 1) << 2
     mask = (1 << bits) - 1
     return torch.cat([(packed >> (bits * i)) & mask for i in range(8 // bits)], dim=-1)
 

@@ -30,6 +30,8 @@ class QuantSpec:
         scale and zero float16 (…, 1, head_dim).
     ``fp8``: e4m3 bytes, uint8 (…, head_dim), x ≈ value * ``scale``; where that is None a second field, float32 (…, 1),
         has one per token.
+    ``levels``: fields (codes, scale); each token by itself, turned by ``rotation``: codes of the Lloyd-Max levels of
+        N(0, 1), uint8 (…, head_dim * bits / 8), and scale, float16 (…, 1).
     ``""``: any other; read and written by the reference alone.
     """
 
@@ -43,11 +45,13 @@ class QuantSpec:
     """The newest tokens, at most so many, stay in the K/V dtype: until ``residual`` of them are encoded as a whole
     (KIVI's K), or always, the oldest leaving one by one (``rolling``; KIVI's V)."""
     rolling: bool = False
+    late: bool = False
+    """What is encoded as a whole is so only when the next token comes: who completes it still reads it in full."""
     last_queries: int = 0
     """The newest queries of a prompt that `fit` wants to see; its codec observes `LastQueries` of so many."""
     rotation: str = ""
     """An orthonormal rotation of head_dim that is applied before encoding and undone by ``decode``. A backend with a
-    kernel for it may rotate q (for K) and the output (for V) instead; the triton backend has none yet."""
+    kernel for it may rotate q (for K) and the output (for V) instead, as the cpu backend does."""
 
     @property
     def verbatim(self) -> bool:
@@ -83,7 +87,8 @@ class QuantSpec:
         if self.rolling:
             kept: Count = (length > self.residual) * (length - self.residual)
         else:
-            kept = length - length % self.residual
+            complete = length - (length > 0) if self.late else length
+            kept = complete - complete % self.residual
         return kept
 
     def stored_dtype(self, head_dim: int, kv_dtype: torch.dtype) -> torch.dtype:

@@ -40,7 +40,8 @@ class Component:
 
     def spelled(self) -> str:
         """Canonical text: the name and what differs from the defaults."""
-        values = {f.name: (getattr(self, f.name), f.default) for f in dataclasses.fields(self)}
+        fields = sorted(dataclasses.fields(self), key=lambda f: bool(f.kw_only))  # its own before those of all codecs
+        values = {f.name: (getattr(self, f.name), f.default) for f in fields}
         given = [f"{name}={v}" for name, (v, default) in values.items() if v != default or name in self.always]
         return ":".join([self.name, ",".join(given)]) if given else self.name
 
@@ -163,6 +164,28 @@ class Codec(Component):
 
     kind: ClassVar[Kind] = "codec"
 
+    skip_first: int = dataclasses.field(default=0, kw_only=True)
+    """So many first layers are stored as `full` stores them; ``skip_last``: so many last ones."""
+    skip_last: int = dataclasses.field(default=0, kw_only=True)
+
+    def check(self) -> None:
+        """Raise UsageError where the hyperparameters contradict each other."""
+        if self.skip_first < 0 or self.skip_last < 0:
+            raise UsageError(f"{self.name}: skip_first and skip_last must not be negative")
+
+    def at(self, layer: int, layers: int) -> Codec:
+        """What stores one layer of so many. Raises UsageError where none is left that this codec stores."""
+        skipped = self.skip_first + self.skip_last
+        if not skipped:
+            return self
+        if skipped >= layers:
+            raise UsageError(f"{self.spelled()}: leaves none of {layers} layers to {self.name}")
+        if self.skip_first <= layer < layers - self.skip_last:
+            return self
+        from kvsuite.methods.codecs.full import Full
+
+        return Full()
+
     @property
     def observes(self) -> tuple[Observation, ...]:
         """What `QuantSpec.fit` must see of the prefill."""
@@ -247,7 +270,9 @@ class Method:
         return None if self.selector is None else self.selector.artifact
 
     def check_model(self, layers: Sequence[LayerContext]) -> None:
-        """UsageError where it is not for a model with these layers."""
+        """UsageError where it is not for a model with these layers: so many, of these sizes."""
+        for layer in layers:
+            self.codec.at(layer.index, layer.layers)
         if self.selector is not None:
             self.selector.check_model(layers)
         self.budget.check_model(layers)
@@ -266,6 +291,32 @@ class Method:
             each = min(each, -(-mean // PAGE) + -(-new // PAGE) + 1)
         return layer.kv_heads * each
 
+    def check_layers(self, layers: Sequence[LayerContext]) -> None:
+        """UsageError where it cannot act on layers such as a model's; their number, and other sizes, do not matter."""
+        if type(self.codec).calibrate is Codec.calibrate:
+            for layer in layers:
+                self.codec.specs(layer)
+        if self.selector is None:
+            return
+        eviction = self.selector.eviction
+        moves = eviction is not None and eviction.rerotated_sinks
+        for layer in layers:
+            if layer.window is not None:
+                # a window drops tokens by itself: a budget would be spent on tokens nobody can read
+                raise UsageError(
+                    f"{self.name}: layer {layer.index} has a sliding window, where no selector can act yet"
+                )
+            if self.selector.before_rope and layer.rope is None:
+                raise UsageError(f"{self.name}: cannot undo the rotation of layer {layer.index}'s queries and keys")
+            if moves and layer.rope is None:
+                raise UsageError(f"{self.name}: cannot re-rotate this model's keys; use positions=absolute")
+        if moves and self.reader is not None:
+            raise UsageError(f"{self.name}: a reader does not see keys that move; use positions=absolute")
+        if len({layer.kv_heads for layer in layers}) > 1:
+            raise UsageError(
+                f"{self.name}: this model's layers differ in their kv heads, where no selector can act yet"
+            )
+
     def cache(
         self,
         layer: LayerContext,
@@ -279,19 +330,12 @@ class Method:
         """This method's cache of one layer; the sizes are those of `LayerCache`."""
         from kvsuite.cache.layer import LayerCache
 
+        self.check_layers([layer])
         reader = None if self.reader is None or self.reader.reads_all(layer.index) else self.reader
         eviction = None if self.selector is None else self.selector.eviction
-        if self.selector is not None and layer.window is not None:
-            # a window drops tokens by itself: a budget would be spent on tokens nobody can read
-            raise UsageError(f"{self.name}: layer {layer.index} has a sliding window, where no selector can act yet")
-        if self.selector is not None and self.selector.before_rope and layer.rope is None:
-            raise UsageError(f"{self.name}: cannot undo the rotation of layer {layer.index}'s queries and keys")
-        if eviction is not None and eviction.rerotated_sinks and layer.rope is None:
-            raise UsageError(f"{self.name}: cannot re-rotate this model's keys; use positions=absolute")
-        if eviction is not None and eviction.rerotated_sinks and self.reader is not None:
-            raise UsageError(f"{self.name}: a reader does not see keys that move; use positions=absolute")
+        codec = self.codec.at(layer.index, layer.layers)
         return LayerCache(
-            layer, self.codec.specs(layer, artifact), rows, slots, pages=pages, backend=backend,
+            layer, codec.specs(layer, artifact), rows, slots, pages=pages, backend=backend,
             eviction=eviction, reader=reader, selects=self.selector is not None,
         )  # fmt: skip
 

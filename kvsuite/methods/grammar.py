@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 
 from kvsuite.errors import UsageError, unknown
 from kvsuite.methods.base import Budget, Codec, Component, Method, Reader, Selector
+from kvsuite.methods.named import NAMED
 from kvsuite.registry import Registry, classes
 
 METHODS = Registry(
@@ -43,7 +44,8 @@ def catalogue() -> Iterator[type[Component]]:
 def parse(text: str) -> Method:
     """One method. Raises UsageError, one sentence, for whatever is wrong with it."""
     parts: dict[str, Component] = {}
-    for piece in text.split("+"):
+    known = "+".join(NAMED.get(piece.strip(), piece) for piece in text.split("+"))
+    for piece in known.split("+"):
         part = _part(piece.strip(), text)
         if part.kind in parts:
             raise UsageError(f"{text!r} has two {part.kind}s, {parts[part.kind].name} and {part.name}; one can be used")
@@ -77,6 +79,8 @@ def _part(text: str, whole: str) -> Component:
     name, _, arguments = text.partition(":")
     if not name.strip():
         raise UsageError(f"{whole!r} names no method where one is expected")
+    if name.strip() in {named.partition(":")[0] for named in NAMED}:
+        raise unknown("method", text, NAMED)
     kind = component(name.strip())
     hints, given = typing.get_type_hints(kind), {}
     fields = [field.name for field in dataclasses.fields(kind)]
@@ -93,14 +97,14 @@ def _part(text: str, whole: str) -> Component:
 
 
 def _value(owner: str, key: str, text: str, hint: typing.Any) -> typing.Any:
-    if hint is str:
-        return text
     options = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal:
         for option in options:
             if str(option) == text:
                 return option
         raise UsageError(f"{owner}: {key} is one of {', '.join(map(str, options))}, not {text!r}")
+    if hint is str:
+        return text
     try:
         number = float(text)
     except ValueError:

@@ -30,6 +30,7 @@ from kvsuite.report import html, markdown, terminal
 from kvsuite.tasks import Task
 
 ALONE = "speed is timed alone: run -m throughput without -n or --kv-executor"
+NEEDS = "answering here needs {}: pip install 'kvsuite[local]'"
 REPORTS = Registry("report", "reports", function("pytest_kv_report"))
 
 
@@ -96,13 +97,21 @@ def pytest_configure_node(node: Any) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Refuse to go on with another run, before workers start or anything is loaded."""
+    """Refuse to go on with another run, and a model that cannot be compared, before workers start or anything is
+    loaded."""
     run = session.config.stash[SESSION]
-    if run.options.resume is not None and not run.worker:
-        try:
+    if run.worker:
+        return
+    try:
+        if run.options.resume is not None:
             run.check_resumed()
-        except UsageError as error:
-            raise pytest.UsageError(str(error)) from error
+        if not session.config.option.collectonly:
+            with _lenient():
+                run.check_model()
+    except UsageError as error:
+        raise pytest.UsageError(str(error)) from error
+    except ImportError as error:
+        raise pytest.UsageError(NEEDS.format(error.name)) from error
 
 
 def parametrize(metafunc: pytest.Metafunc, session: Session) -> None:
@@ -185,7 +194,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     except UsageError as error:
         raise pytest.UsageError(str(error)) from error
     except ImportError as error:
-        raise pytest.UsageError(f"answering here needs {error.name}: pip install 'kvsuite[local]'") from error
+        raise pytest.UsageError(NEEDS.format(error.name)) from error
     if line:
         config.get_terminal_writer().line(line)
 

@@ -45,6 +45,8 @@ class Local(Session):
         """Task ("" for timed cells) → the arms that chosen tests ask for."""
         self._proven, self._failures = False, 0
         """Whether the baseline was ever right, and how often it failed."""
+        self._unusable = ""
+        """Why no model can be loaded: it is not tried again for every test."""
 
     def choose(self, items: Sequence[pytest.Item]) -> None:
         """Take note of the arms that the chosen tests ask for: no other is run, but for the baseline and controls."""
@@ -84,8 +86,33 @@ class Local(Session):
             )
         super().fetch(names, evaluations)
 
+    def check_model(self) -> None:
+        """Refuse a model of the user's that cannot be compared: from its configuration, from what its folder holds, and
+        by its twin. The default model is the one file whose hash is known here, and has been compared as a whole."""
+        model = self.options.model
+        if model is None or shapes.is_shape(model):
+            return
+        folder = models.located(model, "config.json")
+        models.check_whole(folder)
+        from kvsuite.engines import pretrained, twin
+
+        config = pretrained.read_config(folder)
+        layers = twin.check(config)
+        for method in self.options.methods:
+            try:
+                method.check_layers(layers)
+            except UsageError as error:
+                raise UsageError(f"{error}; leave it out of --kv-methods for {self.model_name}") from error
+            except Exception:  # a broken method costs its own tests, which will tell
+                continue
+        if any(folder.glob("*.safetensors")) and getattr(config, "quantization_config", None) is None:
+            pretrained.load_model(folder, "meta")
+
     def announce(self, items: Sequence[pytest.Item]) -> str:
-        """Arms, tasks and cells, what computes, and how long it will take here, by speeds measured now."""
+        """Arms, tasks and cells, what computes, and how long it will take here, by speeds measured now; nothing where
+        tools learn from other runs."""
+        if not self.chosen and not self.timed_cells:
+            return ""
         parts = [f"{name} {len(self.samples(tasks.task(name)))}{_fitted(tasks.task(name))}" for name in self.chosen]
         beyond = f" ({self.options.beyond} more are beyond the model's context)" if self.options.beyond else ""
         parts += [f"{self.timed_cells} timed cells{beyond}"] if self.timed_cells else []
@@ -138,6 +165,8 @@ class Local(Session):
     @cached_property
     def executor(self) -> Executor:
         """Who answers, its model loaded. One that cannot be loaded ends the run, in a sentence."""
+        if self._unusable:
+            pytest.fail(self._unusable, pytrace=False)
         try:
             if self.elsewhere:
                 from kvsuite.runs.ray import OnRay
@@ -147,9 +176,10 @@ class Local(Session):
             return self.here
         except Exception as error:
             said = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
+            self._unusable = f"the model cannot be loaded: {said}"
             if self.worker:  # pytest-xdist takes a worker that exits for one that crashed
-                raise UsageError(f"the model cannot be loaded: {said}") from error
-            pytest.exit(f"the model cannot be loaded: {said}", returncode=pytest.ExitCode.USAGE_ERROR)
+                pytest.fail(self._unusable, pytrace=False)
+            pytest.exit(self._unusable, returncode=pytest.ExitCode.USAGE_ERROR)
 
     @property
     def elsewhere(self) -> bool:

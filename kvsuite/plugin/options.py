@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import pytest
 
-from kvsuite import environment, models, registry, shapes, tasks
+from kvsuite import configs, environment, models, registry, shapes, tasks
 from kvsuite.analysis.gates import POLICIES, Gates
 from kvsuite.errors import UsageError, unknown
 from kvsuite.kernels import BACKENDS, MODES
@@ -76,6 +76,8 @@ class Options:
     backend: str
     run: Path | None
     resume: Path | None
+    learn: tuple[Path, ...]
+    """Runs that the tools learn from; where none is named, this one."""
     executor: str
     ray_address: str
     margins: Margins
@@ -188,6 +190,7 @@ def check(given: Mapping[str, Any]) -> Options:
         memory=_number("memory", raw["memory"]) if raw["memory"] else environment.memory() / 4,
         run=Path(str(raw["run"])) if raw["run"] else None,
         resume=Path(str(raw["resume"])) if raw["resume"] else None,
+        learn=tuple(map(Path, _items("learn", raw["learn"]))) if raw["learn"] else (),
         executor=raw["executor"],
         ray_address=str(raw["ray-address"]),
         margins=Margins.parse(f"{PRESETS[preset]['margins']},{raw['margins']}"),
@@ -196,6 +199,8 @@ def check(given: Mapping[str, Any]) -> Options:
         **{key: _whole(key, raw[key], 0 if key == "seed" else 1) for key in ("cap", "repeats", "rounds", "seed")},
         samples=_counts(raw["samples"]),
     )
+    if options.servers is None and options.model is not None:
+        configs.refuse(models.model_config(options.model))
     _check_drawn(options)
     if "cells" not in given and options.limit is not None:
         fits = tuple(cell for cell in cells if cell[1] + tasks.FRAME <= options.limit or cell[1] in lengths)
@@ -240,6 +245,9 @@ def _check_flash(options: Options) -> None:
 def _check_folders(options: Options) -> None:
     if options.run is not None and any(options.run.glob("records*.jsonl")):
         raise UsageError(f"--kv-run {str(options.run)!r} already holds a run; name another folder, or --kv-resume it")
+    for folder in options.learn:
+        if not (folder / "run.json").is_file():
+            raise UsageError(f"--kv-learn {str(folder)!r} is not a run folder")
     if options.resume is not None:
         if options.run is not None:
             raise UsageError("--kv-run names a new run's folder, --kv-resume an old one's: give one of them")

@@ -22,7 +22,7 @@ OTHER = 2.0
 """Seconds of a test that neither answers nor times."""
 UNPACKED = 3
 """How many times as long a step takes that unpacks all that a cache holds."""
-CHECKED = 8
+CHECKED = 4
 """Samples that a test of the baseline answers once more."""
 
 

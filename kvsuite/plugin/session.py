@@ -67,6 +67,9 @@ class Session:
         for name in names:
             tasks.task(name).fetch()
 
+    def check_model(self) -> None:
+        """Refuse, with a UsageError, a model that cannot be compared."""
+
     def announce(self, items: Sequence[pytest.Item]) -> str:
         """What the chosen tests are going to do, in a line; empty where nothing is known."""
         return ""

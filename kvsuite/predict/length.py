@@ -10,7 +10,7 @@ of its length over the baseline's to the same prompt, where neither was capped.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -301,9 +301,3 @@ def concordant(predicted: Floats, true: Floats, capped: Mask) -> tuple[Floats, F
     known = (true[:, None] < true[None, :]) & ~capped[:, None]
     right = (predicted[:, None] < predicted[None, :]) + 0.5 * (predicted[:, None] == predicted[None, :])
     return known * right, known.astype(float)
-
-
-def prompts_of(entries: Iterable[Entry], embed: Embed) -> Floats:
-    """(n, features), of the entries' prompts."""
-    some = list(entries)
-    return features([e.prompt for e in some], [e.tokens for e in some], embed)

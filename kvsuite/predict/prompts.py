@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,23 @@ def counted(text: str, tokens: int) -> list[float]:
         sum(c.isupper() for c in text) / size,
         float(bool(re.search(r"```|[{};]\s*$|\bdef \w+\(", text, re.MULTILINE))),
     ]
+
+
+class Prompt(Protocol):
+    """What is known of a prompt, whoever asks."""
+
+    @property
+    def prompt(self) -> str:
+        """Its recorded end."""
+
+    @property
+    def tokens(self) -> int:
+        """Of all of it."""
+
+
+def prompts_of(some: Sequence[Prompt], embed: Embed) -> Floats:
+    """(n, features), of the prompts of entries of any kind."""
+    return features([p.prompt for p in some], [p.tokens for p in some], embed)
 
 
 def features(texts: Sequence[str], tokens: Sequence[int], embed: Embed) -> Floats:

@@ -53,9 +53,11 @@ def held(method: str, length: int) -> float:
         known = parse(ARTIFACT.get(method, method))
         if known.codec.name in ("full", "jitter"):
             return float(known.tokens(length))
-        specs = known.codec.specs(SHAPES["llama-2-7b"])  # type: ignore[arg-type]  # of which codecs read head_dim alone
-        dim = SHAPES["llama-2-7b"].head_dim
-        return stored(specs, known.tokens(length), dim) / (4 * dim)
+        shape, total = SHAPES["llama-2-7b"], 0.0
+        for layer in range(shape.layers):
+            specs = known.codec.at(layer, shape.layers).specs(shape)  # type: ignore[arg-type]  # codecs read head_dim
+            total += stored(specs, known.tokens(length), shape.head_dim) / (4 * shape.head_dim)
+        return total / shape.layers
     except UsageError:
         return float(length)
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from kvsuite.kernels.hadamard import hadamard
+
 
 def weights(
     q: Tensor,
@@ -33,12 +35,13 @@ def causal(queries: Tensor, keys: Tensor, window: int | None = None) -> Tensor:
 
 
 def rounding(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, p: Tensor, integers: bool = False, exact: bool = True
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, scale: float, p: Tensor, integers: bool = False, exact: bool = True,
+    rotated: bool = False,
+) -> Tensor:  # fmt: skip
     """The largest error, (Q, D), of an attention with float64 weights ``p`` that keeps scores and sums in float32 and
     rounds the weights, with their sum, and the result to q's dtype. A score's error acts on a weight and on the sum.
     With ``integers`` queries and weights are multiplied by codes in steps of a 32766th of the largest; rounding to them
-    is uniform, and 8 standard deviations are allowed. Unless ``exact``, keys
+    is uniform, and 8 standard deviations are allowed; ``rotated``: they are turned before that. Unless ``exact``, keys
     and values are rounded, too."""
     unit, single = torch.finfo(q.dtype).eps / 2, torch.finfo(torch.float32).eps / 2
     score = float((q.double().abs() @ k.double().abs().T).max()) * scale * (q.shape[-1] + 4) * single
@@ -47,9 +50,10 @@ def rounding(
         products = k.double().square() @ q.double().square().T
         score += 8 * unit / 3**0.5 * float(products.max().sqrt()) * scale
     if integers:
-        step = 8 / 12**0.5 / 32766
-        score += step * q.shape[-1] ** 0.5 * float(q.double().abs().max()) * scale * 2 * float(k.double().abs().max())
-        values = step * 8 * (p @ (2 * v.double().abs().amax(1)))[:, None]  # 64 tokens share the largest weight
+        step, turned = 8 / 12**0.5 / 32766, [hadamard(x) if rotated else x for x in (q, k, v)]
+        most = [float(x.double().abs().max()) for x in turned[:2]]
+        score += step * q.shape[-1] ** 0.5 * most[0] * scale * 2 * most[1]
+        values = step * 8 * (p @ (2 * turned[2].double().abs().amax(1)))[:, None]  # 64 tokens share the largest weight
     relative = 2 * score + (3 + (not exact)) * unit + (k.shape[0] + 8) * single
     tiny = torch.finfo(q.dtype).smallest_normal * 2 * unit  # what subnormal weights and results are rounded by
     return relative * (p @ v.double().abs()) + values + tiny * (1 + v.double().abs().sum(0))

@@ -61,6 +61,14 @@ METHODS = {
     "mxfp4": None,
     "q8_0": None,
     "q4_0": None,
+    "turboquant:bits=k4v4,seed=3": None,
+    "turboquant:bits=k4v2": None,
+    "kvarn:bits=k4v2": None,
+    "h2o:budget=40 + kvarn:bits=k4v4": None,
+    "gear:bits=4,residual=32": "gear:bits=4,residual=128",
+    "gear-l:bits=2,rank=0.1,residual=32,order=after": None,
+    "kivi:bits=2,group=16,residual=32,order=after": "kivi:bits=2,group=16,order=after",
+    "int8:skip_first=1": "int8:skip_first=1",
     "knorm:budget=20": "knorm:budget=100",
     "knorm:budget=20 + layers": "knorm:budget=100 + layers",
     "keydiff:budget=20 + int8": None,
@@ -117,10 +125,11 @@ def has_compiler() -> bool:
 def layer(dtype: torch.dtype = torch.bfloat16, index: int = 0, kv_dtype: torch.dtype | None = None) -> LayerContext:
     rope = Rope(1e4 ** (-torch.arange(0, DIM, 2) / DIM))
     where = torch.device("cpu")
-    return LayerContext(index, HEADS, KV_HEADS, DIM, dtype, kv_dtype or dtype, where, rope, hidden_size=DIM)
+    return LayerContext(index, HEADS, KV_HEADS, DIM, dtype, kv_dtype or dtype, where, rope, layers=2, hidden_size=DIM)
 
 
-FITTED = [text for text in CODECS if any(x.fitted(DIM, torch.bfloat16) for x in parse(text).codec.specs(layer()))]
+FITTED = [text for text in CODECS if any(spec.fitted(DIM, torch.bfloat16) for spec in parse(text).codec.specs(layer()))]
+"""What each prompt teaches something."""
 
 
 def tokens(n: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -152,8 +161,9 @@ def prefilled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: int = 0)
 def plain(k: torch.Tensor, v: torch.Tensor, mass: torch.Tensor | None = None, index: int = 0) -> PrefilledLayer:
     """k, v (KV_HEADS, n, DIM) of which nothing was observed but the attention mass, if that; its queries are always the
     same."""
-    queries = torch.linspace(-1, 1, 32 * DIM).sin().view(1, 32, DIM)[:, : k.shape[1]].expand(HEADS, -1, -1).to(k.dtype)
-    observed = {LastQueries(32): queries, QueryCentres(): torch.ones(HEADS, DIM + DIM // 2)}
+    heads, dim = len(k) * HEADS // KV_HEADS, k.shape[2]
+    queries = torch.linspace(-1, 1, 32 * dim).sin().view(1, 32, dim)[:, : k.shape[1]].expand(heads, -1, -1).to(k.dtype)
+    observed = {LastQueries(32): queries, QueryCentres(): torch.ones(heads, dim + dim // 2)}
     observed |= {} if mass is None else {AttentionMass(): mass}
     return PrefilledLayer(index, k, v, observed, AttentionParams(SCALE))
 

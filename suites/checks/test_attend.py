@@ -61,7 +61,7 @@ def check(cache, row, q, out, asked, held):
         allowed = naive.causal(queries, own.positions, asked.get("window"))
         sink = float(SINKS[head]) if "sink_logits" in asked else None
         p = naive.weights(q[head], own.k, SCALE, allowed, asked.get("softcap"), sink)
-        bound = naive.rounding(q[head], own.k, own.v, SCALE, p, own.integers, own.exact)
+        bound = naive.rounding(q[head], own.k, own.v, SCALE, p, own.integers, own.exact, own.rotated)
         assert ((out[head].double() - p @ own.v.double()).abs() <= bound).all()
 
 

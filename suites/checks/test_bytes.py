@@ -72,6 +72,26 @@ def kivi(n, bits=4, group=32, residual=128, positions=False):
     return pages(n if positions else n // residual * residual) * (keys + values) + 2 * residual * WIDE
 
 
+def turboquant(n):
+    return pages(n) * PAGE * ((DIM // 2 + 2) + (DIM // 2 + 2 + 2))
+
+
+def lmdeploys(n):
+    return pages(n) * PAGE * ((DIM // 2 + 2 + 2) + (DIM // 4 + 2))
+
+
+def kvarn(n):
+    keys = PAGE * DIM // 2 + DIM * 4 + PAGE * 2
+    values = PAGE * DIM // 4 + PAGE * 4 + DIM * 2
+    return n // PAGE * (keys + values) + 2 * PAGE * WIDE
+
+
+def gear(n, outliers=2, rank=4):
+    keys = PAGE * DIM // 2 + DIM * (4 + 3 * outliers) + PAGE * rank * 2
+    values = PAGE * (DIM // 2 + 4 + 3 * outliers + rank * 2)
+    return n // PAGE * (keys + values) + 2 * PAGE * WIDE + 2 * DIM * rank * 2
+
+
 # a head's stored K and V for n slots, and the state of its selector: (per page, once); one number of a row is two
 # halves
 SMALL = {"group": 16, "residual": 32}
@@ -83,6 +103,11 @@ EXPECTED = {
     "kivi:bits=2": (lambda n: kivi(n, 2), 0, 0),
     "kivi:bits=4,group=16,residual=32": (lambda n: kivi(n, **SMALL), 0, 0),
     "kivi:bits=2,group=8,residual=16": (lambda n: kivi(n, 2, 8, 16), 0, 0),
+    "turboquant:bits=k4v4": (turboquant, 0, 0),
+    "turboquant:bits=k4v2": (lmdeploys, 0, 0),
+    "kvarn:bits=k4v2": (kvarn, 0, 0),
+    "gear:bits=4,residual=32": (gear, 0, 0),
+    "gear-l:bits=4,residual=32,rank=2": (lambda n: gear(n, 0, 2), 0, 0),
     "random:budget=40": (whole, 4 * PAGE, 0),
     "random:budget=40 + int8": (int8, 4 * PAGE, 0),
     "streaming-llm:budget=40": (whole, 4 * PAGE, 4 * WIDE + 4),
@@ -187,6 +212,14 @@ def test_an_empty_cache_holds_nothing(text):
         ("mxfp4", 4 + 8 / 32),
         ("q8_0", 8 + 16 / 32),
         ("q4_0", 4 + 16 / 32),
+        ("turboquant:bits=k4v4", 4 + (16 + 32) / DIM / 2),
+        ("turboquant:bits=k3v4", 3.5 + (16 + 32) / DIM / 2),
+        ("turboquant:bits=k3v3", 3 + (16 + 32) / DIM / 2),
+        ("turboquant:bits=k8v4", 6 + 32 / DIM / 2),
+        ("turboquant:bits=k4v2", 3 + (32 + 16) / DIM / 2),
+        ("kvarn:bits=k4v2", 3 + (48 / 32 + 48 / DIM) / 2),
+        ("gear-l:bits=4", 4 + (32 / 32 + 64 / DIM + (32 + 64) / DIM) / 2),
+        ("gear:bits=4", 4 + (80 / 32 + 64 / DIM + (32 + 48 + 64) / DIM) / 2),
     ],
 )
 def test_a_codec_takes_as_many_bits_per_element_as_claimed(text, bits):
@@ -211,6 +244,13 @@ def test_a_codec_takes_as_many_bits_per_element_as_claimed(text, bits):
         ("int8", 0.53),
         ("q8_0", 0.54),
         ("fp8", 0.51),
+        ("turboquant:bits=k4v4", 0.28),
+        ("turboquant:bits=k3v3", 0.2),
+        ("turboquant:bits=k8v4", 0.39),
+        ("turboquant:bits=k4v2", 0.2),
+        ("kvarn:bits=k4v2", 0.26),
+        ("gear-l:bits=4", 0.35),
+        ("gear:bits=4", 0.41),
         ("h2o:budget=0.5 + ada", 0.515),
     ],
 )

@@ -34,7 +34,7 @@ def feed(cache, k, v, chunks, rows=(0,)):
         first += n
 
 
-@pytest.mark.parametrize("text", [text for text in CODECS if text not in FITTED])  # to their prompt
+@pytest.mark.parametrize("text", [text for text in CODECS if text not in FITTED])
 @settings(max_examples=8)
 @given(prompt=st.integers(1, 140), chunks=chunks)
 def test_any_chunks_equal_one_by_one_equal_all_at_once(text, prompt, chunks):

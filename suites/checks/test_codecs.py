@@ -158,7 +158,11 @@ def test_numbers_go_to_the_nearest_code_and_halves_to_the_even_one(value):
     assert float(from_e2m1(to_e2m1(torch.tensor([value])))) == nearest(value, POSITIVE)
 
 
-@pytest.mark.parametrize("text", ["nvfp4", "mxfp4", "q8_0", "q4_0", "int8:rotate=hadamard", "int4:rotate=hadamard"])
+@pytest.mark.parametrize(
+    "text",
+    ["nvfp4", "mxfp4", "q8_0", "q4_0", "int8:rotate=hadamard", "int4:rotate=hadamard", "turboquant:bits=k4v4",
+     "turboquant:bits=k4v2"],
+)  # fmt: skip
 def test_what_is_no_number_stays_none(text):
     x = torch.ones(1, 64)
     x[0, 5] = torch.nan
@@ -205,8 +209,12 @@ def test_a_head_dimension_that_blocks_do_not_divide_is_refused(text):
         parse(text).codec.specs(replace(layer(), head_dim=72))
 
 
-@pytest.mark.parametrize("text", ["nvfp4", "mxfp4", "q8_0", "q4_0", "int8:rotate=hadamard", "int4:rotate=hadamard"])
+@pytest.mark.parametrize(
+    "text",
+    ["nvfp4", "mxfp4", "q8_0", "q4_0", "turboquant:bits=k3v3", "turboquant:bits=k4v4,seed=1", "turboquant:bits=k4v2",
+     "kvarn", "gear", "gear-l", "kivi:order=after"],
+)  # fmt: skip
 def test_the_reference_computes_and_says_why(text):
     cache = parse(text).cache(layer(), 1, 32)
     assert cache.backend.NAME == "reference"
-    assert "no kernel for" in cache.refusal
+    assert "cpu: no kernel for" in cache.refusal

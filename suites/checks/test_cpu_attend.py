@@ -28,6 +28,10 @@ CASES = [  # codec, head dimension, queries per kv head, compute dtype, K/V dtyp
     ("int8", 256, 2, BFLOAT16, BFLOAT16),
     ("int4", 64, 3, BFLOAT16, BFLOAT16),
     ("int4", 128, 4, FLOAT16, FLOAT16),
+    ("int8:rotate=hadamard", 96, 3, BFLOAT16, BFLOAT16),
+    ("int4:rotate=hadamard", 128, 4, FLOAT32, BFLOAT16),
+    ("turboquant:bits=k4v4", 64, 3, BFLOAT16, BFLOAT16),
+    ("turboquant:bits=k4v4", 128, 4, FLOAT32, FLOAT16),
     ("fp8", 64, 3, BFLOAT16, BFLOAT16),
     ("fp8:k_scale=0.3,v_scale=7.1", 32, 8, FLOAT32, BFLOAT16),
     ("fp8:per=token", 64, 3, FLOAT32, FLOAT32),
@@ -76,7 +80,7 @@ def worst(kv, q, out, rows, params):
             for i in range(queries):
                 before = view.positions <= kv.host.seen[row] - queries + i
                 fields = [x[before] for x in (view.k, view.v, view.positions, view.slots)]
-                own = type(view)(*fields, view.exact, view.integers)
+                own = type(view)(*fields, view.exact, view.integers, view.rotated)
                 window, softcap = params.window, params.softcap
                 errors.append(error(q[b, heads, i], out[b, heads, i], own, params.scale, window, softcap, sinks))
     return max(errors)
@@ -98,7 +102,7 @@ def worst(kv, q, out, rows, params):
 def test_the_error_is_within_the_references_bound(
     text, dim, group, dtype, kv_dtype, lengths, queries, exponents, window, softcap, sinks, seed
 ):
-    if FLOAT16 in (dtype, kv_dtype):
+    if FLOAT16 in (dtype, kv_dtype) or "rotate" in text:
         exponents = tuple(min(x, 3) for x in exponents)
     kv = cache(text, dim, group, dtype, kv_dtype, lengths, None, exponents, seed)
     rows = [*range(len(lengths)), None][::-1]

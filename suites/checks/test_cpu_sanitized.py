@@ -21,6 +21,10 @@ OTHERS = [
     ("int8", 64, "-march=native"),
     ("int4", 128, "-march=native"),
     ("fp8:per=token", 32, "-march=native"),
+    ("int8:rotate=hadamard", 64, "-march=native"),
+    ("turboquant:bits=k4v4", 64, "-march=native"),
+    ("turboquant:bits=k4v4", 64, "-march=native -mno-avx512f"),
+    ("turboquant:bits=k4v4", 64, ""),
     ("kivi:bits=4", 64, ""),
     ("kivi:bits=2", 64, "-march=native -mno-avx512f"),
 ]

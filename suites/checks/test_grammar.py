@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from kvsuite.errors import UsageError
 from kvsuite.methods import BudgetSelector, Method, catalogue, component, names, parse, parse_all
 from kvsuite.methods.base import share
+from kvsuite.methods.named import NAMED
 from suites.checks.table import KVZAP, METHODS, layer
 
 
@@ -38,6 +39,12 @@ def test_a_rows_canonical_name_names_the_same_method(text):
         ("streaming-llm:budget=64.0", "streaming-llm:budget=64"),
         ("random:budget=0.50", "random:budget=0.5"),
         ("h2o:heavy=64,recent=448+kivi:bits=4", "h2o:heavy=64,recent=448+kivi:bits=4"),
+        ("int8:skip_last=2,rotate=hadamard", "int8:rotate=hadamard,skip_last=2"),
+        ("kivi:layer_bits=4422", "kivi:bits=4,layer_bits=4422"),
+        ("turboquant", "turboquant:bits=k4v4"),
+        ("paper:kivi", "kivi:bits=4"),
+        ("paper:streaming-llm + int8", "streaming-llm:budget=512,sinks=64+int8"),
+        ("vllm:turboquant_3bit_nc", "turboquant:bits=k3v3,skip_first=2,skip_last=2"),
     ],
 )
 def test_canonical_names(text, name):
@@ -60,16 +67,22 @@ def written(draw):
         for name in draw(st.sets(st.sampled_from([field.name for field in dataclasses.fields(part)] or [""]))) - {""}:
             if typing.get_origin(hints[name]) is typing.Literal:
                 given[name] = draw(st.sampled_from(typing.get_args(hints[name])))
+            elif name == "layer_bits":
+                given[name] = draw(st.sampled_from(["4", "42", "2442"]))
+            elif name == "outliers":
+                given[name] = 0.25
             elif name == "residual":
                 given[name] = 32 * draw(st.integers(1, 5))
             else:
                 given[name] = draw(st.integers(2, 60) | st.sampled_from([0.25, 0.5] if name == "budget" else [2]))
         if "budget" in given:  # what contradicts a budget
             given = {name: value for name, value in given.items() if name not in ("heavy", "recent", "sinks")}
+        if given.get("bits") == "k8v4":  # has nothing to turn
+            given = {"bits": "k8v4"}
         if given.get("per") == "token":  # has no scale for all
             given = {"per": "token"}
         if issubclass(part, BudgetSelector) or part.name == "redundant":
-            given["budget"] = 121  # above all that may be protected
+            given["budget"] = 129  # above all that may be protected
         if part.name == "pyramid":
             given["window"] = 120
         if part.name == "kvzap":
@@ -108,8 +121,11 @@ def test_names_round_trip(text):
         ("h2o+", "names no method"),
         ("+int8", "names no method"),
         (":budget=3", "names no method"),
-        ("kivi:bit=4", r"unknown parameter of kivi 'bit': did you mean 'bits'\? known are bits, group, residual"),
-        ("mxfp4:bits=4", "unknown parameter of mxfp4 'bits': known are none"),
+        (
+            "kivi:bit=4",
+            r"unknown parameter of kivi 'bit': did you mean 'bits'\? known are bits, group, layer_bits",
+        ),
+        ("mxfp4:bits=4", "unknown parameter of mxfp4 .bits.: known are skip_first, skip_last"),
         ("kivi+int8", "two codecs, kivi and int8"),
         ("h2o+random", "two selectors, h2o and random"),
         ("h2o+uniform+uniform", "two budgets"),
@@ -123,6 +139,12 @@ def test_names_round_trip(text):
         ("kivi:residual=64.5", r"residual must be a whole number"),
         ("kivi:residual=48", "residual=48 must be a multiple of group=32"),
         ("kivi:residual=0", "must be a multiple"),
+        ("kivi:layer_bits=43", "layer_bits=43 must be a digit a layer, 4 or 2"),
+        ("int8:skip_first=-1", "skip_first and skip_last must not be negative"),
+        ("fp8:skip_last=-1", "skip_first and skip_last must not be negative"),
+        ("paper:kiwi", "unknown method .paper:kiwi.: did you mean .paper:kivi.. known are artifact:gear"),
+        ("artifact:", "unknown method .artifact:."),
+        ("paper:h2o + paper:streaming-llm", "two selectors, h2o and streaming-llm"),
         ("kivi:residual=-32", "must be a multiple"),
         ("jitter:seed=", "seed must be a whole number"),
         ("h2o:heavy=nan", "heavy must be a number, not 'nan'"),
@@ -172,6 +194,12 @@ def test_an_empty_or_wrong_method_of_several_is_refused(text):
         parse_all([text])
 
 
+@pytest.mark.parametrize("name", NAMED)
+def test_what_a_name_stands_for_is_a_method(name):
+    assert parse(name) == parse(NAMED[name])
+    assert parse_all([f"{name},full"])[0] == parse(name)
+
+
 def test_the_catalogue_is_found_by_file_name():
     for part in catalogue():
         assert component(part.name) is part
@@ -214,3 +242,39 @@ def test_a_head_dimension_that_no_group_divides_is_refused(text):
     with pytest.raises(UsageError, match="does not divide the head dimension 40"):
         parse(text).cache(odd, 1, 32)
     parse("kivi:group=8").cache(odd, 1, 32)
+
+
+def stored_by(text, layers):
+    """What stores each layer of a model, spelled."""
+    return [parse(text).codec.at(layer, layers).spelled() for layer in range(layers)]
+
+
+def test_first_and_last_layers_are_left_full():
+    assert stored_by("int8:skip_first=1,skip_last=2", 5) == [
+        "full",
+        *["int8:skip_first=1,skip_last=2"] * 2,
+        "full",
+        "full",
+    ]
+    assert stored_by("int8", 2) == ["int8", "int8"]
+    with pytest.raises(UsageError, match="int8:skip_first=2,skip_last=2: leaves none of 4 layers to int8"):
+        stored_by("int8:skip_first=2,skip_last=2", 4)
+
+
+def test_a_layers_cache_is_that_of_its_own_codec():
+    where = dataclasses.replace(layer(), layers=3)
+    for text in ("int8:skip_first=1,skip_last=1", "h2o:budget=16 + int8:skip_first=1,skip_last=1"):
+        caches = [parse(text).cache(dataclasses.replace(where, index=index), 1, 32) for index in range(3)]
+        assert [cache.kv.k.spec.bits for cache in caches] == [16, 8, 16]
+    caches = [parse("kivi:layer_bits=424").cache(dataclasses.replace(where, index=index), 1, 32) for index in range(3)]
+    assert [cache.kv.v.spec.bits for cache in caches] == [4, 2, 4]
+
+
+def test_kivis_bits_are_of_as_many_layers_as_there_are():
+    assert stored_by("kivi:layer_bits=4224,skip_last=1", 4) == [
+        "kivi:bits=4,skip_last=1",
+        *["kivi:bits=2,skip_last=1"] * 2,
+        "full",
+    ]
+    with pytest.raises(UsageError, match="kivi: layer_bits has 3 digits, but there are 4 layers"):
+        stored_by("kivi:layer_bits=422", 4)

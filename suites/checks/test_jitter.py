@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvsuite.kernels.noise import FINER, content_hash, half_ulp
+from kvsuite.kernels.cpu import noise as native
+from kvsuite.kernels.noise import FINER, content_hash, half_ulp, top, ulp
 from kvsuite.methods import parse
 from suites.checks.table import loaded, plain, tokens
 
@@ -134,3 +135,22 @@ def test_the_codec_moves_k_and_v_and_layers_and_seeds_apart():
     assert len(torch.stack(found).unique(dim=0)) == 18
     again = loaded(parse("jitter:seed=2"), [plain(k, k, index=2)], 0, index=2)
     assert torch.equal(moves(k, torch.stack([held.k for held in again.read()])), found[-2])
+
+
+@pytest.mark.parametrize("dtype", list(FINER), ids=str)
+@pytest.mark.parametrize("dim", [1, 31, 32, 64, 80, 256])
+def test_the_cpu_makes_the_same_noise(dtype, dim):
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    ends = torch.iinfo(bits)
+    dice = torch.Generator().manual_seed(dim)
+    drawn = torch.randint(ends.min, ends.max, (20, dim), generator=dice, dtype=bits)  # every kind of number
+    one, largest = ulp(dtype), top(dtype)
+    edges = torch.tensor(
+        [0, 1, ends.max, ends.min, one, one + 1, largest, largest - one, largest - one - 1], dtype=bits
+    )
+    x = torch.cat([drawn, edges[:, None].expand(-1, dim)]).view(dtype)
+    for seed in (0, 7, 2_000_006, 2**62 + 3):
+        assert torch.equal(native.half_ulp(x, seed).view(bits), half_ulp(x, seed).view(bits))
+    apart = x[::2]
+    assert torch.equal(native.half_ulp(apart, 1).view(bits), half_ulp(apart, 1).view(bits))
+    assert native.half_ulp(x[:0], 1).shape == (0, dim)

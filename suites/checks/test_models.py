@@ -7,6 +7,7 @@ import torch
 import transformers
 from transformers import DynamicCache
 
+from kvsuite import configs
 from kvsuite.cache import adapter
 from kvsuite.cache.adapter import KVCache, Member
 from kvsuite.cache.observations import AttentionMass
@@ -25,6 +26,14 @@ SHAPE = {
     "max_position_embeddings": 512,
     "pad_token_id": 0,
 }
+EXPERTS = {
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "num_experts": 2,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 32,
+    "num_shared_experts": 1,
+}
 MODELS = {
     "Llama": {},
     "Mistral": {"sliding_window": 24},
@@ -33,6 +42,37 @@ MODELS = {
     "Gemma2": {"sliding_window": 16, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 32},
     "GptOss": {"sliding_window": 16, "num_local_experts": 2, "num_experts_per_tok": 1},
     "Phi3": {},
+    "Phimoe": {"sliding_window": 16, "num_local_experts": 2},  # the next two tell the mask alone of the window
+    "Qwen2Moe": {
+        "sliding_window": 16,
+        "use_sliding_window": True,
+        "max_window_layers": 1,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+    },
+    "Exaone4": {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "HunYuanDenseV1": {},  # normalizes keys after it has rotated them
+    "Afmoe": EXPERTS,  # views what attention returns
+    "ExaoneMoe": EXPERTS,
+    "Gemma4Text": {  # layers with heads of their own number and size, keys that are values, too
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+        "global_head_dim": 64,
+        "vocab_size_per_layer_input": 96,
+        "hidden_size_per_layer_input": 8,
+    },
+    "MiMoV2Flash": {  # twice the kv heads where there is a window
+        "sliding_window": 16,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "v_head_dim": 32,
+        "n_routed_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 32,
+    },
 }
 
 
@@ -164,7 +204,7 @@ def test_what_is_not_understood_is_refused(change, sentence):
     for key, value in change.items():
         object.__setattr__(config, key, value)
     with pytest.raises(UsageError, match=sentence):
-        adapter.refuse_unknown(config)
+        configs.refuse(config.to_dict())
 
 
 @pytest.mark.parametrize("name", ["Llama", "Qwen3", "Gemma3Text", "Mistral", "Phi3"])
@@ -175,10 +215,12 @@ def test_rope_is_found_where_keys_are_half_split(name):
 
 
 def test_attention_of_another_make_is_refused():
-    config = transformers.GPT2Config(n_embd=64, n_head=4, n_layer=2, vocab_size=96)
-    model = transformers.GPT2LMHeadModel(config).eval()
+    config = transformers.BloomConfig(hidden_size=64, n_head=4, n_layer=2, vocab_size=96)
+    model = transformers.BloomForCausalLM(config).eval()
     adapter.install(model)
-    with pytest.raises(UsageError, match="'gpt2' does not build its attention as Llama does"):
+    with pytest.raises(
+        UsageError, match="'bloom' computes its attention itself, not by transformers' attention interface"
+    ):
         adapter.contexts(model)
 
 

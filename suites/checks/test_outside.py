@@ -7,7 +7,6 @@ from itertools import pairwise
 import pytest
 import torch
 
-from kvsuite.cache.adapter import attention_modules
 from kvsuite.cache.checker import AttentionChecker
 from kvsuite.cache.layer import LayerCache
 from kvsuite.cache.observations import HiddenStates, LastQueries, NewestAttention, PreRopeMoments
@@ -60,23 +59,31 @@ def test_all_of_them_answer_beside_the_baseline(tiny_llama):
 
 
 def test_a_number_of_each_hidden_state_is_kept_and_decides(tiny_llama):
-    """The tokens with the largest hidden states stay, of the prompt and of the answer, through two compactions."""
+    """The tokens with the largest hidden states stay, of the prompt and of the answer, through two compactions: those
+    that the layer's norm in float64 makes of what goes into the layer."""
     made = engine(tiny_llama)
     method = parse("loud:budget=24,every=16,recent=4")
-    prompt = made.prefill(REQUESTS[0], list(range(60)), [], [*method.observes, HiddenStates()])
+    assert method.observes == (HiddenStates(),)
+    block, sizes = made.model.model.layers[1], []
+    norm = block.input_layernorm
+
+    def note(module, args):
+        x = args[0][0].double()
+        x = x / (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt() * norm.weight.double()
+        sizes.extend(x.abs().amax(-1).tolist())
+
+    hook = block.register_forward_pre_hook(note)
+    prompt = made.prefill(REQUESTS[0], list(range(60)), [], method.observes)
     worker = made.worker(method, 2, [(60, 40)])
-    decoder = Decoder(made.model, [worker], 2)
+    decoder, layer = Decoder(made.model, [worker], 2), worker.caches[1]
     assert not list(decoder.admit(worker, prompt))
-    layer, sizes = worker.caches[1], prompt.context[1][HiddenStates()].abs().amax(-1).tolist()
-    inputs = []
-    hook = attention_modules(made.model)[1].register_forward_pre_hook(
-        lambda module, args, kwargs: inputs.append(kwargs["hidden_states"][0, 0].detach()), with_kwargs=True
-    )
-    for _ in range(35):
+    for step in range(35):
         before = [held.positions.tolist() for held in layer.read(0)]
+        if step == 0:
+            assert before == [[*sorted(sorted(range(56), key=lambda p: -sizes[p])[:20]), *range(56, 60)]] * 2
         list(decoder.step())
-        sizes.append(float(inputs[-1].abs().max()))
         seen = len(sizes)
+        assert seen == 61 + step
         for had, held in zip(before, layer.read(0), strict=True):
             expected = [*had, seen - 1]
             if (seen - 60) % 16 == 0:

@@ -12,7 +12,8 @@ from kvsuite.records import read
 from suites.checks.test_paper import BASE, COUNTS, DATA, PREFIXES, TYPES, published
 
 ROOT = Path(__file__).parents[2]
-STANDARD = ROOT / "reports" / "cpu" / "standard"
+RUNS = [ROOT / "reports" / "cpu" / name for name in ("standard", "grid", "tools")]
+OURS = [word for folder in RUNS for word in ("--run", str(folder))]
 LABELS = {"kivi": "KIVI-4", "gear": "GEAR-4", "h2o": "H2O", "stream": "StreamingLLM"}
 
 
@@ -27,7 +28,7 @@ def test_every_figure_and_table_is_there_once_and_says_how_or_why():
 
 @pytest.fixture(scope="module")
 def found():
-    return {table.key: table for table in paper.figures([], read(STANDARD), None)}
+    return {table.key: table for table in paper.figures([], list(map(read, RUNS)), None)}
 
 
 def test_ours_is_what_the_run_shows(found):
@@ -43,7 +44,7 @@ def test_ours_is_what_the_run_shows(found):
 
 def test_the_page_is_what_the_command_prints(capsys):
     """But for the artifact's figures, whose data not everybody has (the next check)."""
-    assert main(["paper", "--markdown", "--run", str(STANDARD)]) == 0
+    assert main(["paper", "--markdown", *OURS]) == 0
     fresh, page = capsys.readouterr().out, (ROOT / "docs" / "paper.md").read_text()
 
     def without(text):
@@ -55,7 +56,7 @@ def test_the_page_is_what_the_command_prints(capsys):
 
 @published
 def test_the_artifacts_figures_in_the_page_are_what_its_data_give(capsys):
-    assert main(["paper", "--markdown", "--run", str(STANDARD), "--artifact", str(DATA)]) == 0
+    assert main(["paper", "--markdown", *OURS, "--artifact", str(DATA)]) == 0
     assert capsys.readouterr().out == (ROOT / "docs" / "paper.md").read_text()
     artifact = paper.Artifact(DATA)
     assert (artifact.known["baseline"], list(artifact.known["methods"].values())) == (BASE, list(PREFIXES.values()))

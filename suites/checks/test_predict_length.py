@@ -11,9 +11,9 @@ import pytest
 from kvsuite.cli import main
 from kvsuite.errors import UsageError
 from kvsuite.predict import types
-from kvsuite.predict.length import LEVELS, Lengths, Predictor, Quantiles, concordant, pinball, prompts_of
+from kvsuite.predict.length import LEVELS, Lengths, Predictor, Quantiles, concordant, pinball
 from kvsuite.predict.length_scores import elsewhere, told
-from kvsuite.predict.prompts import COUNTED, counted
+from kvsuite.predict.prompts import COUNTED, counted, prompts_of
 from kvsuite.records import Answer, RunFolder, read
 from kvsuite.runs import verbosity
 

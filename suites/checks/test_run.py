@@ -171,10 +171,10 @@ def test_a_baseline_that_fails_at_first_ends_the_run(run, pytester, marker):
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_run(run, pytester):
-    pytester.makepyfile(failing="import transformers\ntransformers.AutoModelForCausalLM = None")
+    pytester.makepyfile(failing="from kvsuite.engines import transformers\ntransformers.compute_dtype = None")
     result = run("samples", "-p", "failing")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stdout.fnmatch_lines(["*the model cannot be loaded: AttributeError*"])
+    result.stdout.fnmatch_lines(["*the model cannot be loaded: TypeError*"])
     assert not [line for line in result.outlines if line.startswith(("FAILED", "ERROR"))]
 
 

@@ -113,13 +113,16 @@ def test_the_table_finds_a_rows_pages_in_the_pool(text, lengths, steps):
 
 @pytest.mark.parametrize("text", [text for text in METHODS if text.startswith("kivi")])
 @settings(max_examples=depth(5, 8))
-@given(length=st.integers(1, 290))
-def test_kivi_quantizes_all_but_its_newest(text, length):
+@given(length=st.integers(1, 290), steps=st.integers(0, 3))
+def test_kivi_quantizes_all_but_its_newest(text, length, steps):
     codec = parse(text).codec
     bits, group, residual = codec.bits, codec.group, codec.residual
-    _, k, v = tokens(length, 0)
-    cache = loaded(parse(text), [plain(k, v)], 0)
-    k_end, v_end = length // residual * residual, max(0, length - residual)
+    _, k, v = tokens(length + steps, 0)
+    cache = loaded(parse(text), [plain(k[:, :length], v[:, :length])], steps)
+    for i in range(length, length + steps):
+        cache.append(k[None, :, i : i + 1], v[None, :, i : i + 1])
+    there = length + steps - (codec.order == "after")  # when the authors encoded last: after the step before this one
+    k_end, v_end = there // residual * residual, max(0, there - residual)
     for g, own in enumerate(cache.read()):
         by_token = k[g, :k_end].view(-1, group, DIM)
         expected_k = dequantize(*quantize(by_token, bits, -2), torch.bfloat16).view(-1, DIM)

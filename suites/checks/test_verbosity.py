@@ -113,7 +113,7 @@ def test_the_figures_of_a_method_beside_its_controls(tmp_path, referenced):
     assert table.key in {t.key for t in analyse(run).tables}
     assert table.cell("int4", "verbose").of == 1
     assert "Of 4 answers of a method 2 are to prompts that have a reference answer." in [n.text for n in table.notes]
-    [theirs] = paper.figures(["table4"], run, None)
+    [theirs] = paper.figures(["table4"], [run], None)
     assert theirs.cell("int4: Q ≤ Q_full and L ≥ L_full", "ours").value == "1 of 1"
     assert theirs.cell("jitter (noise): Q ≤ Q_full and L ≥ L_full", "ours").value == "2 of 2"
     assert theirs.cell("int4: similarity to the reference - full's", "ours").value == f"{(c[70] - c[10]) / 2:+.3f}"

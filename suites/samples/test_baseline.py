@@ -15,6 +15,8 @@ padded_width = pytest.importorskip("kvsuite.engines.decoder").padded_width
 step_rows = pytest.importorskip("kvsuite.engines.pool").step_rows
 pytestmark = pytest.mark.samples
 
+FEW = 4
+"""Prompts that are answered again: what is compared is the same for all."""
 CLOSE = 1e-3
 """Gap between the two highest logits in float32 below which rounding may decide."""
 
@@ -27,15 +29,15 @@ def made():
 
 @pytest.fixture
 def shortest(kv_local, kv_task, made):
-    """The exact arm's answers to the 8 shortest prompts, by request; to all of them in float32 where `full` itself is
+    """The exact arm's answers to the `FEW` shortest prompts, by request; in float32 to all, where `full` itself is
     exact, since those are there."""
     o, method, task = kv_local.options, kv_local.exact, tasks.task(kv_task)
     answers = {a.sample: a for a in kv_local.answers(kv_task) if a.method == "full"}
     chosen = sorted(kv_local.samples(task), key=lambda s: answers[s.id].prompt_tokens)
     if method.name == "full":
-        few = chosen if kv_local.engine.model.dtype == torch.float32 else chosen[:8]
+        few = chosen if kv_local.engine.model.dtype == torch.float32 else chosen[:FEW]
         return [(kv_local.request(s), answers[s.id]) for s in few]
-    requests = [kv_local.request(s) for s in chosen[:8]]
+    requests = [kv_local.request(s) for s in chosen[:FEW]]
     if kv_task not in made:
         found = kv_local.engine.generate(requests, [method], width=o.width, compress=o.compress)
         made[kv_task] = {r.id: r for r in found}
@@ -98,7 +100,7 @@ def test_full_stores_what_transformers_stores(kv_local, kv_task, shortest):
 
 
 def test_an_answer_is_bitwise_independent_of_mates_row_and_order(kv_local, kv_task, shortest):
-    o, few = kv_local.options, shortest[:8]
+    o, few = kv_local.options, shortest[:FEW]
     requests = [request for request, _ in few][::-1]
     found = kv_local.engine.generate(requests, [kv_local.exact], width=o.width, compress=o.compress)
     again = {r.id: (r.tokens, r.margins) for r in found}

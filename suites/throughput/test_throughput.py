@@ -31,11 +31,16 @@ def steps_of(blocks):
     return 2 * STEPS * (blocks + 1)
 
 
+def attended(side):
+    """Seconds that the caches of a side have taken so far, where it says so."""
+    return getattr(side, "attended", 0.0)
+
+
 def run_cell(kv_local, benchmark, cell, make):
     """Check both sides, time them in blocks of A B B A, record what came out in any case; raise what went wrong."""
     from kvsuite.engines.pool import PATIENCE
 
-    o, found, before, after, rest = kv_local.options, {}, [], [], []
+    o, found, before, after, rest, attention = kv_local.options, {}, [], [], [], []
     steps = 1 if cell["phase"] == "prefill" else STEPS
     kv_local.skip_recorded(Timing(**cell).job)
     try:
@@ -50,12 +55,14 @@ def run_cell(kv_local, benchmark, cell, make):
 
             def block():
                 """A B B A: what drifts meanwhile meets both sides alike."""
+                start_of = [attended(side) for side in (mine, baseline)]
                 first, one = turn(baseline), turn(mine)
                 if empty is not None:
                     rest.append(2 * turn(empty))
                 other, last = turn(mine), turn(baseline)
                 before.append(first + last)
                 after.append(one + other)
+                attention.append([attended(side) - was for side, was in zip((mine, baseline), start_of, strict=True)])
                 done(found["tokens"])
                 limit = o.timeout + PATIENCE * sum(before)
                 if time.perf_counter() - start > limit:
@@ -67,6 +74,9 @@ def run_cell(kv_local, benchmark, cell, make):
         if rest and statistics.median(rest) >= min(*before, *after):
             raise RuntimeError("without any layer it takes as long: run more of them (layers=N)")
         timed = {"seconds": after[warm:], "baseline_seconds": before[warm:], "rest_seconds": rest[warm:]}
+        if all(map(all, attention)):
+            both = map(list, zip(*attention[warm:], strict=True))
+            timed["attention_seconds"], timed["baseline_attention_seconds"] = both
         record = Timing(**cell, **found, **timed)
     except Exception as error:
         full = isinstance(error, MemoryError) or any(said in str(error) for said in NO_MEMORY)

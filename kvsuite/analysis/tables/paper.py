@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -16,13 +16,14 @@ from kvsuite import readers
 from kvsuite.analysis.length import beside, length_rows
 from kvsuite.analysis.requests import of_arms, paces
 from kvsuite.analysis.samples import Broken
+from kvsuite.analysis.speed import SpeedRow, attention_alone, speed_rows
 from kvsuite.analysis.table import Cell, Column, Note, Row, Table, infos
 from kvsuite.analysis.tables.negatives import NOISE, Compared, Counts, counted
 from kvsuite.analysis.verbosity import verbosity
 from kvsuite.columns import align
 from kvsuite.errors import UsageError, unknown
 from kvsuite.readers.run import by_task
-from kvsuite.records import Run
+from kvsuite.records import Predicted, Run, Timing
 
 SHOWN = (0.01, 0.10, 0.32)
 """θ that are shown of the sweep; ``kvsuite negatives`` shows all."""
@@ -31,7 +32,8 @@ INTRO = """# The paper's figures and tables, and ours
 Gao, Zhou, Sun, Zhang, Wen: *Rethinking Key-Value Cache Compression Techniques for Large Language Model Serving*, MLSys
 2025, arXiv 2503.24000. `kvsuite paper FIGURE --run RUN --artifact FOLDER` prints one of them: what the paper says, what
 the data of its artifact (github.com/LLMkvsys/rethink-kv-compression) give when they are counted again, and a run of
-ours. This page is `kvsuite paper --markdown --run reports/cpu/standard --artifact FOLDER`."""
+ours. This page is `kvsuite paper --markdown --run reports/cpu/standard --run reports/cpu/grid --run reports/cpu/tools
+--artifact FOLDER`."""
 Found = dict[str, str]
 """What was counted → its figure, in words."""
 
@@ -57,7 +59,7 @@ class Artifact:
 
     def figure(self, kind: str) -> Found:
         """What its data give for one kind of figure."""
-        return {"thetas": _thetas, "types": _types}[kind](self.counts) if kind not in CHATS else {}
+        return {"thetas": _thetas, "types": _types}[kind](self.counts) if kind not in OURS else {}
 
 
 def _known() -> dict[str, Any]:
@@ -132,29 +134,92 @@ def _verbosity(run: Run) -> Found:
     return found
 
 
-CHATS = {"length": _length, "requests": _requests, "verbosity": _verbosity}
-"""Kinds of figures of chats, to which the artifact has no data."""
+def _speeds(run: Run) -> Found:
+    """Each method's speed over the uncompressed cache's by batch, at each length that was timed at several."""
+    found: Found = {}
+    for name, some in (("decode", _decoding(run)), ("attention alone", attention_alone(_decoding(run)))):
+        rows = [row for row in speed_rows(some) if row.speedup is not None and row.method != run.baseline]
+        for length, method, own in _lines(rows, "length", "width"):
+            batches = ", ".join(str(r.width) for r in own)
+            what = f"{name}, length {length:,}, batch {batches}: {method}, × {run.baseline}"
+            found[what] = ", ".join(f"{r.speedup.mean:.2f}" for r in own if r.speedup is not None)
+    return found
+
+
+def _attention(run: Run) -> Found:
+    """What attention takes of a step of the batch over the length, milliseconds."""
+    found: Found = {}
+    rows = [row for row in speed_rows(attention_alone(_decoding(run))) if row.rate]
+    for width, method, own in _lines(rows, "width", "length"):
+        what = f"batch {width}, length {', '.join(f'{r.length:,}' for r in own)}: {method}, ms a step"
+        found[what] = ", ".join(f"{1000 * width / r.rate:.2f}" for r in own if r.rate)
+    return found
+
+
+def _decoding(run: Run) -> list[Timing]:
+    methods = run.facts["methods"]  # among which transformers' own cache is not
+    return [r for r in run.records if isinstance(r, Timing) and r.phase == "decode" and r.method in methods]
+
+
+def _lines(rows: Sequence[SpeedRow], fixed: str, along: str) -> Iterator[tuple[int, str, list[SpeedRow]]]:
+    """Cells of one method and one value of ``fixed``, in order of ``along``, where there are several of these."""
+    for value in sorted({getattr(row, fixed) for row in rows}):
+        for method in dict.fromkeys(row.method for row in rows):
+            own = [row for row in rows if (getattr(row, fixed), row.method) == (value, method)]
+            if len(own) > 1:
+                yield value, method, sorted(own, key=lambda row: getattr(row, along))
+
+
+def _told(*tools: str) -> Callable[[Run], Found]:
+    """What tools are worth, each beside the nulls."""
+
+    def figures(run: Run) -> Found:
+        return {
+            f"{r.tool}, {r.what}: {r.method}, {r.measure}": f"{r.value:.3g}{r.unit}"
+            f" ({', '.join(f'{name} {value:.3g}' for name, value in r.nulls.items())}; n = {r.n})"
+            for r in run.records
+            if isinstance(r, Predicted) and r.tool in tools
+        }
+
+    return figures
+
+
+OURS: dict[str, Callable[[Run], Found]] = {
+    "length": _length,
+    "requests": _requests,
+    "verbosity": _verbosity,
+    "speeds": _speeds,
+    "attention": _attention,
+    "predictors": _told("throughput", "length", "type of task"),
+    "router": _told("router"),
+}
+"""Kinds of figures to which the artifact has no data."""
 
 
 def _ours(run: Run, kind: str) -> Found:
-    if kind in CHATS:
-        return CHATS[kind](run)
-    return {"thetas": _thetas, "types": _types}[kind](counted(Compared.of(run), Broken()))
+    if kind in OURS:
+        return OURS[kind](run)
+    try:
+        compared = Compared.of(run)
+    except UsageError:  # nothing scored
+        return {}
+    return {"thetas": _thetas, "types": _types}[kind](counted(compared, Broken()))
 
 
-def figures(wanted: Sequence[str], run: Run | None, artifact: Artifact | None) -> list[Table]:
-    """The figures and tables of these keys, or all. Raises UsageError for a key that is none."""
+def figures(wanted: Sequence[str], runs: Sequence[Run], artifact: Artifact | None) -> list[Table]:
+    """The figures and tables of these keys, or all; ours are the first run's that has any. Raises UsageError for a key
+    that is none."""
     known = {figure["key"]: figure for figure in _known()["figures"]}
     if lost := next((key for key in wanted if key not in known), None):
         raise unknown("figure or table of the paper", lost, known)
-    return [_figure(known[key], run, artifact) for key in wanted or known]
+    return [_figure(known[key], runs, artifact) for key in wanted or known]
 
 
-def _figure(figure: Mapping[str, Any], run: Run | None, artifact: Artifact | None) -> Table:
+def _figure(figure: Mapping[str, Any], runs: Sequence[Run], artifact: Artifact | None) -> Table:
     paper = {row["what"]: row["paper"] for row in figure.get("rows", [])}
     kind = figure.get("ours")
     theirs = artifact.figure(kind) if artifact and kind else {}
-    mine = _ours(run, kind) if run and kind else {}
+    mine = next((found for run in runs if kind and (found := _ours(run, kind))), {})
     sides = {"paper": paper, "artifact": theirs, "ours": mine}
     rows = [
         Row((what,), {side: Cell(found[what]) for side, found in sides.items() if what in found})

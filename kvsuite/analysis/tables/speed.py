@@ -8,41 +8,67 @@ from collections.abc import Mapping, Sequence
 
 from kvsuite.analysis.latency import BreakEven
 from kvsuite.analysis.shortfall import timed
-from kvsuite.analysis.speed import REFERENCE, SpeedRow, break_evens, speed_rows
+from kvsuite.analysis.speed import REFERENCE, SpeedRow, attention_alone, break_evens, scaled, speed_rows
 from kvsuite.analysis.table import Cell, Column, Note, Row, Table, infos
 from kvsuite.analysis.tables.shared import dtype_notes, failed, layers, missing, setting
 from kvsuite.records import OUT_OF_MEMORY, Agreement, Run, Timing
 
+ATTENTION = "attention"
+"""Of decoding, the caches' part."""
+FEW = 6
+"""Batches and lengths that stand side by side as columns; more of them are a map, batch by length."""
+
 
 def phases(run: Run) -> list[Table]:
-    """Decode and prefill, as far as they were timed."""
+    """Decode, what attention took of it, and prefill, as far as they were timed."""
     timings = [r for r in run.records if isinstance(r, Timing)]
-    found = ((phase, speed_rows([t for t in timings if t.phase == phase])) for phase in ("decode", "prefill"))
-    return [_phase(phase, rows, run) for phase, rows in found if rows]
+    decode, prefill = ([t for t in timings if t.phase == phase] for phase in ("decode", "prefill"))
+    parts = {"decode": decode, ATTENTION: attention_alone(decode), "prefill": prefill}
+    return [_phase(phase, cells, run) for phase, cells in parts.items() if cells]
 
 
-def _phase(phase: str, rows: Sequence[SpeedRow], run: Run) -> Table:
-    places = sorted({(r.width, r.length) for r in rows})
+Place = tuple[int, int]
+"""Batch and length."""
+
+
+def _phase(phase: str, cells: Sequence[Timing], run: Run) -> Table:
+    rows = speed_rows(cells)
     by = {(r.method, r.width, r.length): r for r in rows}
+    places = sorted({(r.width, r.length) for r in rows})
+    heads, columns, where = _laid_out(places)
     done, asked = timed(run)
     absent = Cell(state="missing" if done < asked else "ok")
 
-    def full(place: tuple[int, int]) -> Cell:
+    def full(place: Place) -> Cell:
         """Its own cell; where that was not timed, its rounds in turn with the methods."""
         if (own := by.get(("full", *place))) is not None:
-            return state(own) if own.rate is None else Cell(own.rate)
+            return state(own) if own.rate is None else Cell(shown(own.rate, place[0]))
         beside = [r.baseline_rate for r in rows if (r.width, r.length) == place and r.baseline_rate is not None]
-        return Cell(statistics.median(beside)) if beside else absent
+        return Cell(shown(statistics.median(beside), place[0])) if beside else absent
 
-    def row(method: str) -> Row:
-        here = {f"{w} · {n}": by.get((method, w, n)) for w, n in places}
-        cells = {at: absent if r is None else _speed(r) for at, r in here.items()}
-        return Row((method,), cells, (f"{method}, ×",), "×")
+    def shown(rate: float, width: int) -> float:
+        return 1000 * width / rate if phase == ATTENTION else rate
+
+    def listed(key: str, name: str, unit: str, cells: Mapping[Place, Cell]) -> list[Row]:
+        found: dict[tuple[str, ...], dict[str, Cell]] = {}
+        for place, cell in cells.items():
+            row, column = where[place]
+            found.setdefault(row, {})[column] = cell
+        return [Row((key, *row), own, (name, *row), unit) for row, own in found.items()]
 
     methods = dict.fromkeys([*(r.method for r in rows), *(run.facts["methods"] if done < asked else [])])
-    rates = {f"{w} · {n}": full((w, n)) for w, n in places}
-    drawn = [Row(("full, tok/s",), rates, ("full, tok/s",), "tok/s"), *_reached(by, places), *map(row, methods)]
-    columns = [Column(f"{w} · {n}", f"{w} · {n}", shows="range") for w, n in places]
+    unit, of = ("ms", "of its step") if phase == ATTENTION else ("tok/s", "of the limit")
+    drawn = listed(f"full, {unit}", f"full, {unit}", unit, {place: full(place) for place in places})
+    if shares := _of_step(run) if phase == ATTENTION else _reached(by, places):
+        drawn += listed(f"full, % {of}", f"full, % {of}", "%", shares)
+    for method in methods:
+        speeds = {place: absent if (r := by.get((method, *place))) is None else _speed(r) for place in places}
+        drawn += listed(method, f"{method}, ×", "×", speeds)
+    shows = [Column(key, key, shows="range") for key in columns]
+    return Table(phase, f"{phase} · {setting(run)}", heads, shows, drawn, _notes(phase, rows, run))
+
+
+def _notes(phase: str, rows: Sequence[SpeedRow], run: Run) -> list[Note]:
     notes = [*missing(run), *_meaning(phase, rows), *layers(run)]
     if phase == "decode":
         notes += infos(by_what(rows, run.facts["environment"]["gpu"]))
@@ -52,15 +78,33 @@ def _phase(phase: str, rows: Sequence[SpeedRow], run: Run) -> Table:
         notes.append(
             Note("transformers is its own DynamicCache under SDPA, the same sequences: a row beside, not the baseline.")
         )
-    notes += failed([(f"{r.method} b{r.width} l{r.length}", r.error) for r in rows if r.failed])
-    return Table(phase, f"{phase} · {setting(run)}", ("batch · length",), columns, drawn, notes)
+    return [*notes, *failed([(f"{r.method} b{r.width} l{r.length}", r.error) for r in rows if r.failed])]
 
 
-def _reached(by: Mapping[tuple[str, int, int], SpeedRow], places: Sequence[tuple[int, int]]) -> list[Row]:
-    """How much of this machine's limit the baseline reached; no row where that was not measured."""
-    shares = {f"{w} · {n}": r.of_limit for w, n in places if (r := by.get(("full", w, n))) is not None}
-    cells = {at: Cell(100 * share) for at, share in shares.items() if share is not None}
-    return [Row(("full, % of the limit",), cells, ("full, % of the limit",), "%")] if cells else []
+def _laid_out(places: Sequence[Place]) -> tuple[tuple[str, ...], list[str], dict[Place, tuple[tuple[str, ...], str]]]:
+    """Heads, columns, and for each place what its row is called beside the method, and its column. A place is a
+    column; where there are many batches and lengths, batches are rows and lengths columns."""
+    widths, lengths = (sorted({place[at] for place in places}) for at in (0, 1))
+    if len(places) > FEW and min(len(widths), len(lengths)) > 1:
+        return ("method", "batch"), [str(n) for n in lengths], {(w, n): ((str(w),), str(n)) for w, n in places}
+    where: dict[Place, tuple[tuple[str, ...], str]] = {(w, n): ((), f"{w} · {n}") for w, n in places}
+    return ("batch · length",), [column for _, column in where.values()], where
+
+
+def _reached(by: Mapping[tuple[str, int, int], SpeedRow], places: Sequence[Place]) -> dict[Place, Cell]:
+    """How much of this machine's limit the baseline reached; nothing where that was not measured."""
+    shares = {place: r.of_limit for place in places if (r := by.get(("full", *place))) is not None}
+    return {place: Cell(100 * share) for place, share in shares.items() if share is not None}
+
+
+def _of_step(run: Run) -> dict[Place, Cell]:
+    """How much of the baseline's steps its cache took."""
+    own = [r for r in run.records if isinstance(r, Timing) and r.phase == "decode" and r.method == "full"]
+    return {
+        (t.width, t.length): Cell(100 * sum(t.attention_seconds) / sum(t.seconds))
+        for t in map(scaled, own)
+        if t.attention_seconds
+    }
 
 
 def _meaning(phase: str, rows: Sequence[SpeedRow]) -> list[Note]:
@@ -76,6 +120,11 @@ def _meaning(phase: str, rows: Sequence[SpeedRow]) -> list[Note]:
         said.append(
             "The limit: weights once, and K and V, over the bandwidth that this machine read in this run, or "
             "operations over the rate of a large product then, whichever takes longer."
+        )
+    if phase == ATTENTION:
+        said.append(
+            "What the caches take of a decoding step, all layers: storing its tokens, attending, evicting; the rest is "
+            "the same for all."
         )
     if phase == "prefill":
         said.append(

@@ -51,12 +51,16 @@ def supports(layer: LayerContext, k: QuantSpec, v: QuantSpec, needs: Needs) -> s
         return "keys with more than one scale per token"
     if k.residual and k.rolling:
         return "keys that leave the residual one by one"
+    if v.layout == "levels":
+        return "values as levels"
     if v.layout == "channel":
         return "values with a scale per channel"
     if needs.reads_some:
         return "a reader"
     if needs.noted:
         return "what an eviction notes of hidden states"
+    if needs.rerotated_sinks and k.rotation:
+        return "re-rotated sinks of rotated keys"
     if needs.rerotated_sinks > PAGE:
         return "more sinks than a page holds"
     try:
@@ -70,12 +74,16 @@ def _unreadable(layer: LayerContext, spec: QuantSpec) -> str:
     dim = layer.head_dim
     if spec.layout not in LAYOUTS:
         return "no kernel for this codec"
-    if spec.rotation:
+    if spec.rotation and (spec.layout not in ("token", "levels") or spec.residual):
         return "no kernel for rotated K and V"
+    if spec.late:
+        return "no kernel for keys that are encoded after they have attended"
     if spec.fitted(dim, layer.kv_dtype):
         return "no kernel for a codec that is fitted to each prompt"
     if not {layer.dtype, spec.stored_dtype(dim, layer.kv_dtype)} <= DTYPES.keys():
         return f"no kernel for {layer.dtype} over {layer.kv_dtype}"
+    if spec.bits not in {"token": (2, 4, 8), "channel": (2, 4, 8), "levels": (4,)}.get(spec.layout, (spec.bits,)):
+        return f"no kernel for {spec.bits}-bit codes"
     if spec.layout in ("token", "channel") and (spec.group % PAGE or spec.block not in (1, PAGE)):
         return f"groups of {spec.group}, which is no multiple of {PAGE}"
     if spec.residual % PAGE:
@@ -131,4 +139,6 @@ def read(kv: PagedKV, row: int) -> list[HeadView]:
     same = all(torch.promote_types(dtype, store.residual.dtype) == dtype for store in (kv.k, kv.v))
     exact = same and all(spec.layout == "plain" for spec in specs)
     integers = any(spec.layout in ("token", "channel") for spec in specs)
-    return [dataclasses.replace(view, exact=exact, integers=integers) for view in stored(kv, row)]
+    turned = all(spec.rotation for spec in specs)
+    views = stored(kv, row)
+    return [dataclasses.replace(view, exact=exact, integers=integers, rotated=turned) for view in views]

@@ -172,6 +172,7 @@ static void one_chunk(const Job& job, int64_t item, Piece at, int64_t chunk) {
     for (int g = 0; g < GROUP; g++) {
       const int64_t first = item * a.q_stride[0] + (at.head * GROUP + g) * a.q_stride[1] + i * a.q_stride[2];
       for (int d = 0; d < DIM; d++) q[g][d] = number(a.q, a.dtype, first + d) * a.scale;
+      if constexpr (K::rotated) hadamard(q[g]);
     }
     float* p = job.weights ? job.weights + index * GROUP * CHUNK : own;
     attend_group<GROUP>(job, at, q, at.seen - a.queries + i, turned && !c.original_sinks ? sinks : nullptr, p,
@@ -199,9 +200,12 @@ static void merge(const Job& job, int64_t item, Piece at, int64_t chunks) {
       }
       const float inverse = sum > 0 ? 1 / sum : sum == sum ? 0 : sum;
       const int64_t to = item * a.out_stride[0] + (at.head * GROUP + g) * a.out_stride[1] + i * a.out_stride[2];
+      float own[DIM];
+      for (int d = 0; d < DIM; d++) own[Values<V, 1>::channel(d)] = total[d] * inverse;
+      if constexpr (V::rotated) hadamard(own);
       for (int d = 0; d < DIM; d++) {
-        const float y = total[d] * inverse;
-        const int64_t place = to + Values<V, 1>::channel(d);
+        const float y = own[d];
+        const int64_t place = to + d;
         if (a.dtype == FLOAT32) put<FLOAT32>(a.out, place, y);
         else if (a.dtype == FLOAT16) put<FLOAT16>(a.out, place, y);
         else put<BFLOAT16>(a.out, place, y);

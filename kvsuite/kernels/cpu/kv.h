@@ -5,18 +5,20 @@
 #include <stdint.h>
 #include <string.h>
 
-enum Layout { PLAIN, TOKEN, CHANNEL, FP8 };     // kvsuite/kernels/quantspec.py: QuantSpec.layout
+enum Layout { PLAIN, TOKEN, CHANNEL, FP8, LEVELS };  // kvsuite/kernels/quantspec.py: QuantSpec.layout
 enum Number { FLOAT32, FLOAT16, BFLOAT16 };     // torch dtypes
 enum { PAGE = 32, DIM = HEAD_DIM, QUERY_GROUP = GROUP };
 
-template <Layout L, int BITS_, int GROUP_, int RESIDUAL_, bool ROLLING_, Number DTYPE_, bool TOKEN_SCALE_> struct Spec {
+template <Layout L, int BITS_, int GROUP_, int RESIDUAL_, bool ROLLING_, Number DTYPE_, bool TOKEN_SCALE_, bool ROTATED_>
+struct Spec {
   static constexpr Layout layout = L;
-  static constexpr int bits = BITS_;         // of one code: TOKEN and CHANNEL 2, 4 or 8
+  static constexpr int bits = BITS_;         // of one code: TOKEN and CHANNEL 2, 4 or 8; LEVELS 4
   static constexpr int group = GROUP_;       // TOKEN: channels that share a scale; CHANNEL: tokens that do
   static constexpr int residual = RESIDUAL_; // newest tokens that are kept as they are, slot s at s % residual
   static constexpr bool rolling = ROLLING_;  // the oldest leaves the residual one by one; else all of it is encoded
   static constexpr Number dtype = DTYPE_;    // PLAIN: of pages; of the residual; what is encoded
   static constexpr bool token_scale = TOKEN_SCALE_;  // FP8: a scale per token
+  static constexpr bool rotated = ROTATED_;  // TOKEN and LEVELS: what is encoded was turned by `hadamard`
   static constexpr int number_bytes = DTYPE_ == FLOAT32 ? 4 : 2;
   static constexpr int row_bytes = L == PLAIN ? DIM * number_bytes : L == FP8 ? DIM : DIM * BITS_ / 8;  // of a token
   static constexpr int groups = L == TOKEN ? DIM / GROUP_ : 1;  // TOKEN: scales per token
@@ -26,13 +28,13 @@ template <Layout L, int BITS_, int GROUP_, int RESIDUAL_, bool ROLLING_, Number 
   }
 };
 #ifdef K_BITS
-using K = Spec<Layout(K_LAYOUT), K_BITS, K_GROUP, K_RESIDUAL, K_ROLLING, Number(K_DTYPE), K_TOKEN_SCALE>;
-using V = Spec<Layout(V_LAYOUT), V_BITS, V_GROUP, V_RESIDUAL, V_ROLLING, Number(V_DTYPE), V_TOKEN_SCALE>;
+using K = Spec<Layout(K_LAYOUT), K_BITS, K_GROUP, K_RESIDUAL, K_ROLLING, Number(K_DTYPE), K_TOKEN_SCALE, K_ROTATED>;
+using V = Spec<Layout(V_LAYOUT), V_BITS, V_GROUP, V_RESIDUAL, V_ROLLING, Number(V_DTYPE), V_TOKEN_SCALE, V_ROTATED>;
 #endif
 
 struct Store {               // K or V: kvsuite/kernels/paged.py: KVStore
   uint8_t* codes;            // (pages, PAGE, row_bytes): numbers or codes
-  void* scale;               // float16 TOKEN (pages, PAGE, groups), CHANNEL (pages, PAGE / group, DIM);
+  void* scale;               // float16 TOKEN (pages, PAGE, groups), CHANNEL (pages, PAGE / group, DIM), LEVELS (pages, PAGE);
                              // float32 FP8 with token_scale (pages, PAGE)
   uint16_t* zero;            // float16, as scale; TOKEN and CHANNEL
   void* residual;            // (rows, kv_heads, residual, DIM)
@@ -56,6 +58,19 @@ struct Threads { Parallel parallel; int64_t count; };                  // null: 
 static inline void run(void (*work)(void*), void* job, const Threads& t) {  // on all threads, which share the job out
   if (t.parallel && t.count > 1) t.parallel(work, job, unsigned(t.count), 0);
   else work(job);
+}
+// x (DIM) turned by an orthonormal Hadamard matrix, in blocks of the largest power of two that divides DIM: the sums of
+// kvsuite/kernels/hadamard.py, in their order.
+static inline void hadamard(float* x) {
+  constexpr int block = DIM & -DIM;
+  for (int width = 1; width < block; width *= 2)
+    for (int first = 0; first < DIM; first += 2 * width)
+      for (int i = first; i < first + width; i++) {
+        const float a = x[i], b = x[i + width];
+        x[i] = a + b, x[i + width] = a - b;
+      }
+  const float scale = float(1 / sqrt(double(block)));
+  for (int d = 0; d < DIM; d++) x[d] *= scale;
 }
 // A (row, kv head)'s slot in its residual.
 template <class S> static inline uint8_t* residual_row(const Store& store, int64_t pair, int64_t slot) {

@@ -19,7 +19,7 @@ from kvsuite.kernels.quantspec import QuantSpec
 from kvsuite.kernels.reference.store import KeepIndices, moved
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-LAYOUTS = {"plain": 0, "token": 1, "channel": 2, "fp8": 3}
+LAYOUTS = {"plain": 0, "token": 1, "channel": 2, "fp8": 3, "levels": 4}
 FULL, PAGES = -1, 1
 """count.h: Advanced."""
 
@@ -47,6 +47,7 @@ def macros(layer: LayerContext, k: QuantSpec, v: QuantSpec) -> dict[str, int]:
             "ROLLING": int(spec.rolling),
             "DTYPE": DTYPES[spec.stored_dtype(layer.head_dim, layer.kv_dtype)],
             "TOKEN_SCALE": int(spec.layout == "fp8" and spec.scale is None),
+            "ROTATED": int(bool(spec.rotation)),
         }
         made |= {f"{name}_{key}": value for key, value in own.items()}
     return made

@@ -1,6 +1,7 @@
 // How a token's row of numbers or codes becomes operands of multiply-adds: each 32-bit column of a row is split into
 // `parts`, float lanes or lanes of two 16-bit codes. Queries and results are permuted to match, codes never are.
 #pragma once
+#include "levels.h"
 #include "simd.h"
 
 template <Number N> struct FloatRow {
@@ -68,9 +69,26 @@ template <int BITS> struct CodeRow {
     return (x >> (BITS * i)) & int32_t(0x10001 * ((1 << BITS) - 1));
   }
 };
+INLINE F4 level(I4 code) { return F4{LEVELS_4[code[0]], LEVELS_4[code[1]], LEVELS_4[code[2]], LEVELS_4[code[3]]}; }
+#if WIDE
+INLINE F8 level(I8 code) {
+  return select<8>(code << 28 >> 31, permute<8>(load<F8>(LEVELS_4 + 8), code), permute<8>(load<F8>(LEVELS_4), code));
+}
+#endif
+#if WIDE == 512
+INLINE F16 level(I16 code) { return permute<16>(load<F16>(LEVELS_4), code); }
+#endif
+struct LevelRow {  // codes of 4 bits, packed as those of CodeRow, as the numbers that they stand for
+  static constexpr bool integer = false;
+  static constexpr int bytes = DIM / 2, columns = bytes / 4, parts = 8;
+  typedef float Operand;
+  static constexpr int operand(int column, int part) { return column * 4 + part % 4 + part / 4 * bytes; }
+  template <int W> INLINE Float<W> part(Int<W> x, int i) { return level(x >> (i % 4 * 8 + i / 4 * 4) & 15); }
+};
 template <class S> struct RowOf { typedef CodeRow<S::bits> type; };
-template <int B, int G, int R, bool O, Number D, bool T> struct RowOf<Spec<PLAIN, B, G, R, O, D, T>> { typedef FloatRow<D> type; };
-template <int B, int G, int R, bool O, Number D, bool T> struct RowOf<Spec<FP8, B, G, R, O, D, T>> { typedef Fp8Row type; };
+template <int B, int G, int R, bool O, Number D, bool T, bool H> struct RowOf<Spec<PLAIN, B, G, R, O, D, T, H>> { typedef FloatRow<D> type; };
+template <int B, int G, int R, bool O, Number D, bool T, bool H> struct RowOf<Spec<FP8, B, G, R, O, D, T, H>> { typedef Fp8Row type; };
+template <int B, int G, int R, bool O, Number D, bool T, bool H> struct RowOf<Spec<LEVELS, B, G, R, O, D, T, H>> { typedef LevelRow type; };
 
 template <int W> INLINE Float<W> add_product(Float<W> c, Float<W> a, float b) { return fma(a, splat<W>(b), c); }
 template <int W> INLINE Int<W> add_product(Int<W> c, Int<W> a, int32_t b) { return dot16(c, a, splat<W>(b)); }

@@ -82,7 +82,9 @@ template <class S, int N> struct Keys {
         else if constexpr (R::integer) {
           const uint16_t* scale = static_cast<const uint16_t*>(store.scale) + page * PAGE + t;
           x = fma(halves<W>(store.zero + page * PAGE + t), splat<W>(sum[n]), x * halves<W>(scale));
-        } else if constexpr (S::token_scale)
+        } else if constexpr (S::layout == LEVELS)
+          x = x * halves<W>(static_cast<const uint16_t*>(store.scale) + page * PAGE + t);
+        else if constexpr (S::token_scale)
           x = x * load<Float<W>>(static_cast<const float*>(store.scale) + page * PAGE + t);
         ::store(to, x);
       }

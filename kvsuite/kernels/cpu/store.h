@@ -2,6 +2,7 @@
 // depends on nothing else, so heads are shared out among threads.
 #pragma once
 #include "kv.h"
+#include "levels.h"
 
 #include <atomic>
 
@@ -128,6 +129,28 @@ static inline uint8_t to_e4m3(float x) {  // to the nearest, ties to even, at mo
   return uint8_t(sign | (size > 0x7F800000 ? 0x7F : least < 0x3C800000 ? u - 0x46800000 : normal));
 }
 
+// ---- levels: kvsuite/methods/codecs/turboquant.py
+
+static inline float root_mean_square(const float* x) {
+  double sum = 0;
+  for (int d = 0; d < DIM; d++) sum += double(x[d]) * double(x[d]);
+  const float size = float(sqrt(sum / DIM));
+  return size + size * 0;  // infinite: not a number
+}
+// The codes of x (DIM), 4 bits each, and the scale that brings their levels to its norm.
+static inline uint16_t levels(const float* x, uint8_t* out) {
+  const float scale = root_mean_square(x), unit = scale == 0 ? 1 : scale;
+  uint8_t codes[DIM];
+  float chosen[DIM];
+  for (int d = 0; d < DIM; d++) {
+    int code = 0;
+    for (int i = 0; i < 15; i++) code += !(x[d] / unit < EDGES_4[i]);  // not a number is beyond all
+    codes[d] = uint8_t(code), chosen[d] = LEVELS_4[code];
+  }
+  for (int i = 0; i < DIM / 2; i++) out[i] = uint8_t(codes[i] | codes[i + DIM / 2] << 4);
+  return to_half(scale / root_mean_square(chosen));
+}
+
 // ``unit`` tokens, each DIM numbers in the stored dtype, into their place of the pages: CHANNEL its group, else one.
 template <class S> static void encode(const Store& store, int64_t place, const void* const* rows) {
   if constexpr (S::layout == PLAIN) {
@@ -138,7 +161,10 @@ template <class S> static void encode(const Store& store, int64_t place, const v
     uint8_t* codes = store.codes + place * S::row_bytes;
     for (int i = 0; i < unit; i++)
       for (int d = 0; d < DIM; d++) x[i][d] = number<S::dtype>(rows[i], d);
-    if constexpr (S::layout == FP8) {
+    if constexpr (S::rotated) hadamard(x[0]);  // one token
+    if constexpr (S::layout == LEVELS) {
+      static_cast<uint16_t*>(store.scale)[place] = levels(x[0], codes);
+    } else if constexpr (S::layout == FP8) {
       float scale = store.tensor_scale;
       if (S::token_scale) {
         float largest = 0, unknown = 0;

@@ -183,14 +183,27 @@ def _step(kv: PagedKV, k: Tensor, v: Tensor) -> None:
                 who = slice(None) if leaves.size == slot.size else torch.from_numpy(leaves).to(k.device)
                 old = store.residual[ring[0][who], ring[1][who], ring[2][who]]
                 _encode(kv, store, row[leaves], head[leaves], slot[leaves] - r, old[:, None])
+        elif spec.late:
+            _encode_residual(kv, store, row, head, slot, on_device)
         store.residual.index_put_(ring, x)
-        full = np.flatnonzero((slot + 1) % r == 0)
-        if not spec.rolling and full.size:
-            at = torch.from_numpy(full).to(k.device)
-            _encode(kv, store, row[full], head[full], slot[full] + 1 - r, store.residual[ring[0][at], ring[1][at]])
+        if not spec.rolling and not spec.late:
+            _encode_residual(kv, store, row, head, slot + 1, on_device)
     if kv.positions is not None:
         newest = torch.from_numpy(np.repeat(kv.host.seen[rows] - 1, slots.shape[1])).to(k.device, torch.int32)
         _mark(kv, kv.places(row, head, slot), newest)
+
+
+def _encode_residual(
+    kv: PagedKV, store: KVStore, row: np.ndarray, head: np.ndarray, end: np.ndarray, on_device: Tensor
+) -> None:
+    """Encode the residual of each (row, kv head) where it holds as much as it can before slot ``end`` (N,); on_device
+    (3, N): row and head on the device."""
+    r = store.spec.residual
+    full = np.flatnonzero((end % r == 0) & (end > 0))
+    if full.size:
+        at = torch.from_numpy(full).to(on_device.device)
+        block = store.residual[on_device[0][at], on_device[1][at]]
+        _encode(kv, store, row[full], head[full], end[full] - r, block)
 
 
 def _encode(kv: PagedKV, store: KVStore, rows: np.ndarray, heads: np.ndarray, first: np.ndarray, x: Tensor) -> None:

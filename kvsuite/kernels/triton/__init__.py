@@ -43,6 +43,8 @@ def supports(layer: LayerContext, k: QuantSpec, v: QuantSpec, needs: Needs) -> s
         return "no kernel for this codec"
     if any(spec.rotation for spec in specs):
         return "no kernel for rotated K and V"
+    if any(spec.late for spec in specs):
+        return "no kernel for keys that are encoded after they have attended"
     if any(spec.fitted(layer.head_dim, layer.kv_dtype) for spec in specs):
         return "no kernel for a codec that is fitted to each prompt"
     if any(spec.stored_dtype(layer.head_dim, layer.kv_dtype) != layer.dtype for spec in specs):

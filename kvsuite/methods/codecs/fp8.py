@@ -32,6 +32,7 @@ class Fp8(Codec):
     v_scale: float = 1.0
 
     def check(self) -> None:
+        super().check()
         check_above_zero(self.name, k_scale=self.k_scale, v_scale=self.v_scale)
         for name, scale in (("k_scale", self.k_scale), ("v_scale", self.v_scale)):
             if self.per == "token" and scale != 1.0:

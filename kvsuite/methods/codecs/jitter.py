@@ -40,6 +40,6 @@ class Noisy(Plain):
     seed: int = 0
 
     def encode(self, x: Tensor, fitted: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        from kvsuite.kernels.noise import half_ulp
+        from kvsuite.kernels.cpu.noise import half_ulp
 
         return (half_ulp(x[:, :, 0], self.seed),)

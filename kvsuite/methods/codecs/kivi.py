@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from kvsuite.errors import UsageError
@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 class Kivi(Codec):
     """K asymmetric per channel in groups of ``group`` tokens, V asymmetric per token in groups of ``group`` channels,
     float16 scale and zero. The last T mod ``residual`` keys stay as they are and become pages when ``residual`` of them
-    are there; the last ``residual`` values always stay. The prompt attends to itself in full precision."""
+    are there; the last ``residual`` values always stay. The prompt attends to itself in full precision.
+
+    Tokens become pages before the step that completes them attends. ``order=after``, as the authors: after it, so one
+    token more is read in full. ``layer_bits`` has the bits of each layer, a digit a layer, instead of ``bits``:
+    ``layer_bits=4422`` for a model of four."""
 
     name = "kivi"
     stores = "4- or 2-bit codes, K per channel and V per token in groups of 32; last 128 tokens in full"
@@ -33,16 +37,32 @@ class Kivi(Codec):
     bits: Literal[4, 2] = 4
     group: Literal[32, 16, 8] = 32
     residual: int = 128
+    order: Literal["before", "after"] = "before"
+    layer_bits: str = ""
 
     def check(self) -> None:
+        super().check()
         if self.residual < self.group or self.residual % self.group:
             raise UsageError(f"{self.name}: residual={self.residual} must be a multiple of group={self.group}")
+        if set(self.layer_bits) - {"2", "4"}:
+            raise UsageError(f"{self.name}: layer_bits={self.layer_bits} must be a digit a layer, 4 or 2")
+
+    def at(self, layer: int, layers: int) -> Codec:
+        own = super().at(layer, layers)
+        if self.layer_bits and len(self.layer_bits) != layers:
+            raise UsageError(
+                f"{self.name}: layer_bits has {len(self.layer_bits)} digits, but there are {layers} layers"
+            )
+        if not self.layer_bits or own is not self:
+            return own
+        return replace(self, bits=4 if self.layer_bits[layer] == "4" else 2, layer_bits="")
 
     def specs(self, layer: LayerContext, artifact: Artifact | None = None) -> tuple[QuantSpec, QuantSpec]:
         if layer.head_dim % self.group or layer.head_dim * self.bits % 8:
             raise UsageError(f"{self.name}: group={self.group} does not divide the head dimension {layer.head_dim}")
-        values = PerToken(self.bits, self.group, residual=self.residual)
-        return PerChannel(self.bits, self.group, self.residual), values
+        late = self.order == "after"
+        values = PerToken(self.bits, self.group, residual=self.residual + late)
+        return PerChannel(self.bits, self.group, self.residual, late), values
 
 
 @dataclass(frozen=True)
@@ -53,6 +73,7 @@ class PerChannel(QuantSpec):
     bits: int
     block: int
     residual: int
+    late: bool = False
 
     @property
     def group(self) -> int:  # type: ignore[override]

@@ -37,6 +37,7 @@ class NvFp4(Codec):
     v_scale: float = 1.0
 
     def check(self) -> None:
+        super().check()
         check_above_zero(self.name, k_scale=self.k_scale, v_scale=self.v_scale)
 
     def specs(self, layer: LayerContext, artifact: Artifact | None = None) -> tuple[QuantSpec, QuantSpec]:

@@ -36,6 +36,7 @@ class Think(Codec):
     recent: int = 32
 
     def check(self) -> None:
+        super().check()
         if not 0 <= self.prune < 1 or self.recent < 0:
             raise UsageError(f"{self.name}: prune must be at least 0 and below 1, and recent not negative")
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvsuite.analysis.figure import Map
+from kvsuite.analysis.figure import Figure, Map
 from kvsuite.analysis.report import Report
 from kvsuite.analysis.table import Note, Table
 from kvsuite.analysis.tables import changes
@@ -105,7 +105,7 @@ def _looks(reports: Sequence[Report]) -> dict[str, Look]:
     """An arm looks alike in all figures of a page."""
     from kvsuite.report.html.svg import Look
 
-    series = [s for report in reports for figure in report.figures for s in figure.series]
+    series = [s for report in reports for figure in report.figures if isinstance(figure, Figure) for s in figure.series]
     plain = dict.fromkeys(s.arm for s in series if s.control)
     arms = [
         arm for r in reports for arm in r.run.facts["methods"] if arm != r.run.baseline and not r.run.is_control(arm)

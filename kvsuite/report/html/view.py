@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from kvsuite.analysis.figure import Figure, Series
+from kvsuite.analysis.figure import Figure, Map, Series
 from kvsuite.analysis.report import Report
 from kvsuite.analysis.table import Note, Table
 from kvsuite.analysis.tables.shared import formats
-from kvsuite.report.html import raw
+from kvsuite.report.html import raw, tiles
 from kvsuite.report.html.svg import Look, draw, look_of, marker, short
 from kvsuite.report.text import Text, body, header
 
@@ -62,7 +62,7 @@ def _tint(cell: Text, figure: bool) -> str:
 class Drawn:
     """A figure as it is drawn."""
 
-    figure: Figure
+    figure: Figure | Map
     svg: Markup
     legend: list[tuple[Markup, str]]
     """Signs and names; empty where names stand in the drawing."""
@@ -91,7 +91,12 @@ class Seen:
     def drawn(self, key: str) -> Iterator[Drawn]:
         """The figure of this key, where the run has it."""
         for at, figure in enumerate(self.report.figures):
-            if figure.key == key and (svg := draw(figure, self.looks, f"f{self.at}-{at}")):
+            if figure.key != key:
+                continue
+            name = f"f{self.at}-{at}"
+            if isinstance(figure, Map):
+                yield Drawn(figure, Markup(tiles.draw(figure, name)), [])
+            elif svg := draw(figure, self.looks, name):
                 yield Drawn(figure, Markup(svg), self._legend(figure))
 
     def _legend(self, figure: Figure) -> list[tuple[Markup, str]]:
