@@ -337,9 +337,12 @@ class Timing(Record):
 
     kind: ClassVar[str] = "timing"
 
-    phase: Literal["prefill", "decode", "shared prefill", "width", "eager", "sdpa", "flash-attn"] = "decode"
+    phase: Literal[
+        "prefill", "decode", "shared prefill", "width", "eager", "sdpa", "flash-attn", "eager prefill", "sdpa prefill",
+        "flash-attn prefill",
+    ] = "decode"  # fmt: skip
     """Then the core's promises: many methods against one prefill, a wide step against a narrow one. The last are steps
-    with transformers' attention of that name, both sides alike."""
+    and prefills with transformers' attention of that name, both sides alike: see `kvsuite.modes`."""
     length: int = 0
     """Tokens of context per sequence at the first round."""
     tokens: int = 0
@@ -352,6 +355,13 @@ class Timing(Record):
     """Held by all sequences, all layers."""
     nbytes_read: int = 0
     """Read by one step of all sequences."""
+    allocated: int = 0
+    """Bytes that the caches have reserved on the device: what is held, and free pages and slots. Earlier runs did not
+    record it."""
+    peak: int | None = None
+    """The most memory that the device had given out while the cell was made, filled and checked, above what it had
+    before: for a prefill that is activations, K and V in full precision, observations and the caches. None where the
+    system does not tell."""
     checked: float | None = None
     """How far its attention was from the reference over what it holds, in units of the tolerance; None: not checked."""
     rest_seconds: list[float] = field(default_factory=list)

@@ -28,7 +28,7 @@ from kvsuite.analysis.tables.types import types
 from kvsuite.analysis.tables.verbosity import verbosity
 from kvsuite.analysis.tables.verdicts import verdicts
 from kvsuite.errors import unknown
-from kvsuite.kernels import MODES
+from kvsuite.modes import PAGED, mode_of
 from kvsuite.records import Answer, Record, Run, Timing
 
 NO_GATES = Gates()
@@ -130,7 +130,7 @@ def provenance(records: Sequence[Record]) -> list[Note]:
     """That what was scored is what was timed, or that it was not; nothing where no method was both."""
     good = [r for r in records if isinstance(r, (Answer, Timing)) and r.status == "ok" and r.cache.startswith(OURS)]
     scored = {(r.method, r.cache) for r in good if isinstance(r, Answer)}
-    timed = {(r.method, r.cache) for r in good if isinstance(r, Timing) and r.phase not in MODES}
+    timed = {(r.method, r.cache) for r in good if isinstance(r, Timing) and mode_of(r.phase)[1] == PAGED}
     both = {method for method, _ in scored} & {method for method, _ in timed}
     if not both:
         return []

@@ -19,9 +19,10 @@ from kvsuite import environment
 from kvsuite.analysis.report import Report, analyse
 from kvsuite.analysis.shortfall import interrupted
 from kvsuite.errors import UsageError
+from kvsuite.modes import PAGED
 from kvsuite.plugin import EVALUATIONS, SESSION, evaluates, options, untold
 from kvsuite.plugin.local import Local
-from kvsuite.plugin.options import PAGED, Options
+from kvsuite.plugin.options import Options
 from kvsuite.plugin.serving import Serving
 from kvsuite.plugin.session import Session
 from kvsuite.records import is_control, read

@@ -16,9 +16,10 @@ import pytest
 from kvsuite import configs, environment, models, registry, shapes, tasks
 from kvsuite.analysis.gates import POLICIES, Gates
 from kvsuite.errors import UsageError, unknown
-from kvsuite.kernels import BACKENDS, MODES
+from kvsuite.kernels import BACKENDS
 from kvsuite.margins import Margins
 from kvsuite.methods import Method, parse, parse_all
+from kvsuite.modes import MODES, PAGED
 from kvsuite.plugin import servers
 from kvsuite.plugin.declared import HELP
 from kvsuite.presets import PRESETS
@@ -34,8 +35,6 @@ CHOICES = {
     "executor": ("here", "ray"),
     "undecided": POLICIES,
 }
-PAGED = "paged"
-"""The mode of kvsuite's own kernels."""
 SHORTEST = 256
 """Tokens below which no task can be told."""
 
