@@ -227,9 +227,11 @@ def forward(model: Any, cache: Any, input_ids: Tensor, **inputs: Any) -> Tensor:
     return logits
 
 
-def _catch_hidden(model: Any, layers: Sequence[AttendingLayer]) -> list[Any]:
-    """Hooks on the attention modules that tell the layers which want it what their attention is given."""
-    if not any(layer.wants_hidden for layer in layers):
+def _catch_hidden(model: Any, layers: Sequence[Any]) -> list[Any]:
+    """Hooks on the attention modules that tell the layers which want it what their attention is given; transformers'
+    own layers want nothing."""
+    wanting = [isinstance(layer, AttendingLayer) and layer.wants_hidden for layer in layers]
+    if not any(wanting):
         return []
 
     def catch(layer: AttendingLayer) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], None]:
@@ -238,8 +240,8 @@ def _catch_hidden(model: Any, layers: Sequence[AttendingLayer]) -> list[Any]:
 
         return hook
 
-    pairs = zip(attention_modules(model), layers, strict=True)
-    return [module.register_forward_pre_hook(catch(x), with_kwargs=True) for module, x in pairs if x.wants_hidden]
+    pairs = zip(attention_modules(model), layers, wanting, strict=True)
+    return [module.register_forward_pre_hook(catch(x), with_kwargs=True) for module, x, wants in pairs if wants]
 
 
 @functools.cache  # a signature takes longer to read than a small layer to run

@@ -161,7 +161,7 @@ def prefilled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: int = 0)
 def plain(k: torch.Tensor, v: torch.Tensor, mass: torch.Tensor | None = None, index: int = 0) -> PrefilledLayer:
     """k, v (KV_HEADS, n, DIM) of which nothing was observed but the attention mass, if that; its queries are always the
     same."""
-    heads, dim = len(k) * HEADS // KV_HEADS, k.shape[2]
+    heads, dim = len(k) * HEADS // KV_HEADS, k.shape[-1]
     queries = torch.linspace(-1, 1, 32 * dim).sin().view(1, 32, dim)[:, : k.shape[1]].expand(heads, -1, -1).to(k.dtype)
     observed = {LastQueries(32): queries, QueryCentres(): torch.ones(heads, dim + dim // 2)}
     observed |= {} if mass is None else {AttentionMass(): mass}

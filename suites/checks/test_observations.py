@@ -130,7 +130,7 @@ def test_an_extra_pass_is_the_most_that_the_repeated_context_looks_back(seen, wh
     _, prompt, _ = seen
     eager = build("Llama")
     eager.set_attn_implementation("eager")
-    modules, hidden = adapter.attention_modules(eager), {}
+    modules, hidden = [block.self_attn for block in eager.model.layers], {}
     for at, module in enumerate(modules):
         module.register_forward_pre_hook(
             lambda module, args, kwargs, at=at: hidden.update({at: kwargs["hidden_states"][0]}), with_kwargs=True
