@@ -148,6 +148,8 @@ class Served(Answer):
     """Tokens, reasoning and calls included."""
     counted: str = ""
     """Who counted them: the server's usage, a tokenizer, or one for each chunk."""
+    usage_tokens: int | None = None
+    """What the server's usage said, where the tokenizer did not find it so."""
     cached_tokens: int | None = None
     """Of the prompt, those found in the server's prefix cache."""
     start: float = 0.0
@@ -181,8 +183,8 @@ class Served(Answer):
 
     @property
     def tpot(self) -> float | None:
-        """Seconds per token after the first; None where there is one token at most."""
-        return (self.e2e - self.ttft) / (self.count - 1) if self.count > 1 else None
+        """Seconds per token after the first; None where there is one token at most, and where all came in one piece."""
+        return (self.e2e - self.ttft) / (self.count - 1) if self.count > 1 and self.gaps else None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
 
+from kvsuite.analysis import validity
 from kvsuite.analysis.cost import Throughput, throughput
 from kvsuite.analysis.figure import Figure, Map
 from kvsuite.analysis.figures import figures
@@ -55,6 +56,8 @@ class Report:
     """What a price of tokens is made from."""
     failed: bool = False
     """Whether a gate says so."""
+    alarms: Sequence[str] = ()
+    """Headlines that a run is to end with an error for."""
 
     def table(self, key: str) -> Table:
         """The table of this key. Raises UsageError where there is none."""
@@ -105,6 +108,7 @@ def analyse(run: Run, held: Gates = NO_GATES, today: date | None = None) -> Repo
         limits(run, known),
         throughput(run),
         held.failed(found),
+        [f"{o.kind} {o.arm}: {o.text}" for o in validity.outcomes(run) if o.fatal],
     )
 
 

@@ -33,6 +33,7 @@ CHOICES = {
     "device": ("cpu", "cuda"),
     "backend": ("auto", *BACKENDS),
     "executor": ("here", "ray"),
+    "strict": ("yes", "no"),
     "undecided": POLICIES,
 }
 SHORTEST = 256
@@ -81,6 +82,8 @@ class Options:
     ray_address: str
     margins: Margins
     gates: Gates
+    strict: bool
+    """Whether servers that are broken, fail or differ end the run with an error."""
     servers: servers.Servers | None
     """What is compared instead of methods, if anything."""
 
@@ -194,6 +197,7 @@ def check(given: Mapping[str, Any]) -> Options:
         ray_address=str(raw["ray-address"]),
         margins=Margins.parse(f"{PRESETS[preset]['margins']},{raw['margins']}"),
         gates=Gates.of([str(x) for x in raw["gate"]], raw["undecided"], str(raw["against"]), str(raw["acknowledged"])),
+        strict=raw["strict"] == "yes",
         servers=servers.check(raw, _number),
         **{key: _whole(key, raw[key], 0 if key == "seed" else 1) for key in ("cap", "repeats", "rounds", "seed")},
         samples=_counts(raw["samples"]),
