@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     _plugin_option(listing)
     listing.add_argument("--json", action="store_true", help="a list of {name, kind, stores, source}")
     listing.add_argument("--markdown", action="store_true", help="what each does, for docs/methods.md")
+    listing.add_argument("--survey", action="store_true", help="which of the field run here, for docs/survey.md")
     listing.set_defaults(run=_methods)
     fetching = commands.add_parser("fetch", help="download all that runs and commands need, and convert the model")
     fetching.set_defaults(run=_fetch)
@@ -370,8 +371,13 @@ def _crossover(asked: argparse.Namespace) -> None:
 
 
 def _methods(asked: argparse.Namespace) -> None:
-    from kvsuite.methods import catalogue
+    from kvsuite.methods import catalogue, names
 
+    if asked.survey:
+        from kvsuite.methods import survey
+
+        print(survey.markdown(names()))
+        return
     if asked.markdown:
         from kvsuite.methods.described import markdown
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -55,6 +56,7 @@ class _Layer(AttendingLayer):
         super().__init__()
         self.index, self.members = index, members
         self._staged: tuple[Tensor, Tensor] | None = None
+        self.wants_hidden = any(member.caches[index].wants_hidden for member in members)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         self._staged = key_states, value_states
@@ -63,11 +65,12 @@ class _Layer(AttendingLayer):
     def attend(self, q: Tensor, scale: float, window: int | None, softcap: float | None, aux: Tensor | None) -> Tensor:
         assert self._staged is not None
         (k, v), self._staged = self._staged, None
+        hidden = k.new_zeros(len(q), q.shape[2], 0) if self.hidden is None else self.hidden
         sizes = [len(member.rows) for member in self.members]
         if sizes == [len(q)]:
-            return self._member(self.members[0], k, v, q, scale, window, softcap, aux)
+            return self._member(self.members[0], k, v, q, hidden, scale, window, softcap, aux)
         sizes.append(len(q) - sum(sizes))
-        *parts, idle = zip(*(x.split_with_sizes(sizes) for x in (k, v, q)), strict=True)
+        *parts, idle = zip(*(x.split_with_sizes(sizes) for x in (k, v, q, hidden)), strict=True)
         out = [
             self._member(member, *own, scale, window, softcap, aux)
             for member, own in zip(self.members, parts, strict=True)
@@ -75,22 +78,24 @@ class _Layer(AttendingLayer):
         ]
         return torch.cat([*out, torch.zeros_like(idle[2])])
 
-    def _member(self, member: Member, k: Tensor, v: Tensor, q: Tensor, *how: Any) -> Tensor:
-        """One member's items: k, v (items, kv_heads, Q, head_dim), q (items, heads, Q, head_dim) -> q's shape."""
+    def _member(self, member: Member, k: Tensor, v: Tensor, q: Tensor, hidden: Tensor, *how: Any) -> Tensor:
+        """One member's items: k, v (items, kv_heads, Q, head_dim), q (items, heads, Q, head_dim) and hidden (items, Q,
+        hidden size, or 0 where nobody wants it) -> q's shape."""
         if member.error is not None:
             return torch.zeros_like(q)
         start = time.perf_counter()
-        tokens = [(k, v, q)]
+        tokens = [(k, v, q, hidden)]
         if member.caches[self.index].stepwise and q.shape[2] > 1:  # it sees token by token what it would see decoding
-            tokens = list(zip(*(x.split_with_sizes([1] * q.shape[2], 2) for x in (k, v, q)), strict=True))
+            parts = [x.split_with_sizes([1] * q.shape[2], -2) for x in (k, v, q, hidden)]
+            tokens = list(zip(*parts, strict=True))
         try:
-            parts = [self._one(member, *own, *how) for own in tokens]
+            out = [self._one(member, *own, *how) for own in tokens]
         except Exception as error:
             if not member.isolated:
                 raise
-            member.error, parts = error, [torch.zeros_like(q)]
+            member.error, out = error, [torch.zeros_like(q)]
         member.seconds += time.perf_counter() - start
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        return out[0] if len(out) == 1 else torch.cat(out, dim=2)
 
     def _one(
         self,
@@ -98,13 +103,14 @@ class _Layer(AttendingLayer):
         k: Tensor,
         v: Tensor,
         q: Tensor,
+        hidden: Tensor,
         scale: float,
         window: int | None,
         softcap: float | None,
         aux: Tensor | None,
     ) -> Tensor:
         cache, rows, checker = member.caches[self.index], member.rows, member.checker
-        cache.append(k, v, rows)
+        cache.append(k, v, rows, hidden)
         if checker is not None:
             checker.before(cache)
         out = cache.attend(q, scale, rows, window=window, softcap=softcap, sink_logits=aux)
@@ -211,10 +217,31 @@ def forward(model: Any, cache: Any, input_ids: Tensor, **inputs: Any) -> Tensor:
     Args: input_ids (batch, n); inputs: further arguments of the model, such as position_ids (batch, n).
     Returns: the logits after the last token, (batch, vocabulary).
     """
-    name = cache_argument(type(model).forward)
-    out = model(input_ids=input_ids, use_cache=True, logits_to_keep=1, **{name: cache}, **inputs)
+    name, hooks = cache_argument(type(model).forward), _catch_hidden(model, cache.layers)
+    try:
+        out = model(input_ids=input_ids, use_cache=True, logits_to_keep=1, **{name: cache}, **inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
     logits: Tensor = out.logits[:, -1]
     return logits
+
+
+def _catch_hidden(model: Any, layers: Sequence[Any]) -> list[Any]:
+    """Hooks on the attention modules that tell the layers which want it what their attention is given; transformers'
+    own layers want nothing."""
+    wanting = [isinstance(layer, AttendingLayer) and layer.wants_hidden for layer in layers]
+    if not any(wanting):
+        return []
+
+    def catch(layer: AttendingLayer) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            layer.hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+        return hook
+
+    pairs = zip(attention_modules(model), layers, wanting, strict=True)
+    return [module.register_forward_pre_hook(catch(x), with_kwargs=True) for module, x, wants in pairs if wants]
 
 
 @functools.cache  # a signature takes longer to read than a small layer to run
@@ -256,12 +283,19 @@ def attention_layers(model: Any) -> list[AttentionLayer]:
     layers = [layer for layer in cache.seen if layer is not None]
     if not layers or len(layers) < len(cache.seen):
         raise UsageError(f"{kind} has layers that do not hand their keys and values to a cache")
+    _MODULES[model] = [layer.module for layer in layers]
     return layers
+
+
+_MODULES: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
+"""Models that were seen, and their attention modules: a pass must not begin by looking for them."""
 
 
 def attention_modules(model: Any) -> list[Any]:
     """An installed model's attention modules, in the order of its layers."""
-    return [layer.module for layer in attention_layers(model)]
+    if model not in _MODULES:
+        attention_layers(model)
+    return _MODULES[model]
 
 
 def contexts(model: Any, kv_dtype: torch.dtype | None = None) -> list[LayerContext]:
@@ -283,6 +317,7 @@ def contexts(model: Any, kv_dtype: torch.dtype | None = None) -> list[LayerConte
             rope=find_rope(ropes, layer.k[0], layer.k[1], _step(config)),
             window=layer.window if layer.window is not None and layer.window < longest else None,
             layers=len(seen),
+            hidden_size=getattr(config, "hidden_size", 0),
         )
         for index, layer in enumerate(seen)
     ]

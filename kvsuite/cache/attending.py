@@ -13,6 +13,10 @@ class AttendingLayer(CacheLayerMixin):
     says how many tokens were seen, not how many are held."""
 
     is_sliding = False
+    wants_hidden = False
+    """Whether `hidden` must be set before it attends."""
+    hidden: Tensor | None = None
+    """(batch, n, hidden size): what the layer's attention was given, before its projections."""
     module: Any = None
     """The attention module that reads it, noted as it does."""
 

@@ -13,6 +13,10 @@ if TYPE_CHECKING:  # selectors are listed without importing torch
     from torch import Tensor
 
     from kvsuite.kernels.quantspec import Shape
+    from kvsuite.kernels.rope import Rope
+
+UNLIMITED = 2**31 - 1
+"""The budget of a head that keeps everything, also while decoding."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,16 @@ class DecodeState:
     """float32 (…, kv_heads, n), where `AttentionMass` is observed."""
     newest_attention: Tensor | None = None
     """float32 (…, kv_heads, n), where `NewestAttention` is observed."""
+    noted: Tensor | None = None
+    """float32 (…, kv_heads, n): what `Notes.note` gave for each token, where `HiddenStates` is observed."""
     queries: Tensor | None = None
     """(heads, window, head_dim), the newest last, where `LastQueries` is observed; in a compaction alone."""
     k: Tensor | None = None
     """(kv_heads, n, head_dim), as attention reads them; in a compaction alone."""
+    query_centres: Tensor | None = None
+    """(heads, head_dim + pairs), where `QueryCentres` is observed; in a compaction alone."""
+    rope: Rope | None = None
+    """The layer's; in a compaction alone."""
 
 
 class Eviction(Protocol):
@@ -57,6 +67,13 @@ class Eviction(Protocol):
 
     def score(self, state: DecodeState) -> Tensor:
         """float32 (…, kv_heads, n): the lowest is evicted, the highest stay. Empty slots' scores do not count."""
+
+
+class Notes(Eviction, Protocol):
+    """An eviction that observes `HiddenStates`: it keeps a number of each token, when that passes."""
+
+    def note(self, hidden: Tensor, layer: int) -> Tensor:
+        """hidden (n, hidden size) to (kv_heads, n), or to (1, n) where all heads have the same."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +106,30 @@ class LowestEviction:
         for recent in state.parameters:
             stays = stays | (state.positions >= state.num_seen - recent)
         return values.float().masked_fill(stays, float("inf"))
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """Every so many steps of a sequence keeps the highest scores of each head's tokens."""
+
+    every: int
+    observes: tuple[Observation, ...]
+    of_head: Callable[[DecodeState, int, Tensor], Tensor]
+    """The scores (n,) of one kv head's slots that hold a token, int64 (n,), in order of position."""
+    rerotated_sinks: ClassVar[int] = 0
+
+    def parameters(self, length: int) -> tuple[int, ...]:
+        """None."""
+        return ()
+
+    def score(self, state: DecodeState) -> Tensor:
+        """Head by head."""
+        assert state.k is not None
+        scores = state.k.float().new_zeros(state.positions.shape)
+        for head, positions in enumerate(state.positions):
+            held = positions.argsort()[(positions < 0).sum() :]
+            scores[head, held] = self.of_head(state, head, held)
+        return scores
 
 
 class PageReader(Protocol):

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvsuite.cache.decoding import DecodeState, Eviction, LowestEviction, PageReader
-from kvsuite.cache.observations import AttentionMass, LastQueries, NewestAttention
+from kvsuite.cache.decoding import UNLIMITED, DecodeState, Eviction, LowestEviction, PageReader
+from kvsuite.cache.observations import AttentionMass, HiddenStates, LastQueries, NewestAttention, QueryCentres
 from kvsuite.cache.prefill import PrefilledLayer
 from kvsuite.errors import UsageError
 from kvsuite.kernels.backends import Items, choose
@@ -22,7 +22,6 @@ from kvsuite.kernels.reference.store import KeepIndices
 
 RELEASE_EVERY = 32
 """Steps of a sequence between two looks for pages without a token: each asks the device."""
-UNLIMITED = torch.iinfo(torch.int32).max
 
 
 class LayerCache:
@@ -56,8 +55,10 @@ class LayerCache:
             evicts=eviction is not None,
             accumulated_attention=AttentionMass() in observes,
             newest_attention=NewestAttention() in observes,
+            noted=HiddenStates() in observes,
             rerotated_sinks=0 if eviction is None else eviction.rerotated_sinks,
             recent_queries=max([x.window for x in observes if isinstance(x, LastQueries)], default=0),
+            query_centres=_centre(layer) if QueryCentres() in observes else 0,
             parameters=0 if eviction is None else len(eviction.parameters(1)),
             summaries=() if reader is None else reader.summaries(layer.head_dim, layer.kv_dtype),
             reads_some=reader is not None,
@@ -83,6 +84,11 @@ class LayerCache:
         """Whether tokens must come one by one, because something is decided between two of them."""
         return self.eviction is not None or self.reader is not None
 
+    @property
+    def wants_hidden(self) -> bool:
+        """Whether `append` must be given hidden states."""
+        return self.kv.noted is not None
+
     def load(
         self, row: int, seen: PrefilledLayer, keep: KeepIndices | None = None, budget: Sequence[int] | None = None
     ) -> None:
@@ -92,6 +98,11 @@ class LayerCache:
             raise ValueError("a cache made without `selects` cannot leave tokens out")
         self.reset(row)
         kv, length = self.kv, seen.k.shape[1]
+        for store, x in ((kv.k, seen.k), (kv.v, seen.v)):
+            queries = seen.observed.get(LastQueries(store.spec.last_queries))
+            found = store.spec.fit(x.to(store.residual.dtype), queries)
+            for field, value in zip(store.fitted, found, strict=True):
+                field[row] = value
         self.backend.fill(kv, row, seen.k, seen.v, keep, seen.observed.get(AttentionMass()))
         if kv.budget is not None:
             kv.host.budget[row] = UNLIMITED if budget is None else np.asarray(budget)
@@ -106,17 +117,31 @@ class LayerCache:
                 last = seen[wide[0]][:, -n:]
                 ring = torch.arange(length - last.shape[1], length, device=last.device) % n
                 kv.recent_queries[row].index_copy_(1, ring, last)
+        if kv.query_centres is not None:
+            kv.query_centres[row] = seen[QueryCentres()]
+        if kv.noted is not None:
+            noted = self._note(seen[HiddenStates()])
+            for head, own in enumerate(noted):
+                slots = np.arange(int(kv.host.slots[row, head]))
+                kv.noted.view(-1)[kv.places(row, head, slots)] = own if keep is None else own[keep[head]]
         self._summarise(row)
 
-    def append(self, k: Tensor, v: Tensor, rows: Items = (0,)) -> None:
-        """Add n tokens to every row: k, v (len(rows), kv_heads, n, head_dim); None marks an idle row of the batch."""
+    def append(self, k: Tensor, v: Tensor, rows: Items = (0,), hidden: Tensor | None = None) -> None:
+        """Add n tokens to every row: k, v (len(rows), kv_heads, n, head_dim); None marks an idle row of the batch.
+        ``hidden`` (len(rows), n, hidden size), where it is wanted."""
         if self.stepwise and k.shape[2] > 1:
             raise ValueError("a cache that decides something at every step takes its tokens one by one")
         if not self.prepared:
             self.advance(rows, k.shape[2])
         self.backend.append(self.kv, k, v, rows)
+        mapping = self.kv.mapping
+        if self.kv.noted is not None and mapping.rows:
+            assert hidden is not None
+            own = hidden[[b for b, row in enumerate(rows) if row is not None], 0]
+            here = self.kv.places(np.array(mapping.rows)[:, None], np.arange(k.shape[1])[None], mapping.slots)
+            self.kv.noted.view(-1)[here] = self._note(own).T
         if self.reader is not None:
-            for row, slots in zip(self.kv.mapping.rows, self.kv.mapping.slots, strict=True):
+            for row, slots in zip(mapping.rows, mapping.slots, strict=True):
                 self._summarise(row, None if self.kv.encodes else slots // PAGE)
 
     def attend(
@@ -222,6 +247,11 @@ class LayerCache:
         new = q[own.int().argmax(1), :, 0]
         kv.recent_queries[every, :, ring] = torch.where(own.any(1)[:, None, None], new, old)
 
+    def _note(self, hidden: Tensor) -> Tensor:
+        """What the eviction keeps of hidden states (n, hidden size): float32 (kv_heads, n)."""
+        noted: Tensor = self.eviction.note(hidden, self.layer.index)  # type: ignore[union-attr]
+        return noted.float().expand(self.layer.kv_heads, -1)
+
     def _due(self, rows: list[int], every: int) -> list[int]:
         """Those of these rows whose steps since the prompt are a multiple of ``every``."""
         seen, prompt = self.kv.host.seen, self.kv.host.prompt
@@ -269,12 +299,12 @@ class LayerCache:
         kv, device = self.kv, self.layer.device
         every = rows == list(range(len(kv.host.seen)))
         at = slice(None) if every else torch.tensor(rows, device=device)
-        paged = (kv.positions, kv.accumulated_attention, kv.newest_attention)
+        paged = (kv.positions, kv.accumulated_attention, kv.newest_attention, kv.noted)
         fields = [None if x is None else kv.slots_of(x, rows, columns) for x in paged]
         seen, own = self._seen(at)[:, None, None], () if kv.parameters is None else kv.parameters[at].unbind(1)
         parameters = tuple([x[:, None, None] for x in own])
         if not alone:
-            return DecodeState(fields[0], seen, parameters, fields[1], fields[2])  # type: ignore[arg-type]
+            return DecodeState(fields[0], seen, parameters, *fields[1:])  # type: ignore[arg-type]
         (row,), heads = rows, range(self.layer.kv_heads)
         k = torch.stack([page_keys(kv, row, head, np.arange(columns))[0].flatten(0, 1) for head in heads])
         queries = None
@@ -284,7 +314,8 @@ class LayerCache:
             queries = kv.recent_queries[row][:, ring]
         first = [None if x is None else x[0] for x in fields]
         return DecodeState(
-            first[0], seen[0], tuple(x[0] for x in parameters), first[1], first[2], queries, k  # type: ignore[arg-type]
+            first[0], seen[0], tuple(x[0] for x in parameters), first[1], first[2], first[3],  # type: ignore[arg-type]
+            queries, k, None if kv.query_centres is None else kv.query_centres[row], self.layer.rope,
         )  # fmt: skip
 
     def _seen(self, rows: Tensor | slice) -> Tensor:
@@ -318,6 +349,11 @@ class LayerCache:
             pages = kv.pages(row, head, own)
             for field, value in zip(kv.summaries, self.reader.summarise(*page_keys(kv, row, head, own)), strict=True):
                 field[pages] = value.to(field.dtype)
+
+
+def _centre(layer: LayerContext) -> int:
+    """How many numbers `QueryCentres` has for a head."""
+    return layer.head_dim + (0 if layer.rope is None else len(layer.rope.inverse_frequency))
 
 
 def highest(scores: Tensor, counts: Sequence[int], positions: Tensor | None = None) -> KeepIndices:

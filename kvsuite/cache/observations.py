@@ -44,7 +44,10 @@ class LastQueries(Observation):
 
 @dataclass(frozen=True)
 class HiddenStates(Observation):
-    """What goes into each layer's attention, before its projections: (T, hidden size). While prefilling alone."""
+    """What goes into each layer's attention, before its projections: (T, hidden size). While decoding an eviction keeps
+    a number of each (`kvsuite.cache.decoding.Notes`)."""
+
+    decoding = True
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,14 @@ class PreRopeMoments(Observation):
     (heads, head_dim, head_dim), float32. While prefilling alone."""
 
     skip: int = 0
+
+
+@dataclass(frozen=True)
+class QueryCentres(Observation):
+    """The mean of the prompt's queries before RoPE, and behind it the mean length of each pair of channels that RoPE
+    turns together: float32 (heads, head_dim + pairs). While decoding it is the prompt's still."""
+
+    decoding = True
 
 
 @dataclass(frozen=True)
@@ -68,9 +79,13 @@ class ChunkAttention(Observation):
 
 @dataclass(frozen=True)
 class ExtraPass(Observation):
-    """The most attention that each token gets when the model is fed ``prompt`` and then the context once more: float32
-    (kv_heads, T), the maximum over queries and the query group. While prefilling alone."""
+    """How much each token is looked back at while the context is repeated: float32 (kv_heads, T). After the prefilled
+    context the model is fed the context once more, ``chunk`` tokens at a time, each after a request to repeat it. A
+    token gets the largest weight that a query of its own chunk's repetition, request included, gives it, over the
+    query group. The softmax is over the first ``sinks`` tokens, the chunk in the context, and what is fed.
+    ``normalized``: each weight over ‖h‖₂, the query's hidden state before the projections, times ‖W_O v‖₂, what the
+    token's value writes by that query head. While prefilling alone."""
 
-    prompt: str
     chunk: int = 2000
-    """Tokens of the context that follow the prompt at a time."""
+    sinks: int = 4
+    normalized: bool = False

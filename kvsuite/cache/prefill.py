@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from kvsuite.cache.observations import (
     LastQueries,
     Observation,
     PreRopeMoments,
+    QueryCentres,
 )
 from kvsuite.errors import UsageError
 from kvsuite.kernels import dense
@@ -63,8 +64,7 @@ class _PrefillLayer(AttendingLayer):
         self._weights: Tensor | None = None
         """(heads, T, T), while it is being observed and where the mode tells them."""
         self.seen: PrefilledLayer | None = None
-        self.hidden: Tensor | None = None
-        """(T, hidden size): what the layer's attention was given, where it was asked for."""
+        self.wants_hidden = HiddenStates() in asked
         self.seconds = dict.fromkeys(asked, 0.0)
         """Spent on each observation."""
         self._kv: tuple[Tensor, Tensor] | None = None
@@ -108,9 +108,11 @@ class _PrefillLayer(AttendingLayer):
         if isinstance(what, LastQueries):
             return q[:, -what.window :].clone()  # a view would keep all of them
         if isinstance(what, HiddenStates):
-            return self.hidden
+            return None if self.hidden is None else self.hidden[0]
         if isinstance(what, PreRopeMoments):
             return pre_rope_moments(q, self.layer, what.skip)
+        if isinstance(what, QueryCentres):
+            return query_centres(q, self.layer)
         if isinstance(what, ChunkAttention):
             inner = slice(what.first, q.shape[1] - what.last)
             return chunk_attention(q[:, inner], k[:, inner], what.chunk)
@@ -149,39 +151,47 @@ class PrefillCache(Cache):
             layer.seen.observed[observation] = value
             layer.seconds[observation] = seconds / len(values)
 
-    def catch_hidden(self, modules: Sequence[Any]) -> list[Any]:
-        """Hooks on the attention modules, in order, that note what they are given; remove them after the run."""
 
-        def catch(layer: _PrefillLayer) -> Any:
-            def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                layer.hidden = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])[0]
-
-            return hook
-
-        pairs = zip(modules, self.layers, strict=True)
-        return [module.register_forward_pre_hook(catch(layer), with_kwargs=True) for module, layer in pairs]
-
-
-def pre_rope_moments(q: Tensor, layer: LayerContext, skip: int = 0, block: int = 1024) -> tuple[Tensor, Tensor]:
+def pre_rope_moments(q: Tensor, layer: LayerContext, skip: int = 0) -> tuple[Tensor, Tensor]:
     """Mean (heads, head_dim) and covariance (heads, head_dim, head_dim), float32, of a prompt's queries before RoPE:
     q (heads, T, head_dim) as attention uses them, but for the first ``skip`` (never all). Raises UsageError where the
     layer's RoPE is not known."""
-    if layer.rope is None:
-        raise UsageError(f"layer {layer.index} rotates its queries in a way that kvsuite cannot undo")
     heads, length, dim = q.shape
     total, square = q.new_zeros(heads, dim, dtype=torch.float64), q.new_zeros(heads, dim, dim, dtype=torch.float64)
     origin, skip = q.new_zeros(heads, 1, dim, dtype=torch.float32), min(skip, length - 1)
-    for first in range(skip, length, block):
-        part = q[:, first : first + block].float()
-        back = torch.arange(-first, -first - part.shape[1], -1, device=q.device)[:, None]
-        part = layer.rope.rotate(part, back) / layer.rope.scaling
-        if first == skip:
+    for at, part in enumerate(_before_rope(q, _known(layer), skip)):
+        if at == 0:
             origin = part.mean(1, keepdim=True)
         part = part - origin  # squares of what is far from zero would cancel in float32
         total += part.sum(1)
         square += part.transpose(1, 2) @ part
     mean = total / (length - skip)
     return (mean + origin[:, 0]).float(), (square / (length - skip) - mean[:, :, None] * mean[:, None]).float()
+
+
+def query_centres(q: Tensor, layer: LayerContext) -> Tensor:
+    """What `QueryCentres` says: q (heads, T, head_dim) as attention uses them. Raises UsageError where the layer's RoPE
+    is not known."""
+    rope = _known(layer)
+    sums = [
+        torch.cat([part.double().sum(1), rope.pairs(part).norm(dim=-1).double().sum(1)], -1)
+        for part in _before_rope(q, rope)
+    ]
+    return (torch.stack(sums).sum(0) / q.shape[1]).float()
+
+
+def _known(layer: LayerContext) -> Rope:
+    if layer.rope is None:
+        raise UsageError(f"layer {layer.index} rotates its queries in a way that kvsuite cannot undo")
+    return layer.rope
+
+
+def _before_rope(q: Tensor, rope: Rope, skip: int = 0, block: int = 1024) -> Iterator[Tensor]:
+    """A prompt's queries before RoPE, but for the first ``skip``, float32 (heads, n, head_dim) at a time."""
+    for first in range(skip, q.shape[1], block):
+        part = q[:, first : first + block].float()
+        back = torch.arange(-first, -first - part.shape[1], -1, device=q.device)[:, None]
+        yield rope.rotate(part, back) / rope.scaling
 
 
 def chunk_attention(q: Tensor, k: Tensor, chunk: int) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +12,8 @@ import torch
 import transformers
 
 from kvsuite.cache import adapter
-from kvsuite.cache.extra_pass import ExtraPassCache
-from kvsuite.cache.observations import ExtraPass, HiddenStates, Observation
+from kvsuite.cache.extra_pass import ExtraPassCache, repetitions
+from kvsuite.cache.observations import ExtraPass, Observation
 from kvsuite.cache.prefill import PrefillCache
 from kvsuite.engines.packing import pack
 from kvsuite.engines.pool import DecoderPool
@@ -77,11 +76,6 @@ class TransformersEngine:
             reason += f"; {pack(model)}"
         return cls(model, tokenizer, kv_dtype, reason, backend)
 
-    @cached_property
-    def attention_modules(self) -> list[Any]:
-        """The model's, in the order of its layers."""
-        return adapter.attention_modules(self.model)
-
     def worker(
         self,
         method: Method,
@@ -96,6 +90,7 @@ class TransformersEngine:
         if _learns(method) and method.codec not in self.artifacts:
             raise UsageError(f"{method.name} must be calibrated before it is used")
         method.check_layers(self.layers)
+        method.check_model(self.layers)
         return MethodWorker(
             method, self.layers, rows, lengths,
             sampling=sampling, name=name, backend=backend or self.backend, artifact=self.artifacts.get(method.codec),
@@ -182,14 +177,9 @@ class TransformersEngine:
         """Run the context through the model once, in full precision, and keep what the methods asked for. ``mode``: see
         `PrefillCache`."""
         cache = PrefillCache(self.layers, observes, self.backend, mode)
-        hooks = cache.catch_hidden(self.attention_modules) if HiddenStates() in cache.asked else []
         start = time.perf_counter()
         ids = torch.tensor([context], device=self.model.device)
-        try:
-            logits = adapter.forward(self.model, cache, ids)[0]
-        finally:
-            for hook in hooks:
-                hook.remove()
+        logits = adapter.forward(self.model, cache, ids)[0]
         if logits.is_cuda:
             torch.cuda.synchronize()
         for observation in cache.asked:
@@ -198,17 +188,28 @@ class TransformersEngine:
         seconds = time.perf_counter() - start
         return Prompt(request, cache.prefilled, suffix, logits, seconds, cache.seconds)
 
-    def _feed_again(self, cache: PrefillCache, observation: ExtraPass, context: list[int]) -> None:
-        """Run prompt and context through the model once more, chunk by chunk, after the prefilled context."""
-        if self.tokenizer is None:
-            raise UsageError("an extra pass needs a tokenizer for its prompt")
-        start, again = time.perf_counter(), ExtraPassCache(cache.prefilled)
-        prompt, length = self.tokenizer(observation.prompt, add_special_tokens=False)["input_ids"], len(context)
-        for first in range(0, length, observation.chunk):
-            ids = torch.tensor([[*prompt, *context[first : first + observation.chunk]]], device=self.model.device)
-            where = torch.arange(length, length + ids.shape[1], device=self.model.device)[None]
-            adapter.forward(self.model, again, ids, position_ids=where)
-        cache.add(observation, [layer.most for layer in again.layers], time.perf_counter() - start)
+    def _feed_again(self, cache: PrefillCache, what: ExtraPass, context: list[int]) -> None:
+        """Run the context through the model once more, chunk by chunk, after the prefilled context. Where there is no
+        tokenizer, as for a shape, nothing is said before a chunk."""
+        start = time.perf_counter()
+        again = ExtraPassCache(cache.prefilled, what)
+        for chunk, fed in repetitions(context, what.chunk, self._tokens, self._turn()):
+            again.repeats(chunk)
+            where = torch.arange(len(context), len(context) + len(fed), device=self.model.device)[None]
+            adapter.forward(self.model, again, torch.tensor([fed], device=self.model.device), position_ids=where)
+        values = [layer.most for layer in again.layers]
+        if values[0].is_cuda:
+            torch.cuda.synchronize()
+        cache.add(what, values, time.perf_counter() - start)
+
+    def _tokens(self, text: str) -> list[int]:
+        return [] if self.tokenizer is None else list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _turn(self) -> str:
+        """What the chat template has between a user's words and the answer; a line feed where there is none."""
+        mark = "XYZZY"
+        text, plain = (None, True) if self.tokenizer is None else self._templated(Request("", mark, "", 1))
+        return "\n" if text is None or plain else text.rpartition(mark)[2]
 
     @torch.inference_mode()
     def generate(
@@ -236,7 +237,7 @@ class TransformersEngine:
         asked = [(request, *self.encode(request, compress)) for request in requests]
         if not asked:
             return
-        self._refuse_long(asked)
+        self._refuse_long(asked, methods)
         done = done or {}
         pool = DecoderPool(self, methods, asked, width, sampling, again or {}, timeout, memory, done)
         for request, context, suffix in asked:
@@ -260,12 +261,16 @@ class TransformersEngine:
             response.text = self.tokenizer.decode(response.tokens, skip_special_tokens=True).strip()
         return response
 
-    def _refuse_long(self, asked: Sequence[tuple[Request, list[int], list[int]]]) -> None:
+    def _refuse_long(self, asked: Sequence[tuple[Request, list[int], list[int]]], methods: Sequence[Method]) -> None:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        again = [(o.chunk, method.name) for method in methods for o in method.observes if isinstance(o, ExtraPass)]
         for request, context, suffix in asked:
-            total = len(context) + len(suffix) + request.max_new_tokens
-            if limit and total > limit:
-                raise UsageError(f"sample {request.id} needs {total} tokens, the model's context has {limit}")
+            needs = [(len(suffix) + request.max_new_tokens, "")]
+            needs += [(min(chunk, len(context)), f" for {name}, which repeats the context") for chunk, name in again]
+            most, why = max(needs)
+            if limit and len(context) + most > limit:
+                total = len(context) + most
+                raise UsageError(f"sample {request.id} needs {total} tokens{why}, the model's context has {limit}")
 
 
 def _messages(request: Request) -> list[dict[str, str]]:

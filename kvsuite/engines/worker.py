@@ -72,7 +72,7 @@ class MethodWorker:
         sizes = sorted(set(lengths))
         slots = max(method.capacity(*size) for size in sizes)
         pages = [max(method.pages(layer, *size) for size in sizes) for layer in layers]
-        self.artifact = "" if artifact is None else artifact.hash
+        self.artifact = "+".join(found.hash for found in (method.artifact, artifact) if found is not None)
         self.caches = [
             method.cache(layer, rows, slots, most, backend=backend, artifact=artifact)
             for layer, most in zip(layers, pages, strict=True)

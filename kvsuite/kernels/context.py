@@ -27,6 +27,8 @@ class LayerContext:
     rope: Rope | None = None
     window: int | None = None
     """The model's sliding window, where it has one."""
+    hidden_size: int = 0
+    """Channels of what goes into the layer; 0 where the model's configuration does not say."""
     layers: int = 1
     """Attention layers that the model has."""
 
@@ -46,10 +48,14 @@ class Needs:
     """Tokens are evicted while decoding, too."""
     accumulated_attention: bool = False
     newest_attention: bool = False
+    noted: bool = False
+    """A number is kept of each token's hidden state."""
     rerotated_sinks: int = 0
     """The first tokens' keys that stand where the cache has them, not where the text has them."""
     recent_queries: int = 0
     """Queries of the newest tokens that are kept."""
+    query_centres: int = 0
+    """Numbers that are kept of the prompt's queries, per head."""
     parameters: int = 0
     """Whole numbers that each sequence has of its own."""
     summaries: tuple[tuple[Shape, torch.dtype], ...] = ()

@@ -133,12 +133,16 @@ class PagedKV:
     """float32 (pages, PAGE): the attention each token got from all queries, mean over the query group."""
     newest_attention: Tensor | None
     """float32 (pages, PAGE): the same from the newest query alone."""
+    noted: Tensor | None
+    """float32 (pages, PAGE): what an eviction noted of each token."""
     summaries: tuple[Tensor, ...]
     """A reader's: each (pages, *shape)."""
     original_sinks: Tensor | None
     """(rows, kv_heads, rerotated_sinks, head_dim): the first keys as they came, where pages hold them rotated."""
     recent_queries: Tensor | None
     """(rows, heads, n, head_dim): the query of position p at p % n."""
+    query_centres: Tensor | None
+    """float32 (rows, heads, n): what the prompt's queries were like."""
     budget: Tensor | None
     """int32 (rows, kv_heads): tokens that may stay while decoding."""
     parameters: Tensor | None
@@ -195,9 +199,11 @@ class PagedKV:
             make(needs.positions, (total, PAGE), torch.int32, -1),
             make(needs.accumulated_attention, (total, PAGE), torch.float32),
             make(needs.newest_attention, (total, PAGE), torch.float32),
+            make(needs.noted, (total, PAGE), torch.float32),
             tuple([torch.zeros((total, *shape), dtype=dtype, device=layer.device) for shape, dtype in needs.summaries]),
             make(in_place and sinks, (rows, heads, sinks, layer.head_dim), stored),
             make(n, (rows, layer.heads, n, layer.head_dim), layer.dtype),
+            make(needs.query_centres, (rows, layer.heads, needs.query_centres), torch.float32),
             make(needs.evicts, (rows, heads), torch.int32),
             make(needs.parameters, (rows, needs.parameters), torch.int32),
             arena, Rows.empty(rows, heads), table, PageAllocator(range(first, total)), pages,
@@ -385,7 +391,7 @@ class PagedKV:
     @property
     def token_fields(self) -> list[Tensor]:
         """All tensors of pages that each slot has a part of."""
-        own = (self.positions, self.accumulated_attention, self.newest_attention)
+        own = (self.positions, self.accumulated_attention, self.newest_attention, self.noted)
         return [*self.k.pools, *self.v.pools, *(x for x in own if x is not None)]
 
     @property
@@ -396,7 +402,7 @@ class PagedKV:
     @property
     def row_fields(self) -> list[Tensor]:
         """All tensors that each row has a part of, but the table."""
-        own = (self.original_sinks, self.recent_queries, self.budget, self.parameters)
+        own = (self.original_sinks, self.recent_queries, self.query_centres, self.budget, self.parameters)
         lengths = (self.num_slots, self.num_tokens, self.num_seen, self.free_slot)
         stores = [x for store in (self.k, self.v) for x in (store.residual, *store.fitted)]
         return [*stores, *lengths, *(x for x in own if x is not None)]

@@ -47,6 +47,8 @@ class QuantSpec:
     rolling: bool = False
     late: bool = False
     """What is encoded as a whole is so only when the next token comes: who completes it still reads it in full."""
+    last_queries: int = 0
+    """The newest queries of a prompt that `fit` wants to see; its codec observes `LastQueries` of so many."""
     rotation: str = ""
     """An orthonormal rotation of head_dim that is applied before encoding and undone by ``decode``. A backend with a
     kernel for it may rotate q (for K) and the output (for V) instead, as the cpu backend does."""
@@ -64,9 +66,10 @@ class QuantSpec:
         """Shape and dtype of what ``fit`` gives per kv head, field by field."""
         return ()
 
-    def fit(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What encoding needs to know of one sequence: x (kv_heads, T, head_dim), a prompt's K or V before eviction, to
-        tensors (kv_heads, *shape), which are stored beside the pages and given to ``encode`` and ``decode``."""
+    def fit(self, x: Tensor, queries: Tensor | None) -> tuple[Tensor, ...]:
+        """What encoding needs to know of one sequence: x (kv_heads, T, head_dim), a prompt's K or V before eviction,
+        and its ``last_queries`` (heads, n, head_dim), where they are wanted, to tensors (kv_heads, *shape), which are
+        stored beside the pages and given to ``encode`` and ``decode``."""
         return ()
 
     def encode(self, x: Tensor, fitted: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -28,6 +28,11 @@ class Rope:
         angle = where * self.inverse_frequency
         return self._turn(x.float(), angle.cos().mean(0), angle.sin().mean(0))
 
+    def pairs(self, x: Tensor) -> Tensor:
+        """The channels that turn together: x (..., head_dim) to (..., rotary_dim / 2, 2)."""
+        half = self.inverse_frequency.shape[0]
+        return torch.stack([x[..., :half], x[..., half : 2 * half]], dim=-1)
+
     def _turn(self, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         half = self.inverse_frequency.shape[0]
         x, y = k[..., :half].float(), k[..., half : 2 * half].float()

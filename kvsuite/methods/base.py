@@ -71,9 +71,17 @@ class Selector(Component):
         """What it does while a sequence is decoded, if anything."""
         return None
 
+    @property
+    def artifact(self) -> Artifact | None:
+        """What the user gave it that was learned of a model; its hash stands in every record."""
+        return None
+
     def tokens(self, length: int) -> int:
         """The mean number of tokens per head that stay of a context of ``length``."""
         raise NotImplementedError
+
+    def check_model(self, layers: Sequence[LayerContext]) -> None:
+        """UsageError where it is not for a model with these layers."""
 
     def check_context(self, longest: int) -> None:
         """UsageError where a share of the longest context contradicts another hyperparameter."""
@@ -113,9 +121,27 @@ class Budget(Component):
     """Shares the tokens that may stay out over layers and heads."""
 
     kind: ClassVar[Kind] = "budget"
+    ragged: ClassVar[bool] = False
+    """Whether the heads of a layer keep unlike numbers of tokens."""
 
     def check_selector(self, selector: Selector) -> None:
         """Raise UsageError where it cannot share this selector's tokens out."""
+        if self.ragged and selector.one_set:
+            raise UsageError(f"{self.name}: all heads of {selector.name} keep the same tokens; leave {self.name} out")
+        if not self.decides:
+            return
+        if not isinstance(selector, BudgetSelector):
+            raise UsageError(f"{self.name}: {selector.name} has other sizes than a budget, which cannot be set aside")
+        if selector.budget != type(selector).budget:
+            raise UsageError(f"{self.name} says how many tokens stay; leave {selector.name}'s budget out")
+
+    @property
+    def decides(self) -> bool:
+        """Whether it says how many tokens stay, and the selector does not."""
+        return False
+
+    def check_model(self, layers: Sequence[LayerContext]) -> None:
+        """UsageError where it is not for a model with these layers."""
 
     def whole(self, layer: int, layers: int) -> bool:
         """Whether a layer of so many keeps everything, also while decoding."""
@@ -128,7 +154,7 @@ class Budget(Component):
 
     def allot(self, scores: Sequence[Tensor], tokens: int) -> Tensor:
         """All layers' scores, each (kv_heads, T), to how many of the highest each head keeps: int64 (layers, kv_heads)
-        on the CPU."""
+        on the CPU; `kvsuite.cache.decoding.UNLIMITED` for all, also while decoding."""
         raise NotImplementedError
 
 
@@ -160,6 +186,11 @@ class Codec(Component):
 
         return Full()
 
+    @property
+    def observes(self) -> tuple[Observation, ...]:
+        """What `QuantSpec.fit` must see of the prefill."""
+        return ()
+
     def calibrate(self, context: Sequence[PrefilledLayer]) -> Artifact | None:
         """What it must learn of a model, from a text that the model has prefilled; None where it learns nothing."""
         return None
@@ -175,6 +206,13 @@ class Reader(Component, PageReader):
     """Keeps what is stored and chooses for each query which pages are read; what it must do `PageReader` says."""
 
     kind: ClassVar[Kind] = "reader"
+
+    def check_context(self, longest: int) -> None:
+        """UsageError where it would read everything of the longest context."""
+
+    def reads_all(self, layer: int) -> bool:
+        """Whether a layer reads everything."""
+        return False
 
 
 @dataclass(frozen=True)
@@ -201,10 +239,12 @@ class Method:
     @property
     def observes(self) -> tuple[Observation, ...]:
         """What it must see of the prefill."""
-        if self.selector is None:
-            return ()
-        while_decoding = () if self.selector.eviction is None else self.selector.eviction.observes
-        return tuple(dict.fromkeys([*self.selector.observes, *(x for x in while_decoding if x.prefilling)]))
+        found = [*self.codec.observes]
+        if self.selector is not None:
+            found += self.selector.observes
+        if self.selector is not None and self.selector.eviction is not None:
+            found += [x for x in self.selector.eviction.observes if x.prefilling]
+        return tuple(dict.fromkeys(found))
 
     def tokens(self, length: int) -> int:
         """Tokens per head that stay of a context of ``length``, before the budget shares them out."""
@@ -212,7 +252,9 @@ class Method:
 
     def check_context(self, longest: int) -> None:
         """UsageError where the budget could never act: at or above the longest context there is."""
-        if self.selector is None:
+        if self.reader is not None:
+            self.reader.check_context(longest)
+        if self.selector is None or self.budget.decides:
             return
         self.selector.check_context(longest)
         if self.selector.tokens(longest) >= longest:
@@ -221,6 +263,19 @@ class Method:
                 f"{self.name}: a budget of {kept} tokens keeps everything of a context of {longest}; "
                 "make it smaller or the prompts longer"
             )
+
+    @property
+    def artifact(self) -> Artifact | None:
+        """What the user gave the selector that was learned of a model."""
+        return None if self.selector is None else self.selector.artifact
+
+    def check_model(self, layers: Sequence[LayerContext]) -> None:
+        """UsageError where it is not for a model with these layers: so many, of these sizes."""
+        for layer in layers:
+            self.codec.at(layer.index, layer.layers)
+        if self.selector is not None:
+            self.selector.check_model(layers)
+        self.budget.check_model(layers)
 
     def capacity(self, length: int, new: int) -> int:
         """Slots that one head of a sequence of ``length`` context tokens needs at most for ``new`` more."""
@@ -237,7 +292,7 @@ class Method:
         return layer.kv_heads * each
 
     def check_layers(self, layers: Sequence[LayerContext]) -> None:
-        """UsageError where it cannot act on layers such as a model's."""
+        """UsageError where it cannot act on layers such as a model's; their number, and other sizes, do not matter."""
         if type(self.codec).calibrate is Codec.calibrate:
             for layer in layers:
                 self.codec.specs(layer)
@@ -276,11 +331,12 @@ class Method:
         from kvsuite.cache.layer import LayerCache
 
         self.check_layers([layer])
+        reader = None if self.reader is None or self.reader.reads_all(layer.index) else self.reader
         eviction = None if self.selector is None else self.selector.eviction
         codec = self.codec.at(layer.index, layer.layers)
         return LayerCache(
             layer, codec.specs(layer, artifact), rows, slots, pages=pages, backend=backend,
-            eviction=eviction, reader=self.reader, selects=self.selector is not None,
+            eviction=eviction, reader=reader, selects=self.selector is not None,
         )  # fmt: skip
 
     def compress(self, row: int, context: Sequence[PrefilledLayer], caches: Sequence[LayerCache]) -> None:
@@ -291,13 +347,15 @@ class Method:
         tokens, scores, counts = self.tokens(length), None, None
         if self.selector is not None:
             counts = [[self.selector.tokens(length)] * heads] * len(context)
-            if tokens < length:
+            if tokens < length or self.budget.decides:
                 scores = [self.selector.score(seen, tokens) for seen in context]
                 counts = self.budget.allot(scores, tokens).tolist()
         for i, (seen, cache) in enumerate(zip(context, caches, strict=True)):
             whole = counts is None or self.budget.whole(i, len(context))
             budget = None if counts is None or whole else counts[i]
-            keep = None if scores is None or budget is None else highest(scores[i], budget)
+            keep = None
+            if scores is not None and budget is not None:
+                keep = highest(scores[i], [min(count, length) for count in budget])
             cache.load(row, seen, keep, budget)
 
 

@@ -37,6 +37,8 @@ class Here:
         s = self.setting
         load = TransformersEngine.shaped if shapes.is_shape(s.model) else TransformersEngine.load
         engine = load(s.model, s.dtype, s.device, s.backend)
+        for method in s.methods:
+            method.check_model(engine.layers)
         engine.calibrate(s.methods, lambda: self.text(CALIBRATION))
         return engine
 

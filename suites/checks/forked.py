@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from kvsuite import registry
+
 SERVER = multiprocessing.get_context("forkserver")
 MODELS = ("auto.modeling_auto", "auto.tokenization_auto", "llama.modeling_llama")
 PLUGINS = ("anyio.pytest_plugin", "hypothesis", "pytest_benchmark.plugin", "xdist.plugin")
@@ -53,4 +55,5 @@ def _main(arguments: list[str], folder: Path, environment: dict[str, str]) -> No
     tempfile.tempdir = None  # asked of the environment anew
     sys.argv = ["pytest", *arguments]
     sys.path[:0] = [str(folder), *environment.get("PYTHONPATH", "").split(os.pathsep)]
+    registry.known.cache_clear()  # the server has looked for entry points where it is itself
     sys.exit(pytest.main([*arguments, PLAIN]))

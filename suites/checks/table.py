@@ -7,15 +7,22 @@ import torch
 
 from kvsuite import registry
 from kvsuite.cache.layer import LayerCache
-from kvsuite.cache.observations import AttentionMass, LastQueries
+from kvsuite.cache.observations import AttentionMass, ExtraPass, LastQueries, QueryCentres
 from kvsuite.cache.prefill import PrefillCache, PrefilledLayer
 from kvsuite.kernels.context import AttentionParams, LayerContext
 from kvsuite.kernels.cpu.build import BuildError, compiler
 from kvsuite.kernels.rope import Rope
 from kvsuite.methods import Method, parse
 
-sys.path.append(str(Path(__file__).parent / "plugin"))  # as if it were installed: it has an entry point
+CHECKS = Path(__file__).parent
+sys.path += [str(CHECKS / "plugin"), str(CHECKS.parents[1] / "docs" / "examples")]  # as if installed, with entry points
 registry.known.cache_clear()
+
+HEADS, KV_HEADS, DIM = 4, 2, 32
+SCALE = DIM**-0.5
+KVZAP = CHECKS / "kvzap.safetensors"
+"""Weights for as many layers as a check has, alike for all heads."""
+SHARES = CHECKS / "shares.json"
 
 METHODS = {
     # at sizes where every part of it acts within some 60 tokens: the same, keeping all of 100 tokens in 16 bit
@@ -73,13 +80,24 @@ METHODS = {
     "compactor:budget=24,chunk=16,sketch=16,sinks=2,recent=3": "compactor:budget=100",
     "r-kv:budget=24,every=16": "r-kv:budget=100,every=16",
     "snapkv:budget=24,window=8 + pyramid": "snapkv:budget=100,window=8 + pyramid",
-    # from outside, by the plug-in in plugin/kvsuite_fixtures.py
+    "kvzip:budget=20,sinks=2": "kvzip:budget=100",
+    "kvzip-plus:budget=20,sinks=2 + dms + int8": None,
+    "knorm:budget=20 + dms": "knorm:budget=100 + dms",
+    f"kvzap:weights={KVZAP},budget=20,recent=3": f"kvzap:weights={KVZAP},budget=100,recent=3",
+    f"random + headwise:shares={SHARES}": None,
+    "triattention:budget=24,every=16": "triattention:budget=100,every=16",
+    "triattention:budget=30,every=16 + kivi:bits=4,group=16,residual=32": None,
+    "think:recent=8": "think:prune=0",
+    "quest:budget=64,dense=0": "quest:budget=320,dense=0",
+    "h2o:budget=70 + int8 + rocketkv:budget=32,channels=8": None,
+    # from outside, by entry points: docs/examples, and plugin/kvsuite_fixtures.py
     "redundant:budget=24,every=16": "redundant:budget=100,every=16",
     "redundant:budget=30,every=16 + kivi:bits=4,group=16,residual=32": None,
     "top-pages:top=2": "top-pages:top=9",
     "h2o:budget=40 + int8 + top-pages:top=1": None,
     "codebook": None,
 }
+ELSEWHERE = {"loud": "test_outside.py, since it needs a model's hidden states at each step"}
 EVERY_STEP = [
     text for text in METHODS if parse(text).selector and getattr(parse(text).selector.eviction, "every", 0) == 1
 ]
@@ -91,11 +109,9 @@ STEPWISE = [*EVERY_STEP, *COMPACTING, *(text for text in READING if text not in 
 SELECTING = [text for text in METHODS if parse(text).selector]
 CODECS = [text for text in METHODS if not parse(text).selector and not parse(text).reader]
 CHUNKED = [text for text in METHODS if text not in STEPWISE]
-RAGGED = [text for text in METHODS if parse(text).budget.name == "ada"]
+RAGGED = [text for text in METHODS if parse(text).budget.ragged]
+DECIDED = [text for text in METHODS if parse(text).budget.decides]
 OBSERVED = list(dict.fromkeys(observation for text in METHODS for observation in parse(text).observes))
-
-HEADS, KV_HEADS, DIM = 4, 2, 32
-SCALE = DIM**-0.5
 
 
 def has_compiler() -> bool:
@@ -108,7 +124,8 @@ def has_compiler() -> bool:
 
 def layer(dtype: torch.dtype = torch.bfloat16, index: int = 0, kv_dtype: torch.dtype | None = None) -> LayerContext:
     rope = Rope(1e4 ** (-torch.arange(0, DIM, 2) / DIM))
-    return LayerContext(index, HEADS, KV_HEADS, DIM, dtype, kv_dtype or dtype, torch.device("cpu"), rope, layers=2)
+    where = torch.device("cpu")
+    return LayerContext(index, HEADS, KV_HEADS, DIM, dtype, kv_dtype or dtype, where, rope, layers=2, hidden_size=DIM)
 
 
 FITTED = [text for text in CODECS if any(spec.fitted(DIM, torch.bfloat16) for spec in parse(text).codec.specs(layer()))]
@@ -130,17 +147,25 @@ def context(length: int, seed: int, dtype: torch.dtype = torch.bfloat16, index: 
 
 
 def prefilled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: int = 0) -> PrefilledLayer:
-    """The same of a prompt's own q (HEADS, T, DIM), k and v (KV_HEADS, T, DIM)."""
+    """The same of a prompt's own q (HEADS, T, DIM), k and v (KV_HEADS, T, DIM). What only a model could show is stood
+    in for: hidden states by keys, an extra pass by the attention of this one."""
     asked = [*OBSERVED, *(LastQueries(n) for n in (8, 16, 32))]
     (one,) = PrefillCache([layer(k.dtype, index)], asked, "reference").layers
+    one.hidden = k.amax(0)[None]
     one.update(k[None], v[None])
     one.attend(q[None], SCALE, None, None, None)
+    one.seen.observed.update({what: one.seen[AttentionMass()] for what in asked if isinstance(what, ExtraPass)})
     return one.seen
 
 
 def plain(k: torch.Tensor, v: torch.Tensor, mass: torch.Tensor | None = None, index: int = 0) -> PrefilledLayer:
-    """k, v (KV_HEADS, n, DIM) of which nothing was observed, or the attention mass alone."""
-    return PrefilledLayer(index, k, v, {} if mass is None else {AttentionMass(): mass}, AttentionParams(SCALE))
+    """k, v (KV_HEADS, n, DIM) of which nothing was observed but the attention mass, if that; its queries are always the
+    same."""
+    heads, dim = len(k) * HEADS // KV_HEADS, k.shape[-1]
+    queries = torch.linspace(-1, 1, 32 * dim).sin().view(1, 32, dim)[:, : k.shape[1]].expand(heads, -1, -1).to(k.dtype)
+    observed = {LastQueries(32): queries, QueryCentres(): torch.ones(heads, dim + dim // 2)}
+    observed |= {} if mass is None else {AttentionMass(): mass}
+    return PrefilledLayer(index, k, v, observed, AttentionParams(SCALE))
 
 
 def loaded(

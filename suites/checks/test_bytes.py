@@ -296,7 +296,7 @@ def test_capacity_is_enough_and_decoding_at_a_budget_takes_no_more_pages(text):
         sizes.append(cache.nbytes)
     singly = cache.kv.by_token
     if text in EVERY_STEP and singly:  # the next token takes the evicted one's slot
-        assert len(set(sizes)) == 1
+        assert len(set(sizes[max(0, method.selector.tokens(60) - 60) :])) == 1
     elif text in COMPACTING and singly:
         assert any(b < a for a, b in pairwise(sizes))
         assert max(sizes[16:]) <= max(sizes[:16]) + KV_HEADS * cache.kv.page_bytes

@@ -15,8 +15,11 @@ TEXTS = [
     "full", "jitter", "fp8", "fp8:per=token", "int8", "int4", "int8:rotate=hadamard", "int4:rotate=hadamard", "nvfp4",
     "mxfp4", "q8_0", "q4_0", "kivi:bits=4", "kivi:bits=2,group=16,residual=32", "kivi:bits=4,residual=32,order=after",
     "turboquant:bits=k4v4", "turboquant:bits=k3v3,seed=2", "turboquant:bits=k8v4", "turboquant:bits=k4v2",
-    "kvarn:bits=k4v2", "kvarn:bits=k4v4", "gear:bits=4,residual=32", "gear-l:bits=2,rank=0.1,group=32,order=after",
+    "kvarn:bits=k4v2", "kvarn:bits=k4v4", "gear:bits=4,group=32,residual=32",
+    "gear-l:bits=2,rank=0.1,group=32,order=after", "think:recent=8",
 ]  # fmt: skip
+LEARNING = {"gear", "gear-l", "think"}
+"""Those of them that are fitted to each prompt."""
 KINDS = ["spread", "zero", "constant", "constant channels", "outlier", "outlier channel", "long token", "tiny"]
 
 
@@ -72,7 +75,7 @@ def test_a_codec_on_a_layer_of_any_shape(made):
             each.append(step[1], step[2], (row,))
             out = each.attend(step[0], scale, (row,))
     assert same(cache, other, 0, 1), "a row does not depend on its mates"
-    assert text.partition(":")[0] in ("gear", "gear-l") or same(cache, once), "one by one is as all at once"
+    assert text.partition(":")[0] in LEARNING or same(cache, once), "one by one is as all at once"
     assert cache.row_nbytes(0) == other.row_nbytes(1) == once.row_nbytes(0)
     group = where.heads // where.kv_heads
     for head, held in enumerate(cache.read()):
@@ -90,4 +93,4 @@ def test_a_codec_on_a_layer_of_any_shape(made):
 
 
 def test_all_that_learn_of_a_prompt_are_known_here():
-    assert {text.partition(":")[0] for text in FITTED} == {"gear", "gear-l", "codebook"}
+    assert {text.partition(":")[0] for text in FITTED} == {*LEARNING, "codebook"}

@@ -1,5 +1,6 @@
 """docs/extending.md is followed as a newcomer would: its files are written, its commands run."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -7,8 +8,10 @@ import sys
 
 import pytest
 
+from kvsuite.methods import component
 from kvsuite.records import read
 from suites.checks import forked
+from suites.checks.table import ELSEWHERE, METHODS
 from suites.checks.tiny import ROOT, SMALL
 
 PAGE = (ROOT / "docs" / "extending.md").read_text()
@@ -20,6 +23,8 @@ SAID = {
     "sums.py": "sums",
     "printf": "",
     "lines.py": "mine",
+    "methods loud": "loud:budget=0.5",
+    "methods codebook": "codebook",
     "loudest.py": "most to lose: ",
 }
 
@@ -32,7 +37,7 @@ def folder(tmp_path, go):
 
 
 def test_the_page_has_the_files_and_commands_that_are_checked():
-    assert sorted(FILES) == ["every_other.py", "lines.py", "loudest.py", "sums.py"]
+    assert sorted(FILES) == ["codebook.py", "every_other.py", "lines.py", "loud.py", "loudest.py", "sums.py"]
     assert [sum(key in command for command in COMMANDS) for key in SAID] == [1] * len(SAID) == [1] * len(COMMANDS)
 
 
@@ -41,7 +46,9 @@ def test_every_command_of_the_page_runs(folder, world):
     for at, command in enumerate(COMMANDS):
         if command.startswith("pytest"):
             own = [*shlex.split(command)[1:], "--kv-run", f"runs/{at}", str(ROOT / "suites" / "samples")]
-            ran = forked.run([*small, *own], folder)
+            installed = [ROOT / "docs" / "examples", ROOT / "suites" / "checks" / "plugin"]  # their entry points
+            path = os.pathsep.join([os.environ["PYTHONPATH"], *map(str, installed)])
+            ran = forked.run([*small, *own], folder, PYTHONPATH=path)
             code, told = ran.ret, "\n".join([*ran.outlines, *ran.errlines])
         else:
             words = command.replace("kvsuite", f"{sys.executable} -m kvsuite", 1)
@@ -50,5 +57,14 @@ def test_every_command_of_the_page_runs(folder, world):
         assert code == 0, (command, told[-3000:])
         [said] = [said for key, said in SAID.items() if key in command]
         assert said in " ".join(told.split()), (command, told[-3000:])
-    runs = sorted((folder / "runs").iterdir())
-    assert [[*read(run).facts["plugins"]] for run in runs] == [["every_other.py"], ["sums.py"], ["loudest.py"]]
+    runs = [read(run).facts["plugins"] for run in sorted((folder / "runs").iterdir())]
+    assert [[*plugins] for plugins in runs] == [["every_other.py"], [], [], ["sums.py"], ["loudest.py"]]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "docs" / "examples").glob("*.py")), ids=lambda file: file.name)
+def test_the_pages_methods_are_the_files_that_are_checked_as_entry_points(file):
+    """What they promise `table.py` and what it names check."""
+    assert FILES[file.name] == file.read_text()
+    assert len(file.read_text().splitlines()) <= 60
+    assert component(file.stem).__module__ == file.stem
+    assert file.stem in {*METHODS, *ELSEWHERE}

@@ -18,7 +18,7 @@ SIDES = ["K", "V"]
 def coded(text, side, x):
     """One head's x (T, head_dim), T whole pages: what is read of it, and the stored fields with T units or pages."""
     spec = parse(text).codec.specs(layer())[side]
-    fitted = spec.fit(x[None])
+    fitted = spec.fit(x[None], None)
     fields = spec.encode(x[None].unflatten(1, (-1, spec.block)), fitted)
     return spec.decode(fields, torch.float32, fitted).flatten(1, 2)[0], [field[0] for field in fields], fitted[0][0]
 

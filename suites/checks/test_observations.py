@@ -6,17 +6,26 @@ import pytest
 import torch
 
 from kvsuite.cache import adapter
-from kvsuite.cache.observations import AttentionMass, ExtraPass, HiddenStates, LastQueries, PreRopeMoments
+from kvsuite.cache.observations import (
+    AttentionMass,
+    ExtraPass,
+    HiddenStates,
+    LastQueries,
+    PreRopeMoments,
+    QueryCentres,
+)
 from kvsuite.cache.prefill import PrefillCache
 from kvsuite.engines.request import Request
 from kvsuite.engines.transformers import TransformersEngine
+from kvsuite.errors import UsageError
 from kvsuite.kernels.backends import for_prefill
-from kvsuite.methods import parse
+from kvsuite.methods import parse, parse_all
 from suites.checks import naive
 from suites.checks.test_models import build, given
 
 IDS = torch.randint(1, 96, (1, 50), generator=torch.Generator().manual_seed(0))
-ALL = [AttentionMass(), LastQueries(7), LastQueries(80), HiddenStates(), PreRopeMoments(), ExtraPass("again", 20)]
+EXTRA = ExtraPass(20, 4), ExtraPass(20, 4, normalized=True)
+ALL = [AttentionMass(), LastQueries(7), LastQueries(80), HiddenStates(), PreRopeMoments(), QueryCentres(), *EXTRA]
 
 
 class Letters:
@@ -31,7 +40,7 @@ def seen():
     """A model's prefilled prompt with everything observed, what each cost, and what its first projection was given."""
     model, inputs = build("Llama"), []
     engine = TransformersEngine(model, Letters())
-    first = engine.attention_modules[0].q_proj
+    first = adapter.attention_modules(model)[0].q_proj
     hook = first.register_forward_pre_hook(lambda module, args: inputs.append(args[0][0]))
     prompt = engine.prefill(Request("x", "", "", 1), IDS[0].tolist(), [], [*ALL, LastQueries(7)])
     hook.remove()
@@ -87,28 +96,98 @@ def test_moments_are_those_of_queries_before_rope(seen):
     torch.testing.assert_close(covariance, expected.float(), rtol=1e-3, atol=1e-3)
 
 
-def test_moments_need_a_known_rope():
+def test_centres_are_those_of_queries_before_rope(seen):
+    model, prompt, inputs = seen
+    with torch.inference_mode():
+        q = adapter.attention_modules(model)[0].q_proj(inputs[0]).view(50, 4, 32).transpose(0, 1).double()
+    mean, size = prompt.context[0][QueryCentres()].split([32, 16], 1)
+    torch.testing.assert_close(mean, q.mean(1).float(), rtol=1e-3, atol=1e-4)
+    lengths = torch.complex(*q.chunk(2, -1)).abs().mean(1)
+    torch.testing.assert_close(size, lengths.float(), rtol=1e-3, atol=1e-4)
+    assert (lengths > torch.complex(*q.mean(1).chunk(2, -1)).abs() + 1e-3).any()
+
+
+@pytest.mark.parametrize("what", [PreRopeMoments(), QueryCentres()])
+def test_what_is_before_rope_needs_a_known_rope(what):
     model = build("Llama")
     engine = TransformersEngine(model, None)
     engine.layers = [type(x)(**{**vars(x), "rope": None}) for x in engine.layers]
     with pytest.raises(ValueError, match="cannot undo"):
-        engine.prefill(Request("x", "", "", 1), IDS[0].tolist(), [], [PreRopeMoments()])
+        engine.prefill(Request("x", "", "", 1), IDS[0].tolist(), [], [what])
 
 
+REQUESTS = (
+    "\n\nRepeat the previous context exactly.",
+    "\n\nRepeat the part of the previous context exactly, starting with",
+)
+
+
+@pytest.mark.parametrize("what", EXTRA)
 @torch.inference_mode()
-def test_an_extra_pass_is_the_most_that_the_repeated_context_looks_back(seen):
-    """Against transformers' own eager attention over prompt and context, chunk by chunk."""
+def test_an_extra_pass_is_the_most_that_the_repeated_context_looks_back(seen, what):
+    """Against transformers' own eager attention over context, request and chunk. Its weights over some of the keys,
+    divided by their sum, are the softmax over these."""
     _, prompt, _ = seen
     eager = build("Llama")
     eager.set_attn_implementation("eager")
-    again, most = [ord(letter) % 96 for letter in "again"], None
-    for first in range(0, 50, 20):
-        chunk = torch.tensor([[*IDS[0].tolist(), *again, *IDS[0, first : first + 20].tolist()]])
-        weights = eager(input_ids=chunk, output_attentions=True).attentions
-        found = torch.stack([w[0, :, 50:, :50].unflatten(0, (2, 2)).amax((1, 2)) for w in weights])
-        most = found if most is None else torch.maximum(most, found)
-    for layer, expected in zip(prompt.context, most, strict=True):
-        torch.testing.assert_close(layer[ExtraPass("again", 20)], expected, rtol=1e-3, atol=1e-5)
+    modules, hidden = [block.self_attn for block in eager.model.layers], {}
+    for at, module in enumerate(modules):
+        module.register_forward_pre_hook(
+            lambda module, args, kwargs, at=at: hidden.update({at: kwargs["hidden_states"][0]}), with_kwargs=True
+        )
+    context = IDS[0].tolist()
+    for first in (0, 20, 40):
+        own, sinks = context[first : first + 20], min(4, first)
+        asked = [*map(ord, REQUESTS[first > 0])]
+        fed = [*asked, *(context[first - 8 : first] if first else []), ord("\n"), *own]
+        ids = torch.tensor([[*context, *(n % 96 for n in fed)]])
+        weights = eager(input_ids=ids, output_attentions=True).attentions
+        for layer, (w, module) in enumerate(zip(weights, modules, strict=True)):
+            w = w[0, :, 50:].double()  # (heads, fed, 50 + fed)
+            w = torch.cat([w[..., :sinks], w[..., first : first + len(own)], w[..., 50:]], -1)
+            w = (w / w.sum(-1, keepdim=True))[..., sinks : sinks + len(own)]
+            if what.normalized:
+                v = prompt.context[layer].v[:, first : first + 20].double()
+                o = module.o_proj.weight.double().view(64, 4, 32)
+                written = torch.stack([(v[h // 2] @ o[:, h].T).norm(dim=-1) for h in range(4)])
+                w = w * written[:, None] / hidden[layer][50:].double().norm(dim=-1)[:, None]
+            expected = w.unflatten(0, (2, 2)).amax((1, 2)).float()
+            torch.testing.assert_close(
+                prompt.context[layer][what][:, first : first + 20], expected, rtol=1e-3, atol=1e-5
+            )
+
+
+class Templated(Letters):
+    """The same with a chat template."""
+
+    chat_template = "there is one"
+
+    def apply_chat_template(self, messages, add_generation_prompt, tokenize):
+        return "".join(f"<{role}>{text}<end>" for role, text in ((m["role"], m["content"]) for m in messages)) + "<ai>"
+
+
+@pytest.mark.parametrize(("tokenizer", "turn"), [(Templated(), "<end><ai>"), (Letters(), "\n")])
+def test_a_repetition_begins_where_an_answer_does(tokenizer, turn):
+    fed = []
+    engine = TransformersEngine(build("Llama"), tokenizer)
+    engine.model.register_forward_pre_hook(
+        lambda module, args, kwargs: fed.append(kwargs["input_ids"][0].tolist()), with_kwargs=True
+    )
+    engine.prefill(Request("x", "", "", 1), IDS[0].tolist(), [], [ExtraPass(30)])
+    text = [ord(letter) % 96 for letter in REQUESTS[0] + turn]
+    assert fed[1] == [*text, *IDS[0, :30].tolist()]
+    text = [ord(letter) % 96 for letter in REQUESTS[1]], [ord(letter) % 96 for letter in turn]
+    assert fed[2] == [*text[0], *IDS[0, 22:30].tolist(), *text[1], *IDS[0, 30:].tolist()]
+
+
+def test_a_context_too_long_to_be_repeated_is_refused():
+    engine = TransformersEngine(build("Llama", max_position_embeddings=100), None)
+    engine.encode = lambda request, how: (IDS[0].tolist(), [])
+    requests = [Request("x", "", "", 9)]
+    list(engine.generate(requests, parse_all(["full,kvzip:chunk=20"])))
+    engine.encode = lambda request, how: (IDS[0].tolist() * 2, [])
+    with pytest.raises(UsageError, match="sample x needs 120 tokens for kvzip:chunk=20, which repeats the context"):
+        list(engine.generate([Request("x", "", "", 0)], parse_all(["full,kvzip:chunk=20"])))
 
 
 def test_a_method_pays_for_its_own_observations_only(monkeypatch, tiny_llama):

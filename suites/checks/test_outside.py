@@ -1,6 +1,6 @@
-"""What a plug-in may bring: a selector that compacts, a reader of pages, a codec that must be calibrated. Through the
-engine."""
+"""What another package may bring, through the engine: selectors that compact, a reader, a codec to be calibrated."""
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -9,7 +9,8 @@ import torch
 
 from kvsuite.cache.checker import AttentionChecker
 from kvsuite.cache.layer import LayerCache
-from kvsuite.cache.observations import HiddenStates, LastQueries, NewestAttention
+from kvsuite.cache.observations import HiddenStates, LastQueries, NewestAttention, PreRopeMoments
+from kvsuite.engines.decoder import Decoder
 from kvsuite.engines.request import Request
 from kvsuite.engines.transformers import TransformersEngine
 from kvsuite.errors import UsageError
@@ -55,6 +56,42 @@ def test_all_of_them_answer_beside_the_baseline(tiny_llama):
         assert by["redundant:budget=40,every=16", r.id].nbytes_end < full.nbytes_end / 2
         assert by["top-pages:top=1", r.id].path == "full/reference"
         assert by["codebook", r.id].path == "codebook/reference"
+
+
+def test_a_number_of_each_hidden_state_is_kept_and_decides(tiny_llama):
+    """The tokens with the largest hidden states stay, of the prompt and of the answer, through two compactions: those
+    that the layer's norm in float64 makes of what goes into the layer."""
+    made = engine(tiny_llama)
+    method = parse("loud:budget=24,every=16,recent=4")
+    assert method.observes == (HiddenStates(),)
+    block, sizes = made.model.model.layers[1], []
+    norm = block.input_layernorm
+
+    def note(module, args):
+        x = args[0][0].double()
+        x = x / (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt() * norm.weight.double()
+        sizes.extend(x.abs().amax(-1).tolist())
+
+    hook = block.register_forward_pre_hook(note)
+    prompt = made.prefill(REQUESTS[0], list(range(60)), [], method.observes)
+    worker = made.worker(method, 2, [(60, 40)])
+    decoder, layer = Decoder(made.model, [worker], 2), worker.caches[1]
+    assert not list(decoder.admit(worker, prompt))
+    for step in range(35):
+        before = [held.positions.tolist() for held in layer.read(0)]
+        if step == 0:
+            assert before == [[*sorted(sorted(range(56), key=lambda p: -sizes[p])[:20]), *range(56, 60)]] * 2
+        list(decoder.step())
+        seen = len(sizes)
+        assert seen == 61 + step
+        for had, held in zip(before, layer.read(0), strict=True):
+            expected = [*had, seen - 1]
+            if (seen - 60) % 16 == 0:
+                order = sorted(expected, key=lambda p: -sizes[p] if p < seen - 4 else -math.inf)
+                expected = sorted(order[:24])
+            assert held.positions.tolist() == expected
+    hook.remove()
+    assert worker.backend == "reference"
 
 
 def test_a_backend_that_refuses_says_why(tiny_llama):
@@ -162,7 +199,7 @@ def test_what_cannot_be_is_refused(tiny_llama, monkeypatch):
     with pytest.raises(UsageError, match="keys that move"):
         parse("streaming-llm:budget=20 + top-pages").cache(layer(), 1, 64)
     with pytest.raises(UsageError, match="cannot be observed while"):
-        LayerCache(layer(), parse("full").codec.specs(layer()), 1, 64, eviction=Tova(observes=(HiddenStates(),)))
+        LayerCache(layer(), parse("full").codec.specs(layer()), 1, 64, eviction=Tova(observes=(PreRopeMoments(),)))
     from kvsuite.kernels import triton
 
     assert choose(layer(), *parse("full").codec.specs(layer()), Needs(), "triton")[1] == ""

@@ -107,6 +107,25 @@ def r_kv(q, k, v, tokens, window=8, kernel=7, mix=0.07):
     return scores
 
 
+def triattention(q, k, v, tokens, seen=None, positions=None):
+    """The authors' pruning_utils.py: keys before RoPE, their cosines one by one."""
+    positions = torch.arange(k.shape[1]) if positions is None else positions
+    seen = k.shape[1] if seen is None else seen
+    queries = torch.complex(*turned(q, -torch.arange(q.shape[1])).chunk(2, -1))
+    keys = torch.complex(*turned(k, -positions).chunk(2, -1))
+    scores = []
+    for head in range(HEADS):
+        mean, size, own = queries[head].mean(0), queries[head].abs().mean(0), keys[head // GROUP]
+        phase = (mean * own.conj()).angle()
+        series = 0
+        for distance in (2**n for n in range(17)):
+            angle = (seen - positions + distance)[:, None] * FREQUENCY + phase
+            series = series + (mean.abs() * own.abs() * angle.cos()).sum(1) / 17
+        found = series + ((size - mean.abs()) * own.abs()).sum(1)
+        scores.append((found - found.mean()) / found.std(correction=0))
+    return torch.stack(scores).view(KV_HEADS, GROUP, -1).amax(1)
+
+
 FORMULAS = {
     "knorm:budget={}": knorm,
     "keydiff:budget={}": keydiff,
@@ -115,6 +134,7 @@ FORMULAS = {
     "expected-attention:budget={},future=64": expected,
     "compactor:budget={},chunk=16,sketch=16,sinks=2,recent=3": compactor,
     "r-kv:budget={},every=16": r_kv,
+    "triattention:budget={},every=16": triattention,
 }
 
 
@@ -226,6 +246,27 @@ def test_r_kv_compacts_to_what_it_scores_highest(codec):
             assert kept[-8:].all()
 
 
+@pytest.mark.parametrize("codec", ["full", "kivi:bits=4,group=16,residual=32"])
+def test_triattention_compacts_to_what_it_scores_highest(codec):
+    """By the prompt's queries, whatever was asked since, and each token's own position."""
+    method = parse(f"triattention:budget=36,every=16 + {codec}")
+    prompt = tokens(70, 0, torch.float32)
+    cache = loaded(method, [prefilled(*prompt)], 40, torch.float32)
+    q, k, v = tokens(40, 1, torch.float32)
+    for i in range(40):
+        cache.append(k[None, :, i : i + 1], v[None, :, i : i + 1])
+        before = cache.read()
+        cache.attend(q[None, :, i : i + 1], SCALE)
+        if i % 16 != 15:
+            continue
+        for head, held in enumerate(cache.read()):
+            keys = before[head].k.expand(KV_HEADS, -1, -1)
+            scores = triattention(prompt[0], keys, None, 36, 70 + i + 1, before[head].positions)[head]
+            kept = torch.isin(before[head].positions, held.positions)
+            assert int(kept.sum()) == len(held.positions) == 36
+            assert scores[kept].min() >= scores.topk(36).values[-1] - 1e-4
+
+
 def authors(layers, budget, length, beta=20, window=8):
     """KVCache-Factory's pyramidkv_utils.py: what each layer keeps beside its window."""
     low = (budget - window) // beta
@@ -301,6 +342,18 @@ def test_whole_layers_stay_whole_while_decoding(length):
         ("compactor:chunk=0", "chunk and sketch at least 1"),
         ("r-kv:kernel=4", "kernel odd"),
         ("r-kv:budget=8", "must be above its window of 8 tokens"),
+        ("kvzip:chunk=0", "chunk at least 1"),
+        ("kvzip-plus:budget=4", "must be above its 4 sinks"),
+        ("triattention:every=1", "every must be at least 2"),
+        ("tova + dms", "all heads of tova keep the same tokens"),
+        ("knorm:budget=30 + dms:threshold=0", "dms says how many tokens stay; leave knorm's budget out"),
+        ("h2o + dms:threshold=0", "h2o has other sizes than a budget"),
+        ("knorm + headwise", "name a file with a share for each head"),
+        ("knorm + headwise:shares=no", "'no' is no JSON list of lists of numbers"),
+        ("quest:dense=-1", "must not be negative"),
+        ("quest:budget=0.0", "budget=0 must be at least 1 tokens or a fraction"),
+        ("rocketkv:channels=-1", "channels=-1 must be"),
+        ("think:prune=1", "below 1"),
     ],
 )
 def test_what_makes_no_sense_is_refused(text, said):
@@ -308,7 +361,7 @@ def test_what_makes_no_sense_is_refused(text, said):
         parse(text)
 
 
-@pytest.mark.parametrize("text", ["expected-attention", "compactor"])
+@pytest.mark.parametrize("text", ["expected-attention", "compactor", "triattention"])
 def test_a_rotation_that_nobody_can_undo_is_refused_before_a_prompt_is_read(text):
     where = replace(layer(), rope=None)
     with pytest.raises(UsageError, match=f"{text}: cannot undo the rotation of layer 0's queries and keys"):
@@ -326,6 +379,12 @@ ANSWERED = [
     "compactor:budget=0.4,chunk=16",
     "r-kv:budget=0.4,every=4+q4_0",
     "snapkv:budget=0.4,window=8+pyramid",
+    "kvzip:budget=0.4,chunk=25+dms",
+    "kvzip-plus:budget=0.4,chunk=25+think",
+    "kvzip+dms:threshold=0.02",
+    "triattention:budget=0.4,every=4+int8",
+    "quest:budget=0.3,dense=1",
+    "snapkv:budget=0.8,window=8+rocketkv:budget=32",
 ]
 
 

@@ -57,6 +57,8 @@ def supports(layer: LayerContext, k: QuantSpec, v: QuantSpec, needs: Needs) -> s
         return "values with a scale per channel"
     if needs.reads_some:
         return "a reader"
+    if needs.noted:
+        return "what an eviction notes of hidden states"
     if needs.rerotated_sinks and k.rotation:
         return "re-rotated sinks of rotated keys"
     if needs.rerotated_sinks > PAGE:

@@ -29,9 +29,6 @@ def fill(
     heads, length = k.shape[:2]
     counts = np.full(heads, length) if keep is None else np.array([len(index) for index in keep])
     kv.admit(row, counts, length)
-    for store, x in ((kv.k, k), (kv.v, v)):
-        for fitted, value in zip(store.fitted, store.spec.fit(x.to(store.residual.dtype)), strict=True):
-            fitted[row] = value
     for span, n in kv.spans(row):
         index = None if keep is None else torch.stack(list(keep[span]))
         for store, x in ((kv.k, k[span]), (kv.v, v[span])):

@@ -55,6 +55,8 @@ def supports(layer: LayerContext, k: QuantSpec, v: QuantSpec, needs: Needs) -> s
         return "no kernel that reads some pages only"
     if needs.newest_attention:
         return "no kernel for the newest query's attention"
+    if needs.noted:
+        return "no kernel for what an eviction notes of hidden states"
     if needs.rerotated_sinks:
         if k.layout != "plain":
             return "re-rotated sinks of encoded keys"

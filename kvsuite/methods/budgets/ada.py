@@ -12,8 +12,6 @@ from kvsuite.methods.base import Budget
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvsuite.methods.base import Selector
-
 
 @dataclass(frozen=True)
 class Ada(Budget):
@@ -23,16 +21,13 @@ class Ada(Budget):
     name = "ada"
     stores = "as many tokens a layer as the selector says, shared out over its heads by score"
     source = "Feng et al. 2024, arXiv 2407.11550, algorithm 1; kvpress adakv_press.py"
+    ragged = True
 
     alpha: float = 0.2
 
     def check(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise UsageError(f"{self.name}: alpha={self.alpha:g} must be between 0 and 1")
-
-    def check_selector(self, selector: Selector) -> None:
-        if selector.one_set:
-            raise UsageError(f"{self.name}: all heads of {selector.name} keep the same tokens; leave {self.name} out")
 
     def most(self, tokens: int, length: int) -> tuple[int, int]:
         return length, tokens

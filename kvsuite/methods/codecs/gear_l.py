@@ -99,7 +99,7 @@ class Corrected(QuantSpec):
 
         return [((head_dim, self.rank), torch.float16)]
 
-    def fit(self, x: Tensor) -> tuple[Tensor, ...]:
+    def fit(self, x: Tensor, queries: Tensor | None) -> tuple[Tensor, ...]:
         import torch
 
         missing = -x.shape[1] % self.block

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
+from kvsuite.cache.decoding import Compaction
 from kvsuite.cache.observations import LastQueries, Observation
 from kvsuite.errors import UsageError
 from kvsuite.methods.base import BudgetSelector
@@ -12,7 +13,7 @@ from kvsuite.methods.base import BudgetSelector
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvsuite.cache.decoding import DecodeState
+    from kvsuite.cache.decoding import DecodeState, Eviction
     from kvsuite.cache.prefill import PrefilledLayer
 
 
@@ -49,14 +50,20 @@ class RKV(BudgetSelector):
         return (LastQueries(self.window),)
 
     @property
-    def eviction(self) -> Compaction:
-        return Compaction(self)
+    def eviction(self) -> Eviction:
+        return Compaction(self.every, self.observes, self._held)
 
     def score(self, seen: PrefilledLayer, tokens: int) -> Tensor:
         import torch
 
         queries = seen[self.observes[0]].view(len(seen.k), -1, self.window, seen.k.shape[2])
         return torch.stack([self.of_head(q, k) for q, k in zip(queries, seen.k, strict=True)])
+
+    def _held(self, state: DecodeState, head: int, slots: Tensor) -> Tensor:
+        assert state.k is not None
+        assert state.queries is not None
+        queries = state.queries.view(len(state.k), -1, *state.queries.shape[1:])
+        return self.of_head(queries[head], state.k[head, slots])
 
     def of_head(self, q: Tensor, k: Tensor) -> Tensor:
         """One kv head's scores, float32 (n,): q (group, window, head_dim), k (n, head_dim), the newest last."""
@@ -67,39 +74,6 @@ class RKV(BudgetSelector):
         importance = max_pool1d(importance, self.kernel, stride=1, padding=self.kernel // 2)[0]
         scores = self.mix * importance - (1 - self.mix) * _redundancy(k)[: -self.window]
         return pad(scores, (0, self.window), value=float("inf"))
-
-
-@dataclass(frozen=True)
-class Compaction:
-    """Every so many steps keeps the highest scores."""
-
-    selector: RKV
-    rerotated_sinks: ClassVar[int] = 0
-
-    @property
-    def every(self) -> int:
-        """Steps between two."""
-        return self.selector.every
-
-    @property
-    def observes(self) -> tuple[Observation, ...]:
-        """The window's queries."""
-        return self.selector.observes
-
-    def parameters(self, length: int) -> tuple[int, ...]:
-        """None."""
-        return ()
-
-    def score(self, state: DecodeState) -> Tensor:
-        """Of each head's tokens in order of position."""
-        assert state.k is not None
-        assert state.queries is not None
-        scores = state.k.new_zeros(state.positions.shape, dtype=state.k.float().dtype)
-        queries = state.queries.view(len(state.k), -1, *state.queries.shape[1:])
-        for head, positions in enumerate(state.positions):
-            held = positions.argsort()[(positions < 0).sum() :]
-            scores[head, held] = self.selector.of_head(queries[head], state.k[head, held])
-        return scores
 
 
 def _redundancy(k: Tensor, block: int = 512) -> Tensor:

@@ -1,4 +1,4 @@
-"""Three methods from outside, loaded as a plug-in: each uses what none of the built-in ones does."""
+"""Two methods from outside, loaded as a plug-in: each uses what none of the built-in ones does."""
 
 from dataclasses import dataclass
 
@@ -6,10 +6,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from kvsuite.cache.observations import LastQueries
-from kvsuite.kernels.hadamard import hadamard
-from kvsuite.kernels.quantspec import QuantSpec
-from kvsuite.methods import Codec, Reader, Selector
-from kvsuite.methods.artifact import Artifact
+from kvsuite.methods import Reader, Selector
 
 
 @dataclass(frozen=True)
@@ -74,45 +71,3 @@ class TopPages(Reader):
         (low, high), q = summaries[0].float().unbind(1), q.float().mean(0)
         most = torch.maximum(q * low, q * high).sum(-1)
         return most.topk(min(self.top, len(most))).indices.sort().values
-
-
-@dataclass(frozen=True)
-class Codebook(Codec):
-    """16 levels of the rotated numbers, learned from a text, times a scale of each sequence and head."""
-
-    name = "codebook"
-    stores = "4-bit indices, one a byte, into calibrated levels; a scale per sequence and head"
-    source = "test fixture"
-
-    def calibrate(self, context):
-        rotated = [hadamard(x) for seen in context for x in (seen.k, seen.v)]
-        scaled = torch.cat([(x / x.abs().amax((1, 2), keepdim=True)).flatten() for x in rotated])
-        return Artifact({"levels": scaled[:1_000_000].float().quantile(torch.linspace(0, 1, 16))})
-
-    def specs(self, layer, artifact=None):
-        levels = torch.linspace(-1, 1, 16) if artifact is None else artifact.tensors["levels"]
-        return Levels(tuple(levels.tolist())), Levels(tuple(levels.tolist()))
-
-
-@dataclass(frozen=True)
-class Levels(QuantSpec):
-    levels: tuple[float, ...]
-    bits = 8
-    rotation = "hadamard"
-
-    def fields(self, head_dim, kv_dtype):
-        return [((head_dim,), torch.uint8)]
-
-    def fitted(self, head_dim, kv_dtype):
-        return [((1,), torch.float32)]
-
-    def fit(self, x):
-        return ((hadamard(x)).abs().amax((1, 2))[:, None].clamp(min=1e-6).float(),)
-
-    def encode(self, x, fitted):
-        scaled = hadamard(x[:, :, 0]) / fitted[0][:, None]
-        return ((scaled[..., None] - torch.tensor(self.levels)).abs().argmin(-1).to(torch.uint8),)
-
-    def decode(self, fields, dtype, fitted):
-        rotated = torch.tensor(self.levels)[fields[0].int()] * fitted[0][:, None]
-        return (hadamard(rotated)).to(dtype).unsqueeze(2)

@@ -1,0 +1,102 @@
+"""KVzap: a small model predicts KVzip+'s scores from hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvsuite.cache.observations import HiddenStates, Observation
+from kvsuite.errors import UsageError
+from kvsuite.methods.artifact import Artifact
+from kvsuite.methods.base import BudgetSelector
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvsuite.cache.prefill import PrefilledLayer
+    from kvsuite.kernels.context import LayerContext
+
+
+@dataclass(frozen=True)
+class KVzap(BudgetSelector):
+    """Keeps the last ``recent`` tokens and those whose score a small model of each layer predicts to be highest:
+    score = W h + b, or W₂ gelu(W₁ h + b₁) + b₂, of the hidden state h before the layer's projections. It was trained on
+    the logarithm of `kvzip-plus`'s scores. ``weights`` is its file in safetensors, as nvidia/KVzap-* on Hugging Face's
+    hub have it (model.safetensors): layers.0.weight (kv_heads, hidden size) and layers.0.bias, or layers.0.0.weight,
+    layers.0.0.bias, layers.0.2.weight, layers.0.2.bias. Its hash stands in the records. The authors set a threshold:
+    ``kvzap:weights=FILE + dms:threshold=-4``. Acts on the prompt alone; while decoding all new tokens stay."""
+
+    name = "kvzap"
+    stores = "the newest tokens and those with the highest predicted scores, per kv head"
+    source = "Jegou & Jeblick 2026, arXiv 2601.07891; kvpress kvzap_press.py, dms_press.py"
+
+    weights: str = ""
+    recent: int = 128
+
+    def check(self) -> None:
+        if not self.weights:
+            raise UsageError(f"{self.name}: name the file of its weights for this model, weights=FILE.safetensors")
+        if not Path(self.weights).is_file():
+            raise UsageError(f"{self.name}: there is no file {self.weights!r}")
+        if self.recent < 0:
+            raise UsageError(f"{self.name}: recent={self.recent} must not be negative")
+        super().check()
+
+    @property
+    def protects(self) -> tuple[int, str]:
+        return self.recent, f"its {self.recent} newest tokens"
+
+    @property
+    def observes(self) -> tuple[Observation, ...]:
+        return (HiddenStates(),)
+
+    @property
+    def artifact(self) -> Artifact:
+        return loaded(self.weights)
+
+    def check_model(self, layers: Sequence[LayerContext]) -> None:
+        own = self.artifact.tensors
+        count = len({name.split(".")[1] for name in own if name.startswith("layers.")})
+        if count != len(layers):
+            raise UsageError(f"{self.name}: {self.weights} is for {count} layers, the model has {len(layers)}")
+        for layer in layers:
+            first, last = self._names(layer.index)
+            wanted = ((last, 0, layer.kv_heads, "kv heads"), (first, 1, layer.hidden_size, "channels of hidden states"))
+            for name, axis, size, called in wanted:
+                found = own[f"{name}.weight"].shape[axis] if f"{name}.weight" in own else 0
+                if found != size:
+                    raise UsageError(
+                        f"{self.name}: {self.weights} has {found} {called} in layer {layer.index}, the model has {size}"
+                    )
+
+    def score(self, seen: PrefilledLayer, tokens: int) -> Tensor:
+        from torch.nn.functional import gelu, linear
+
+        x, own = seen[HiddenStates()].float(), self.artifact.tensors
+        for at, name in enumerate(dict.fromkeys(self._names(seen.layer))):
+            weight, bias = (own[f"{name}.{part}"].to(x.device).float() for part in ("weight", "bias"))
+            x = linear(gelu(x) if at else x, weight, bias)
+        scores: Tensor = x.T.contiguous()
+        scores[:, scores.shape[1] - self.recent :] = float("inf")
+        return scores
+
+    def _names(self, layer: int) -> tuple[str, str]:
+        """What its first and its last matrix are called; one name where there is one."""
+        if f"layers.{layer}.0.weight" in self.artifact.tensors:
+            return f"layers.{layer}.0", f"layers.{layer}.2"
+        return f"layers.{layer}", f"layers.{layer}"
+
+
+@cache
+def loaded(path: str) -> Artifact:
+    """The tensors of a file. Raises UsageError where it is none of safetensors."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return Artifact(load_file(path))
+    except SafetensorError as error:
+        raise UsageError(f"{path} is no file of safetensors: {error}") from error
