@@ -20,6 +20,7 @@ from kvsuite.engines.server import Server
 from kvsuite.errors import UsageError
 from kvsuite.plugin import schedule
 from kvsuite.plugin.schedule import Period
+from kvsuite.plugin.scoring import Scoring
 from kvsuite.plugin.servers import AGAIN, BASELINE
 from kvsuite.records import Probe, Served
 from kvsuite.tasks import Sample
@@ -38,6 +39,7 @@ class Visits:
         """What starts of an arm ended in."""
         self.token = secrets.token_hex(4)
         """Keeps this run's salts from those of the one before, which a running server may have in its cache."""
+        self.scoring = Scoring()
         self.restarted: dict[str, int] = {}
         """How often an arm's server was started again because it had ended by itself."""
         self.servers: dict[str, Server] = {}
@@ -61,18 +63,29 @@ class Visits:
             with session.progress.over("requests", sum(map(session.requests, periods))) as done:
                 for number, period in enumerate(periods):
                     await self._visit(number, period, done)
+            await self._score()
         finally:
             await asyncio.gather(*(s.stop() for s in self.servers.values()), return_exceptions=True)
 
+    async def _score(self) -> None:
+        """Let the baseline say how likely the answers are, where token ids were returned."""
+        if self.scoring.asked:
+            await self._alone(BASELINE)
+            await self._start(BASELINE)
+            await self.scoring.score(self.servers[BASELINE], self.session.record)
+
     async def _visit(self, number: int, period: Period, done: Callable[[int], None]) -> None:
         server = self.servers[period.arm]
-        if not self.session.asked.together:
-            for other in self.servers.values():
-                if other.spec.kind != "url" and (other is not server or period.timed):  # a timed leg starts afresh
-                    await other.stop()
+        await self._alone(period.arm, afresh=period.timed)
         await self._start(period.arm)
         self.session.describe()  # before the first request, since that takes a moment
         await Leg(number, period, server, self, done).run()
+
+    async def _alone(self, arm: str, afresh: bool = False) -> None:
+        """Stop all others, where one is up at a time; ``afresh``: its own as well, as a timed leg has a new one."""
+        for other in () if self.session.asked.together else self.servers.values():
+            if other.spec.kind != "url" and (afresh or other is not self.servers[arm]):
+                await other.stop()
 
     def given_up(self, arm: str) -> str:
         """Why an arm is not started again: it did not start at first, or twice later. Empty where it may be."""
@@ -120,6 +133,8 @@ class Leg:
         for name in session.chosen if period.answers else ():
             samples = session.samples(tasks.task(name))
             asks = schedule.task_asks(tasks.task(name), samples, session.options, period.arm)
+            if server.profile.ids and self.visits.servers[BASELINE].profile.scores:
+                asks = [replace(a, extra={**a.extra, server.profile.ids: True}) for a in asks]
             width = Arrivals("closed", concurrency=schedule.width(session.options, period.arm))
             await self._drive(asks, width, task=name, samples={s.id: s for s in samples})
         for cell in session.loads if period.timed else ():
@@ -204,6 +219,7 @@ class Leg:
                     width=arrivals.concurrency, **more,
                 )
             )  # fmt: skip
+            self.visits.scoring.hear(arm, task, reply)
             self.done(reply.tokens)
 
         salted = await self._salted(asks, bool(cell and session.asked.warm))

@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from kvsuite.records import Probe, Served, read
+from kvsuite.analysis.serving import checks
+from kvsuite.records import Probe, Scored, Served, read
 from suites.checks import forked
 from suites.checks.scripted import Server
 
@@ -344,6 +345,32 @@ def test_goodput_is_searched_for_in_every_arm(go, tmp_path):
     assert all("not reached: both targets still hold at the highest rate measured" in row for row in rows)
     served = [r for r in read(tmp_path / "left").records if isinstance(r, Served)]
     assert {r.cached_tokens for r in served} == {0}, "every search starts cold"
+
+
+def test_the_baseline_says_how_likely_all_answers_are(go, tmp_path):
+    """The variant is never asked about itself."""
+    with Server() as base, Server(behaviour="garbage") as other:
+        result = go("length", "--kv-baseline", base.url, "--kv-variant", f"m={other.url}", "--kv-strict", "no")
+        scored = [[p for p in s.paths if p == "POST /v1/completions"] for s in (base, other)]
+    assert result.ret == 0, result.outlines[-30:]
+    assert [len(paths) for paths in scored] == [3 * 8, 0], "three arms, eight chats"
+    found = [r for r in read(tmp_path / "left").records if isinstance(r, Scored)]
+    assert {m: len({r.sample for r in found if r.method == m}) for m in ("baseline", "baseline again", "m")} == {
+        "baseline": 8,
+        "baseline again": 8,
+        "m": 8,
+    }
+    assert {len(r.logs) for r in found} == {24}
+    [sign] = [s for s in checks(read(tmp_path / "left"))["m"].signs if s.name == "likelihood"]
+    assert (sign.n, sign.count) == (8, 8)
+
+
+def test_a_baseline_that_does_not_say_it_costs_nothing(go, tmp_path):
+    with Server(scores=False) as base, Server() as other:
+        result = go("length", "--kv-baseline", base.url, "--kv-variant", f"m={other.url}")
+    assert result.ret == 0, result.outlines[-30:]
+    [failed] = [r for r in read(tmp_path / "left").records if isinstance(r, Scored)]
+    assert (failed.status, "has no likelihoods" in failed.error) == ("failed", True)
 
 
 def test_conversations_grow_and_are_the_same_in_every_arm(go, tmp_path):
