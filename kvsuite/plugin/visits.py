@@ -128,8 +128,8 @@ class Leg:
     async def run(self) -> None:
         """All that the period has."""
         session, period, server = self.visits.session, self.period, self.server
-        before, again = await server.counters() if server.up else ({}, False)
-        self.notes["restarted"] = float(again + self.visits.restarted.pop(period.arm, 0))
+        self.notes["restarted"] = float(self.visits.restarted.pop(period.arm, 0))
+        before = await self._counted()
         for name in session.chosen if period.answers else ():
             samples = session.samples(tasks.task(name))
             asks = schedule.task_asks(tasks.task(name), samples, session.options, period.arm)
@@ -137,12 +137,19 @@ class Leg:
                 asks = [replace(a, extra={**a.extra, server.profile.ids: True}) for a in asks]
             width = Arrivals("closed", concurrency=schedule.width(session.options, period.arm))
             await self._drive(asks, width, task=name, samples={s.id: s for s in samples})
+        counted: dict[str, float] = {}
+        if pressed := period.timed and session.asked.ours == "pressure":
+            counted = await self._counted()
         for cell in session.loads if period.timed else ():
             asks = session.asks(cell, period.arm, period.block)
             if session.asked.warm:
                 await load.drive(server, await self._salted(asks, True), cell.arrivals, done=lambda reply: None)
             driven = await self._drive(asks, cell.arrivals, cell=cell.name)
             self.notes["late"] = max([self.notes.get("late", 0.0), *driven.late])
+            if pressed:
+                last, counted = counted, await self._counted()
+                here = probe.since(last, counted).get("preemptions")
+                self.notes |= {f"preemptions, {cell.name}": here} if here is not None else {}
         if period.timed and period.block == period.half == 0 and session.asked.goodput:
             await self._goodput(*session.asked.goodput)
         await self._probe(before)
@@ -168,6 +175,12 @@ class Leg:
 
         await load.bisect(holds, reached / 8, 8 * reached)
 
+    async def _counted(self) -> dict[str, float]:
+        """What the server has counted by now."""
+        found, again = await self.server.counters() if self.server.up else ({}, False)
+        self.notes["restarted"] += again
+        return found
+
     async def _probe(self, before: Mapping[str, float]) -> None:
         arm, server = self.period.arm, self.server
         common: dict[str, Any] = {
@@ -180,8 +193,7 @@ class Leg:
         facts = await server.facts()
         facts["compressed"] = server.profile.compressed(facts)
         facts["features"] = {"model": server.served, **facts.get("features", {})}
-        counted, again = await server.counters()
-        self.notes["restarted"] += again
+        counted = await self._counted()
         counters = {**probe.since(before, counted), **self.notes}
         self.visits.session.record(Probe(arm, facts=facts, counters=counters, **common))
 

@@ -95,6 +95,7 @@ class Call:
         self.cap = body.get("max_tokens") or TOKENS
         self.words = answer(self.messages, self.cap)
         self.prompt, self.cached = sum(len(str(m["content"]).split()) for m in self.messages), 0
+        self.preempted = False
         self.name, self.argument = (*self.text.split(" "), "")[:2]
         if self.name not in REFUSALS | BREAKS | ENDS and not hasattr(self, "do_" + self.name.replace("-", "_")):
             self.name = server.behaviour
@@ -166,6 +167,12 @@ class Call:
         self.prompt //= 2
         yield from self.do_normal()
 
+    def do_spilled(self):
+        """What is preempted goes on with another answer."""
+        if self.preempted:
+            self.words = self.words[:2] + self.words[:1:-1]
+        yield from self.do_normal()
+
     def do_flaky(self):
         """Refuses a fifth of what it is asked."""
         if hash_of(self.text) % 5 == 0:
@@ -210,6 +217,17 @@ class Call:
         for name, arguments in ("look", ""), (None, '{"at": '), (None, '"x"}'):
             yield self.event(tool_calls=[{"index": 0, "function": {"name": name, "arguments": arguments}}])
         yield from self.end("tool_calls", tokens=3)
+
+    def do_calls(self, arguments='{"summary": "It speaks.", "topics": ["war"], "year": 1812}'):
+        """A call of the tool of --kv-workload tools."""
+        for name, piece in ("record_message", ""), (None, arguments[:20]), (None, arguments[20:]):
+            yield self.server.itl
+            yield self.event(tool_calls=[{"index": 0, "function": {"name": name, "arguments": piece}}])
+        yield from self.end("tool_calls", tokens=3)
+
+    def do_half_calls(self):
+        """The JSON has no end."""
+        yield from self.do_calls('{"summary": "It speaks.", "topics": ["war"')
 
     def do_garbage(self):
         """At full speed, whatever is asked, to the last token."""
@@ -262,6 +280,7 @@ class Server:
     def __post_init__(self):
         self.calls, self.paths, self.seen, self.cache, self.connections = [], [], Counter(), set(), 0
         self.counts = {"num_preemptions": self.preemptions, "prefix_cache_queries": 0, "prefix_cache_hits": 0}
+        self.held = 0
         self._up, self._thread = threading.Event(), threading.Thread(target=lambda: asyncio.run(self.serve()))
 
     def __enter__(self):
@@ -339,6 +358,15 @@ class Server:
         self.cache.add(key)
         self.counts["prefix_cache_queries"] += call.prompt
         self.counts["prefix_cache_hits"] += call.cached
+        self.held += call.prompt + call.cap
+        call.preempted = self.held > self.kv_tokens
+        self.counts["num_preemptions"] += call.preempted
+        try:
+            await self._stream(writer, call)
+        finally:
+            self.held -= call.prompt + call.cap
+
+    async def _stream(self, writer, call):
         steps = call.steps()
         first = next(steps)  # or a refusal
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
