@@ -1,4 +1,4 @@
-"""How likely the uncompressed baseline finds what every arm answered: the strongest sign of garbage, where servers
+"""How likely the uncompressed baseline finds what every arm answered: one more sign of garbage, where servers
 return token ids and the baseline's says how likely a prompt's tokens are. A variant is never asked about itself: what
 it reads as a prompt need not have been in its cache."""
 
