@@ -317,6 +317,18 @@ class Probe(Record):
 
 
 @dataclass(frozen=True)
+class Scored(Record):
+    """How likely the uncompressed baseline's server finds what an arm answered: it was given the answer as a prompt."""
+
+    kind: ClassVar[str] = "scored"
+
+    task: str = ""
+    sample: str = ""
+    logs: list[float] = field(default_factory=list)
+    """Log-probability of every token of the answer, nats, at temperature 1."""
+
+
+@dataclass(frozen=True)
 class Agreement(Record):
     """On how many of ``n`` samples a method gave the very tokens of ``other``."""
 
@@ -399,7 +411,7 @@ def cell_name(width: int, length: int) -> str:
 
 
 KINDS: dict[str, type[Record]] = {
-    kind.kind: kind for kind in (Answer, Served, Forced, Loss, Similarity, Predicted, Probe, Agreement, Timing)
+    kind.kind: kind for kind in (Answer, Served, Forced, Loss, Similarity, Predicted, Probe, Scored, Agreement, Timing)
 }
 
 

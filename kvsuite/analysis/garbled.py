@@ -6,13 +6,14 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvsuite.analysis.length import is_empty, loops
+from kvsuite.analysis.likelihood import Logs, surprise, unlikely
 from kvsuite.analysis.resample import Floats, Mask, Places
 from kvsuite.analysis.samples import same_answers
 from kvsuite.analysis.stats import holm
@@ -21,7 +22,7 @@ from kvsuite.analysis.verdict import POWER
 from kvsuite.columns import Arm, Key
 from kvsuite.errors import UsageError
 
-Name = Literal["empty", "repetition", "language", "cap hits", "order", "agreement"]
+Name = Literal["empty", "repetition", "language", "likelihood", "cap hits", "order", "agreement"]
 State = Literal["passed", "failed", "could not tell"]
 LEVEL = 0.01
 """How often a variant that differs by noise alone is called broken at most, over all signs."""
@@ -35,6 +36,7 @@ LEAST: dict[Name, float] = {
     "empty": 0.1,
     "repetition": 0.1,
     "language": 0.1,
+    "likelihood": 0.1,
     "cap hits": 0.2,
     "order": 0.2,
     "agreement": 0.2,
@@ -45,6 +47,7 @@ BLIND: dict[Name, float] = {
     "empty": 0.05,
     "repetition": 0.05,
     "language": 0.05,
+    "likelihood": 0.05,
     "cap hits": 1 / 3,
     "order": 1 / 3,
     "agreement": 1 / 3,
@@ -68,6 +71,8 @@ class Sign:
     * *repetition*: ends in a loop, or its end is far more repetitive than the baseline's answers, or most of it is
       there twice in a row.
     * *language*: symbols, or a script or language that the baseline does not use, at its start, middle or end.
+    * *likelihood*: to the uncompressed baseline its tokens are far less likely than its own answers', at the start, in
+      the middle or at the end. Known where servers return token ids and the baseline scores them.
     * *cap hits*: ended by the cap, 3/2 as long as the baseline's answer or longer, which ended by itself.
     * *order*: its words are no likelier in their order than in another.
     * *agreement*: no closer to the baseline's answer than to its answers to other prompts.
@@ -129,9 +134,10 @@ class Check:
         return "passed" if self.told >= self.needed or self.same > 1 - SHARE else "could not tell"
 
 
-def check(base: Arm, variant: Arm, control: Arm | None) -> Check:
+def check(base: Arm, variant: Arm, control: Arm | None, scored: Sequence[Logs] = ()) -> Check:
     """Whether ``variant`` is broken, against the baseline's answers to the same prompts; ``control`` is the baseline
     once more and says how often noise alone looks like it. All arms are aligned.
+    ``scored``: how likely the uncompressed baseline finds these arms' answers, in this order, where that is known.
 
     A sign fails where its adjusted p is at most ``LEVEL`` and its share is ``LEAST`` beyond the floor. With fewer than
     ``FEW`` prompts none can. Broken is also a variant all of whose answers are empty, repetitive or in a wrong language
@@ -149,43 +155,48 @@ def check(base: Arm, variant: Arm, control: Arm | None) -> Check:
     prompts = _codes(base.cluster)
     count = int(prompts.max()) + 1
     found = {name: _by_dataset(mark, base, others) for name, mark in MARKS.items()}
+    alone = HOPELESS
+    if scored:
+        found["likelihood"] = _by_dataset(partial(_likelihood, scored), base, others)
+        alone = (*HOPELESS, "likelihood")
     signs = _signs(found, prompts, count < FEW)
-    hard = [np.any([found[name].shown(k) for name in HOPELESS], axis=0) for k in range(len(others))]
-    alone = [len(np.unique(prompts[hard[0] & ~x])) for x in hard[1:]]
-    all_hard = bool(hard[0].all()) and all(0.5**n <= LEVEL or not x.any() for n, x in zip(alone, hard[1:], strict=True))
-    failed = [s.name for s in signs if s.failed] or (list(HOPELESS) if all_hard else [])
+    hard = [np.any([found[name].shown(k) for name in alone], axis=0) for k in range(len(others))]
+    apart = [len(np.unique(prompts[hard[0] & ~x])) for x in hard[1:]]
+    all_hard = bool(hard[0].all()) and all(0.5**n <= LEVEL or not x.any() for n, x in zip(apart, hard[1:], strict=True))
+    failed = [s.name for s in signs if s.failed] or (list(alone) if all_hard else [])
     example = _example(base, others[0], found, failed) if failed else None
     same = np.array([mine == theirs for mine, theirs in zip(others[0].text, base.text, strict=True)], np.bool_)
     right = (base.score > 0) & (others[0].score >= base.score)
-    told = len(np.unique(prompts[same | right | found["language"].told]))
-    apart = len(np.unique(prompts[~same]))
-    return Check(len(base), signs, bool(failed), example, told, _needed(found, told), 1 - apart / count)
+    seen = np.any([found[name].told for name in ("language", "likelihood") if name in found], axis=0)
+    told = len(np.unique(prompts[same | right | seen]))
+    other = len(np.unique(prompts[~same]))
+    return Check(len(base), signs, bool(failed), example, told, _needed(found, told, alone), 1 - other / count)
 
 
-def _needed(found: dict[Name, _Marks], told: int) -> float:
+def _needed(found: dict[Name, _Marks], told: int, alone: Sequence[Name]) -> float:
     """How many prompts find garbage in ``SHARE`` of them 4 times of 5, by a sign that single answers show, where noise
     shows it as often as it does here."""
     floor, granted = 0.0, 0.0
-    for marks in (found[name] for name in HOPELESS):
+    for marks in (found[name] for name in alone):
         n = max(int(marks.possible.sum()), 1)
         floor = max([floor, *(float(x.sum() / n) for x in (marks.back, *(marks.shown(k) for k in marks.controls)))])
-    granted = max(found[name].granted(name) for name in HOPELESS)
+    granted = max(found[name].granted(name) for name in alone)
     n = max(told, FEW)
-    if told >= FEW and _finds(told, floor, granted):
+    if told >= FEW and _finds(told, floor, granted, len(alone)):
         return told
-    while n < MOST and not _finds(n, floor, granted):
+    while n < MOST and not _finds(n, floor, granted, len(alone)):
         n = math.ceil(1.05 * n)
     return n if n < MOST else math.inf
 
 
-def _finds(n: int, floor: float, granted: float) -> bool:
-    """Whether ``n`` prompts do. ``floor``: the share of them in which noise shows the sign; ``granted``: that which
-    may show it without anything being wrong."""
+def _finds(n: int, floor: float, granted: float, signs: int) -> bool:
+    """Whether ``n`` prompts do, by one of so many ``signs``. ``floor``: the share of them in which noise shows it;
+    ``granted``: that which may show it without anything being wrong."""
     from scipy.stats import binom
 
     counts, noise = np.arange(n + 1), round(floor * n)
     p = np.maximum(binom.sf(counts - 1, counts + noise, 0.5), binom.sf(counts - 1, n, granted))
-    enough = (len(HOPELESS) * p <= LEVEL) & (counts >= n * (max(floor, granted) + LEAST["language"]))
+    enough = (signs * p <= LEVEL) & (counts >= n * (max(floor, granted) + LEAST["language"]))
     least = int(np.argmax(enough)) if enough.any() else n + 1
     return float(binom.sf(least - 1, n, min(SHARE + floor, 1))) >= POWER
 
@@ -391,6 +402,14 @@ def _language(base: Arm, arms: list[Arm]) -> _Marks:
     own, *others = (np.asarray(windows.any(1)) for windows in seen)
     long = np.array([length(text) >= LONG for text in _texts(arms[0])], np.bool_)
     return _Marks(~own, others, own & ~others[0], long & (speech.known | words.known), seen[1] & ~seen[0])
+
+
+def _likelihood(scored: Sequence[Logs], base: Arm, arms: list[Arm]) -> _Marks:
+    nats = [surprise(logs, base.keys) for logs in scored[: 1 + len(arms)]]
+    known = ~np.any([np.isnan(arm).all(1) for arm in nats], axis=0)
+    seen = unlikely(*nats)
+    own, *others = (np.asarray(parts.any(1)) for parts in seen)
+    return _Marks(known & ~own, others, known & own & ~others[0], known, seen[1] & ~seen[0])
 
 
 def _order(base: Arm, arms: list[Arm]) -> _Marks:

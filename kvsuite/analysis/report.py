@@ -86,7 +86,7 @@ def analyse(run: Run, held: Gates = NO_GATES, today: date | None = None) -> Repo
     judged, effects = verdicts(run)
     found = outcomes(run, held, effects, today or date.today())
     tables = [*_shortfall(run), *gates(held, found), *servers.headlines(run), *judged]
-    tables += [*servers.speed(run), *servers.served(run)]
+    tables += [*servers.speed(run), *servers.pressure(run), *servers.calls(run), *servers.served(run)]
     tables += [*speed.phases(run), *modes(run), *capacity(run), *types(run), *answers(run), *causes(run), *chats(run)]
     tables += [*verbosity(run), *predicted(run), *speed.promises(run)]
     tables += sweep(run, {table.key: table for table in tables})

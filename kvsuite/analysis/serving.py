@@ -15,9 +15,9 @@ from kvsuite.analysis.garbled import Check, check, senseless
 from kvsuite.analysis.speed import Goodput, goodput, p95
 from kvsuite.analysis.stats import Estimate
 from kvsuite.analysis.trimmed import log_ratio_interval
-from kvsuite.columns import Arm, ArmBuilder, align
+from kvsuite.columns import Arm, ArmBuilder, Key, align
 from kvsuite.readers.base import Load
-from kvsuite.records import Probe, Run, Served
+from kvsuite.records import Probe, Run, Scored, Served
 
 FIGURES = ("rate", "ttft", "tpot", "e2e")
 """Tokens per second of a leg; median seconds to the first token, per token after it, and to the end of an answer. (A
@@ -196,8 +196,8 @@ def checks(run: Run) -> Mapping[str, Check]:
     beyond the A/A arm. An A/A arm that answered less than half of it is no control."""
     arms = {name: arm for name, arm in _said(run).items() if len(arm)}
     base = arms.get(run.baseline)
-    control = next((arm for name, arm in arms.items() if run.is_control(name)), None)
-    found = {}
+    again = next((name for name in arms if run.is_control(name)), "")
+    control, scored, found = arms.get(again), _scored(run), {}
     for name, arm in arms.items():
         if base is None or name == run.baseline or run.is_control(name):
             continue
@@ -207,7 +207,17 @@ def checks(run: Run) -> Mapping[str, Check]:
             both.append(control)
         if shared:
             aligned, _ = align(both, allow_missing=True)
-            found[name] = check(aligned[0], aligned[1], aligned[2] if len(aligned) > 2 else None)
+            likely = [scored.get(arm, {}) for arm in (run.baseline, name, again)] if name in scored else []
+            found[name] = check(aligned[0], aligned[1], aligned[2] if len(aligned) > 2 else None, likely)
+    return found
+
+
+def _scored(run: Run) -> dict[str, dict[Key, list[float]]]:
+    """By arm and sample of a task, how likely the baseline finds every token of the answer."""
+    found: dict[str, dict[Key, list[float]]] = {}
+    for r in run.records:
+        if isinstance(r, Scored) and r.status == "ok":
+            found.setdefault(r.method, {})[r.task, r.sample] = r.logs
     return found
 
 

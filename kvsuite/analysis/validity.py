@@ -11,7 +11,9 @@ from functools import lru_cache
 from typing import Literal, get_args
 
 from kvsuite.analysis import length
+from kvsuite.analysis.calls import called
 from kvsuite.analysis.garbled import SHARE, Check, State, orderless
+from kvsuite.analysis.pressure import pressed
 from kvsuite.analysis.serving import ServerReport, checks, sense, timed, told
 from kvsuite.analysis.stats import mean_interval
 from kvsuite.analysis.table import State as Lost
@@ -447,6 +449,61 @@ def _cold(s: ServerReport, all_of_them: Sequence[ServerReport]) -> Outcome:
     return Outcome(s.method, "cold")
 
 
+NOISE = 0.01
+"""How often noise alone may look like damage, in answers under pressure and in tool calls."""
+CALLING = 0.5
+"""Of the prompts, the share that the baseline must answer by valid tool calls before any can be missed."""
+FEW = 8
+"""And how many."""
+
+
+def _pressure(run: Run) -> Iterator[Outcome]:
+    """Whether pools were full, and what that did to answers."""
+    arms = pressed(run)
+    base = next((p for p in arms if p.arm == run.baseline), None)
+    for p in arms:
+        if p.preempted is None:
+            text = "pressure: whether its pool was full: it does not count preemptions"
+            yield Outcome(p.arm, "pressure", "COULD NOT TELL", text)
+        elif not p.preempted:
+            more = f"; raise --kv-requests to {math.ceil(4 * p.room / p.size):,}" if p.room else ""
+            load = f"{p.asked} requests at once of {p.size:,.0f} tokens"
+            text = f"pressure: nothing was preempted by {load}{more}, or give it a smaller pool"
+            yield Outcome(p.arm, "pressure", "COULD NOT TELL", text)
+        elif base and p.adjusted <= NOISE:
+            text = (
+                f"with a full pool {p.changed} of {p.n} answers are others than without, of the baseline's "
+                f"{base.changed} of {base.n}: what is preempted does not come back as it was"
+            )
+            yield Outcome(p.arm, "pressure", "DIFFERS", text, ANSWERS)
+        else:
+            yield Outcome(p.arm, "pressure")
+
+
+def _calls(run: Run) -> Iterator[Outcome]:
+    """Whether tool calls are calls."""
+    arms = called(run)
+    base = next((c for c in arms if c.arm == run.baseline), None)
+    if base is None:
+        return
+    if base.valid < max(CALLING * base.n, FEW):
+        text = (
+            f"tool calls: its own are valid for {base.valid} of {base.n} prompts that it answered below the cap; serve "
+            "a model that calls tools (vLLM: --enable-auto-tool-choice --tool-call-parser), raise --kv-cap or "
+            "--kv-requests"
+        )
+        yield Outcome(base.arm, "calls", "COULD NOT TELL", text)
+        return
+    for c in arms:
+        if c.adjusted <= NOISE:
+            text = (
+                f"its tool calls are valid for {c.valid} of {c.n} prompts, the baseline's for {base.valid} of {base.n}"
+            )
+            yield Outcome(c.arm, "calls", "BROKEN", text, ALL)
+        else:
+            yield Outcome(c.arm, "calls")
+
+
 def _served(run: Run) -> Iterable[Served]:
     return (r for r in run.records if isinstance(r, Served) and r.status == "ok")
 
@@ -459,5 +516,5 @@ def _by_arm(found: Iterable[Served]) -> Mapping[str, list[Served]]:
 
 
 CHECKS: tuple[Callable[[Run], Iterator[Outcome]], ...] = (
-    _baseline, _garbled, _prompts, _tokens, _times, _repeats, _failures, _servers,
+    _baseline, _garbled, _prompts, _tokens, _times, _repeats, _pressure, _calls, _failures, _servers,
 )  # fmt: skip

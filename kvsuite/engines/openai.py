@@ -9,8 +9,8 @@ import json
 import random
 import time
 import urllib.request
-from collections.abc import Callable
-from typing import Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 from kvsuite.engines.request import Ask, Reply
 from kvsuite.engines.stream import Events, Failure, StreamParser, error_message
@@ -112,9 +112,22 @@ class Client:
         """Status and text of a page such as ``/metrics``. Raises OSError, one sentence, where nothing answers."""
         return await self._page("GET", path)
 
-    async def post(self, path: str) -> tuple[int, str]:
-        """The same of a POST without a body, such as ``/reset_prefix_cache``."""
-        return await self._page("POST", path)
+    async def post(self, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, str]:
+        """The same of a POST with a body as JSON, or without, such as ``/reset_prefix_cache``."""
+        return await self._page("POST", path, b"" if body is None else json.dumps(body).encode())
+
+    async def likelihoods(self, field: str, prompt: Sequence[int], answer: Sequence[int]) -> list[float]:
+        """How likely the server's model finds every token of an answer behind a prompt, both as ids: log-probabilities,
+        nats. ``field`` asks for them: vLLM's is ``prompt_logprobs``. Raises UsageError where the server has none,
+        OSError where nothing answers."""
+        known = {"model": self.model or await self._name(), "prompt": [*prompt, *answer], "max_tokens": 1, field: 1}
+        status, text = await self.post("/v1/completions", known)
+        try:
+            found = json.loads(text)["choices"][0][field][-len(answer) :]
+            return [float(at[str(token)]["logprob"]) for at, token in zip(found, answer, strict=True)]
+        except (ValueError, TypeError, KeyError, IndexError):
+            said = error_message(text)
+            raise UsageError(f"{self.url}/v1/completions has no likelihoods (HTTP {status}: {said})") from None
 
     async def close(self) -> None:
         """Close all connections."""
@@ -132,10 +145,10 @@ class Client:
             self._naming = asyncio.create_task(self.models())
         return (await asyncio.shield(self._naming))[0]
 
-    async def _page(self, method: str, path: str) -> tuple[int, str]:
+    async def _page(self, method: str, path: str, body: bytes = b"") -> tuple[int, str]:
         try:
             async with asyncio.timeout(self.between):
-                response = await self._http.request(method, path)
+                response = await self._http.request(method, path, content=body, headers=JSON if body else None)
         except TimeoutError:
             raise TimeoutError(f"{self.url}{path}: no answer within {self.between:g} s") from None
         except httpx.HTTPError as error:

@@ -24,6 +24,8 @@ class Profile:
     ready: str = "/v1/models"
     salt: str = ""
     reset: str = ""
+    ids: str = ""
+    scores: str = ""
     uncompressed: tuple[str, ...] = ()
     """Values of ``kv_dtype`` that are the model's own numbers."""
     default: str = ""

@@ -120,6 +120,10 @@ class Reply:
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
     """Of the prompt, those the server found in its prefix cache, where it says."""
+    prompt_ids: list[int] = field(default_factory=list)
+    """The prompt's tokens, where the server was asked to return them and did."""
+    ids: list[int] = field(default_factory=list)
+    """The answer's, likewise."""
     start: float = 0.0
     """When it was sent, ``time.perf_counter()``."""
     ttft: float = 0.0

@@ -8,7 +8,7 @@ import re
 import shlex
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -241,6 +241,13 @@ class Server:
         except OSError:
             return False
         return status == 200
+
+    async def likelihoods(self, prompt: Sequence[int], answer: Sequence[int]) -> list[float]:
+        """How likely its model finds every token of an answer behind a prompt, nats. Raises UsageError or OSError where
+        it does not say."""
+        if self._client is None or not self.profile.scores:
+            raise UsageError(f"{self.name} does not say how likely tokens are")
+        return await self._client.likelihoods(self.profile.scores, prompt, answer)
 
     async def _page(self, path: str) -> tuple[int, str]:
         try:

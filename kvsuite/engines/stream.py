@@ -80,6 +80,8 @@ class StreamParser:
             choice = (event.get("choices") or [{}])[0]
             pieces = _pieces(choice.get("delta") or {})
             self._use(event.get("usage") or {})
+            self.reply.prompt_ids += event.get("prompt_token_ids") or ()
+            self.reply.ids += choice.get("token_ids") or ()
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise Failure(
                 f"the server sent what is no part of an answer: {error_message(data.decode(errors='replace'))}"

@@ -64,8 +64,8 @@ HELP = {
     "profile": "what is known of the servers: a name or your own .toml (default: recognised by command or /metrics)",
     "serve": "alone: one server at a time, restarted A B B A; together: all at once, used in turn",
     "arrivals": "closed (as many at a time as --kv-batch says), constant:RATE, poisson:RATE, bursts:N@RATE or trace",
-    "workload": "what is timed: a trace (.jsonl, OpenAI messages), ShareGPT's .json, or multi-turn: conversations "
-    "about texts of --kv-length, whose later turns find the earlier ones in the prefix cache (default: single turns)",
+    "workload": "what is timed: a trace (.jsonl, OpenAI messages), ShareGPT's .json, or of texts of --kv-length: "
+    "multi-turn (conversations), pressure (all at once, too), tools (tool calls); default: summaries (docs/servers.md)",
     "prefix": "cold: no prompt finds itself in the prefix cache; warm: every one does",
     "end": "natural: timed answers end where the model ends them; forced: they go on to --kv-cap (ignore_eos)",
     "requests": "requests per timed cell and leg (default 0: twice the concurrency)",

@@ -7,17 +7,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from kvsuite import tasks, workloads
+from kvsuite import calls, tasks, workloads
 from kvsuite.engines.request import Ask
 from kvsuite.plugin.options import Options
-from kvsuite.plugin.servers import AGAIN, CONVERSATIONS, Servers
+from kvsuite.plugin.servers import AGAIN, Servers
 from kvsuite.tasks import Sample, Task
+from kvsuite.tasks.digest import QUESTION
 from kvsuite.workloads import Arrivals, Turn
 
 T = TypeVar("T")
 DIGEST = "digest"
 OPEN = 32
 """Requests of a leg whose load has no concurrency."""
+PRESSED = 4
+"""Requests at once under pressure, as many times as ``--kv-batch``."""
 FOLLOW_UPS = (
     "What else does it say?",
     "Why does that matter? Explain it in a few sentences.",
@@ -60,6 +63,8 @@ class Cell:
     arrivals: Arrivals
     length: int
     """Tokens of its prompts; 0 where the workload has its own."""
+    drawn: str = ""
+    """What its prompts are drawn by: those of two cells with the same are the same. Empty: the name."""
 
 
 def cells(options: Options, servers: Servers) -> list[Cell]:
@@ -67,8 +72,19 @@ def cells(options: Options, servers: Servers) -> list[Cell]:
     loads = [servers.arrivals] if servers.arrivals else [Arrivals("closed", concurrency=n) for n in options.batch]
     if servers.workload is not None:
         return [Cell(f"{load} {servers.workload.name}", load, 0) for load in loads]
-    more = f" {CONVERSATIONS}" * servers.talks
-    return [Cell(f"{load} {length} tokens{more}", load, length) for load in loads for length in options.length]
+    more = f" {servers.ours}" if servers.ours else ""
+    if servers.ours == "pressure":
+        loads = [Arrivals("closed", concurrency=n) for n in (min(options.batch), _count(options, servers))]
+    found = [Cell(f"{load} {length} tokens{more}", load, length) for load in loads for length in options.length]
+    return [replace(c, drawn=f"{c.length} tokens{more}") for c in found] if servers.ours == "pressure" else found
+
+
+def _count(options: Options, servers: Servers, arrivals: Arrivals | None = None) -> int:
+    """Requests of a leg."""
+    if servers.ours == "pressure":
+        return max(servers.requests or PRESSED * max(options.batch), 2 * min(options.batch))
+    closed = arrivals is not None and arrivals.kind == "closed"
+    return servers.requests or (2 * arrivals.concurrency if arrivals and closed else OPEN)
 
 
 def task_asks(task: Task, samples: Sequence[Sample], options: Options, arm: str) -> list[Ask]:
@@ -89,12 +105,14 @@ def load_asks(
     cell: Cell, options: Options, servers: Servers, draw: int, arm: str, tokens: Callable[[str], int]
 ) -> list[Ask]:
     """What a cell asks: other prompts in every draw, such as a block's, and the same in every arm."""
-    count = servers.requests or (2 * cell.arrivals.concurrency if cell.arrivals.kind == "closed" else OPEN)
+    count = _count(options, servers, cell.arrivals)
     file = servers.workload
     if file is None:
-        texts = max(cell.arrivals.concurrency, -(-count // TURNS)) if servers.talks else count
-        asks = _digests(cell, f"{options.seed} {cell.name} {draw}", texts, options, tokens)
-        asks = [turn for ask in asks for turn in _turns(ask)] if servers.talks else asks
+        talked = servers.ours == "multi-turn"
+        texts = max(cell.arrivals.concurrency, -(-count // TURNS)) if talked else count
+        asks = _digests(cell, f"{options.seed} {cell.drawn or cell.name} {draw}", texts, options, tokens)
+        asks = [turn for ask in asks for turn in _turns(ask)] if talked else asks
+        asks = [_calling(ask) for ask in asks] if servers.ours == "tools" else asks
     elif file.suffix == ".jsonl":
         asks = [replace(a, max_tokens=a.max_tokens or options.cap) for a in workloads.read(file)]
     else:
@@ -130,6 +148,12 @@ def _turns(first: Ask) -> list[Turn]:
         said += [{"role": "user", "content": question}]
         found.append(Turn(f"{first.id} turn {turn + 2}", tuple(said), first.max_tokens, **where))
     return found
+
+
+def _calling(ask: Ask) -> Ask:
+    """A text that is to be recorded by a tool."""
+    text = str(ask.messages[0]["content"]).removesuffix(QUESTION)
+    return replace(ask, messages=({"role": "user", "content": f"{text}\n\n{calls.ASKED}"},), tools=(calls.TOOL,))
 
 
 def _ask(sample: Sample, temperature: float, options: Options, repeat: int = 0) -> Ask:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from kvsuite.engines import profile
 from kvsuite.engines.server import Spec
@@ -16,8 +16,9 @@ from kvsuite.workloads import Arrivals
 BASELINE = "baseline"
 AGAIN = "baseline again"
 """The A/A arm: the baseline asked the same in another order. What it shows is noise."""
-CONVERSATIONS = "multi-turn"
-"""The name of a workload of conversations about our texts."""
+Ours = Literal["", "multi-turn", "pressure", "tools"]
+"""Workloads made of our texts. multi-turn: conversations about them. pressure: all requests at once, and each with few
+others. tools: each is to be recorded by a call of a tool."""
 CHOICES = {"serve": ("alone", "together"), "prefix": ("cold", "warm"), "end": ("natural", "forced")}
 
 
@@ -32,8 +33,8 @@ class Servers:
     arrivals: Arrivals | None
     """None: a closed loop at every ``--kv-batch``."""
     workload: Path | None
-    talks: bool
-    """Whether our texts are talked about in several turns."""
+    ours: Ours
+    """What is done with our texts; empty where they are summarised."""
     warm: bool
     forced: bool
     """Whether timed answers go on to their caps, whatever the model says."""
@@ -52,7 +53,7 @@ class Servers:
         return {
             "serve": "together" if self.together else "alone",
             "arrivals": "closed" if self.arrivals is None else str(self.arrivals),
-            "workload": self.workload.name if self.workload else CONVERSATIONS * self.talks,
+            "workload": self.workload.name if self.workload else self.ours,
             "prefix": "warm" if self.warm else "cold",
             "end": "forced" if self.forced else "natural",
             "requests": self.requests,
@@ -79,8 +80,8 @@ def check(raw: Mapping[str, Any], number: Any) -> Servers | None:
         variants[name] = Spec.parse(spec)
     if raw["profile"]:
         profile.choose(str(raw["profile"]))
-    talks = raw["workload"] == CONVERSATIONS
-    workload = Path(str(raw["workload"])) if raw["workload"] and not talks else None
+    ours: Ours = next((name for name in get_args(Ours) if name == raw["workload"]), "")
+    workload = Path(str(raw["workload"])) if raw["workload"] and not ours else None
     if workload is not None and not workload.is_file():
         raise UsageError(f"--kv-workload {str(workload)!r} does not exist")
     if str(raw["arrivals"]).strip() == "trace" and (workload is None or workload.suffix != ".jsonl"):
@@ -88,6 +89,8 @@ def check(raw: Mapping[str, Any], number: Any) -> Servers | None:
     if workload is not None and workload.suffix == ".jsonl" and int(number("requests", raw["requests"])):
         raise UsageError("--kv-requests chooses from ShareGPT or our texts; a trace is asked as it stands")
     closed = str(raw["arrivals"]).strip() == "closed"
+    if ours == "pressure" and not closed:
+        raise UsageError("--kv-workload pressure asks all its requests at once: it takes no --kv-arrivals")
     return Servers(
         baseline=Spec.parse(str(raw["baseline"])),
         variants=variants,
@@ -95,7 +98,7 @@ def check(raw: Mapping[str, Any], number: Any) -> Servers | None:
         together=raw["serve"] == "together",
         arrivals=None if closed else Arrivals.parse(str(raw["arrivals"])),
         workload=workload,
-        talks=talks,
+        ours=ours,
         warm=raw["prefix"] == "warm",
         forced=raw["end"] == "forced",
         requests=int(number("requests", raw["requests"])),

@@ -20,6 +20,7 @@ from kvsuite.engines.server import Server
 from kvsuite.errors import UsageError
 from kvsuite.plugin import schedule
 from kvsuite.plugin.schedule import Period
+from kvsuite.plugin.scoring import Scoring
 from kvsuite.plugin.servers import AGAIN, BASELINE
 from kvsuite.records import Probe, Served
 from kvsuite.tasks import Sample
@@ -38,6 +39,7 @@ class Visits:
         """What starts of an arm ended in."""
         self.token = secrets.token_hex(4)
         """Keeps this run's salts from those of the one before, which a running server may have in its cache."""
+        self.scoring = Scoring()
         self.restarted: dict[str, int] = {}
         """How often an arm's server was started again because it had ended by itself."""
         self.servers: dict[str, Server] = {}
@@ -61,18 +63,29 @@ class Visits:
             with session.progress.over("requests", sum(map(session.requests, periods))) as done:
                 for number, period in enumerate(periods):
                     await self._visit(number, period, done)
+            await self._score()
         finally:
             await asyncio.gather(*(s.stop() for s in self.servers.values()), return_exceptions=True)
 
+    async def _score(self) -> None:
+        """Let the baseline say how likely the answers are, where token ids were returned."""
+        if self.scoring.asked:
+            await self._alone(BASELINE)
+            await self._start(BASELINE)
+            await self.scoring.score(self.servers[BASELINE], self.session.record)
+
     async def _visit(self, number: int, period: Period, done: Callable[[int], None]) -> None:
         server = self.servers[period.arm]
-        if not self.session.asked.together:
-            for other in self.servers.values():
-                if other.spec.kind != "url" and (other is not server or period.timed):  # a timed leg starts afresh
-                    await other.stop()
+        await self._alone(period.arm, afresh=period.timed)
         await self._start(period.arm)
         self.session.describe()  # before the first request, since that takes a moment
         await Leg(number, period, server, self, done).run()
+
+    async def _alone(self, arm: str, afresh: bool = False) -> None:
+        """Stop all others, where one is up at a time; ``afresh``: its own as well, as a timed leg has a new one."""
+        for other in () if self.session.asked.together else self.servers.values():
+            if other.spec.kind != "url" and (afresh or other is not self.servers[arm]):
+                await other.stop()
 
     def given_up(self, arm: str) -> str:
         """Why an arm is not started again: it did not start at first, or twice later. Empty where it may be."""
@@ -115,19 +128,28 @@ class Leg:
     async def run(self) -> None:
         """All that the period has."""
         session, period, server = self.visits.session, self.period, self.server
-        before, again = await server.counters() if server.up else ({}, False)
-        self.notes["restarted"] = float(again + self.visits.restarted.pop(period.arm, 0))
+        self.notes["restarted"] = float(self.visits.restarted.pop(period.arm, 0))
+        before = await self._counted()
         for name in session.chosen if period.answers else ():
             samples = session.samples(tasks.task(name))
             asks = schedule.task_asks(tasks.task(name), samples, session.options, period.arm)
+            if server.profile.ids and self.visits.servers[BASELINE].profile.scores:
+                asks = [replace(a, extra={**a.extra, server.profile.ids: True}) for a in asks]
             width = Arrivals("closed", concurrency=schedule.width(session.options, period.arm))
             await self._drive(asks, width, task=name, samples={s.id: s for s in samples})
+        counted: dict[str, float] = {}
+        if pressed := period.timed and session.asked.ours == "pressure":
+            counted = await self._counted()
         for cell in session.loads if period.timed else ():
             asks = session.asks(cell, period.arm, period.block)
             if session.asked.warm:
                 await load.drive(server, await self._salted(asks, True), cell.arrivals, done=lambda reply: None)
             driven = await self._drive(asks, cell.arrivals, cell=cell.name)
             self.notes["late"] = max([self.notes.get("late", 0.0), *driven.late])
+            if pressed:
+                last, counted = counted, await self._counted()
+                here = probe.since(last, counted).get("preemptions")
+                self.notes |= {f"preemptions, {cell.name}": here} if here is not None else {}
         if period.timed and period.block == period.half == 0 and session.asked.goodput:
             await self._goodput(*session.asked.goodput)
         await self._probe(before)
@@ -153,6 +175,12 @@ class Leg:
 
         await load.bisect(holds, reached / 8, 8 * reached)
 
+    async def _counted(self) -> dict[str, float]:
+        """What the server has counted by now."""
+        found, again = await self.server.counters() if self.server.up else ({}, False)
+        self.notes["restarted"] += again
+        return found
+
     async def _probe(self, before: Mapping[str, float]) -> None:
         arm, server = self.period.arm, self.server
         common: dict[str, Any] = {
@@ -165,8 +193,7 @@ class Leg:
         facts = await server.facts()
         facts["compressed"] = server.profile.compressed(facts)
         facts["features"] = {"model": server.served, **facts.get("features", {})}
-        counted, again = await server.counters()
-        self.notes["restarted"] += again
+        counted = await self._counted()
         counters = {**probe.since(before, counted), **self.notes}
         self.visits.session.record(Probe(arm, facts=facts, counters=counters, **common))
 
@@ -204,6 +231,7 @@ class Leg:
                     width=arrivals.concurrency, **more,
                 )
             )  # fmt: skip
+            self.visits.scoring.hear(arm, task, reply)
             self.done(reply.tokens)
 
         salted = await self._salted(asks, bool(cell and session.asked.warm))

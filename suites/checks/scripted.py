@@ -13,6 +13,7 @@ import asyncio
 import hashlib
 import itertools
 import json
+import math
 import os
 import threading
 import time
@@ -54,14 +55,35 @@ SPEECH = [" " + hashlib.sha256(f"{at}".encode()).hexdigest()[:5] for at in range
 """Words, of which each has two that may follow it, so that an answer has an order."""
 
 
+def hash_of(text):
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16)
+
+
 def answer(messages, tokens=TOKENS):
     """The words of the normal answer to messages, a token each."""
     seed = json.dumps(list(messages), sort_keys=True)
-    words, at = [], int(hashlib.sha256(seed.encode()).hexdigest(), 16) % len(SPEECH)
+    words, at = [], hash_of(seed) % len(SPEECH)
     for place in range(tokens):
         words.append(SPEECH[at])
         at = (5 * at + 1 + 2 * (hashlib.sha256(f"{seed}{place}".encode()).digest()[0] % 2)) % len(SPEECH)
     return words
+
+
+def ids(words):
+    """Token ids of an answer's words: of `SPEECH` from 1 on."""
+    return [1 + SPEECH.index(word) if word in SPEECH else 1000 + hash_of(word) % 1000 for word in words]
+
+
+def likelihoods(tokens):
+    """What a model that writes such answers makes of a prompt: nothing of its first token, then by token id, as vLLM
+    does."""
+    found = [None]
+    for before, token in itertools.pairwise(tokens):
+        known = range(1, 1 + len(SPEECH))
+        follows = [1 + (5 * (before - 1) + step) % len(SPEECH) for step in (1, 3)]
+        logs = math.log(1 / 2 if token in follows else 1e-6) if before in known else math.log(1 / len(SPEECH))
+        found.append({str(token): {"logprob": logs if token in known else math.log(1e-6), "rank": 1}})
+    return found
 
 
 class Call:
@@ -73,6 +95,7 @@ class Call:
         self.cap = body.get("max_tokens") or TOKENS
         self.words = answer(self.messages, self.cap)
         self.prompt, self.cached = sum(len(str(m["content"]).split()) for m in self.messages), 0
+        self.preempted = False
         self.name, self.argument = (*self.text.split(" "), "")[:2]
         if self.name not in REFUSALS | BREAKS | ENDS and not hasattr(self, "do_" + self.name.replace("-", "_")):
             self.name = server.behaviour
@@ -89,7 +112,11 @@ class Call:
 
     def event(self, finish=None, **delta):
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
-        return {"id": "chatcmpl-1", "object": "chat.completion.chunk", "model": self.server.model, "choices": [choice]}
+        event = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "model": self.server.model, "choices": [choice]}
+        if self.body.get("return_token_ids"):
+            choice["token_ids"] = ids([delta["content"]] if delta.get("content") else [])
+            event |= {"prompt_token_ids": [3000 + k for k in range(self.prompt)]} if "role" in delta else {}
+        return event
 
     def usage(self, tokens):
         details = {"cached_tokens": self.cached}
@@ -140,9 +167,15 @@ class Call:
         self.prompt //= 2
         yield from self.do_normal()
 
+    def do_spilled(self):
+        """What is preempted goes on with another answer."""
+        if self.preempted:
+            self.words = self.words[:2] + self.words[:1:-1]
+        yield from self.do_normal()
+
     def do_flaky(self):
         """Refuses a fifth of what it is asked."""
-        if int(hashlib.sha256(self.text.encode()).hexdigest(), 16) % 5 == 0:
+        if hash_of(self.text) % 5 == 0:
             raise Refused(*REFUSALS["error-500"])
         yield from self.do_normal()
 
@@ -184,6 +217,17 @@ class Call:
         for name, arguments in ("look", ""), (None, '{"at": '), (None, '"x"}'):
             yield self.event(tool_calls=[{"index": 0, "function": {"name": name, "arguments": arguments}}])
         yield from self.end("tool_calls", tokens=3)
+
+    def do_calls(self, arguments='{"summary": "It speaks.", "topics": ["war"], "year": 1812}'):
+        """A call of the tool of --kv-workload tools."""
+        for name, piece in ("record_message", ""), (None, arguments[:20]), (None, arguments[20:]):
+            yield self.server.itl
+            yield self.event(tool_calls=[{"index": 0, "function": {"name": name, "arguments": piece}}])
+        yield from self.end("tool_calls", tokens=3)
+
+    def do_half_calls(self):
+        """The JSON has no end."""
+        yield from self.do_calls('{"summary": "It speaks.", "topics": ["war"')
 
     def do_garbage(self):
         """At full speed, whatever is asked, to the last token."""
@@ -230,10 +274,13 @@ class Server:
     die_after: int = 0
     die_idle: int = 0
     """After so many looks at its metrics it ends, with nothing to do."""
+    scores: bool = True
+    """Whether it says how likely a prompt's tokens are."""
 
     def __post_init__(self):
         self.calls, self.paths, self.seen, self.cache, self.connections = [], [], Counter(), set(), 0
         self.counts = {"num_preemptions": self.preemptions, "prefix_cache_queries": 0, "prefix_cache_hits": 0}
+        self.held = 0
         self._up, self._thread = threading.Event(), threading.Thread(target=lambda: asyncio.run(self.serve()))
 
     def __enter__(self):
@@ -272,6 +319,8 @@ class Server:
         method, path, _ = first.split()
         self.paths.append(f"{method} {path}")
         try:
+            if path == "/v1/completions" and self.scores:
+                raise Refused(*self._scored(json.loads(body)))  # no refusal, but no stream either
             if path != "/v1/chat/completions":
                 raise Refused(*self._page(path))
             call = Call(self, json.loads(body))
@@ -296,6 +345,11 @@ class Server:
         pages["/metrics"] = f"vllm:cache_config_info{{{labels}}} 1.0\n" + "".join(counts)
         return (200, pages[path]) if path in pages else (404, '{"detail": "Not Found"}')
 
+    def _scored(self, body):
+        if body["prompt_logprobs"] > 20:
+            return 400, '{"error": {"message": "Requested prompt logprobs, which is greater than max allowed: 20"}}'
+        return 200, json.dumps({"choices": [{"text": "", "prompt_logprobs": likelihoods(body["prompt"])}]})
+
     async def _answer(self, writer, call):
         self.seen[call.text] += 1
         self.seen[json.dumps(call.messages)] += 1
@@ -304,6 +358,15 @@ class Server:
         self.cache.add(key)
         self.counts["prefix_cache_queries"] += call.prompt
         self.counts["prefix_cache_hits"] += call.cached
+        self.held += call.prompt + call.cap
+        call.preempted = self.held > self.kv_tokens
+        self.counts["num_preemptions"] += call.preempted
+        try:
+            await self._stream(writer, call)
+        finally:
+            self.held -= call.prompt + call.cap
+
+    async def _stream(self, writer, call):
         steps = call.steps()
         first = next(steps)  # or a refusal
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")

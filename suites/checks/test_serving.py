@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from kvsuite.records import Probe, Served, read
+from kvsuite.analysis.serving import checks
+from kvsuite.records import Probe, Scored, Served, read
 from suites.checks import forked
 from suites.checks.scripted import Server
 
@@ -346,6 +347,32 @@ def test_goodput_is_searched_for_in_every_arm(go, tmp_path):
     assert {r.cached_tokens for r in served} == {0}, "every search starts cold"
 
 
+def test_the_baseline_says_how_likely_all_answers_are(go, tmp_path):
+    """The variant is never asked about itself."""
+    with Server() as base, Server(behaviour="garbage") as other:
+        result = go("length", "--kv-baseline", base.url, "--kv-variant", f"m={other.url}", "--kv-strict", "no")
+        scored = [[p for p in s.paths if p == "POST /v1/completions"] for s in (base, other)]
+    assert result.ret == 0, result.outlines[-30:]
+    assert [len(paths) for paths in scored] == [3 * 8, 0], "three arms, eight chats"
+    found = [r for r in read(tmp_path / "left").records if isinstance(r, Scored)]
+    assert {m: len({r.sample for r in found if r.method == m}) for m in ("baseline", "baseline again", "m")} == {
+        "baseline": 8,
+        "baseline again": 8,
+        "m": 8,
+    }
+    assert {len(r.logs) for r in found} == {24}
+    [sign] = [s for s in checks(read(tmp_path / "left"))["m"].signs if s.name == "likelihood"]
+    assert (sign.n, sign.count) == (8, 8)
+
+
+def test_a_baseline_that_does_not_say_it_costs_nothing(go, tmp_path):
+    with Server(scores=False) as base, Server() as other:
+        result = go("length", "--kv-baseline", base.url, "--kv-variant", f"m={other.url}")
+    assert result.ret == 0, result.outlines[-30:]
+    [failed] = [r for r in read(tmp_path / "left").records if isinstance(r, Scored)]
+    assert (failed.status, "has no likelihoods" in failed.error) == ("failed", True)
+
+
 def test_conversations_grow_and_are_the_same_in_every_arm(go, tmp_path):
     with Server() as base, Server(cache_dtype="fp8_e4m3", kv_tokens=93184) as other:
         urls = ["--kv-baseline", base.url, "--kv-variant", f"fp8={other.url}"]
@@ -361,3 +388,66 @@ def test_conversations_grow_and_are_the_same_in_every_arm(go, tmp_path):
     for messages in longest:
         assert [m["role"] for m in messages] == ["user", "assistant", "user", "assistant", "user"]
         assert asked[1].index(messages[:1]) < asked[1].index(messages[:3]) < asked[1].index(messages)
+
+
+@pytest.mark.parametrize(("behaviour", "told"), [("normal", ""), ("spilled", "DIFFERS m: with a full pool ")])
+def test_answers_with_a_full_pool_are_those_without(go, tmp_path, behaviour, told):
+    """16 requests of some 230 words each need three times the pool."""
+    with Server(itl=0.005, kv_tokens=1200) as base, Server(itl=0.005, kv_tokens=1200, behaviour=behaviour) as other:
+        urls = ["--kv-baseline", base.url, "--kv-variant", f"m={other.url}", "--kv-strict", "no"]
+        result = go("throughput", *urls, "--kv-workload", "pressure", "--kv-requests", "16", "--kv-rounds", "1")
+    assert result.ret == 0, result.outlines[-30:]
+    timed = [r for r in read(tmp_path / "left").records if isinstance(r, Served)]
+    few, all_at_once = "closed:4 256 tokens pressure", "closed:16 256 tokens pressure"
+    assert {r.cell for r in timed} == {few, all_at_once}
+    prompts = [{(r.method, r.leg, r.sample, r.prompt_tokens) for r in timed if r.cell == c} for c in (few, all_at_once)]
+    assert prompts[0] == prompts[1]
+    report = (tmp_path / "left" / "report.md").read_text()
+    table = report.split("## under pressure")[1].split("## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith(("| base", "| m "))]
+    assert len(rows) == 3
+    assert all(int(row.split("|")[2]) > 0 for row in rows), "preempted"
+    assert [row.split("|")[3].strip() for row in rows[:2]] == ["0/16", "0/16"]
+    changed = int(rows[2].split("|")[3].split("/")[0])
+    assert (changed > 6) == bool(told)
+    assert ("with a full pool" in report) == bool(told)
+    assert told in report
+
+
+def test_a_pool_that_is_never_full_is_told(go, tmp_path):
+    with Server() as base:
+        result = go("throughput", "--kv-baseline", base.url, "--kv-workload", "pressure", "--kv-rounds", "1")
+    assert result.ret == 0, result.outlines[-30:]
+    report = (tmp_path / "left" / "report.md").read_text()
+    assert re.search(
+        r"COULD NOT TELL baseline.*: pressure: nothing was preempted by 8 requests at once of \d+ tokens; "
+        r"raise --kv-requests to \d",
+        report,
+    )
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "told"), [("calls", ""), ("half-calls", "BROKEN m: its tool calls are valid for 0")]
+)
+def test_tool_calls_are_calls(go, tmp_path, behaviour, told):
+    with Server(behaviour="calls") as base, Server(behaviour=behaviour.replace("-", "_")) as other:
+        urls = ["--kv-baseline", base.url, "--kv-variant", f"m={other.url}", "--kv-strict", "no"]
+        result = go("throughput", *urls, "--kv-workload", "tools", "--kv-requests", "8", "--kv-rounds", "1")
+        asked = [body for _, body in base.calls if body["max_tokens"] == 24]
+    assert result.ret == 0, result.outlines[-30:]
+    assert {body["tools"][0]["function"]["name"] for body in asked} == {"record_message"}
+    assert all(body["messages"][0]["content"].endswith("with the tool record_message.") for body in asked)
+    report = (tmp_path / "left" / "report.md").read_text()
+    table = report.split("## tool calls")[1].split("## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith(("| base", "| m "))]
+    assert [row.split("|")[3].strip() for row in rows] == ["8/8", "8/8", "0/8" if told else "8/8"]
+    assert told in report
+    assert ("its tool calls" in report) == bool(told)
+
+
+def test_a_baseline_that_calls_no_tool_is_told(go, tmp_path):
+    with Server(behaviour="short") as base:
+        result = go("throughput", "--kv-baseline", base.url, "--kv-workload", "tools", "--kv-rounds", "1")
+    assert result.ret == 0, result.outlines[-30:]
+    report = (tmp_path / "left" / "report.md").read_text()
+    assert "COULD NOT TELL baseline: tool calls: its own are valid for 0 of 4 prompts" in report

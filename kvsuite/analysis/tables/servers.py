@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kvsuite.analysis.calls import Called, called
+from kvsuite.analysis.pressure import Pressed, pressed
 from kvsuite.analysis.serving import FIGURES, ServedRow, ServerReport, blocks, goodputs, served_rows, told
 from kvsuite.analysis.shortfall import interrupted
 from kvsuite.analysis.table import Cell, Column, Note, Row, Severity, State, Table, errors, infos, span
@@ -114,6 +116,46 @@ def _goodput(run: Run, hidden: set[str]) -> list[Table]:
     )
     cut = ["partial: this run was interrupted; a search may not be at its end."] if interrupted(run) else []
     return [Table("goodput", "goodput", ("arm",), columns, rows, [*errors(cut), Note(note)])]
+
+
+def pressure(run: Run) -> list[Table]:
+    """What a full pool did to every arm's answers."""
+    found = pressed(run)
+    if not found:
+        return []
+    rows = [
+        Row((p.arm,), {"preempted": Cell(p.preempted), "changed": Cell(p.changed, of=p.n), "p": Cell(_p(run, p))})
+        for p in found
+    ]
+    columns = [Column("preempted", "preempted"), Column("changed", "other answers"), Column("p", "p")]
+    note = (
+        f"The same prompts, {found[0].asked} at once. preempted: those that lost their place in the pool then. "
+        "other answers: prompts whose answer is another than when few are asked at a time, in either leg. The A/A arm "
+        "shows what batching alone does. p: of no more than the baseline's, one-sided, after Holm."
+    )
+    return [Table("pressure", "under pressure", ("arm",), columns, rows, [Note(note)])]
+
+
+def _p(run: Run, row: Pressed | Called) -> float | None:
+    return None if row.arm == run.baseline or run.is_control(row.arm) else row.adjusted
+
+
+def calls(run: Run) -> list[Table]:
+    """How many tool calls of every arm are calls."""
+    found = called(run)
+    if not found:
+        return []
+    rows = [
+        Row((c.arm,), {"called": Cell(c.called, of=c.n), "valid": Cell(c.valid, of=c.n), "p": Cell(_p(run, c))})
+        for c in found
+    ]
+    columns = [Column("called", "called"), Column("valid", "valid"), Column("p", "p")]
+    note = (
+        "Prompts that were answered by a tool call, and by valid ones: a tool that there is, with a JSON object "
+        "that has all its arguments, each of its kind; in every leg. Prompts that the baseline answers up to its cap "
+        "are left out. p: of no fewer than the baseline's, one-sided, after Holm."
+    )
+    return [Table("calls", "tool calls", ("arm",), columns, rows, [Note(note)])]
 
 
 def served(run: Run) -> list[Table]:
