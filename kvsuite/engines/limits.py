@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from kvsuite.engines import ranks
 from kvsuite.engines.worker import MethodWorker
 
 REPEATS = 3
@@ -81,8 +82,8 @@ def _products(model: Any) -> list[torch.nn.Linear]:
 
 
 def _nbytes(products: list[torch.nn.Linear]) -> int:
-    return sum(layer.weight.nbytes for layer in products)
+    return sum(ranks.local(layer.weight).nbytes for layer in products)
 
 
 def _numel(products: list[torch.nn.Linear]) -> int:
-    return sum(layer.weight.numel() for layer in products)
+    return sum(ranks.local(layer.weight).numel() for layer in products)

@@ -6,6 +6,7 @@ import traceback
 
 import pytest
 
+from kvsuite.engines import ranks
 from kvsuite.methods import parse
 from kvsuite.records import OUT_OF_MEMORY, Timing
 
@@ -45,10 +46,11 @@ def run_cell(kv_local, benchmark, cell, make):
     kv_local.skip_recorded(Timing(**cell).job)
     try:
         baseline, mine, empty, found = make()
+        found = ranks.together(found)
         start = time.perf_counter()
 
         def turn(side):
-            return sum(side.round() for _ in range(steps))
+            return sum(ranks.ahead() or side.round() for _ in range(steps))
 
         rounds, warm = (o.rounds, 1) if steps > 1 else (max(2, o.rounds // 4), 0)
         with kv_local.progress.over(f"{cell['phase']} {cell['method']}", rounds + warm) as done:
@@ -77,10 +79,11 @@ def run_cell(kv_local, benchmark, cell, make):
         if all(map(all, attention)):
             both = map(list, zip(*attention[warm:], strict=True))
             timed["attention_seconds"], timed["baseline_attention_seconds"] = both
-        record = Timing(**cell, **found, **timed)
+        record = Timing(**cell, **found, **ranks.slowest(timed))
     except Exception as error:
         full = isinstance(error, MemoryError) or any(said in str(error) for said in NO_MEMORY)
-        said = f"{OUT_OF_MEMORY}: {error}" if full else f"{type(error).__name__}: {error}"
+        said = kv_local.failed(error, f"{OUT_OF_MEMORY}: {error}" if full else f"{type(error).__name__}: {error}")
+        full = said.startswith(OUT_OF_MEMORY)
         kv_local.record(Timing(**cell, **found, status="failed", error=said))
         traceback.clear_frames(error.__traceback__)  # they hold caches, which the next cell needs the memory of
         if full:
