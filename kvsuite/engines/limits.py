@@ -49,6 +49,7 @@ def rate(device: torch.device, dtype: torch.dtype) -> float:
 def _fastest(run: Callable[[], object], device: torch.device) -> float:
     """Seconds; the first time warms up."""
     seconds = []
+    ranks.agree()  # all of them measure at once, as they work
     for _ in range(REPEATS + 1):
         start = time.perf_counter()
         run()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -123,10 +123,12 @@ def _begin(*_: Any) -> None:
         agree()
 
 
-def ahead() -> None:
-    """`agree` now, not within the next pass, whose time is taken."""
+def at_once(timed: Callable[[], T]) -> T:
+    """What ``timed`` returns, begun by all ranks together: its pass does not begin with `agree`, whose time it would
+    take."""
     agree()
     _Group.ahead = _Group.gloo is not None
+    return timed()
 
 
 def agree() -> None:

@@ -50,7 +50,7 @@ def run_cell(kv_local, benchmark, cell, make):
         start = time.perf_counter()
 
         def turn(side):
-            return sum(ranks.ahead() or side.round() for _ in range(steps))
+            return sum(ranks.at_once(side.round) for _ in range(steps))
 
         rounds, warm = (o.rounds, 1) if steps > 1 else (max(2, o.rounds // 4), 0)
         with kv_local.progress.over(f"{cell['phase']} {cell['method']}", rounds + warm) as done:
