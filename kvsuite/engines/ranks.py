@@ -29,7 +29,7 @@ class Elsewhere(RuntimeError):
 
 
 class Lost(RuntimeError):
-    """Another rank has ended, or does not answer."""
+    """Another rank has ended, or does not answer, for this reason."""
 
 
 def size() -> int:
@@ -68,6 +68,10 @@ class _Group:
     """What ranks tell each other beside the model's own exchanges."""
 
     gloo: Any = None
+    store: Any = None
+    """Where a rank leaves why it failed: others may be in a pass, in which it no longer takes part."""
+    failures = 0
+    """That all have heard of."""
     ahead = False
     """Whether all ranks are known to begin the next pass."""
 
@@ -84,7 +88,10 @@ def join(device: str) -> None:
         own = torch.device(device, int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(own)
     try:
-        distributed.init_process_group("nccl" if own else "gloo", device_id=own)
+        _Group.store, at, count = next(distributed.rendezvous("env://"))
+        distributed.init_process_group(
+            "nccl" if own else "gloo", store=_Group.store, rank=at, world_size=count, device_id=own
+        )
         _Group.gloo = distributed.new_group(backend="gloo", timeout=timedelta(seconds=PATIENCE))
     except RuntimeError as error:
         raise Lost(f"the other processes of torchrun do not come: {first_line(error)}") from error
@@ -137,12 +144,30 @@ def agree() -> None:
         raise Elsewhere(said)
 
 
-def failed(error: Exception, said: str) -> str:
-    """Tell the others that this rank has failed. Returns what all ranks say of it: ``said``, or what the first of those
-    that failed says. Raises Lost."""
-    if isinstance(error, Lost):
-        raise error
-    return str(error) if isinstance(error, Elsewhere) else _exchange(said) or said
+def failed(error: Exception, said: str) -> tuple[str, bool]:
+    """Tell the others that this rank has failed. Returns what all ranks say of it, ``said`` or what the first of those
+    that failed says; and whether they have lost each other."""
+    if isinstance(error, (Elsewhere, Lost)):
+        return str(error), isinstance(error, Lost)
+    with contextlib.suppress(AttributeError, RuntimeError):  # there are no others; the store went with its rank
+        _Group.store.compare_set(f"failed {_Group.failures}", "", _signed(said, rank()))
+    try:
+        return _exchange(said) or said, False
+    except Lost as lost:
+        _Group.gloo = None  # there is nobody to part from
+        return str(lost), True
+
+
+def _signed(said: str, at: int) -> str:
+    return f"{said} (rank {at})" if at else said
+
+
+def _left(error: Exception) -> str:
+    """Why a rank does not answer: what it left, or else what was noticed here."""
+    with contextlib.suppress(RuntimeError):
+        if _Group.store.check([key := f"failed {_Group.failures}"]):
+            return str(_Group.store.get(key).decode())
+    return first_line(error)
 
 
 def _exchange(said: str) -> str:
@@ -157,10 +182,11 @@ def _exchange(said: str) -> str:
         found = torch.tensor([bool(said)], dtype=torch.int32)
         distributed.all_reduce(found, group=_Group.gloo)
         if found.item():
+            _Group.failures += 1
             distributed.all_gather_object(texts, said, group=_Group.gloo)
     except RuntimeError as error:
-        raise Lost(f"another process of torchrun has ended or hangs: {first_line(error)}") from error
-    return next((text if at == 0 else f"{text} (rank {at})" for at, text in enumerate(texts) if text), "")
+        raise Lost(_left(error)) from error
+    return next((_signed(text, at) for at, text in enumerate(texts) if text), "")
 
 
 def gather(value: T) -> list[T]:

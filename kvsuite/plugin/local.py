@@ -189,7 +189,7 @@ class Local(Session):
             return self.here
         except Exception as error:
             said = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
-            self._unusable = f"the model cannot be loaded: {self.failed(error, said)}"
+            self._unusable = f"the model cannot be loaded: {ranks.failed(error, said)[0]}"
             if self.worker:  # pytest-xdist takes a worker that exits for one that crashed
                 pytest.fail(self._unusable, pytrace=False)
             pytest.exit(self._unusable, returncode=pytest.ExitCode.USAGE_ERROR)
@@ -299,13 +299,6 @@ class Local(Session):
         """End the running test as skipped where its job was done before the run was resumed."""
         if ranks.first(job in self.recorded):
             pytest.skip("recorded already")
-
-    def failed(self, error: Exception, said: str) -> str:
-        """What is said of a cell that failed, by all ranks alike. Where another rank has ended, so does the run."""
-        try:
-            return ranks.failed(error, said)
-        except ranks.Lost as lost:
-            pytest.exit(str(lost), pytest.ExitCode.INTERRUPTED)
 
     def count_tokens(self, text: str) -> int:
         """By the model's own tokenizer."""

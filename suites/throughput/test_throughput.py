@@ -17,6 +17,7 @@ STEPS = 2
 """Of a side's turn; a block has two turns of each."""
 NO_MEMORY = ("CUDA out of memory", "can't allocate memory")
 """What torch says."""
+LOST = "the processes of torchrun have lost each other"
 PAGED = "paged"
 TRANSFORMERS = {PAGED: "sdpa", "eager": "eager", "sdpa": "sdpa", "flash-attn": "flash_attention_2"}
 """The attention that transformers' own cache is timed with in every mode."""
@@ -43,8 +44,8 @@ def run_cell(kv_local, benchmark, cell, make):
 
     o, found, before, after, rest, attention = kv_local.options, {}, [], [], [], []
     steps = 1 if cell["phase"] == "prefill" else STEPS
-    kv_local.skip_recorded(Timing(**cell).job)
     try:
+        kv_local.skip_recorded(Timing(**cell).job)
         baseline, mine, empty, found = make()
         found = ranks.together(found)
         start = time.perf_counter()
@@ -82,10 +83,13 @@ def run_cell(kv_local, benchmark, cell, make):
         record = Timing(**cell, **found, **ranks.slowest(timed))
     except Exception as error:
         full = isinstance(error, MemoryError) or any(said in str(error) for said in NO_MEMORY)
-        said = kv_local.failed(error, f"{OUT_OF_MEMORY}: {error}" if full else f"{type(error).__name__}: {error}")
+        said = f"{OUT_OF_MEMORY}: {error}" if full else f"{type(error).__name__}: {error}"
+        said, lost = ranks.failed(error, said)
         full = said.startswith(OUT_OF_MEMORY)
         kv_local.record(Timing(**cell, **found, status="failed", error=said))
         traceback.clear_frames(error.__traceback__)  # they hold caches, which the next cell needs the memory of
+        if lost:
+            pytest.exit(f"{LOST}: {said}", pytest.ExitCode.INTERRUPTED)
         if full:
             pytest.xfail(said)  # that is what was found out about this size
         if cell["method"] == "full" and cell["phase"] in ("decode", "prefill"):
