@@ -37,6 +37,7 @@ SMOKE: dict[str, Any] = {
     "gate": [],
     "against": "",
     "undecided": "warns",
+    "strict": "yes",
     "acknowledged": "",
     "run": "",
     "resume": "",

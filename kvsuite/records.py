@@ -148,6 +148,8 @@ class Served(Answer):
     """Tokens, reasoning and calls included."""
     counted: str = ""
     """Who counted them: the server's usage, a tokenizer, or one for each chunk."""
+    usage_tokens: int | None = None
+    """What the server's usage said, where the tokenizer did not find it so."""
     cached_tokens: int | None = None
     """Of the prompt, those found in the server's prefix cache."""
     start: float = 0.0
@@ -181,8 +183,8 @@ class Served(Answer):
 
     @property
     def tpot(self) -> float | None:
-        """Seconds per token after the first; None where there is one token at most."""
-        return (self.e2e - self.ttft) / (self.count - 1) if self.count > 1 else None
+        """Seconds per token after the first; None where there is one token at most, and where all came in one piece."""
+        return (self.e2e - self.ttft) / (self.count - 1) if self.count > 1 and self.gaps else None
 
 
 @dataclass(frozen=True)
@@ -337,9 +339,12 @@ class Timing(Record):
 
     kind: ClassVar[str] = "timing"
 
-    phase: Literal["prefill", "decode", "shared prefill", "width", "eager", "sdpa", "flash-attn"] = "decode"
+    phase: Literal[
+        "prefill", "decode", "shared prefill", "width", "eager", "sdpa", "flash-attn", "eager prefill", "sdpa prefill",
+        "flash-attn prefill",
+    ] = "decode"  # fmt: skip
     """Then the core's promises: many methods against one prefill, a wide step against a narrow one. The last are steps
-    with transformers' attention of that name, both sides alike."""
+    and prefills with transformers' attention of that name, both sides alike: see `kvsuite.modes`."""
     length: int = 0
     """Tokens of context per sequence at the first round."""
     tokens: int = 0
@@ -352,6 +357,13 @@ class Timing(Record):
     """Held by all sequences, all layers."""
     nbytes_read: int = 0
     """Read by one step of all sequences."""
+    allocated: int = 0
+    """Bytes that the caches have reserved on the device: what is held, and free pages and slots. Earlier runs did not
+    record it."""
+    peak: int | None = None
+    """The most memory that the device had given out while the cell was made, filled and checked, above what it had
+    before: for a prefill that is activations, K and V in full precision, observations and the caches. None where the
+    system does not tell."""
     checked: float | None = None
     """How far its attention was from the reference over what it holds, in units of the tolerance; None: not checked."""
     rest_seconds: list[float] = field(default_factory=list)

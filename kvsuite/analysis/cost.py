@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvsuite.analysis.runs import broken
 from kvsuite.analysis.serving import served_rows
 from kvsuite.analysis.speed import REFERENCE, speed_rows
+from kvsuite.analysis.validity import unranked
 from kvsuite.records import Run, Timing
 
 
@@ -24,9 +24,9 @@ class Throughput:
 
 def throughput(run: Run) -> Throughput:
     """At the widest batch and its longest context, or the last load of servers. What ran without a kernel, and what
-    is broken, has no rate."""
+    cannot be believed, has no rate."""
     machine = "GPU" if run.facts.get("environment", {}).get("gpu") else "machine"
-    if rows := [row for row in served_rows(run) if row.method not in broken(run) and not run.is_control(row.method)]:
+    if rows := [row for row in served_rows(run) if row.method not in unranked(run) and not run.is_control(row.method)]:
         last = rows[-1].cell
         rates = {row.method: row.figures["rate"] for row in rows if row.cell == last and "rate" in row.figures}
         return Throughput(f"decoding and prefill at {last}", machine, rates)

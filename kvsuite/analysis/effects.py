@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -194,10 +195,18 @@ def _effect(key: str, found: Estimate, margins: Margins, allowed: Mask, part: Pa
 
 
 def decided(
-    rows: Sequence[Comparison], margins: Margins = DEFAULT, beside: Sequence[Named] = ()
+    rows: Sequence[Comparison],
+    margins: Margins = DEFAULT,
+    beside: Sequence[Named] = (),
+    withheld: Mapping[str, Collection[str]] = MappingProxyType({}),
 ) -> tuple[list[Comparison], list[Named]]:
-    """The rows, and the endpoints ``beside`` that were measured elsewhere, with the verdicts of all together."""
-    found = [(row.method, e) for row in rows for e in row.effects]
+    """The rows, and the endpoints ``beside`` that were measured elsewhere, with the verdicts of all together. Those in
+    ``withheld``, by method, are not found within their margins."""
+    found = [
+        (row.method, replace(e, withheld=e.endpoint in withheld.get(row.method, ())))
+        for row in rows
+        for e in row.effects
+    ]
     effects = iter(decide([*found, *beside], margins))
     judged = [replace(row, effects=[next(effects)[1] for _ in row.effects]) for row in rows]
     return judged, list(effects)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,20 +10,27 @@ from functools import cache
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvsuite.analysis.length import is_empty, loops
 from kvsuite.analysis.resample import Floats, Mask, Places
 from kvsuite.analysis.samples import same_answers
 from kvsuite.analysis.stats import holm
-from kvsuite.analysis.texts import LONG, WORDS, NgramModel, Script, TfidfIndex, length, squeezed, stuttered
+from kvsuite.analysis.texts import LONG, WORDS, NgramModel, Script, TfidfIndex, Vocabulary, length, squeezed, stuttered
+from kvsuite.analysis.verdict import POWER
 from kvsuite.columns import Arm, Key
 from kvsuite.errors import UsageError
 
 Name = Literal["empty", "repetition", "language", "cap hits", "order", "agreement"]
+State = Literal["passed", "failed", "could not tell"]
 LEVEL = 0.01
 """How often a variant that differs by noise alone is called broken at most, over all signs."""
 FEW = 8
 """Prompts below which nothing is tested."""
+SHARE = 0.2
+"""Of the prompts: garbage in so many answers is found 4 times of 5, or the check says that it could not tell."""
+MOST = 10_000
+"""Prompts beyond which nobody asks."""
 LEAST: dict[Name, float] = {
     "empty": 0.1,
     "repetition": 0.1,
@@ -34,9 +42,9 @@ LEAST: dict[Name, float] = {
 """The share of answers beyond the floor from which a sign can fail. A sane but lossy variant does end late, or leave
 the topic, now and then."""
 BLIND: dict[Name, float] = {
-    "empty": 0.1,
-    "repetition": 0.1,
-    "language": 0.1,
+    "empty": 0.05,
+    "repetition": 0.05,
+    "language": 0.05,
     "cap hits": 1 / 3,
     "order": 1 / 3,
     "agreement": 1 / 3,
@@ -46,6 +54,8 @@ same letters does not show how far sane answers in other words are from each oth
 twice, a third are no closer to each other than to others', of 64 a fifth."""
 GUESSED: tuple[Name, ...] = ("order", "agreement")
 """Signs of which sane answers in other words show some."""
+NOISE = 5 / 6
+"""Of answers that are noise, the share whose words are no likelier in their order."""
 HOPELESS: tuple[Name, ...] = ("empty", "repetition", "language")
 """Signs that one answer can show by itself, without others to compare with."""
 
@@ -57,7 +67,7 @@ class Sign:
     * *empty*: nothing but white space.
     * *repetition*: ends in a loop, or its end is far more repetitive than the baseline's answers, or most of it is
       there twice in a row.
-    * *language*: symbols, or a script or language that the baseline does not use.
+    * *language*: symbols, or a script or language that the baseline does not use, at its start, middle or end.
     * *cap hits*: ended by the cap, 3/2 as long as the baseline's answer or longer, which ended by itself.
     * *order*: its words are no likelier in their order than in another.
     * *agreement*: no closer to the baseline's answer than to its answers to other prompts.
@@ -80,6 +90,8 @@ class Sign:
     adjusted: float
     """After Holm's correction over the signs whose discordant prompts are enough to fail at all."""
     failed: bool
+    where: tuple[int, int, int] | None = None
+    """Of ``count``, how many show it at their start, in their middle and at their end; None where that is not known."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +113,20 @@ class Check:
     signs: tuple[Sign, ...]
     broken: bool
     example: Example | None
-    note: str = ""
-    """What the check could not rely on, in words: few answers, no floor."""
+    told: int
+    """Prompts whose answers garbage would be seen in: they are long enough, or as right as the baseline's, or word for
+    word what it said."""
+    needed: float
+    """So many of them are enough to find garbage in ``SHARE`` of all; infinite where no number is."""
+    same: float
+    """The share of the prompts whose answers are all word for word the baseline's."""
+
+    @property
+    def state(self) -> State:
+        """Whether answers are answers."""
+        if self.broken:
+            return "failed"
+        return "passed" if self.told >= self.needed or self.same > 1 - SHARE else "could not tell"
 
 
 def check(base: Arm, variant: Arm, control: Arm | None) -> Check:
@@ -111,7 +135,8 @@ def check(base: Arm, variant: Arm, control: Arm | None) -> Check:
 
     A sign fails where its adjusted p is at most ``LEVEL`` and its share is ``LEAST`` beyond the floor. With fewer than
     ``FEW`` prompts none can. Broken is also a variant all of whose answers are empty, repetitive or in a wrong language
-    where none of the control's is. Raises UsageError where the arms are not aligned or no text was kept."""
+    where none of the control's is, or so few that it is no chance. Raises UsageError where the arms are not aligned or
+    no text was kept."""
     arms = [base, variant, *([control] if control is not None else [])]
     if any(arm.keys != base.keys for arm in arms):
         raise UsageError(f"{variant.source} cannot be checked: it does not answer the same samples as {base.source}")
@@ -119,33 +144,87 @@ def check(base: Arm, variant: Arm, control: Arm | None) -> Check:
     if not at:
         raise UsageError(f"{variant.source} cannot be checked for garbage: the text of the answers was not kept")
     base, *others = (arm.take(at) for arm in arms)
-    notes = [] if control is not None else ["no control: no floor was measured"]
-    if control is not None and same_answers(base, others[1]):
-        notes, others = ["the control's answers are identical: no floor was measured"], others[:1]
+    if control is not None and same_answers(base, others[1]):  # it measures no floor
+        others = others[:1]
     prompts = _codes(base.cluster)
-    few = int(prompts.max()) + 1 < FEW
-    if few:
-        notes.append(f"too few answers: {prompts.max() + 1} of at least {FEW} prompts")
+    count = int(prompts.max()) + 1
     found = {name: _by_dataset(mark, base, others) for name, mark in MARKS.items()}
-    signs = _signs(found, prompts, few)
-    if not few:
-        notes += [
-            f"too few answers to tell their {s.name}"
-            for s in signs
-            if s.name in GUESSED and BLIND[s.name] ** s.n > LEVEL
-        ]
+    signs = _signs(found, prompts, count < FEW)
     hard = [np.any([found[name].shown(k) for name in HOPELESS], axis=0) for k in range(len(others))]
-    all_hard = bool(hard[0].all()) and not any(x.any() for x in hard[1:])
+    alone = [len(np.unique(prompts[hard[0] & ~x])) for x in hard[1:]]
+    all_hard = bool(hard[0].all()) and all(0.5**n <= LEVEL or not x.any() for n, x in zip(alone, hard[1:], strict=True))
     failed = [s.name for s in signs if s.failed] or (list(HOPELESS) if all_hard else [])
     example = _example(base, others[0], found, failed) if failed else None
-    return Check(len(base), signs, bool(failed), example, "; ".join(notes))
+    same = np.array([mine == theirs for mine, theirs in zip(others[0].text, base.text, strict=True)], np.bool_)
+    right = (base.score > 0) & (others[0].score >= base.score)
+    told = len(np.unique(prompts[same | right | found["language"].told]))
+    apart = len(np.unique(prompts[~same]))
+    return Check(len(base), signs, bool(failed), example, told, _needed(found, told), 1 - apart / count)
+
+
+def _needed(found: dict[Name, _Marks], told: int) -> float:
+    """How many prompts find garbage in ``SHARE`` of them 4 times of 5, by a sign that single answers show, where noise
+    shows it as often as it does here."""
+    floor, granted = 0.0, 0.0
+    for marks in (found[name] for name in HOPELESS):
+        n = max(int(marks.possible.sum()), 1)
+        floor = max([floor, *(float(x.sum() / n) for x in (marks.back, *(marks.shown(k) for k in marks.controls)))])
+    granted = max(found[name].granted(name) for name in HOPELESS)
+    n = max(told, FEW)
+    if told >= FEW and _finds(told, floor, granted):
+        return told
+    while n < MOST and not _finds(n, floor, granted):
+        n = math.ceil(1.05 * n)
+    return n if n < MOST else math.inf
+
+
+def _finds(n: int, floor: float, granted: float) -> bool:
+    """Whether ``n`` prompts do. ``floor``: the share of them in which noise shows the sign; ``granted``: that which
+    may show it without anything being wrong."""
+    from scipy.stats import binom
+
+    counts, noise = np.arange(n + 1), round(floor * n)
+    p = np.maximum(binom.sf(counts - 1, counts + noise, 0.5), binom.sf(counts - 1, n, granted))
+    enough = (len(HOPELESS) * p <= LEVEL) & (counts >= n * (max(floor, granted) + LEAST["language"]))
+    least = int(np.argmax(enough)) if enough.any() else n + 1
+    return float(binom.sf(least - 1, n, min(SHARE + floor, 1))) >= POWER
 
 
 def hopeless(base: Arm, variants: Sequence[Arm]) -> list[Mask]:
     """For each variant (n,): which of its answers show one of `HOPELESS` where the baseline's does not. All arms are
     aligned and all texts known."""
-    found = [_by_dataset(MARKS[name], base, list(variants)) for name in HOPELESS]
-    return [np.any([marks.shown(k) for marks in found], axis=0) for k in range(len(variants))]
+    found = ([_by_dataset(MARKS[name], base, [variant]).shown(0) for name in HOPELESS] for variant in variants)
+    return [np.any(shown, axis=0) for shown in found]
+
+
+def senseless(arm: Arm) -> tuple[int, int]:
+    """Of how many prompts an arm's answers make no sense by themselves – empty, symbols, no common words, words in no
+    order – and of how many that could be told."""
+    prompts = _codes(arm.cluster)
+
+    def mark(part: Arm, _: list[Arm]) -> _Marks:
+        texts, prompts = _texts(part), _codes(part.cluster)
+        script, words = Script(texts), Vocabulary(texts, prompts)
+        speech = NgramModel(texts, prompts, most=4)
+        odd = np.array([is_empty(text) or script.strange(text) for text in texts], np.bool_) | words.rare(texts)
+        odd |= speech.jumbled(texts) & speech.ordered
+        told = odd | np.array([length(text) >= LONG for text in texts], np.bool_)
+        return _Marks(told, [odd], np.zeros_like(odd), told)
+
+    found = _by_dataset(mark, arm, [arm])
+    return len(np.unique(prompts[found.shown(0)])), len(np.unique(prompts[found.told]))
+
+
+def orderless(bad: int, told: int) -> State:
+    """Whether so many of so many prompts without sense are more than a sane model's; of noise it would be five in
+    six."""
+    from scipy.stats import binom
+
+    sane, counts = BLIND["order"], np.arange(told + 1)
+    least = int(np.argmax(np.append(binom.sf(counts - 1, told, sane) <= LEVEL, True)))
+    if bad >= least:
+        return "failed"
+    return "passed" if binom.sf(least - 1, told, NOISE) >= POWER else "could not tell"
 
 
 @dataclass(frozen=True)
@@ -158,6 +237,15 @@ class _Marks:
     """For the variant, and for the control if there is one."""
     back: Mask
     """The baseline's answer shows it, the variant's does not."""
+    told: Mask
+    """The variant's answer would show it if it were there."""
+    where: NDArray[np.bool_] | None = None
+    """(n, 3): whether the variant's answer shows it at its start, in its middle, at its end."""
+
+    @property
+    def controls(self) -> range:
+        """Which ``arms`` are controls."""
+        return range(1, len(self.arms))
 
     def shown(self, k: int) -> Mask:
         """On which answers of an arm it counts."""
@@ -166,7 +254,7 @@ class _Marks:
     def bar(self, name: Name) -> float:
         """The share of the variant's answers from which it can fail."""
         n = max(int(self.possible.sum()), 1)
-        shown = [self.back, *(self.shown(k) for k in range(1, len(self.arms)))]
+        shown = [self.back, *(self.shown(k) for k in self.controls)]
         return max(self.granted(name), *(float(x.sum() / n) for x in shown)) + LEAST[name]
 
     def granted(self, name: Name) -> float:
@@ -186,8 +274,16 @@ def _signs(found: dict[Name, _Marks], prompts: Places, few: bool) -> tuple[Sign,
         floor = int(marks.shown(1).sum()) if len(marks.arms) > 1 else None
         p = adjusted.get(name, 1.0)
         failed = not few and p <= LEVEL and count >= n * marks.bar(name)
-        signs.append(Sign(name, n, count, floor, back, tests[name][0], p, failed))
+        signs.append(Sign(name, n, count, floor, back, tests[name][0], p, failed, _where(marks)))
     return tuple(signs)
+
+
+def _where(marks: _Marks) -> tuple[int, int, int] | None:
+    """How many of the answers that show a sign do so at their start, in their middle and at their end."""
+    if marks.where is None:
+        return None
+    start, middle, end = (int(x) for x in marks.where[marks.shown(0)].sum(0))
+    return start, middle, end
 
 
 def _tested(marks: _Marks, prompts: Places, blind: float) -> tuple[float, float]:
@@ -196,7 +292,7 @@ def _tested(marks: _Marks, prompts: Places, blind: float) -> tuple[float, float]
 
     mine, back, among, *noise = (
         np.bincount(prompts, x.astype(np.float64)).astype(np.float64)
-        for x in (marks.shown(0), marks.back, marks.possible, *(marks.shown(k) for k in range(1, len(marks.arms))))
+        for x in (marks.shown(0), marks.back, marks.possible, *(marks.shown(k) for k in marks.controls))
     )
     p, _ = _more(mine, back)
     least = 0.0
@@ -229,14 +325,18 @@ def _by_dataset(mark: Callable[[Arm, list[Arm]], _Marks], base: Arm, arms: list[
     """Each dataset by itself, as answers of one are alike in length and form; small ones together."""
     sizes = Counter(base.dataset)
     names = np.array([name if sizes[name] >= FEW else "" for name in base.dataset])
-    possible, back, *marked = (np.zeros(len(base), np.bool_) for _ in range(2 + len(arms)))
+    possible, back, told, *marked = (np.zeros(len(base), np.bool_) for _ in range(3 + len(arms)))
+    where: NDArray[np.bool_] | None = None
     for name in np.unique(names):
         at = np.flatnonzero(names == name)
         part = mark(base.take(at.tolist()), [arm.take(at.tolist()) for arm in arms])
-        possible[at], back[at] = part.possible, part.back
+        possible[at], back[at], told[at] = part.possible, part.back, part.told
         for whole, mine in zip(marked, part.arms, strict=True):
             whole[at] = mine
-    return _Marks(possible, marked, back)
+        if part.where is not None:
+            where = np.zeros((len(base), 3), np.bool_) if where is None else where
+            where[at] = part.where
+    return _Marks(possible, marked, back, told, where)
 
 
 def _codes(names: Sequence[str]) -> Places:
@@ -250,7 +350,7 @@ def _texts(arm: Arm) -> list[str]:
 def _each(base: Arm, arms: list[Arm], told: Callable[[str], bool]) -> _Marks:
     told = cache(told)  # many answers are the baseline's
     own, *others = (np.array([told(text) for text in _texts(arm)], np.bool_) for arm in (base, *arms))
-    return _Marks(~own, others, own & ~others[0])
+    return _Marks(~own, others, own & ~others[0], np.ones_like(own))
 
 
 def _empty(base: Arm, arms: list[Arm]) -> _Marks:
@@ -264,7 +364,7 @@ def _cap_hits(base: Arm, arms: list[Arm]) -> _Marks:
         longer = 2 * one.tokens >= 3 * other.tokens
         return np.asarray(known & (one.capped == 1) & (other.capped == 0) & longer)
 
-    return _Marks(known & (base.capped == 0), [late(arm, base) for arm in arms], late(base, arms[0]))
+    return _Marks(known & (base.capped == 0), [late(arm, base) for arm in arms], late(base, arms[0]), known)
 
 
 TIGHT = 0.25
@@ -282,19 +382,22 @@ def _repetition(base: Arm, arms: list[Arm]) -> _Marks:
 
 
 def _language(base: Arm, arms: list[Arm]) -> _Marks:
-    script, speech = Script(_texts(base)), NgramModel(_texts(base))
-    own, *others = (
-        np.array([script.strange(text) for text in _texts(arm)], np.bool_) | speech.foreign(_texts(arm))
-        for arm in (base, *arms)
-    )
-    return _Marks(~own, others, own & ~others[0])
+    script, prompts = Script(_texts(base)), _codes(base.cluster)
+    again = _texts(arms[1]) if len(arms) > 1 else []
+    speech, words = NgramModel(_texts(base), prompts, again), Vocabulary(_texts(base), prompts, again)
+    strange = (np.array([script.strange(text) for text in _texts(arm)], np.bool_) for arm in (base, *arms))
+    foreign = (speech.foreign(_texts(arm)) | words.foreign(_texts(arm)) for arm in (base, *arms))
+    seen = [windows | odd[:, None] for windows, odd in zip(foreign, strange, strict=True)]
+    own, *others = (np.asarray(windows.any(1)) for windows in seen)
+    long = np.array([length(text) >= LONG for text in _texts(arms[0])], np.bool_)
+    return _Marks(~own, others, own & ~others[0], long & (speech.known | words.known), seen[1] & ~seen[0])
 
 
 def _order(base: Arm, arms: list[Arm]) -> _Marks:
-    speech = NgramModel(_texts(base), most=4)
+    speech = NgramModel(_texts(base), _codes(base.cluster), most=4)
     long = np.array([length(text) >= LONG and len(text.split()) >= WORDS for text in _texts(base)], np.bool_)
     own, *others = (speech.jumbled(_texts(arm)) for arm in (base, *arms))
-    return _Marks(long & ~own, others, long & own & ~others[0])
+    return _Marks(long & ~own, others, long & own & ~others[0], long)
 
 
 VAGUE = 2 / 3
@@ -311,7 +414,7 @@ def _agreement(base: Arm, arms: list[Arm]) -> _Marks:
     possible, halves = long & ~own, TfidfIndex(firsts, prompts).astray(seconds)
     if (halves & possible).sum() > VAGUE * possible.sum():
         possible[:] = False
-    return _Marks(possible, others, np.zeros(len(base), np.bool_))
+    return _Marks(possible, others, np.zeros(len(base), np.bool_), long)
 
 
 MARKS: dict[Name, Callable[[Arm, list[Arm]], _Marks]] = {

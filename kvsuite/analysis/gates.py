@@ -202,18 +202,20 @@ def _why(x: Figure) -> str:
     return x if isinstance(x, str) else "too few rounds"
 
 
-def _hidden(gate: Gate, x: Figure) -> bool:
-    """Whether longer answers than the limit would have ended at the cap."""
-    return isinstance(x, Effect) and x.capped and gate.side > 0
+def _hidden(gate: Gate, x: Figure) -> str:
+    """Why a limit that seems kept may not be; empty where it is."""
+    if isinstance(x, Effect) and x.withheld:
+        return "what measured it cannot be believed"
+    return "answers end at the cap" if isinstance(x, Effect) and x.capped and gate.side > 0 else ""
 
 
-def _judged(gate: Gate, method: str, e: Estimate, p: float, hidden: bool) -> Outcome:
+def _judged(gate: Gate, method: str, e: Estimate, p: float, hidden: str) -> Outcome:
     away: Side = -1 if gate.side > 0 else 1
     if p <= LEVEL:
         return Outcome(gate.text, method, "failed", e.mean, e.bound(away, LEVEL))
     bound = e.bound(gate.side, LEVEL, safe=True)
     if hidden:
-        return Outcome(gate.text, method, "undecided", e.mean, bound, "answers end at the cap")
+        return Outcome(gate.text, method, "undecided", e.mean, bound, hidden)
     kept = e.p(gate.limit, away, safe=True) <= LEVEL
     return Outcome(gate.text, method, "passed" if kept else "undecided", e.mean, bound)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
 
+from kvsuite.analysis import validity
 from kvsuite.analysis.cost import Throughput, throughput
 from kvsuite.analysis.figure import Figure, Map
 from kvsuite.analysis.figures import figures
@@ -28,7 +29,7 @@ from kvsuite.analysis.tables.types import types
 from kvsuite.analysis.tables.verbosity import verbosity
 from kvsuite.analysis.tables.verdicts import verdicts
 from kvsuite.errors import unknown
-from kvsuite.kernels import MODES
+from kvsuite.modes import PAGED, mode_of
 from kvsuite.records import Answer, Record, Run, Timing
 
 NO_GATES = Gates()
@@ -55,6 +56,8 @@ class Report:
     """What a price of tokens is made from."""
     failed: bool = False
     """Whether a gate says so."""
+    alarms: Sequence[str] = ()
+    """Headlines that a run is to end with an error for."""
 
     def table(self, key: str) -> Table:
         """The table of this key. Raises UsageError where there is none."""
@@ -105,6 +108,7 @@ def analyse(run: Run, held: Gates = NO_GATES, today: date | None = None) -> Repo
         limits(run, known),
         throughput(run),
         held.failed(found),
+        [f"{o.kind} {o.arm}: {o.text}" for o in validity.outcomes(run) if o.fatal],
     )
 
 
@@ -130,7 +134,7 @@ def provenance(records: Sequence[Record]) -> list[Note]:
     """That what was scored is what was timed, or that it was not; nothing where no method was both."""
     good = [r for r in records if isinstance(r, (Answer, Timing)) and r.status == "ok" and r.cache.startswith(OURS)]
     scored = {(r.method, r.cache) for r in good if isinstance(r, Answer)}
-    timed = {(r.method, r.cache) for r in good if isinstance(r, Timing) and r.phase not in MODES}
+    timed = {(r.method, r.cache) for r in good if isinstance(r, Timing) and mode_of(r.phase)[1] == PAGED}
     both = {method for method, _ in scored} & {method for method, _ in timed}
     if not both:
         return []

@@ -9,12 +9,13 @@ from kvsuite.analysis.answered import Answered, apart, shared
 from kvsuite.analysis.effects import Part
 from kvsuite.analysis.forced import acted
 from kvsuite.analysis.length import halves, named
-from kvsuite.analysis.serving import blocks, checks, served_rows, token_speeds
+from kvsuite.analysis.serving import blocks, served_rows, token_speeds
 from kvsuite.analysis.shortfall import expected, interrupted, timed
 from kvsuite.analysis.speed import REFERENCE, log_speeds, speed_rows
 from kvsuite.analysis.stats import Estimate
 from kvsuite.analysis.table import State
 from kvsuite.analysis.trimmed import log_change
+from kvsuite.analysis.validity import left_out, unranked
 from kvsuite.analysis.verdict import Effect, Named, effect
 from kvsuite.margins import Margins
 from kvsuite.readers.run import answers, arms
@@ -35,17 +36,12 @@ class Known:
 
 
 def parts(run: Run) -> list[Part]:
-    """The run's methods against ``full``: scored tasks, and chats. What is broken is left out."""
+    """The run's methods against ``full``: scored tasks, and chats, without arms whose answers are none, or to other
+    prompts."""
     found = [part for known in _known(run) for part in _parts(run, known, controls=False)]
-    left_out = broken(run)
-    noisy = acted(run)
-    kept = [replace(p, methods={m: a for m, a in p.methods.items() if m not in left_out}, acted=noisy) for p in found]
+    lost, noisy = left_out(run), acted(run)
+    kept = [replace(p, methods={m: a for m, a in p.methods.items() if m not in lost}, acted=noisy) for p in found]
     return [part for part in kept if part.methods]
-
-
-def broken(run: Run) -> set[str]:
-    """Arms of servers whose answers are none: these have no verdict and no rank."""
-    return {method for method, check in checks(run).items() if check.broken}
 
 
 def noise(run: Run) -> list[Part]:
@@ -99,12 +95,12 @@ def _parts(run: Run, known: Known, controls: bool) -> list[Part]:
 def changes(one: Run, other: Run) -> list[Part]:
     """Every method of two runs: the one's answers as the baseline of the other's. The floor of ``full`` is the one's
     own control; a method has none."""
-    found, left_out = [], broken(one) | broken(other)
+    found, gone = [], left_out(one) | left_out(other)
     for before, after in zip(_known(one), _known(other), strict=True):
         base = before.repeats.get(one.baseline, [])
         sampled, expected = len(base) > 1, max(before.expected, after.expected)
         noise = next((before.repeats[method] for method in before.repeats if one.is_control(method)), [])
-        for method in (m for m in before.repeats if m in after.repeats and m not in left_out):
+        for method in (m for m in before.repeats if m in after.repeats and m not in gone):
             control = [] if method != one.baseline else apart(base, after.repeats[method]) if sampled else noise
             found += shared(method, before.repeats[method], after.repeats[method], control, expected, sampled)
     return found
@@ -159,20 +155,22 @@ class Fast:
 def speeds(run: Run, margins: Margins) -> Fast:
     """Decode speed of every method at the widest, longest cell that was measured, as a multiple of ``full``'s; of
     servers, time per token in the last load (tokens per second would reward long answers). A control's speed is that of
-    making noise. What ran without a kernel,
-    and what is broken, is not judged by its speed."""
+    making noise. What ran without a kernel, and what cannot be believed (`validity.py`), is not judged by its speed."""
     served = served_rows(run)
     if served:
-        left_out, last = {run.baseline} | broken(run), served[-1].cell
+        hidden, last = {run.baseline, *left_out(run)}, served[-1].cell
         asked = max(len(blocks(run)[last]), run.facts.get("expected", {}).get("blocks", 0))
-        judged = [row for row in served if row.cell == last and row.method not in left_out]
+        judged = [row for row in served if row.cell == last and row.method not in hidden]
         judged = [row for row in judged if not run.is_control(row.method)]
+        unknown = unranked(run)
         found = [
             (row.method, _speed(row.ratios["tpot"], margins, row.blocks, (row.blocks, asked), interrupted(run)))
             for row in judged
-            if "tpot" in row.ratios
+            if "tpot" in row.ratios and row.method not in unknown
         ]
-        return Fast(found, [(row.method, "failed") for row in judged if "tpot" not in row.ratios], last)
+        lost: list[tuple[str, State]] = [(row.method, "failed") for row in judged if "tpot" not in row.ratios]
+        lost += [(row.method, "cannot tell") for row in judged if row.method in unknown and "tpot" in row.ratios]
+        return Fast(found, lost, last)
     rows = [row for row in speed_rows([r for r in run.records if isinstance(r, Timing)]) if row.phase == "decode"]
     rows = [row for row in rows if row.method != "transformers" and not run.is_control(row.method)]
     whole = [row for row in rows if row.speedup is not None]
@@ -192,7 +190,7 @@ def speeds(run: Run, margins: Margins) -> Fast:
     ]
     methods = [name for name in run.facts["methods"] if not run.is_control(name)]
     known = dict.fromkeys([*here, *(methods if unfinished else [])])
-    lost: list[tuple[str, State]] = [(m, "missing") for m in known if m not in here and m != FULL]
+    lost = [(m, "missing") for m in known if m not in here and m != FULL]
     lost += [(m, "failed" if r.failed else "not measured") for m, r in here.items() if r.speedup is None]
     return Fast(found, lost, f"batch {width}, {length} tokens")
 
@@ -212,11 +210,11 @@ def speed_changes(one: Run, other: Run, margins: Margins) -> list[Named]:
     itself where one machine is known to have computed both. Welch's t on the logarithms of rounds, of servers those of
     blocks: two runs are two sessions."""
     before, after = _rounds(one), _rounds(other)
-    left_out = broken(one) | broken(other) | ({one.baseline} if elsewhere(one, other) else set())
+    hidden = unranked(one) | unranked(other) | ({one.baseline} if elsewhere(one, other) else set())
     found = []
     for (method, cell), rounds in before.items():
         logs = [rounds, after.get((method, cell), [])]
-        if method in left_out or min(map(len, logs)) < 2:
+        if method in hidden or min(map(len, logs)) < 2:
             continue
         found.append(
             (f"{method}, {cell}", effect("speed", log_change(*logs), margins.speed, -1, len(logs[1]), ratio=True))

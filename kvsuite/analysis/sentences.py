@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvsuite.analysis.serving import stored
-from kvsuite.analysis.table import Cell, Row, Table
+from kvsuite.analysis.table import Cell, Row, State, Table
 from kvsuite.margins import Margins
 from kvsuite.records import Answer, Run, Timing
 
@@ -22,6 +22,11 @@ DAMAGE = {
     "length": "its answers are {:.2f} times as long",
     "truncation": "it cuts {:.0f} % of the answers short",
 }
+GONE: dict[State, tuple[str, str]] = {
+    "broken": ("Broken", "Its answers are no answers."),
+    "differs": ("Not comparable", "It did not read the same prompts."),
+}
+"""Of methods that have no figures."""
 SMALL = 3e9
 """Parameters below which a model is called small."""
 SIZES = {"m": 1e6, "b": 1e9}
@@ -55,8 +60,8 @@ def sentences(run: Run, tables: Mapping[str, Table]) -> list[Sentence]:
 def _sentence(
     run: Run, method: str, own: Mapping[str, Cell], decided: Mapping[str, Cell], held: float | str | None
 ) -> Sentence:
-    if own.get("all", Cell()).state == "broken":
-        return Sentence(method, "bad", "Broken", "Its answers are no answers.")
+    if (gone := own.get("all", Cell()).state) != "ok":
+        return Sentence(method, "bad", *GONE[gone])
     where = " for a token" if "servers" in run.facts else ""
     said = [f"it needs {100 * held:.0f} % of the cache's memory{where}"] if isinstance(held, float) else []
     speed = own.get("speed", Cell())

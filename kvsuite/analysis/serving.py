@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kvsuite.analysis.garbled import Check, check
+from kvsuite.analysis.garbled import Check, check, senseless
 from kvsuite.analysis.speed import Goodput, goodput, p95
 from kvsuite.analysis.stats import Estimate
 from kvsuite.analysis.trimmed import log_ratio_interval
@@ -183,6 +183,14 @@ def _mean_log(legs: Sequence[Mapping[str, float]], name: str) -> float:
 
 
 @lru_cache(maxsize=2)
+def sense(run: Run) -> tuple[int, int]:
+    """How many of the prompts that the baseline answered have answers without sense, and of how many that could be
+    told."""
+    base = _said(run).get(run.baseline)
+    return senseless(base) if base is not None else (0, 0)
+
+
+@lru_cache(maxsize=2)
 def checks(run: Run) -> Mapping[str, Check]:
     """Whether an arm's answers are still answers: everything it said against what the baseline said to the same,
     beyond the A/A arm. An A/A arm that answered less than half of it is no control."""
@@ -203,6 +211,7 @@ def checks(run: Run) -> Mapping[str, Check]:
     return found
 
 
+@lru_cache(maxsize=2)
 def _said(run: Run) -> dict[str, Arm]:
     found = [r for r in run.records if isinstance(r, Served)]
     legs: dict[tuple[str, int], set[int]] = {}
@@ -216,7 +225,7 @@ def _said(run: Run) -> dict[str, Arm]:
         dataset, sample = (load, f"{r.sample} in {where} of block {r.block}") if load else (r.task, r.sample)
         said = "\n".join(filter(None, (r.reasoning, r.text, r.calls)))
         gather = gathered.setdefault(r.method, ArmBuilder(f"{run.folder}#{r.method}"))
-        known: dict[str, Any] = {"tokens": r.count, "cap": r.cap, "capped": r.finish == "length"}
+        known: dict[str, Any] = {"tokens": r.count, "cap": r.cap, "capped": r.finish == "length", "score": r.score}
         cluster = r.cluster or f"{r.sample} {r.block}"
         gather.add(run.folder, dataset, sample, text=said, cluster=cluster, **known)
     return {method: gather.arm() for method, gather in gathered.items()}
@@ -236,14 +245,15 @@ class ServerReport:
     failures: tuple[str, ...]
     proof: str = ""
     """Why compression is taken to have run; empty where that is not shown. Nothing to be shown of a baseline."""
-    lost: tuple[str, ...] = ()
-    """Features that the baseline's server has otherwise, and whose tokens are counted otherwise."""
+    apart: Mapping[str, tuple[str | None, str | None]] = field(default_factory=dict)
+    """By name, features that it says it has otherwise than the baseline's server says: what each says of them."""
     warm: float = 0.0
     """Of the tokens of prompts that were to be cold, the share that the server had in its prefix cache."""
     perhaps_warm: bool = False
     """Whether nothing kept them from it, and nothing says how many it had."""
 
 
+@lru_cache(maxsize=2)
 def told(run: Run) -> list[ServerReport]:
     """One entry per arm."""
     probes: dict[str, list[Probe]] = {}
@@ -251,7 +261,7 @@ def told(run: Run) -> list[ServerReport]:
         if isinstance(r, Probe):
             probes.setdefault(r.method, []).append(r)
     base, found = _facts(probes.get(run.baseline, [])), []
-    counted, warm = _counted(run), _warm(run)
+    warm = _warm(run)
     if run.baseline not in probes:
         return []
     for method, mine in probes.items():
@@ -262,14 +272,12 @@ def told(run: Run) -> list[ServerReport]:
             for name, value in p.counters.items():
                 sums[name] = max(sums.get(name, 0.0), value) if name == "late" else sums.get(name, 0.0) + value
         failures = tuple(dict.fromkeys(p.error for p in mine if p.status != "ok"))
-        proof, lost = ("", ()) if plain or not facts else (proven(facts, base), differing(facts, base))
-        if counted.get(method) != counted.get(run.baseline) and method in counted:
-            lost += (f"tokens counted by {counted[method]} (baseline: {counted.get(run.baseline)})",)
+        proof, apart = ("", {}) if plain or not facts else (proven(facts, base), differing(facts, base))
         off = str(facts.get("features", {}).get("prefix caching", "")).lower() in OFF
         perhaps = bool(sums.get("perhaps_warm")) and method not in warm and not off
         share = warm.get(method, 0.0)
         found.append(
-            ServerReport(method, last.profile, last.command, facts, sums, failures, proof, lost, share, perhaps)
+            ServerReport(method, last.profile, last.command, facts, sums, failures, proof, apart, share, perhaps)
         )
     return found
 
@@ -277,19 +285,11 @@ def told(run: Run) -> list[ServerReport]:
 OFF = ("false", "off", "disabled", "no", "0")
 
 
-def _counted(run: Run) -> dict[str, str]:
-    """Who counted every arm's tokens."""
-    found: dict[str, set[str]] = {}
-    for r in run.records:
-        if isinstance(r, Served) and r.status == "ok":
-            found.setdefault(r.method, set()).add(r.counted)
-    return {method: ", ".join(sorted(kinds)) for method, kinds in found.items()}
-
-
 def _warm(run: Run) -> dict[str, float]:
     """By arm, of the prompts' tokens in loads that were to be cold, the share found in the prefix cache: as the server
     says it request by request, else as it counted in legs that had nothing but such loads."""
-    if run.facts["settings"].get("prefix") == "warm":
+    settings = run.facts["settings"]
+    if settings.get("prefix") == "warm" or settings.get("workload") == "multi-turn":  # later turns find the earlier
         return {}
     sums: dict[str, list[float]] = {}
     for r in timed(run):
@@ -334,14 +334,11 @@ def _per_token(facts: Mapping[str, Any]) -> float | None:
     return size / tokens if size and tokens else None
 
 
-def differing(facts: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[str, ...]:
-    """Features in which a server differs from the baseline's."""
+def differing(facts: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, tuple[str | None, str | None]]:
+    """By name, features of which a server and the baseline's do not say the same; None: it does not say."""
     mine, theirs = facts.get("features", {}), base.get("features", {})
-    return tuple(
-        f"{name}: {mine.get(name, 'not said')} (baseline: {theirs.get(name, 'not said')})"
-        for name in dict.fromkeys([*theirs, *mine])
-        if mine.get(name) != theirs.get(name)
-    )
+    both = {name: (mine.get(name), theirs.get(name)) for name in dict.fromkeys([*theirs, *mine])}
+    return {name: said for name, said in both.items() if said[0] != said[1]}
 
 
 def stored(run: Run) -> dict[str, float]:

@@ -43,6 +43,8 @@ class SpeedRow:
     rounds: int = 0
     nbytes: int = 0
     nbytes_read: int = 0
+    allocated: int = 0
+    peak: int | None = None
     checked: float | None = None
     path: str = ""
     """Codec, and the backend: ``kivi/reference`` is PyTorch."""
@@ -64,6 +66,7 @@ def speed_rows(timings: Sequence[Timing]) -> list[SpeedRow]:
         row = SpeedRow(t.method, t.phase, t.width, t.length, failed, t.error, path=t.path, refusal=t.refusal)
         if not failed:
             row = replace(row, nbytes=t.nbytes, nbytes_read=t.nbytes_read, checked=t.checked)
+            row = replace(row, allocated=t.allocated, peak=t.peak)
         if not failed and len(logs := log_speeds(t)) > 1:
             rate, beside = (t.tokens / statistics.median(seconds) for seconds in (t.seconds, t.baseline_seconds))
             row = replace(row, rate=rate, baseline_rate=beside, speedup=log_ratio_interval(logs), rounds=len(logs))
@@ -121,8 +124,8 @@ def scaled(timing: Timing) -> Timing:
         [rest + (seconds - rest) * timing.scale for seconds in side]
         for side in (timing.seconds, timing.baseline_seconds)
     )
-    held, read = (round(n * timing.scale) for n in (timing.nbytes, timing.nbytes_read))
-    return replace(timing, seconds=mine, baseline_seconds=base, scale=1.0, nbytes=held, nbytes_read=read)
+    sizes = {key: round(getattr(timing, key) * timing.scale) for key in ("nbytes", "nbytes_read", "allocated")}
+    return replace(timing, seconds=mine, baseline_seconds=base, scale=1.0, peak=None, **sizes)
 
 
 def _of_limit(t: Timing) -> float | None:

@@ -9,9 +9,11 @@ from typing import Literal
 from kvsuite.analysis.stats import Interval
 from kvsuite.errors import unknown
 
-State = Literal["ok", "partial", "failed", "missing", "not measured", "broken"]
+State = Literal["ok", "partial", "failed", "missing", "not measured", "broken", "differs", "cannot tell"]
 """*partial*: of the samples (or rounds) that are there, since others are not. *missing*: it was to be measured and was
-not. *not measured*: too few rounds for a figure. *broken*: a server's answers are no answers, so it has no figures."""
+not. *not measured*: too few rounds for a figure. *broken*: a server's answers are no answers, so it has no figures.
+*differs*: likewise, as it did not read the same prompts. *cannot tell*: what was measured cannot be believed
+(`validity.py`)."""
 Severity = Literal["info", "warning", "error"]
 Shown = Literal["value", "ends", "half", "range", "p", "verdict", "clock"]
 

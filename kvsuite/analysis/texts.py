@@ -7,29 +7,36 @@ import re
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import numpy as np
 
-from kvsuite.analysis.resample import Floats, Mask, Places
+from kvsuite.analysis.resample import Mask, Places
 
 LONG = 100
 """Characters from which an answer has a language and a topic."""
-POOL = 2000
-"""Characters that others must have written before a text can be strange to them."""
+POOL, ORDERED = 2000, 15_000
+"""Characters that others must have written before a text can be strange to them, and before its order can."""
 END, SHORT = 600, 200
 """Bytes of an answer's end that are compressed, and fewer than which are not."""
 TWICE = re.compile(r"(.{1,24})\1", re.DOTALL)
 """A piece, as long as a token may be, and at once the same again."""
 RARE = 0.01
 """Of the baseline's letters, the share from which it uses a script."""
-STRANGE, PROSE = 1.4, 3.0
+STRANGE, PROSE = 1.7, 3.0
 """A text is foreign at so many times the bits of the baseline's upper quartile, which counts as ``PROSE`` at least."""
 MOULD, RANDOM = 2.0, 8.0
 """Below so many bits, answers are from one mould, beside which any free sentence is strange: only what reaches
 ``RANDOM`` is foreign then, and nothing can be told of an order."""
+FAMILIAR, SOME = 0.2, 8
+"""The share of words that the baseline's answers must have in common with those to other prompts, as a median, before a
+text can lack them; and how many words it must have."""
+COMMON, RARELY = 20, 0.05
+"""Of the words of prose a quarter are the so many most common ones of other prose (Zipf's law); of random tokens hardly
+any are. What has fewer than the second has no common words."""
+LETTERS = re.compile(r"[^\W\d_]+")
 BACK = 5.0
 """How many sequences weigh as much as what their endings say of the next character."""
 ORDERS, WORDS = 5, 20
@@ -88,37 +95,58 @@ def _kind(character: str) -> str:
     return unicodedata.name(character, "symbol").split()[0] if category in "LM" else "symbol"
 
 
+def windows(text: str) -> list[str]:
+    """A text in up to three parts of equal size, none shorter than ``LONG``: its start, its middle and its end."""
+    count = min(max(len(text) // LONG, 1), 3)
+    return [text[len(text) * k // count : len(text) * (k + 1) // count] for k in range(count)]
+
+
 class NgramModel:
     """How surprising a text is, in bits a character, to whoever knows the baseline's answers to the other prompts: by
     three characters in a row (``most``), where these are unknown by two, by one. Prose of a model comes to 3 or 4, of
-    another language to 5, random letters to 8."""
+    another language to 5, random letters to 8. ``prompts``, (n,), numbers what ``texts`` are answers to: whoever knows
+    an answer to a prompt is surprised by no other. ``again`` are further sane answers, in the same order."""
 
-    def __init__(self, texts: Sequence[str], most: int = 3) -> None:
-        self._most = most
-        self._own = [[np.unique(grams, return_counts=True) for grams in _grams(text, most)] for text in texts]
+    def __init__(self, texts: Sequence[str], prompts: Places, again: Sequence[str] = (), most: int = 3) -> None:
+        self._most, self._prompts = most, prompts.tolist()
+        known: dict[int, dict[str, None]] = {prompt: {} for prompt in self._prompts}
+        for answers in filter(None, (texts, again)):
+            for prompt, text in zip(self._prompts, answers, strict=True):
+                known[prompt][text] = None  # once, however often it was said
+        self._own = {
+            prompt: [np.unique(grams, return_counts=True) for grams in _grams(" ".join(said), most)]
+            for prompt, said in known.items()
+        }
         self._counts = [np.zeros(SLOTS) for _ in range(most)]
         self._total = 0.0
-        for grams in self._own:
+        for grams in self._own.values():
             self._add(grams, 1)
-        bits = self._bits(texts)
-        usual = np.inf if np.isnan(bits).all() else float(np.nanquantile(bits, 0.75))
+        bits = np.array([x for at, text in enumerate(texts) for x in self._surprises(at, windows(text))])
+        self.known = not np.isnan(bits).all()
+        """Whether there is enough of them to tell anything."""
+        self.ordered = self._total >= ORDERED
+        """Whether there is enough of them to tell an order."""
+        usual = float(np.nanquantile(bits, 0.75)) if self.known else np.inf
         self._mould = usual < MOULD
         self._edge = RANDOM if self._mould else STRANGE * max(usual, PROSE)
 
     def foreign(self, texts: Sequence[str]) -> Mask:
-        """(n,), one text a prompt: which are far more surprising than the baseline's own."""
-        return np.asarray(self._bits(texts) > self._edge)
+        """(n, 3), one text a prompt: which are far more surprising than the baseline's own at their start, in their
+        middle, at their end (``windows``)."""
+        return _placed(texts, lambda at, text: [bits > self._edge for bits in self._surprises(at, windows(text))])
 
     def jumbled(self, texts: Sequence[str]) -> Mask:
         """(n,), one text a prompt: which are no less surprising than their words in another order. With four characters
         in a row, of sane answers of a 135M model it is a twentieth to a third; of words in random order five in six."""
         found = np.zeros(len(texts), np.bool_)
         for at, text in enumerate(texts):
-            words = text.split()
+            words, between = text.split(), " "
+            if len(words) < WORDS:  # of scripts without spaces
+                words, between = list("".join(words)), ""
             if len(words) >= WORDS and not self._mould:
                 orders = np.random.default_rng(at).permuted([range(len(words))] * ORDERS, axis=1)
-                shuffled = [" ".join(words[place] for place in order) for order in orders.tolist()]
-                own, *others = self._surprises(at, [text, *shuffled])
+                shuffled = [between.join(words[place] for place in order) for order in orders.tolist()]
+                own, *others = self._surprises(at, [between.join(words), *shuffled])
                 found[at] = min(others) <= own
         return found
 
@@ -127,13 +155,11 @@ class NgramModel:
             counts[slots] += sign * times
         self._total += sign * float(grams[0][1].sum())
 
-    def _bits(self, texts: Sequence[str]) -> Floats:
-        return np.array([self._surprises(at, [text])[0] for at, text in enumerate(texts)])
-
     def _surprises(self, at: int, texts: Sequence[str]) -> list[float]:
-        """Bits a character of answers to one prompt. NaN for a text under ``LONG`` characters and where the baseline's
-        other answers have fewer than ``POOL``."""
-        self._add(self._own[at], -1)
+        """Bits a character of answers to the prompt of the text at a place. NaN for a text under ``LONG`` characters
+        and where the baseline's other answers have fewer than ``POOL``."""
+        own = self._own[self._prompts[at]]
+        self._add(own, -1)
         counts, found = self._counts, []
         for text in texts:
             grams = _grams(text, self._most)
@@ -145,8 +171,65 @@ class NgramModel:
                 before = counts[k - 1][grams[k - 1][self._most - 1 - k : -1]]
                 chance = (counts[k][grams[k][self._most - 1 - k :]] + BACK * chance) / (before + BACK)
             found.append(float(-np.log2(chance).mean()))
-        self._add(self._own[at], 1)
+        self._add(own, 1)
         return found
+
+
+class Vocabulary:
+    """Which words the baseline's answers to other prompts have: of sane prose most, of tokens drawn at random hardly
+    any, though these may be pieces of words of the same language, which no three characters in a row tell. ``prompts``
+    and ``again`` are as of `NgramModel`."""
+
+    def __init__(self, texts: Sequence[str], prompts: Places, again: Sequence[str] = ()) -> None:
+        self._prompts = prompts.tolist()
+        self._own: dict[int, set[str]] = {prompt: set() for prompt in self._prompts}
+        for answers in (texts, again):
+            for prompt, text in zip(self._prompts, answers, strict=False):
+                self._own[prompt].update(_words(text))
+        self._counts = Counter(word for own in self._own.values() for word in own)
+        shares = [share for at, text in enumerate(texts) for share in self._shares(at, text) if not math.isnan(share)]
+        usual = float(np.median(shares)) if shares else 0.0
+        self.known = usual >= FAMILIAR
+        """Whether there is enough of them to tell anything."""
+        self._edge = usual / 3 if self.known else 0.0
+
+    def foreign(self, texts: Sequence[str]) -> Mask:
+        """(n, 3), one text a prompt: which have less than a third of the share of such words that is usual, by
+        ``windows``."""
+        return _placed(texts, lambda at, text: [share < self._edge for share in self._shares(at, text)])
+
+    def rare(self, texts: Sequence[str]) -> Mask:
+        """(n,), one text a prompt: which have none of the words that are common in the baseline's answers to others."""
+        found = np.zeros(len(texts), np.bool_)
+        most = self._counts.most_common(5 * COMMON)
+        for at, text in enumerate(texts):
+            own, words = self._own[self._prompts[at]], _words(text)
+            others = sorted(((n - (word in own), word) for word, n in most), reverse=True)
+            common = {word for _, word in others[:COMMON]}
+            found[at] = len(words) >= WORDS and sum(word in common for word in words) < RARELY * len(words)
+        return found
+
+    def _shares(self, at: int, text: str) -> list[float]:
+        """Of the words in each window, those that answers to other prompts have; NaN where there are few."""
+        own, found = self._own[self._prompts[at]], []
+        for words in map(_words, windows(text)):
+            known = sum(self._counts[word] > (word in own) for word in words)
+            found.append(known / len(words) if len(words) >= SOME else math.nan)
+        return found
+
+
+def _words(text: str) -> list[str]:
+    return LETTERS.findall(text.lower())
+
+
+def _placed(texts: Sequence[str], told: Callable[[int, str], list[bool]]) -> Mask:
+    """(n, 3): what is told of every text's windows, at its start, in its middle and at its end; a text of two has no
+    middle, one of one is everywhere the same."""
+    found = np.zeros((len(texts), 3), np.bool_)
+    for at, text in enumerate(texts):
+        first, *rest = told(at, text)
+        found[at] = [first] * 3 if not rest else [first, len(rest) == 2 and rest[0], rest[-1]]
+    return found
 
 
 class TfidfIndex:

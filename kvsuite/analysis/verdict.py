@@ -13,10 +13,10 @@ from kvsuite.analysis.shares import Side
 from kvsuite.analysis.stats import FEW, LEVEL, Estimate, Interval, holm
 from kvsuite.margins import Margins
 
-Verdict = Literal["harmful", "within margin", "undecided", "not excluded", "capped", "partial"]
+Verdict = Literal["harmful", "within margin", "undecided", "not excluded", "capped", "cannot tell", "partial"]
 """*not excluded*: of an endpoint that can only convict, and does not. *capped*: answers end at the cap, so longer ones
-could not be seen. *partial*: answers are missing. Those that are there may be the short ones, so they decide
-nothing."""
+could not be seen. *cannot tell*: what measured it cannot be believed enough to clear a method (`validity.py`).
+*partial*: answers are missing. Those that are there may be the short ones, so they decide nothing."""
 Limits = tuple[float, float]
 """Below the one and above the other it does harm; infinite where there is no such side."""
 POWER = 0.8
@@ -39,6 +39,8 @@ class Effect:
     """Of so many samples (or rounds) that were to be compared, those that could be; None where all could."""
     capped: bool = False
     """Whether the cap hides what would be harmful."""
+    withheld: bool = False
+    """Whether nothing good may be said of it, as what measured it cannot be believed."""
     veto: bool = False
     """Whether it can only convict."""
     adjusted: float | None = None
@@ -189,7 +191,7 @@ def _safe_level(found: Sequence[Named]) -> float:
     """That at which no further method is within its margins."""
     largest: dict[str, float] = {}
     for name, e in found:
-        safe = e.safe if e.judged and not e.capped else 1.0
+        safe = e.safe if e.judged and not (e.capped or e.withheld) else 1.0
         largest[name] = max(safe, largest.get(name, 0.0))
     return _level(holm(list(largest.values())))
 
@@ -204,7 +206,7 @@ def _verdict(e: Effect) -> Effect:
     elif e.veto:
         verdict = "not excluded"
     elif e.safe <= e.levels[1]:
-        verdict = "within margin"
+        verdict = "cannot tell" if e.withheld else "within margin"
     return replace(e, verdict=verdict, estimate=replace(e.estimate, low=_end(e, -1), high=_end(e, 1)))
 
 

@@ -22,6 +22,7 @@ from kvsuite.cache.observations import (
     PreRopeMoments,
 )
 from kvsuite.errors import UsageError
+from kvsuite.kernels import dense
 from kvsuite.kernels.backends import for_prefill
 from kvsuite.kernels.context import AttentionParams, LayerContext
 from kvsuite.kernels.reference.attention import causal_self_attention
@@ -56,9 +57,11 @@ class PrefilledLayer:
 
 
 class _PrefillLayer(AttendingLayer):
-    def __init__(self, layer: LayerContext, asked: Sequence[Observation], backend: str) -> None:
+    def __init__(self, layer: LayerContext, asked: Sequence[Observation], backend: str, mode: str) -> None:
         super().__init__()
-        self.layer, self.asked, self.backend = layer, asked, backend
+        self.layer, self.asked, self.backend, self.mode = layer, asked, backend, mode
+        self._weights: Tensor | None = None
+        """(heads, T, T), while it is being observed and where the mode tells them."""
         self.seen: PrefilledLayer | None = None
         self.hidden: Tensor | None = None
         """(T, hidden size): what the layer's attention was given, where it was asked for."""
@@ -75,8 +78,11 @@ class _PrefillLayer(AttendingLayer):
     def attend(self, q: Tensor, scale: float, window: int | None, softcap: float | None, aux: Tensor | None) -> Tensor:
         assert self._kv is not None
         (k, v), self._kv = self._kv, None
-        out = causal_self_attention(q[0], k, v, scale, window, softcap, aux)
         params, observed = AttentionParams(scale, window, softcap, aux), dict[Observation, Any]()
+        if self.mode:
+            out, self._weights = dense.self_attention(self.mode, q[0], k, v, params)
+        else:
+            out = causal_self_attention(q[0], k, v, scale, window, softcap, aux)
         for observation in self.asked:
             if isinstance(observation, ExtraPass):
                 continue  # comes after this pass
@@ -85,6 +91,7 @@ class _PrefillLayer(AttendingLayer):
             observed[observation] = self._observe(observation, q[0], k, params)
             _wait(out)
             self.seconds[observation] += time.perf_counter() - start
+        self._weights = None
         self.seen = PrefilledLayer(self.layer.index, k, v, observed, params, self.layer.rope)
         return out[None]
 
@@ -94,6 +101,8 @@ class _PrefillLayer(AttendingLayer):
     def _observe(self, what: Observation, q: Tensor, k: Tensor, params: AttentionParams) -> Any:
         """q (heads, T, head_dim), k (kv_heads, T, head_dim)."""
         if isinstance(what, AttentionMass):
+            if self._weights is not None:
+                return self._weights.sum(1, dtype=torch.float32).view(len(k), -1, k.shape[1]).mean(1)
             backend = for_prefill(q.device.type, self.backend)
             return backend.column_mass(q, k, params.scale, params.window, params.softcap, params.sink_logits)
         if isinstance(what, LastQueries):
@@ -112,11 +121,16 @@ class PrefillCache(Cache):
     """Collects one context's K, V and observations while the model runs over it once."""
 
     def __init__(
-        self, layers: Sequence[LayerContext], asked: Iterable[Observation] = (), backend: str = "auto"
+        self,
+        layers: Sequence[LayerContext],
+        asked: Iterable[Observation] = (),
+        backend: str = "auto",
+        mode: str = "",
     ) -> None:
-        """``backend``: who observes, where more than one can."""
+        """``backend``: who observes, where more than one can. ``mode``: one of `kvsuite.modes.MODES`, unless the prompt
+        attends as kvsuite does."""
         self.asked = list(dict.fromkeys(asked))
-        super().__init__(layers=[_PrefillLayer(layer, self.asked, backend) for layer in layers])
+        super().__init__(layers=[_PrefillLayer(layer, self.asked, backend, mode) for layer in layers])
 
     @property
     def prefilled(self) -> list[PrefilledLayer]:

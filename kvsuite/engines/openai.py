@@ -27,6 +27,9 @@ BACKOFF = 0.5
 """Seconds before the first retry, twice as many before the next; by chance half as many up to 1.5 times, so that those
 who were refused together do not return together."""
 JSON = {"Content-Type": "application/json"}
+APART, BESIDE = 1.2, 4
+"""How many times as many tokens usage may count as a tokenizer does that reads the text once more, and how many beside:
+special tokens, and pieces that are put together otherwise."""
 LINGER = 0.5
 """Seconds that a stream has to end after [DONE]; then its connection can be used again."""
 
@@ -36,7 +39,8 @@ class Client:
 
     ``url`` is the server's root, with or without /v1; ``model`` the one to ask for, else the first that it names.
     Seconds: ``connect`` for a connection; ``first`` to the first token and ``total`` to the end, both from the first
-    attempt; ``between`` tokens. ``count`` counts the tokens of a text; it is used where the server does not say them.
+    attempt; ``between`` tokens. ``count`` counts the tokens of a text; it is used where the server does not say them,
+    and where it says far more or fewer.
     Raises UsageError for what is no URL or no time.
     """
 
@@ -74,18 +78,24 @@ class Client:
         except (Failure, OSError, UsageError) as error:
             reply.error = str(error)
         reply.seconds = (time.perf_counter() if reply.error else heard.end) - reply.start
-        text = heard.close()
-        if heard.tokens is not None:
-            reply.tokens = heard.tokens
-        elif self.count is None:
-            reply.tokens, reply.counted = heard.chunks, "chunks"
-        else:
-            async with self._counting:  # in a thread, as other streams run on; one at a time, as tokenizers have state
-                reply.tokens = await asyncio.to_thread(self.count, text) if text else 0
-            reply.counted = "tokenizer"
+        await self._count(heard)
         if reply.error and heard.chunks:
             reply.error += f" after {reply.tokens} {'chunks' if reply.counted == 'chunks' else 'tokens'}"
         return reply
+
+    async def _count(self, heard: StreamParser) -> None:
+        """The reply's tokens: as the server counts them, unless a tokenizer is here and does not find them so."""
+        reply, text, said = heard.reply, heard.close(), heard.tokens
+        read: int | None = None
+        if self.count is not None:
+            async with self._counting:  # in a thread, as other streams run on; one at a time, as tokenizers have state
+                read = await asyncio.to_thread(self.count, text) if text else 0
+        if said is not None and (read is None or reply.error or _alike(said, read)):
+            reply.tokens = said
+        elif read is not None:
+            reply.tokens, reply.counted, reply.usage_tokens = read, "tokenizer", said
+        else:
+            reply.tokens, reply.counted = heard.chunks, "chunks"
 
     async def models(self) -> list[str]:
         """The models that it serves. Raises UsageError where it names none, OSError where nothing answers."""
@@ -264,6 +274,10 @@ def _seconds(after: str) -> float | None:
         return max(0.0, email.utils.parsedate_to_datetime(after).timestamp() - time.time())
     except ValueError:
         return None
+
+
+def _alike(said: int, read: int) -> bool:
+    return said <= APART * read + BESIDE and read <= APART * said + BESIDE
 
 
 def _reason(error: httpx.HTTPError) -> str:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 PATIENCE = 120
 """Seconds that a rank waits for the others where all arrive at about the same time."""
-ADDED = ("nbytes", "nbytes_read", "moved", "operations", "bandwidth", "rate")
+ADDED = ("nbytes", "nbytes_read", "allocated", "peak", "moved", "operations", "bandwidth", "rate")
 """What a timed cell has of all ranks together."""
 
 
@@ -98,12 +98,14 @@ def join(device: str) -> None:
 
 
 def leave() -> None:
-    """Wait until the first rank has written all it has to write, and part."""
+    """Part; the others wait until the first rank has written all it has to write, since torchrun ends those that are
+    left soon after one has failed."""
     if _Group.gloo is not None:
         from torch import distributed
 
-        with contextlib.suppress(RuntimeError):  # another one has ended before
-            distributed.barrier(_Group.gloo)
+        if rank():
+            with contextlib.suppress(RuntimeError):  # that it is gone
+                distributed.barrier(_Group.gloo)
         distributed.destroy_process_group()
         _Group.gloo = None
 
@@ -147,11 +149,13 @@ def agree() -> None:
 def failed(error: Exception, said: str) -> tuple[str, bool]:
     """Tell the others that this rank has failed. Returns what all ranks say of it, ``said`` or what the first of those
     that failed says; and whether they have lost each other."""
-    if isinstance(error, (Elsewhere, Lost)):
-        return str(error), isinstance(error, Lost)
-    with contextlib.suppress(AttributeError, RuntimeError):  # there are no others; the store went with its rank
-        _Group.store.compare_set(f"failed {_Group.failures}", "", _signed(said, rank()))
+    if isinstance(error, Elsewhere):
+        return str(error), False
     try:
+        if isinstance(error, Lost):
+            raise error
+        with contextlib.suppress(AttributeError, RuntimeError):  # there are no others; the store went with its rank
+            _Group.store.compare_set(f"failed {_Group.failures}", "", _signed(said, rank()))
         return _exchange(said) or said, False
     except Lost as lost:
         _Group.gloo = None  # there is nobody to part from
@@ -182,8 +186,8 @@ def _exchange(said: str) -> str:
         found = torch.tensor([bool(said)], dtype=torch.int32)
         distributed.all_reduce(found, group=_Group.gloo)
         if found.item():
-            _Group.failures += 1
             distributed.all_gather_object(texts, said, group=_Group.gloo)
+            _Group.failures += 1
     except RuntimeError as error:
         raise Lost(_left(error)) from error
     return next((_signed(text, at) for at, text in enumerate(texts) if text), "")
@@ -209,7 +213,7 @@ def first(value: T) -> T:
 def together(found: Mapping[str, Any]) -> dict[str, Any]:
     """A cell's facts: bytes, operations and speeds of all ranks added up, the check that came out worst."""
     ranks = gather(found)
-    added = {key: sum(rank[key] for rank in ranks) for key in ADDED if key in found}
+    added = {key: sum(rank[key] for rank in ranks) for key in ADDED if found.get(key) is not None}
     worst = {"checked": max(rank["checked"] for rank in ranks)} if "checked" in found else {}
     return {**ranks[0], **added, **worst}
 

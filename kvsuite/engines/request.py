@@ -115,6 +115,8 @@ class Reply:
     """Tokens generated, reasoning and tool calls included."""
     counted: Literal["usage", "tokenizer", "chunks"] = "usage"
     """Who counted them: the server, the model's tokenizer, or one for each chunk that brought something."""
+    usage_tokens: int | None = None
+    """What the server said, where the tokenizer did not find it so."""
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
     """Of the prompt, those the server found in its prefix cache, where it says."""

@@ -9,7 +9,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from kvsuite.engines.openvino import OpenVino
 
 ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
+BETWEEN = 60.0
+"""Seconds between two tokens, and for a page, at most."""
 GRACE = 5.0
 """Seconds that a client has to say in its own words that time is up."""
 POLL = 0.25
@@ -93,6 +95,8 @@ class Server:
     _engine: OpenVino | None = None
     _process: Process | None = None
     _began: int = 0
+    counted: dict[str, float] = field(default_factory=dict)
+    """What it had counted when it was last looked at; a server that counts less than that was started again."""
 
     @property
     def up(self) -> bool:
@@ -101,9 +105,20 @@ class Server:
             return self._engine.alive
         return self._client is not None and (self._process is None or self._process.alive)
 
+    @property
+    def where(self) -> str:
+        """Where to read more of it."""
+        return f"nothing answers at {self.spec.text} any more" if self.spec.kind == "url" else f"see {self.log}"
+
+    @property
+    def ended(self) -> bool:
+        """Whether it was started here, and is down though nobody stopped it."""
+        return not self.up and (self._engine is not None or self._process is not None)
+
     async def start(self) -> None:
         """Until it answers. Raises UsageError with the end of its log where it does not."""
         await self.stop()
+        self.counted = {}
         try:
             await self._start()
         except BaseException:
@@ -124,9 +139,9 @@ class Server:
             url = self._run()
         from kvsuite.engines.openai import Client
 
-        client = self._client = Client(
-            url, key=os.environ.get("OPENAI_API_KEY"), first=self.timeout, total=self.timeout, count=self.count
-        )
+        key, total, between = os.environ.get("OPENAI_API_KEY"), self.timeout, min(self.timeout, BETWEEN)
+        client = Client(url, key=key, first=total, total=total, between=between, count=self.count)
+        self._client = client
         self.command = self.command if self._process else self.spec.text
         self.profile = choose(self.profile_name, self.spec.text if self._process else "")
         await self._ready(client)
@@ -138,14 +153,17 @@ class Server:
     def _run(self) -> str:
         port = free_port()
         fill = {"{port}": str(port), "{model}": str(self.model()) if self.spec.needs_model else ""}
-        words = []
-        for word in self.spec.words:
+
+        def filled(word: str) -> str:
             for mark, value in fill.items():
                 word = word.replace(mark, value)
-            words.append(word)
-        self.command = shlex.join([*(f"{k}={v}" for k, v in self.spec.environment), *words])
+            return word
+
+        words = [filled(word) for word in self.spec.words]
+        own = {name: filled(value) for name, value in self.spec.environment}
+        self.command = shlex.join([*(f"{k}={v}" for k, v in own.items()), *words])
         self._began = self.log.stat().st_size if self.log.is_file() else 0
-        self._process = Process(words, self.log, dict(self.spec.environment))
+        self._process = Process(words, self.log, own)
         self._process.start()
         return f"http://127.0.0.1:{port}"
 
@@ -199,9 +217,13 @@ class Server:
             return self._engine.facts()
         return await probe.facts(self.profile, self._page, self._said())
 
-    async def counters(self) -> dict[str, float]:
-        """What it counted since it started."""
-        return {} if self._client is None else await probe.counters(self.profile, self._page)
+    async def counters(self) -> tuple[dict[str, float], bool]:
+        """What it counted since it started, and whether others than ``start`` started it again since it was last
+        looked at."""
+        found = {} if self._client is None else await probe.counters(self.profile, self._page)
+        again = any(found.get(name, value) < value for name, value in self.counted.items())
+        self.counted = found
+        return found, again
 
     async def answers(self) -> bool:
         """Whether it is ready now."""

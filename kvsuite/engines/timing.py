@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import DynamicCache
@@ -14,6 +15,7 @@ from kvsuite.cache import adapter
 from kvsuite.cache.checker import AttentionChecker
 from kvsuite.cache.prefill import PrefillCache
 from kvsuite.engines.decoder import Decoder
+from kvsuite.engines.memory import PeakMemory
 from kvsuite.engines.request import Request
 from kvsuite.engines.transformers import TransformersEngine
 from kvsuite.engines.worker import Prompt
@@ -61,8 +63,8 @@ class DecodeCell:
         mode: str = "",
         room: Room = ENOUGH,
     ) -> None:
-        """``steps``: rounds to come, one token each. ``mode``: one of `kernels.MODES`, unless the engine's own backend
-        attends. Raises MemoryError before anything is written where there is no ``room``."""
+        """``steps``: rounds to come, one token each. ``mode``: one of `kvsuite.modes.MODES`, unless the engine's own
+        backend attends. Raises MemoryError before anything is written where there is no ``room``."""
         length = prompt.context[0].k.shape[1]
         self.checked: float | None = None
         with torch.inference_mode():
@@ -70,7 +72,7 @@ class DecodeCell:
             self.worker = engine.worker(method, width, lengths, backend=mode)
             if mode and self.worker.backend != mode:
                 raise UsageError(self.worker.refusal)
-            room.take(sum(cache.kv.allocated for cache in self.worker.caches))
+            room.take(self.worker.allocated)
             self.decoder = Decoder(engine.model, [self.worker], width)
             for _ in range(width):
                 for response in self.decoder.admit(self.worker, prompt):
@@ -116,11 +118,14 @@ class DecodeCell:
 class PrefillCell:
     """One prompt through the model and into a method's cache: the observations it asks for are its own."""
 
-    def __init__(self, engine: TransformersEngine, method: Method, tokens: list[int], room: Room = ENOUGH) -> None:
-        self.engine, self.method, self.ids = engine, method, tokens
+    def __init__(
+        self, engine: TransformersEngine, method: Method, tokens: list[int], mode: str = "", room: Room = ENOUGH
+    ) -> None:
+        """``mode`` and ``room``: as for `DecodeCell`."""
+        self.engine, self.method, self.ids, self.mode = engine, method, tokens, mode
         self.tokens = len(tokens)
         self.checked: float | None = None
-        self.inner = DecodeCell(engine, method, self._prefill(), 1, 2, room=room)
+        self.inner = DecodeCell(engine, method, self._prefill(), 1, 2, mode, room)
 
     def check(self) -> None:
         """The cache it fills is decoded from once, watched."""
@@ -139,7 +144,18 @@ class PrefillCell:
         return time.perf_counter() - start
 
     def _prefill(self) -> Prompt:
-        return self.engine.prefill(Request("cell", "", "", ENDLESS), self.ids, [], self.method.observes)
+        return self.engine.prefill(Request("cell", "", "", ENDLESS), self.ids, [], self.method.observes, self.mode)
+
+
+Cell = TypeVar("Cell", DecodeCell, PrefillCell)
+
+
+def measured(make: Callable[[], Cell], device: torch.device) -> tuple[Cell, int | None]:
+    """A cell that was made and checked, and the peak of memory meanwhile; see `PeakMemory`."""
+    with PeakMemory(device) as peak:
+        cell = make()
+        cell.check()
+    return cell, peak.nbytes
 
 
 class RestCell:

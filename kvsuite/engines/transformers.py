@@ -174,10 +174,16 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def prefill(
-        self, request: Request, context: list[int], suffix: list[int], observes: Iterable[Observation] = ()
+        self,
+        request: Request,
+        context: list[int],
+        suffix: list[int],
+        observes: Iterable[Observation] = (),
+        mode: str = "",
     ) -> Prompt:
-        """Run the context through the model once, in full precision, and keep what the methods asked for."""
-        cache = PrefillCache(self.layers, observes, self.backend)
+        """Run the context through the model once, in full precision, and keep what the methods asked for. ``mode``: see
+        `PrefillCache`."""
+        cache = PrefillCache(self.layers, observes, self.backend, mode)
         hooks = cache.catch_hidden(self.attention_modules) if HiddenStates() in cache.asked else []
         start = time.perf_counter()
         ids = torch.tensor([context], device=self.model.device)

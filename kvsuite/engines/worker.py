@@ -123,6 +123,11 @@ class MethodWorker:
         return sum(cache.nbytes for cache in self.caches)
 
     @property
+    def allocated(self) -> int:
+        """Bytes that are reserved for them, free pages and slots included."""
+        return sum(cache.kv.allocated for cache in self.caches)
+
+    @property
     def read_nbytes(self) -> int:
         """Bytes that one step of all sequences reads, all layers."""
         return sum(cache.read_nbytes(row) for cache in self.caches for row, _ in self.active)

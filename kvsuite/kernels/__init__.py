@@ -4,5 +4,3 @@ BACKENDS = ("triton", "cpu", "reference")
 """Folders here."""
 AUTO = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
 """By device: those that ``auto`` tries, the fastest first; it takes the first that supports a layer."""
-MODES = ("eager", "sdpa", "flash-attn")
-"""What transformers attends with, as backends for comparison (`dense`); ``auto`` never takes them."""

@@ -10,12 +10,13 @@ from typing import Protocol, cast
 from torch import Tensor
 
 from kvsuite.errors import UsageError
-from kvsuite.kernels import AUTO, BACKENDS, MODES
+from kvsuite.kernels import AUTO, BACKENDS
 from kvsuite.kernels.context import AttentionParams, HeadView, LayerContext, Needs
 from kvsuite.kernels.paged import PagedKV
 from kvsuite.kernels.quantspec import QuantSpec
 from kvsuite.kernels.reference.attend import PageIndices
 from kvsuite.kernels.reference.store import KeepIndices
+from kvsuite.modes import MODES
 
 Items = Sequence[int | None]
 """The row of a cache that each item of a batch belongs to; None for an idle item."""

@@ -20,7 +20,7 @@ from kvsuite.kernels.context import AttentionParams, HeadView, LayerContext, Nee
 from kvsuite.kernels.paged import PagedKV
 from kvsuite.kernels.quantspec import QuantSpec
 from kvsuite.kernels.reference.attend import Loaded, PageIndices, load, note, readable, rotate_sinks
-from kvsuite.kernels.reference.attention import probabilities
+from kvsuite.kernels.reference.attention import causal_mask, probabilities
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor | None]]
 """q (n, heads, Q, head_dim), k, v (n, kv_heads, T, head_dim), an additive mask or None, scale -> (n, Q, heads,
@@ -28,7 +28,7 @@ head_dim), and the weights (n, heads, Q, T) where they are known."""
 
 
 def backend(name: str) -> Any:
-    """The backend of one of `MODES`: the reference's functions, but for attention."""
+    """The backend of one of `kvsuite.modes.MODES`: the reference's functions, but for attention."""
     own = {"NAME": name, "supports": supports, "attend": partial(attend, name)}
     if name == "eager":
         own["read"] = read
@@ -55,8 +55,7 @@ def attend(
     pages: PageIndices | None = None,
 ) -> Tensor:
     """As the reference's `attend`. Raises ValueError for soft caps and sink logits, which these do not take."""
-    if params.softcap is not None or params.sink_logits is not None:
-        raise ValueError(f"{name} attention is not there for models with soft caps or sink logits")
+    _refuse(name, params)
     out, at = torch.zeros_like(q), [(b, row) for b, row in enumerate(rows) if row is not None]
     if not at:
         return out
@@ -69,6 +68,25 @@ def attend(
     if kv.accumulated_attention is not None or kv.newest_attention is not None:
         _note(kv, held, q[items], k, allowed, weights, params.scale)
     return out
+
+
+def self_attention(name: str, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> tuple[Tensor, Tensor | None]:
+    """A prompt's attention over itself: q (heads, T, head_dim), k, v (kv_heads, T, head_dim) to q's shape, and the
+    weights (heads, T, T) where they are known. Raises ValueError as `attend` does."""
+    _refuse(name, params)
+    places = torch.arange(q.shape[1], device=q.device)
+    allowed = None  # each of these two masks by itself what lies behind a query
+    if name == "eager" or (name == "sdpa" and params.window is not None):
+        allowed = causal_mask(places, places, params.window)[None, None]
+    if name == "flash-attn" and params.window is not None:
+        raise ValueError("flash-attn prefills no windows here")
+    out, weights = FUNCTIONS[name](q[None], k[None], v[None], allowed, params.scale)
+    return out[0].transpose(0, 1), None if weights is None else weights[0]
+
+
+def _refuse(name: str, params: AttentionParams) -> None:
+    if params.softcap is not None or params.sink_logits is not None:
+        raise ValueError(f"{name} attention is not there for models with soft caps or sink logits")
 
 
 HeldRows = list[tuple[int, list[tuple[slice, int, Loaded]]]]
@@ -126,11 +144,13 @@ def _note(
 
 
 def _additive(q: Tensor, allowed: Tensor | None, group: int) -> Tensor | None:
-    """As transformers' masks: 0, and the lowest number where nothing may be read, for each query head."""
+    """As transformers' masks: 0, and the lowest number where nothing may be read; for each query head, or one for
+    all."""
     if allowed is None:
         return None
     zero = torch.zeros((), dtype=q.dtype, device=q.device)
-    return torch.where(allowed, zero, torch.finfo(q.dtype).min).repeat_interleave(group, dim=1)
+    mask = torch.where(allowed, zero, torch.finfo(q.dtype).min)
+    return mask if mask.shape[1] == 1 else mask.repeat_interleave(group, dim=1)
 
 
 def _module(q: Tensor, k: Tensor) -> Any:
@@ -151,7 +171,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, scale: float)
 
     module = _module(q, k)
     mask = _additive(q, allowed, module.num_key_value_groups)
-    return sdpa_attention_forward(module, q, k, v, mask, scaling=scale, is_causal=False)[0], None
+    causal = mask is None and q.shape[2] > 1
+    return sdpa_attention_forward(module, q, k, v, mask, scaling=scale, is_causal=causal)[0], None
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, scale: float) -> tuple[Tensor, Tensor | None]:

@@ -48,6 +48,7 @@ HELP = {
     "gate": "ENDPOINT[METHOD]>=NUMBER or <=: what the run must keep, such as quality[kivi*]>=-0.01 or "
     "speed[int8]>=1.0@b8-l4096; may be given several times, and adds to [tool.kvsuite.gates] (docs/ci.md)",
     "against": "an earlier run: what is worse than there beyond its margin fails",
+    "strict": "yes: a server that is BROKEN, FAILED or DIFFERS ends the run with exit code 1; no: it is told alone",
     "undecided": "what a gate does that nothing decides: passes, warns or fails",
     "acknowledged": "a TOML file of failures that are known and borne: gate, reason, date",
     "run": "the folder this run leaves (default: runs/ and the time)",
@@ -63,7 +64,8 @@ HELP = {
     "profile": "what is known of the servers: a name or your own .toml (default: recognised by command or /metrics)",
     "serve": "alone: one server at a time, restarted A B B A; together: all at once, used in turn",
     "arrivals": "closed (as many at a time as --kv-batch says), constant:RATE, poisson:RATE, bursts:N@RATE or trace",
-    "workload": "what is timed: a trace (.jsonl, OpenAI messages) or ShareGPT's .json (default: texts of --kv-length)",
+    "workload": "what is timed: a trace (.jsonl, OpenAI messages), ShareGPT's .json, or multi-turn: conversations "
+    "about texts of --kv-length, whose later turns find the earlier ones in the prefix cache (default: single turns)",
     "prefix": "cold: no prompt finds itself in the prefix cache; warm: every one does",
     "end": "natural: timed answers end where the model ends them; forced: they go on to --kv-cap (ignore_eos)",
     "requests": "requests per timed cell and leg (default 0: twice the concurrency)",

@@ -21,9 +21,10 @@ from kvsuite.analysis.report import Report, analyse
 from kvsuite.analysis.shortfall import interrupted
 from kvsuite.engines import ranks
 from kvsuite.errors import UsageError
+from kvsuite.modes import PAGED
 from kvsuite.plugin import EVALUATIONS, SESSION, chosen_by, evaluates, options, untold
 from kvsuite.plugin.local import Local
-from kvsuite.plugin.options import PAGED, Options
+from kvsuite.plugin.options import Options
 from kvsuite.plugin.serving import Serving
 from kvsuite.plugin.session import Session
 from kvsuite.records import is_control, read
@@ -278,17 +279,21 @@ def _again(config: pytest.Config, folder: Path) -> str:
     return shlex.join([*ranks.command(), *kept, "--kv-resume", str(folder)])
 
 
-def _hold(config: pytest.Config, report: Report) -> None:
-    """Let gates decide how pytest ends, and tell them to its JUnit file, which is then written once more."""
-    gates = next((table for table in report.tables if table.key == "gates"), None)
-    if gates is None:
+def _hold(config: pytest.Config, report: Report, strict: bool) -> None:
+    """Let gates, and what was found wrong with servers, decide how pytest ends, and tell them to its JUnit file, which
+    is then written once more."""
+    gates = [row for table in report.tables if table.key == "gates" for row in table.rows]
+    alarms = report.alarms if strict else ()
+    if not (gates or alarms):
         return
     session = config.pluginmanager.getplugin("session")
-    if report.failed and session is not None and session.exitstatus == pytest.ExitCode.OK:
+    if (report.failed or alarms) and session is not None and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if (xml := config.stash.get(xml_key, None)) is not None:
-        for row in gates.rows:
+        for row in gates:
             xml.add_global_property(" ".join(row.key), str(row.cells["state"].value))
+        for said in alarms:
+            xml.add_global_property(said.partition(":")[0], said)
         xml.pytest_sessionfinish()
 
 
@@ -309,7 +314,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         with _lenient():
             report = analyse(read(session.folder), session.options.gates)
             config.hook.pytest_kv_report(report=report, terminalreporter=terminalreporter)
-        _hold(config, report)
+        _hold(config, report, session.options.strict)
         if isinstance(session, Local) and interrupted(report.run):
             terminalreporter.write_line(f"interrupted; go on with: {_again(config, session.folder)}", bold=True)
     except UsageError as error:

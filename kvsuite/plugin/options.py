@@ -16,9 +16,10 @@ import pytest
 from kvsuite import configs, environment, models, registry, shapes, tasks
 from kvsuite.analysis.gates import POLICIES, Gates
 from kvsuite.errors import UsageError, unknown
-from kvsuite.kernels import BACKENDS, MODES
+from kvsuite.kernels import BACKENDS
 from kvsuite.margins import Margins
 from kvsuite.methods import Method, parse, parse_all
+from kvsuite.modes import MODES, PAGED
 from kvsuite.plugin import servers
 from kvsuite.plugin.declared import HELP
 from kvsuite.presets import PRESETS
@@ -32,10 +33,9 @@ CHOICES = {
     "device": ("cpu", "cuda"),
     "backend": ("auto", *BACKENDS),
     "executor": ("here", "ray"),
+    "strict": ("yes", "no"),
     "undecided": POLICIES,
 }
-PAGED = "paged"
-"""The mode of kvsuite's own kernels."""
 SHORTEST = 256
 """Tokens below which no task can be told."""
 
@@ -82,6 +82,8 @@ class Options:
     ray_address: str
     margins: Margins
     gates: Gates
+    strict: bool
+    """Whether servers that are broken, fail or differ end the run with an error."""
     servers: servers.Servers | None
     """What is compared instead of methods, if anything."""
 
@@ -195,6 +197,7 @@ def check(given: Mapping[str, Any]) -> Options:
         ray_address=str(raw["ray-address"]),
         margins=Margins.parse(f"{PRESETS[preset]['margins']},{raw['margins']}"),
         gates=Gates.of([str(x) for x in raw["gate"]], raw["undecided"], str(raw["against"]), str(raw["acknowledged"])),
+        strict=raw["strict"] == "yes",
         servers=servers.check(raw, _number),
         **{key: _whole(key, raw[key], 0 if key == "seed" else 1) for key in ("cap", "repeats", "rounds", "seed")},
         samples=_counts(raw["samples"]),

@@ -12,7 +12,7 @@ import pytest
 
 from kvsuite import tasks
 from kvsuite.analysis.minutes import Load, Speeds
-from kvsuite.plugin.options import PAGED
+from kvsuite.modes import PAGED, phase_of
 from kvsuite.records import Job, cell_name
 
 if TYPE_CHECKING:
@@ -104,12 +104,11 @@ def _seconds(session: Local, speeds: Speeds, asked: Mapping[str, Any], known: di
 def cell_job(asked: Mapping[str, Any]) -> Job | None:
     """The timed cell that a test with these parameters is; None for a test of another kind."""
     arm = asked["kv_method"].name if "kv_method" in asked else "transformers"
+    mode = str(asked.get("kv_mode", PAGED))
     if "kv_prefill" in asked:
-        return Job("throughput", arm, "prefill", cell_name(1, asked["kv_prefill"]))
+        return Job("throughput", arm, phase_of("prefill", mode), cell_name(1, asked["kv_prefill"]))
     if "kv_batch" in asked:
-        mode = asked.get("kv_mode", PAGED)
-        phase = "decode" if mode == PAGED else str(mode)
-        return Job("throughput", arm, phase, cell_name(asked["kv_batch"], asked["kv_length"]))
+        return Job("throughput", arm, phase_of("decode", mode), cell_name(asked["kv_batch"], asked["kv_length"]))
     return None
 
 

@@ -5,19 +5,25 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from kvsuite import tasks, workloads
 from kvsuite.engines.request import Ask
 from kvsuite.plugin.options import Options
-from kvsuite.plugin.servers import AGAIN, Servers
+from kvsuite.plugin.servers import AGAIN, CONVERSATIONS, Servers
 from kvsuite.tasks import Sample, Task
-from kvsuite.workloads import Arrivals
+from kvsuite.workloads import Arrivals, Turn
 
 T = TypeVar("T")
 DIGEST = "digest"
 OPEN = 32
 """Requests of a leg whose load has no concurrency."""
+FOLLOW_UPS = (
+    "What else does it say?",
+    "Why does that matter? Explain it in a few sentences.",
+)
+"""What a conversation goes on with."""
+TURNS = 1 + len(FOLLOW_UPS)
 WARM_UP = 16
 """Tokens of an answer that only warms a server up."""
 
@@ -61,7 +67,8 @@ def cells(options: Options, servers: Servers) -> list[Cell]:
     loads = [servers.arrivals] if servers.arrivals else [Arrivals("closed", concurrency=n) for n in options.batch]
     if servers.workload is not None:
         return [Cell(f"{load} {servers.workload.name}", load, 0) for load in loads]
-    return [Cell(f"{load} {length} tokens", load, length) for load in loads for length in options.length]
+    more = f" {CONVERSATIONS}" * servers.talks
+    return [Cell(f"{load} {length} tokens{more}", load, length) for load in loads for length in options.length]
 
 
 def task_asks(task: Task, samples: Sequence[Sample], options: Options, arm: str) -> list[Ask]:
@@ -85,7 +92,9 @@ def load_asks(
     count = servers.requests or (2 * cell.arrivals.concurrency if cell.arrivals.kind == "closed" else OPEN)
     file = servers.workload
     if file is None:
-        asks = _digests(cell, f"{options.seed} {cell.name} {draw}", count, options, tokens)
+        texts = max(cell.arrivals.concurrency, -(-count // TURNS)) if servers.talks else count
+        asks = _digests(cell, f"{options.seed} {cell.name} {draw}", texts, options, tokens)
+        asks = [turn for ask in asks for turn in _turns(ask)] if servers.talks else asks
     elif file.suffix == ".jsonl":
         asks = [replace(a, max_tokens=a.max_tokens or options.cap) for a in workloads.read(file)]
     else:
@@ -108,6 +117,19 @@ def warm_up(cell: Cell, options: Options, tokens: Callable[[str], int]) -> list[
 def _digests(cell: Cell, seed: str, count: int, options: Options, tokens: Callable[[str], int]) -> list[Ask]:
     number = random.Random(seed).randrange(1 << 30)
     return [_ask(s, 0.0, options) for s in tasks.task(DIGEST).samples(count, [cell.length], number, tokens)]
+
+
+def _turns(first: Ask) -> list[Turn]:
+    """A conversation about a text: every turn begins with all that was said before, the answers to which are the text's
+    own first sentences, so that every arm is asked the same."""
+    said, sentences = list(first.messages), str(first.messages[0]["content"]).split(". ")
+    where: dict[str, Any] = {"cluster": first.cluster or first.id, "conversation": first.id}
+    found = [Turn(f"{first.id} turn 1", tuple(said), first.max_tokens, **where)]
+    for turn, question in enumerate(FOLLOW_UPS):
+        said += [{"role": "assistant", "content": f"{sentences[turn % len(sentences)]}."}]
+        said += [{"role": "user", "content": question}]
+        found.append(Turn(f"{first.id} turn {turn + 2}", tuple(said), first.max_tokens, **where))
+    return found
 
 
 def _ask(sample: Sample, temperature: float, options: Options, repeat: int = 0) -> Ask:

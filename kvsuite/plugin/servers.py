@@ -16,6 +16,8 @@ from kvsuite.workloads import Arrivals
 BASELINE = "baseline"
 AGAIN = "baseline again"
 """The A/A arm: the baseline asked the same in another order. What it shows is noise."""
+CONVERSATIONS = "multi-turn"
+"""The name of a workload of conversations about our texts."""
 CHOICES = {"serve": ("alone", "together"), "prefix": ("cold", "warm"), "end": ("natural", "forced")}
 
 
@@ -30,6 +32,8 @@ class Servers:
     arrivals: Arrivals | None
     """None: a closed loop at every ``--kv-batch``."""
     workload: Path | None
+    talks: bool
+    """Whether our texts are talked about in several turns."""
     warm: bool
     forced: bool
     """Whether timed answers go on to their caps, whatever the model says."""
@@ -48,7 +52,7 @@ class Servers:
         return {
             "serve": "together" if self.together else "alone",
             "arrivals": "closed" if self.arrivals is None else str(self.arrivals),
-            "workload": self.workload.name if self.workload else "",
+            "workload": self.workload.name if self.workload else CONVERSATIONS * self.talks,
             "prefix": "warm" if self.warm else "cold",
             "end": "forced" if self.forced else "natural",
             "requests": self.requests,
@@ -75,7 +79,8 @@ def check(raw: Mapping[str, Any], number: Any) -> Servers | None:
         variants[name] = Spec.parse(spec)
     if raw["profile"]:
         profile.choose(str(raw["profile"]))
-    workload = Path(str(raw["workload"])) if raw["workload"] else None
+    talks = raw["workload"] == CONVERSATIONS
+    workload = Path(str(raw["workload"])) if raw["workload"] and not talks else None
     if workload is not None and not workload.is_file():
         raise UsageError(f"--kv-workload {str(workload)!r} does not exist")
     if str(raw["arrivals"]).strip() == "trace" and (workload is None or workload.suffix != ".jsonl"):
@@ -90,6 +95,7 @@ def check(raw: Mapping[str, Any], number: Any) -> Servers | None:
         together=raw["serve"] == "together",
         arrivals=None if closed else Arrivals.parse(str(raw["arrivals"])),
         workload=workload,
+        talks=talks,
         warm=raw["prefix"] == "warm",
         forced=raw["end"] == "forced",
         requests=int(number("requests", raw["requests"])),

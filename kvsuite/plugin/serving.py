@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 
 from kvsuite import environment, models, tasks
-from kvsuite.analysis.garbled import Check
-from kvsuite.analysis.serving import checks
 from kvsuite.engines.request import Ask
 from kvsuite.errors import UsageError
 from kvsuite.plugin import schedule
@@ -23,7 +21,7 @@ from kvsuite.plugin.schedule import Cell, Period
 from kvsuite.plugin.servers import AGAIN, BASELINE, Servers
 from kvsuite.plugin.session import Session
 from kvsuite.plugin.visits import Visits
-from kvsuite.records import Record, Served, read
+from kvsuite.records import Record, Served
 
 
 class Serving(Session):
@@ -120,12 +118,6 @@ class Serving(Session):
                 self.describe()
                 pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
         return self.found
-
-    @cached_property
-    def checks(self) -> Mapping[str, Check]:
-        """Whether every variant's answers are answers."""
-        self.measured()
-        return checks(read(self.folder))
 
     def expected(self) -> dict[str, Any]:
         """The samples of each task, and how many blocks are timed."""

@@ -38,6 +38,8 @@ class Visits:
         """What starts of an arm ended in."""
         self.token = secrets.token_hex(4)
         """Keeps this run's salts from those of the one before, which a running server may have in its cache."""
+        self.restarted: dict[str, int] = {}
+        """How often an arm's server was started again because it had ended by itself."""
         self.servers: dict[str, Server] = {}
         for arm, spec in asked.specs.items():
             if arm == AGAIN and (asked.together or spec.kind == "url"):
@@ -80,8 +82,9 @@ class Visits:
     async def _start(self, arm: str) -> None:
         """Start an arm that is down, and warm it up."""
         server, session = self.servers[arm], self.session
-        if server.up or self.given_up(arm):
-            return
+        if self.given_up(arm) or (server.up and (server.spec.kind == "url" or await server.answers())):
+            return  # what has just died may seem to be up for a moment
+        self.restarted[arm] = self.restarted.get(arm, 0) + (server.up or server.ended)
         try:
             await server.start()
         except (UsageError, OSError, RuntimeError) as error:
@@ -112,7 +115,8 @@ class Leg:
     async def run(self) -> None:
         """All that the period has."""
         session, period, server = self.visits.session, self.period, self.server
-        before = await server.counters() if server.up else {}
+        before, again = await server.counters() if server.up else ({}, False)
+        self.notes["restarted"] = float(again + self.visits.restarted.pop(period.arm, 0))
         for name in session.chosen if period.answers else ():
             samples = session.samples(tasks.task(name))
             asks = schedule.task_asks(tasks.task(name), samples, session.options, period.arm)
@@ -155,13 +159,15 @@ class Leg:
             "leg": self.number, "block": self.period.block, "profile": server.profile.name, "command": server.command,
         }  # fmt: skip
         if not server.up or not await server.answers():
-            said = self.visits.failures.get(arm, [f"the server died during the leg: see {server.log}"])[-1]
+            said = self.visits.failures.get(arm, [f"the server died during the leg: {server.where}"])[-1]
             self.visits.session.record(Probe(arm, status="failed", error=said, **common))
             return
         facts = await server.facts()
         facts["compressed"] = server.profile.compressed(facts)
         facts["features"] = {"model": server.served, **facts.get("features", {})}
-        counters = {**probe.since(before, await server.counters()), **self.notes}
+        counted, again = await server.counters()
+        self.notes["restarted"] += again
+        counters = {**probe.since(before, counted), **self.notes}
         self.visits.session.record(Probe(arm, facts=facts, counters=counters, **common))
 
     async def _salted(self, asks: Sequence[Ask], warm: bool) -> list[Ask]:
@@ -211,7 +217,7 @@ def _served(reply: Reply, ask: Ask, **where: Any) -> Served:
         status="failed" if reply.error else "ok", error=reply.error, sample=reply.id, cluster=ask.cluster or print_of,
         text=reply.text, finish=reply.finish, reasoning=reply.reasoning, calls=reply.tool_calls, retries=reply.retries,
         cap=ask.max_tokens or 0, prompt_tokens=reply.prompt_tokens or 0, cached_tokens=reply.cached_tokens,
-        count=reply.tokens, counted=reply.counted, start=reply.start, ttft=reply.ttft, e2e=reply.seconds,
-        gaps=[round(gap, 6) for gap in reply.gaps],
+        count=reply.tokens, counted=reply.counted, usage_tokens=reply.usage_tokens, start=reply.start,
+        ttft=reply.ttft, e2e=reply.seconds, gaps=[round(gap, 6) for gap in reply.gaps],
         prefill_seconds=reply.ttft, decode_seconds=max(reply.seconds - reply.ttft, 0.0), **where,
     )  # fmt: skip

@@ -40,6 +40,10 @@ LEVEL = 0.9
 """Of an answer's interval."""
 LEAST = 4
 """Cells that a method, or an uncompressed model, needs for its three terms."""
+NEW = ("batch", "length", "model")
+"""What may be new of a cell that is asked for."""
+ENOUGH = 10
+"""Errors from which the reach of an interval is read."""
 ROUGH = (1.5, 0.05)
 """The Gaussian process before it has learned: over how many octaves what is left stays alike, and the noise of log
 seconds."""
@@ -150,7 +154,7 @@ class Answer:
         return rate(self.stage, self.batch, self.length, self.seconds)
 
 
-KIND = "throughput predictor 1"
+KIND = "throughput predictor 2"
 """Of its file."""
 Key = tuple[str, str, str, Stage]
 """Setting, model, method, stage."""
@@ -268,8 +272,10 @@ class Predictor:
                 others = ", ".join(g[0].model for g in same)
                 basis = f"carried over from {others}; the interval does not include what differs between models"
             own = [c for g in same for c in g]
+        here = self._groups.get((setting, model, method, stage), [])
         answers: list[Answer | str] = []
-        for (b, n), log, spread in zip(asked, logs, sd * self._reach(stage), strict=True):
+        for (b, n), log, one in zip(asked, logs, sd, strict=True):
+            spread = one * max(self._reach(stage, which) for which in _new(here, b, n))
             outside = _outside(own, b, n)
             if outside and not extrapolate:
                 answers.append(f"{stage} with {method}: {outside}; --extrapolate answers all the same")
@@ -292,31 +298,41 @@ class Predictor:
             )
         return there[0]
 
-    def _reach(self, stage: Stage) -> float:
-        """How many standard deviations hold 90 % of the errors on batches, lengths and models left out, one by one."""
-        if stage not in self.reach:
-            self.reach[stage] = 1.645  # the normal distribution's, while those below are asked
+    def _reach(self, stage: Stage, which: str) -> float:
+        """How many standard deviations hold 90 % of the errors where a batch, a length or a model (``which``) is new:
+        of those left out one by one. Where fewer than `ENOUGH` errors of the kind are known, of all kinds."""
+        if stage not in {key.partition("|")[0] for key in self.reach}:
+            self.reach |= dict.fromkeys(
+                (f"{stage}|{one}" for one in NEW), 1.645
+            )  # the normal distribution's, meanwhile
             asked = [c for c in self.cells if c.stage == stage]
             list(self.answers(asked))  # what is learned of all cells is not learned anew of most of them
-            off = []
-            for which in ("batch", "length", "model"):
-                for value in sorted({getattr(c, which) for c in asked}):
-                    out = [c for c in asked if getattr(c, which) == value and not (which == "model" and c.plain)]
-                    rest = Predictor([c for c in asked if c not in out], self._scales, {stage: 1.0})
-                    off += [
-                        abs(math.log(c.seconds / a.seconds)) / math.log(a.high / a.seconds)
-                        for c, a in rest.answers(out)
-                        if isinstance(a, Answer)
-                    ]
-            if len(off) >= 10:
-                rank = min(len(off), math.ceil(LEVEL * (len(off) + 1)))
-                self.reach[stage] = sorted(off)[rank - 1]
-        return self.reach[stage]
+            off = {one: self._errors(asked, stage, one) for one in NEW}
+            for one, own in off.items():
+                known = own if len(own) >= ENOUGH else [error for errors in off.values() for error in errors]
+                if len(known) >= ENOUGH:
+                    rank = min(len(known), math.ceil(LEVEL * (len(known) + 1)))
+                    self.reach[f"{stage}|{one}"] = sorted(known)[rank - 1]
+        return self.reach[f"{stage}|{which}"]
+
+    def _errors(self, asked: Sequence[Cell], stage: Stage, which: str) -> list[float]:
+        """Of each batch, length or model left out in turn, in standard deviations."""
+        off = []
+        for value in sorted({getattr(c, which) for c in asked}):
+            out = [c for c in asked if getattr(c, which) == value and not (which == "model" and c.plain)]
+            plain = dict.fromkeys((f"{stage}|{one}" for one in NEW), 1.0)
+            rest = Predictor([c for c in asked if c not in out], self._scales, plain)
+            off += [
+                abs(math.log(c.seconds / a.seconds)) / math.log(a.high / a.seconds)
+                for c, a in rest.answers(out)
+                if isinstance(a, Answer)
+            ]
+        return off
 
     def save(self, file: Path) -> None:
         """As JSON: the cells, and what was learned beyond them."""
         for stage in {c.stage for c in self.cells}:
-            self._reach(stage)
+            self._reach(stage, NEW[0])
         cells = [asdict(c) for c in self.cells]
         files.write(file, KIND, {"cells": cells, "scales": self._scales, "reach": self.reach})
 
@@ -329,6 +345,16 @@ class Predictor:
 
 def _at(cells: Sequence[Cell]) -> list[tuple[int, int]]:
     return [(c.batch, c.length) for c in cells]
+
+
+def _new(cells: Sequence[Cell], batch: int, length: int) -> list[str]:
+    """What was not timed of a place, of `NEW`, by the cells of its own model; of one that was timed, the least: a
+    length."""
+    if not cells:
+        return ["model"]
+    asked = {"batch": batch, "length": length}
+    found = [name for name, value in asked.items() if value not in {getattr(c, name) for c in cells}]
+    return found or ["length"]
 
 
 def _outside(cells: Sequence[Cell], batch: int, length: int) -> str:

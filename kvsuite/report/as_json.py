@@ -6,12 +6,12 @@ row's key), ``columns``, ``rows`` and ``notes``. A column has the ``key`` of the
 part of a cell stands there (``shows``). A row has its ``key``, its ``names`` (as it is written) and ``cells`` by key. A
 note has its ``text`` and ``severity``: info, warning or error.
 
-A cell has ``state``: ok, partial, failed, missing, not measured or broken. It has ``value``: a number in ``unit``, a
-word, or null where there is none. The rest is there where it applies: ``low`` and ``high``, the ends of the interval;
-``of``, how many a count is out of, or in the unit ``pairs`` the count of the other arm; ``p``; ``verdict``; ``limits``,
-the margin's edges: values below the first and above the second do harm, and null is no limit; ``lacking``, how many
-samples of how many were compared. Numbers are in full. An interval that is open at one end has null there; so has what
-is not a number.
+A cell has ``state``: ok, partial, failed, missing, not measured, broken, differs or cannot tell. It has ``value``: a
+number in ``unit``, a word, or null where there is none. The rest is there where it applies: ``low`` and ``high``, the
+ends of the interval; ``of``, how many a count is out of, or in the unit ``pairs`` the count of the other arm; ``p``;
+``verdict``; ``limits``, the margin's edges: values below the first and above the second do harm, and null is no limit;
+``lacking``, how many samples of how many were compared. Numbers are in full. An interval that is open at one end has
+null there; so has what is not a number.
 """
 
 from __future__ import annotations

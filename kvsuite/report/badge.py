@@ -16,6 +16,7 @@ from kvsuite.analysis.report import Report
 from kvsuite.analysis.sentences import Tone
 from kvsuite.analysis.table import Row
 from kvsuite.errors import UsageError
+from kvsuite.report.text import STATES
 
 DECIDED = {"within margin": "no damage found", "harmful": "damaged", "undecided": "cannot tell yet"}
 COLOURS = {"within margin": "#2e7d32", "harmful": "#c62828"}
@@ -112,7 +113,7 @@ def write(report: Report, folder: Path) -> list[Path]:
 
 def _decisions(report: Report) -> Iterator[tuple[str, str, str]]:
     """Of servers there is no table of decisions; what their sentences say is told."""
-    broken = {row.key[0] for row in _rows(report, "verdicts") if row.key[1] == "all"}
+    broken = {row.key[0]: STATES[row.cells["effect"].state] for row in _rows(report, "verdicts") if row.key[1] == "all"}
     rows = _rows(report, "decision")
     for row in rows:
         method, verdict = row.key[0], row.cells["decision"].verdict
@@ -122,7 +123,7 @@ def _decisions(report: Report) -> Iterator[tuple[str, str, str]]:
         if said.method not in broken:
             verdict = TONES[said.tone]
             yield said.method, said.lead.partition(":")[0].lower() if said.tone == "open" else DECIDED[verdict], verdict
-    yield from ((method, "BROKEN", "harmful") for method in sorted(broken))
+    yield from ((method, broken[method], "harmful") for method in sorted(broken))
 
 
 def _speeds(report: Report) -> Iterator[tuple[str, str, str]]:

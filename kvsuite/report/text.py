@@ -19,6 +19,8 @@ STATES: dict[State, str] = {
     "missing": "missing",
     "not measured": "not measured",
     "broken": "BROKEN",
+    "differs": "DIFFERS",
+    "cannot tell": "cannot tell",
 }
 """What stands in place of a value."""
 DIGITS = {

@@ -4,8 +4,8 @@ little "vLLM" for whoever starts servers.
 ``with Server() as server: server.url`` in this process, ``python -m suites.checks.scripted --port 8000`` in another.
 
 The first word of the last message names a behaviour (``do_…`` of `Call`, or in a table), the next one may be its
-argument; without a name the server's own behaviour holds. A normal answer is made of words that are hashed from the
-messages: `answer` knows them, and mixed answers show.
+argument; without a name the server's own behaviour holds. A normal answer is made of words that are chosen by a hash
+of the messages: `answer` knows them, and mixed answers show.
 """
 
 import argparse
@@ -50,10 +50,18 @@ class Refused(Exception):
     """Status and text of an answer that is no stream, and its Retry-After."""
 
 
+SPEECH = [" " + hashlib.sha256(f"{at}".encode()).hexdigest()[:5] for at in range(64)]
+"""Words, of which each has two that may follow it, so that an answer has an order."""
+
+
 def answer(messages, tokens=TOKENS):
     """The words of the normal answer to messages, a token each."""
     seed = json.dumps(list(messages), sort_keys=True)
-    return [" " + hashlib.sha256(f"{seed}{at}".encode()).hexdigest()[:5] for at in range(tokens)]
+    words, at = [], int(hashlib.sha256(seed.encode()).hexdigest(), 16) % len(SPEECH)
+    for place in range(tokens):
+        words.append(SPEECH[at])
+        at = (5 * at + 1 + 2 * (hashlib.sha256(f"{seed}{place}".encode()).digest()[0] % 2)) % len(SPEECH)
+    return words
 
 
 class Call:
@@ -109,6 +117,34 @@ class Call:
         forced = self.body.get("ignore_eos", False)
         yield from self.said(self.words if forced else self.words[:5])
         yield from self.end("length" if forced else "stop", tokens=self.cap if forced else 5)
+
+    def do_one_piece(self):
+        """As behind a proxy that keeps a stream until it ends."""
+        yield self.server.itl * len(self.words)
+        yield self.event(content="".join(self.words))
+        yield from self.end("length")
+
+    def do_overstated(self):
+        """Its usage says half as many tokens again."""
+        yield from self.said(self.words)
+        yield from self.end("length", tokens=3 * self.cap // 2)
+
+    def do_replayed(self):
+        """As behind a gateway that keeps whole answers: at once when it is asked the same once more."""
+        again = self.server.seen[json.dumps(self.messages)] > 1
+        yield from (self.event(content=word) for word in self.words) if again else self.said(self.words)
+        yield from self.end("length")
+
+    def do_halved(self):
+        """Half of the prompt is lost on the way."""
+        self.prompt //= 2
+        yield from self.do_normal()
+
+    def do_flaky(self):
+        """Refuses a fifth of what it is asked."""
+        if int(hashlib.sha256(self.text.encode()).hexdigest(), 16) % 5 == 0:
+            raise Refused(*REFUSALS["error-500"])
+        yield from self.do_normal()
 
     def do_slow_first(self):
         yield float(self.argument)
@@ -192,6 +228,8 @@ class Server:
     prefix_caching: bool = True
     preemptions: int = 0
     die_after: int = 0
+    die_idle: int = 0
+    """After so many looks at its metrics it ends, with nothing to do."""
 
     def __post_init__(self):
         self.calls, self.paths, self.seen, self.cache, self.connections = [], [], Counter(), set(), 0
@@ -243,7 +281,8 @@ class Server:
             status, text, after = (*refused.args, "")[:3]
             head = f"Content-Type: application/json\r\nContent-Length: {len(text)}\r\nRetry-After: {after}"
             writer.write(f"HTTP/1.1 {status} X\r\n{head}\r\n\r\n{text}".encode())
-        if self.die_after and len(self.calls) >= self.die_after:
+        idle = self.die_idle and self.paths.count("GET /metrics") >= self.die_idle
+        if idle or (self.die_after and len(self.calls) >= self.die_after):
             await writer.drain()
             os._exit(1)
 
@@ -259,6 +298,7 @@ class Server:
 
     async def _answer(self, writer, call):
         self.seen[call.text] += 1
+        self.seen[json.dumps(call.messages)] += 1
         key = json.dumps([call.body.get("cache_salt"), call.messages])
         call.cached = call.prompt if self.prefix_caching and key in self.cache else 0
         self.cache.add(key)
@@ -284,7 +324,7 @@ class Server:
 def main():
     parser = argparse.ArgumentParser()
     own = {"port": 0, "itl": 0.0, "model": "scripted", "cache_dtype": "auto", "kv_tokens": 46592, "preemptions": 0}
-    for name, default in {**own, "die_after": 0, "kv_cache_dtype": "auto", "start_delay": 0.0}.items():
+    for name, default in {**own, "die_after": 0, "die_idle": 0, "kv_cache_dtype": "auto", "start_delay": 0.0}.items():
         parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)
     parser.add_argument("--garbage", dest="behaviour", action="store_const", const="garbage", default="normal")
     parser.add_argument("--no-prefix-caching", dest="prefix_caching", action="store_false")

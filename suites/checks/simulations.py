@@ -704,9 +704,13 @@ def answers(thin: int = 1) -> list[Row]:
         ((_, e),) = decide([("m", e)])
         return str(e.verdict)
 
+    none = "64 answers, no effect, margin 0: harmful"
+
+    def size(seed: int) -> dict[str, bool]:
+        return {none: verdict(np.random.default_rng([21, seed]), 64, 0, 0, 0) == "harmful"}
+
     def draw(seed: int) -> dict[str, bool]:
         rng, found = np.random.default_rng([19, seed]), {}
-        found["64 answers, no effect, margin 0: harmful"] = verdict(rng, 64, 0, 0, 0) == "harmful"
         found["64 answers, .15 nats less likely: harmful"] = verdict(rng, 64, 0.15, 0) == "harmful"
         found["64 answers, one in five lost: harmful"] = verdict(rng, 64, 0, 0.2) == "harmful"
         for n in (64, 160, 400):
@@ -714,15 +718,14 @@ def answers(thin: int = 1) -> list[Row]:
         found["160 answers, no effect: within margin"] = verdict(rng, 160, 0, 0) == "within margin"
         return found
 
-    off = 2.6 * math.sqrt(LEVEL * (1 - LEVEL) / 500)
     bounds = {
-        "64 answers, no effect, margin 0: harmful": (LEVEL - off, LEVEL + off),
         "64 answers, .15 nats less likely: harmful": (0.95, 1.0),
         "64 answers, one in five lost: harmful": (0.8, 1.0), "160 answers, no effect: within margin": (0.95, 1.0),
         **{f"{n} answers, one in twenty lost: within margin": (0.0, 0.07) for n in (64, 160, 400)},
     }  # fmt: skip
     about = "reference answers, margin .1 nats a token (one in twenty lost is .115)"
-    return _bounded(about, bounds, (draw(seed) for seed in range(500 // thin)))
+    sized = _bounded(about, {none: SIZE}, (size(seed) for seed in range(DRAWS // thin)))
+    return sized + _bounded(about, bounds, (draw(seed) for seed in range(500 // thin)))
 
 
 def deciding(thin: int = 1) -> list[Row]:

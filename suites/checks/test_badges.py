@@ -101,9 +101,9 @@ def test_what_is_broken_or_partial_is_not_cleared(smoke):
 def test_servers_are_decided_too():
     found = badge.badges(analyse(read(SMOKE.parent / "vllm")))
     assert {b.label: (b.message, b.verdict) for b in found} == {
-        "fp8_e4m3": ("cannot tell yet", "undecided"), "fp8_e5m2": ("damaged", "harmful"),
-        "fp8_e4m3 speed": ("0.94×, within noise", "undecided"), "fp8_e5m2 speed": ("1.08×, within noise", "undecided"),
-    }  # fmt: skip
+        "fp8_e4m3": ("cannot tell yet", "undecided"),
+        "fp8_e5m2": ("damaged", "harmful"),
+    }, "too few answers to tell garbage in a fifth of them, so no speed"
 
 
 def test_speed_alone_clears_nobody():

@@ -153,7 +153,10 @@ def test_without_usage_somebody_else_counts(server):
     assert (reply.tokens, reply.counted, reply.prompt_tokens, reply.cached_tokens) == (TOKENS, "chunks", None, None)
     reply = ask(server, "no-usage", count=lambda text: len(text.split()) * 2)
     assert (reply.tokens, reply.counted) == (2 * TOKENS, "tokenizer")
-    assert ask(server, "no-usage-but-normal", count=lambda text: 99).tokens == TOKENS
+    reply = ask(server, "no-usage-but-normal", count=lambda text: TOKENS + 4)
+    assert (reply.tokens, reply.counted, reply.usage_tokens) == (TOKENS, "usage", None), "it finds much the same"
+    reply = ask(server, "no-usage-but-normal", count=lambda text: 99)
+    assert (reply.tokens, reply.counted, reply.usage_tokens) == (99, "tokenizer", TOKENS), "it decides"
 
 
 def test_a_server_without_stream_options():

@@ -1,6 +1,7 @@
 """What is drawn: the same numbers as in the tables, of whoever has some, and sentences that say what they come to."""
 
 import math
+import re
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,7 @@ from kvsuite.records import Answer, Timing, read
 from kvsuite.report.html.labels import Box, place
 from kvsuite.report.html.scale import Scale, number
 from kvsuite.report.html.svg import draw
+from suites.checks import planted
 from suites.checks import test_partial as partial
 from suites.checks.test_decision import forced, speed
 from suites.checks.test_served_analysis import both
@@ -167,10 +169,11 @@ def test_one_sentence_a_method(smoke, vllm):
         "Damaged. Its next words drift from the model's (KL 0.071 beyond noise) and it predicts text 7 % worse. It "
         "needs 28 % of the cache's memory and decodes 1.20 times as fast.",
     )
-    assert said["fp8_e4m3"][0] == "open"
-    assert said["fp8_e4m3"][1].endswith("decodes 0.94 times as fast, within noise.")
+    assert said["fp8_e4m3"] == ("open", "Cannot tell yet. It needs 50 % of the cache's memory for a token.")
     assert said["fp8_e5m2"][1].startswith("Damaged. Its answers are 0.68 times as long and it cuts 31 % of the answers")
     assert len(said) == 9
+    [served] = analyse(planted.run(planted.probes(), planted.needles(64), planted.loads())).sentences
+    assert re.search(r"decodes 1.\d\d times as fast, within noise\.$", served.text)
 
 
 def test_what_a_run_cannot_tell(smoke):
@@ -188,7 +191,10 @@ def test_a_price_is_made_of_the_largest_cell(smoke, vllm):
     cell = smoke.cell("timings", ("int8", "decode", "8", "1024"), "rate")
     assert smoke.throughput.rates["int8"] == cell.value
     assert "jitter" not in smoke.throughput.rates
-    assert vllm.throughput.rates["fp8_e5m2"] == vllm.cell("served", ("closed:4 1024 tokens", "fp8_e5m2"), "rate").value
+    rate = vllm.cell("served", ("closed:4 1024 tokens", "baseline"), "rate").value
+    assert vllm.throughput.rates == {"baseline": rate}, "what cannot be believed has none"
+    served = analyse(planted.run(planted.probes(), planted.needles(64), planted.loads()))
+    assert served.throughput.rates["m"] == served.cell("served", ("closed:8", "m"), "rate").value
 
 
 # scales and names

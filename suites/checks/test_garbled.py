@@ -314,14 +314,13 @@ class TestBroken:
         at = int(found.example.sample[1])
         assert found.example.baseline == " ".join(world.base[at])
         assert found.example.variant == " ".join(variant[at]) != found.example.baseline
-        assert found.note == ""
+        assert found.state == "failed"
 
     def test_without_a_control_only_if_it_is_overwhelming(self):
         world = World("alone", 64)
         for kind in ("unrelated", "characters", "empty", "loop", "never stops"):
             found = checked(world.base, world.broken(kind))
             assert found.broken, kind
-            assert found.note == "no control: no floor was measured"
             assert {sign.floor for sign in found.signs} == {None}
         for kind in ("unrelated", "never stops"):
             assert not checked(world.base, world.broken(kind, 1 / 3)).broken
@@ -331,7 +330,6 @@ class TestBroken:
         variant = world.broken("never stops", 0.5)
         alone, identical = checked(world.base, variant), checked(world.base, variant, world.base)
         assert identical.signs == alone.signs
-        assert identical.note == "the control's answers are identical: no floor was measured"
         assert not identical.broken
         assert checked(world.base, variant, world.control).broken
 
@@ -462,11 +460,11 @@ class TestCounting:
         assert sign(check(base, unknown, control), "cap hits").n == 0
 
     def test_too_few_are_broken_only_if_all_are_hopeless(self):
-        world = World("few", FEW - 1)
+        world = World("few answers", FEW - 1)
         for kind in ("characters", "empty", "loop", "Russian", "exclamation marks"):
             found = checked(world.base, world.broken(kind), world.control)
             assert found.broken, kind
-            assert found.note.endswith("too few answers: 7 of at least 8 prompts")
+            assert (found.state, found.told < found.needed) == ("failed", True)
             assert not failed(found)
             assert found.example.sign in ("empty", "repetition", "language")
             assert not checked(world.base, world.broken(kind, 6 / 7), world.control).broken

@@ -7,17 +7,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kvsuite.analysis.tables.modes import modes
 from kvsuite.cache import adapter
 from kvsuite.cache.checker import error
 from kvsuite.engines.request import Request
-from kvsuite.engines.timing import ENDLESS, DecodeCell, TransformersCell
+from kvsuite.engines.timing import ENDLESS, DecodeCell, PrefillCell, TransformersCell, measured
 from kvsuite.engines.transformers import TransformersEngine
 from kvsuite.errors import UsageError
-from kvsuite.kernels.context import HeadView
+from kvsuite.kernels import dense
+from kvsuite.kernels.context import AttentionParams, HeadView
+from kvsuite.kernels.reference.attention import causal_self_attention
+from kvsuite.kernels.reference.mass import column_mass
 from kvsuite.methods import parse
+from kvsuite.modes import mode_of, phase_of
 from kvsuite.records import Run, Timing
 from suites.checks.table import METHODS, READING, SCALE, context, loaded, tokens
 
@@ -104,6 +108,55 @@ def test_full_gives_the_logits_of_transformers_own_cache(engine, mode):
     assert torch.equal(cell.decoder.logits, again)
 
 
+@pytest.mark.parametrize("mode", ["eager", "sdpa"])
+def test_a_prompt_gives_the_logits_of_transformers_own_prefill(engine, mode):
+    ids = list(range(70))
+    own = engine.prefill(Request("cell", "", "", ENDLESS), ids, [], mode=mode)
+    engine.model.set_attn_implementation(mode)
+    with torch.inference_mode():
+        logits = adapter.forward(engine.model, cache := DynamicCache(), torch.tensor([ids]))
+    engine.model.set_attn_implementation(adapter.NAME)
+    assert torch.equal(own.logits, logits[0])
+    for layer, theirs in zip(own.context, cache.layers, strict=True):
+        assert torch.equal(layer.k, theirs.keys[0])
+        assert torch.equal(layer.v, theirs.values[0])
+
+
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("mode", ["eager", "sdpa"])
+def test_a_prompt_attends_alike_in_all_modes(mode, window):
+    q, k, v = tokens(40, 2, torch.float32)
+    out, weights = dense.self_attention(mode, q, k, v, AttentionParams(SCALE, window))
+    torch.testing.assert_close(out, causal_self_attention(q, k, v, SCALE, window))
+    assert (weights is None) == (mode == "sdpa")
+    if weights is not None:
+        mass = weights.sum(1).view(len(k), GROUP, -1).mean(1)
+        torch.testing.assert_close(mass, column_mass(q, k, SCALE, window))
+    with pytest.raises(ValueError, match="soft caps"):
+        dense.self_attention(mode, q, k, v, AttentionParams(SCALE, softcap=1.0))
+
+
+def test_a_prefill_takes_the_weights_that_eager_attention_computes(engine, monkeypatch):
+    method, ids = parse("h2o:budget=20"), list(range(70))
+    asked = [engine.prefill(Request("cell", "", "", ENDLESS), ids, [], method.observes, mode) for mode in ("", "sdpa")]
+    monkeypatch.setattr("kvsuite.cache.prefill.for_prefill", None)  # nobody else is asked
+    asked.append(engine.prefill(Request("cell", "", "", ENDLESS), ids, [], method.observes, "eager"))
+    [what] = method.observes
+    for plain, other, eager in zip(*(prompt.context for prompt in asked), strict=True):
+        assert torch.equal(plain[what], other[what])
+        torch.testing.assert_close(plain[what], eager[what], rtol=0.05, atol=0.05)  # weights are rounded to bfloat16
+        assert eager[what].sum() == pytest.approx(2 * 70, rel=0.01)
+
+
+@pytest.mark.parametrize("mode", ["", "eager", "sdpa"])
+def test_a_timed_prefill_is_of_its_mode(engine, mode):
+    cell, peak = measured(lambda: PrefillCell(engine, parse("int8"), list(range(70)), mode), torch.device("cpu"))
+    assert (cell.inner.worker.backend == mode) == bool(mode)
+    assert cell.checked <= 1
+    assert cell.round() > 0
+    assert peak is None or peak >= 0
+
+
 def test_what_a_mode_cannot_do_is_refused(engine):
     with pytest.raises(UsageError, match="transformers' attention reads all tokens"):
         DecodeCell(engine, parse("top-pages:top=2"), prompt(engine, list(range(50))), 1, 4, "eager")
@@ -168,3 +221,23 @@ def test_a_speed_up_is_compared_between_modes(tmp_path):
     assert "eager promises more than paged keeps in 1 of 2 cells" in said
     assert "FAILED sdpa bad b8 l512: ValueError: no" in said
     assert modes(Run(tmp_path, FACTS, [r for r in records if r.phase == "decode"])) == []
+
+
+def test_prefills_have_a_table_of_their_own(tmp_path):
+    records = [
+        timings(method, phase_of(what, mode), ratio, seed)
+        for seed, (method, what, mode, ratio) in enumerate(
+            (method, what, mode, ratio)
+            for what, ratios in (("prefill", (0.5, 0.9)), ("decode", (1.2, 1.2)))
+            for mode, ratio in zip(("eager", "paged"), ratios, strict=True)
+            for method, ratio in (("full", 1.0), ("good", ratio))
+        )
+    ]
+    assert {r.phase for r in records} == {"eager prefill", "prefill", "eager", "decode"}
+    assert [mode_of(r.phase) for r in records[::2]] == [
+        ("prefill", "eager"), ("prefill", "paged"), ("decode", "eager"), ("decode", "paged")
+    ]  # fmt: skip
+    decode, prefill = modes(Run(tmp_path, FACTS, records))
+    assert prefill.title.startswith("prefill by mode")
+    assert decode.cell(("good", "8 · 512"), "eager over").value == pytest.approx(1, rel=0.03)
+    assert prefill.cell(("good", "8 · 512"), "eager over").value == pytest.approx(0.5 / 0.9, rel=0.03)

@@ -86,6 +86,20 @@ def test_what_is_left_out_is_predicted_and_intervals_hold_it(by):
     assert any("lies outside what was timed" in why for why in refused) == (by != "model")
 
 
+def test_a_new_batch_has_a_wider_interval_where_batches_jump():
+    """Times jump by up to a fifth from batch to batch, all lengths alike: a new length is known well, a new batch is
+    not."""
+    jump = dict(zip(BATCHES, (1.0, 1.2, 0.95, 1.15, 1.0), strict=True))
+    made = [dataclasses.replace(c, seconds=c.seconds * jump[c.batch]) for c in world(models=("small",))]
+    predictor = Predictor(made)
+    places = [(8, 700), (6, 512), (6, 700), (8, 512)]
+    length, batch, both, none = (a.high / a.seconds for a in predictor.ask("here", "small", "full", "decoding", places))
+    assert max(length, none) < 1.05
+    assert min(batch, both) > 1.1
+    found, _ = scores.left_out(made, "length")
+    assert np.mean([g.answer.low <= g.cell.seconds <= g.answer.high for g in found]) >= 0.85
+
+
 def test_shuffled_cells_are_told_no_better_than_by_one_number():
     """Each method's times are dealt anew over its cells; the number is the best there is, and knows them all."""
     made = world(models=("small",), noise=0.0)

@@ -3,11 +3,13 @@
 import statistics
 import time
 import traceback
+from functools import partial
 
 import pytest
 
 from kvsuite.engines import ranks
 from kvsuite.methods import parse
+from kvsuite.modes import PAGED, mode_of, phase_of
 from kvsuite.records import OUT_OF_MEMORY, Timing
 
 pytestmark = pytest.mark.throughput
@@ -18,14 +20,8 @@ STEPS = 2
 NO_MEMORY = ("CUDA out of memory", "can't allocate memory")
 """What torch says."""
 LOST = "the processes of torchrun have lost each other"
-PAGED = "paged"
 TRANSFORMERS = {PAGED: "sdpa", "eager": "eager", "sdpa": "sdpa", "flash-attn": "flash_attention_2"}
 """The attention that transformers' own cache is timed with in every mode."""
-
-
-def phase_of(mode):
-    """What a record calls decoding in a mode."""
-    return "decode" if mode == PAGED else mode
 
 
 def steps_of(blocks):
@@ -43,7 +39,8 @@ def run_cell(kv_local, benchmark, cell, make):
     from kvsuite.engines.pool import PATIENCE
 
     o, found, before, after, rest, attention = kv_local.options, {}, [], [], [], []
-    steps = 1 if cell["phase"] == "prefill" else STEPS
+    what, mode = mode_of(cell["phase"])
+    steps = 1 if what == "prefill" else STEPS
     try:
         kv_local.skip_recorded(Timing(**cell).job)
         baseline, mine, empty, found = make()
@@ -92,16 +89,16 @@ def run_cell(kv_local, benchmark, cell, make):
             pytest.exit(f"{LOST}: {said}", pytest.ExitCode.INTERRUPTED)
         if full:
             pytest.xfail(said)  # that is what was found out about this size
-        if cell["method"] == "full" and cell["phase"] in ("decode", "prefill"):
+        if cell["method"] == "full" and mode == PAGED:
             kv_local.baseline(str(error))
         raise
     kv_local.record(record)
     kv_local.baseline("")
     benchmark.extra_info["record"] = {"method": record.method, "path": record.path, "nbytes": record.nbytes}
-    if record.seconds:  # what kvsuite predict throughput reads of pytest-benchmark's JSON
+    if record.seconds and mode == PAGED:  # what kvsuite predict throughput reads of pytest-benchmark's JSON
         benchmark.extra_info |= {
             "model": kv_local.model_name, "method": record.method, "bsz": record.width, "prompt_len": record.length,
-            "stage": "prefill" if record.phase == "prefill" else "decoding",
+            "stage": "prefill" if what == "prefill" else "decoding",
             "thr": record.tokens / statistics.median(record.seconds),
         }  # fmt: skip
 
@@ -122,10 +119,11 @@ def rest_of(kv_local, timing, ids):
     return (None, {}) if scale == 1 else (timing.RestCell(kv_local.engine, ids), {"scale": scale})
 
 
-def ours(worker):
-    """Where a timing comes from: the very attributes an answer's record has."""
+def ours(worker, peak):
+    """Where a timing comes from: the very attributes an answer's record has. Then its memory."""
     names = {"cache": worker.provenance, "path": worker.path, "refusal": worker.refusal, "artifact": worker.artifact}
-    return names | {"nbytes": worker.nbytes, "nbytes_read": worker.read_nbytes}
+    held = {"nbytes": worker.nbytes, "nbytes_read": worker.read_nbytes}
+    return names | held | {"allocated": worker.allocated, "peak": peak}
 
 
 def test_decode(kv_local, timing, benchmark, kv_method, kv_batch, kv_length, kv_mode):
@@ -134,36 +132,40 @@ def test_decode(kv_local, timing, benchmark, kv_method, kv_batch, kv_length, kv_
     def make():
         prompt, steps, room = kv_local.prompt(kv_length), steps_of(kv_local.options.rounds), kv_local.room()
         attention = "" if kv_mode == PAGED else kv_mode
-        cells = [
-            timing.DecodeCell(kv_local.engine, m, prompt, kv_batch, steps, attention, room)
-            for m in (parse("full"), kv_method)
-        ]
-        for cell in cells:
-            cell.check()
-        worker, turns = cells[1].worker, 2 * STEPS
-        found = ours(worker) | {"checked": cells[1].checked, "tokens": turns * kv_batch}
-        empty, scaled = rest_of(kv_local, timing, [[5]] * kv_batch)
-        return *cells, empty, found | scaled | limits(kv_local, step(kv_local.engine.model, worker), turns)
 
-    cell = {"method": kv_method.name, "phase": phase_of(kv_mode), "width": kv_batch, "length": kv_length}
+        def side(method):
+            make = partial(timing.DecodeCell, kv_local.engine, method, prompt, kv_batch, steps, attention, room)
+            return timing.measured(make, kv_local.engine.model.device)
+
+        (full, _), (mine, peak) = side(parse("full")), side(kv_method)
+        worker, turns = mine.worker, 2 * STEPS
+        found = ours(worker, peak) | {"checked": mine.checked, "tokens": turns * kv_batch}
+        empty, scaled = rest_of(kv_local, timing, [[5]] * kv_batch)
+        return full, mine, empty, found | scaled | limits(kv_local, step(kv_local.engine.model, worker), turns)
+
+    cell = {"method": kv_method.name, "phase": phase_of("decode", kv_mode), "width": kv_batch, "length": kv_length}
     run_cell(kv_local, benchmark, cell, make)
 
 
-def test_prefill(kv_local, timing, benchmark, kv_method, kv_prefill):
+def test_prefill(kv_local, timing, benchmark, kv_method, kv_prefill, kv_mode):
     from kvsuite.engines.limits import prefill
 
     def make():
         ids, room = kv_local.text(kv_prefill), kv_local.room()
-        cells = [timing.PrefillCell(kv_local.engine, m, ids, room) for m in (parse("full"), kv_method)]
-        for cell in cells:
-            cell.check()
-        worker = cells[1].inner.worker
-        found = ours(worker) | {"checked": cells[1].checked, "tokens": 2 * kv_prefill}
+        attention = "" if kv_mode == PAGED else kv_mode
+
+        def side(method):
+            make = partial(timing.PrefillCell, kv_local.engine, method, ids, attention, room)
+            return timing.measured(make, kv_local.engine.model.device)
+
+        (full, _), (mine, peak) = side(parse("full")), side(kv_method)
+        worker = mine.inner.worker
+        found = ours(worker, peak) | {"checked": mine.checked, "tokens": 2 * kv_prefill}
         empty, scaled = rest_of(kv_local, timing, [ids])
         asked = prefill(kv_local.engine.model, worker, kv_prefill)
-        return *cells, empty, found | scaled | limits(kv_local, asked, 2)
+        return full, mine, empty, found | scaled | limits(kv_local, asked, 2)
 
-    cell = {"method": kv_method.name, "phase": "prefill", "width": 1, "length": kv_prefill}
+    cell = {"method": kv_method.name, "phase": phase_of("prefill", kv_mode), "width": 1, "length": kv_prefill}
     run_cell(kv_local, benchmark, cell, make)
 
 
@@ -180,7 +182,7 @@ def test_transformers(kv_local, timing, benchmark, kv_batch, kv_length, kv_mode)
         empty, scaled = rest_of(kv_local, timing, [[5]] * kv_batch)
         return full, other, empty, found | scaled | {"nbytes": other.nbytes, "tokens": 2 * STEPS * kv_batch}
 
-    cell = {"method": "transformers", "phase": phase_of(kv_mode), "width": kv_batch, "length": kv_length}
+    cell = {"method": "transformers", "phase": phase_of("decode", kv_mode), "width": kv_batch, "length": kv_length}
     run_cell(kv_local, benchmark, cell, make)
 
 

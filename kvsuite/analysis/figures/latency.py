@@ -8,9 +8,9 @@ from kvsuite.analysis.figure import Axis, Figure, Point, Series, thinned
 from kvsuite.analysis.length import beside
 from kvsuite.analysis.requests import paces
 from kvsuite.analysis.requests import requests as joined_requests
-from kvsuite.analysis.runs import broken
 from kvsuite.analysis.serving import timed
 from kvsuite.analysis.table import Note, Table
+from kvsuite.analysis.validity import unranked
 from kvsuite.readers.run import answers
 from kvsuite.records import Run, Served
 
@@ -27,10 +27,10 @@ def figures(run: Run, tables: Mapping[str, Table]) -> list[Figure]:
 
 
 def _cell(run: Run, cell: str, arms: Mapping[str, list[Served]]) -> Figure:
-    left_out, series = broken(run), []
+    hidden, series = unranked(run), []
     for arm, own in arms.items():
         seconds = thinned(_seconds(own), STEPS)
-        if not seconds or arm in left_out:
+        if not seconds or arm in hidden:
             continue
         answered = len(_seconds(own)) / len(own)
         points = [Point(x, 100 * answered * (at + 1) / len(seconds)) for at, x in enumerate(seconds)]

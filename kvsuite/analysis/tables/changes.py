@@ -10,11 +10,12 @@ from kvsuite import records
 from kvsuite.analysis.effects import Part, compare, decided
 from kvsuite.analysis.forced import Shift, asked, references, shift
 from kvsuite.analysis.length import same_caps
-from kvsuite.analysis.runs import broken, changes, elsewhere, lost, speed_changes
+from kvsuite.analysis.runs import changes, elsewhere, lost, speed_changes
 from kvsuite.analysis.samples import same_answers
 from kvsuite.analysis.shortfall import interrupted
 from kvsuite.analysis.speed import compare_loads
 from kvsuite.analysis.table import Cell, Column, Note, Row, Table, errors, infos, span
+from kvsuite.analysis.tables.shared import without
 from kvsuite.analysis.tables.verdicts import COLUMNS, distinct, effect_row, endpoints, margins_text, needs, partial
 from kvsuite.analysis.verdict import Effect, Named
 from kvsuite.columns import Arm
@@ -54,9 +55,7 @@ def runs(one: Run, other: Run, margins: Margins) -> list[Table]:
     notes += errors([f"partial: {run.folder} was interrupted." for run in (one, other) if interrupted(run)])
     notes += errors([_torn(run) for run in (one, other) if run.torn])
     notes += [Note(said, "warning") for said in (*lost(one, other), *lost(other, one))]
-    notes += errors(
-        [f"BROKEN {arm}: in {run.folder} its answers are no answers." for run in (one, other) for arm in broken(run)]
-    )
+    notes += errors([f"{arm}: in {run.folder} {why}." for run in (one, other) for arm, why in without(run).items()])
     speeds = speed_changes(one, other, margins)
     if not (shared or speeds or beside or shifts):
         raise UsageError(f"{one.folder} and {other.folder} have no method in common that answered or was timed")

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from datetime import date
 
 from kvsuite.analysis.gates import Figure, Gate, Gates, Outcome, forgiven, judge
-from kvsuite.analysis.runs import broken
 from kvsuite.analysis.speed import REFERENCE, speed_rows
 from kvsuite.analysis.table import Cell, Column, Row, Severity, Table, infos
 from kvsuite.analysis.tables.changes import WORDS, runs
 from kvsuite.analysis.tables.decision import held
+from kvsuite.analysis.tables.shared import without
 from kvsuite.analysis.verdict import Named
 from kvsuite.errors import UsageError
 from kvsuite.margins import Margins
@@ -29,7 +29,7 @@ def outcomes(run: Run, asked: Gates, effects: Sequence[Named], today: date) -> l
     if not (asked.gates or asked.against):
         return []
     methods = [m for m in run.facts["methods"] if m != run.baseline and not run.is_control(m)]
-    garbled, share = broken(run), held(run)
+    gone, share = without(run), held(run)
     known = {(method, e.endpoint): e for method, e in effects}
     decoded = [r for r in run.records if isinstance(r, Timing) and r.phase == "decode"]
     timed = {(r.method, r.width, r.length): r for r in speed_rows(decoded)}
@@ -44,10 +44,8 @@ def outcomes(run: Run, asked: Gates, effects: Sequence[Named], today: date) -> l
             return "not measured" if row is None or not row.failed else f"failed: {row.error}"
         return "PyTorch computed it" if row.path.endswith(REFERENCE) else row.speedup
 
-    found = judge(asked.gates, [m for m in methods if m not in garbled], figure)
-    lost = [m for m in methods if m in garbled]
-    none = "its answers are no answers"
-    found += [Outcome(g.text, m, "failed", why=none) for g in asked.gates for m in lost if g.matches(m)]
+    found = judge(asked.gates, [m for m in methods if m not in gone], figure)
+    found += [Outcome(g.text, m, "failed", why=why) for g in asked.gates for m, why in gone.items() if g.matches(m)]
     if asked.against is not None:
         found += _against(asked.against, run)
     return forgiven(found, asked.acknowledged, today)

@@ -9,21 +9,27 @@ from kvsuite.analysis.table import Cell, Column, Row, Table, infos
 from kvsuite.analysis.tables.shared import failed, setting
 from kvsuite.analysis.tables.speed import state
 from kvsuite.analysis.trimmed import log_change
-from kvsuite.kernels import MODES
+from kvsuite.modes import MODES, PAGED, mode_of
 from kvsuite.records import Run, Timing
 
-PAGED = "paged"
+TITLES = {"decode": "decoding", "prefill": "prefill"}
 
 
 def modes(run: Run) -> list[Table]:
-    """Every method's speed-up over `full` in each mode, cell by cell; nothing where no other mode was timed."""
-    timings = [r for r in run.records if isinstance(r, Timing) and r.phase in ("decode", *MODES)]
-    by = {(_mode(t), t.method, t.width, t.length): t for t in timings}
-    there = [mode for mode in MODES if any(key[0] == mode for key in by)]
-    if not there:
-        return []
+    """Every method's speed-up over `full` in each mode, cell by cell, of decoding and of prefills; nothing where no
+    other mode was timed."""
+    timings = [(*mode_of(r.phase), r) for r in run.records if isinstance(r, Timing)]
+    tables = []
+    for what in TITLES:
+        by = {(mode, t.method, t.width, t.length): t for phase, mode, t in timings if phase == what}
+        if there := [mode for mode in MODES if any(key[0] == mode for key in by)]:
+            tables.append(_table(run, what, by, there))
+    return tables
+
+
+def _table(run: Run, what: str, by: Known, there: Sequence[str]) -> Table:
     places = list(dict.fromkeys((width, length) for mode, _, width, length in by if mode != PAGED))
-    methods = list(dict.fromkeys(t.method for t in timings if t.method != run.baseline))
+    methods = list(dict.fromkeys(t.method for t in by.values() if t.method != run.baseline))
     ours = [method for method in methods if method != "transformers"]
     rows = [Row((run.baseline, f"{w} · {n}"), _rates(by, run.baseline, there, w, n), unit="tok/s") for w, n in places]
     rows += [Row((m, f"{w} · {n}"), _speeds(by, m, there, w, n), unit="×") for m in methods for w, n in places]
@@ -32,21 +38,24 @@ def modes(run: Run) -> list[Table]:
     said = [
         f"In each mode a method's speed is a multiple of {run.baseline}'s in that mode, which ran in turn with it; "
         "the 95 % t-interval in brackets.",
-        "eager, sdpa and flash-attn are transformers' attention over the same caches, unpacked at every step; paged "
-        "are kvsuite's kernels. transformers is its own DynamicCache under that attention (with paged: sdpa).",
+        MEANS[what],
         *(_verdict(mode, [row.cells[f"{mode} over"] for row in rows if row.key[0] in ours]) for mode in there),
     ]
-    failures = [(f"{r.phase} {r.method} b{r.width} l{r.length}", r.error) for r in speed_rows(timings) if r.failed]
-    others = [(name, error) for name, error in failures if not name.startswith("decode ")]
-    title = f"decoding by mode · {setting(run)}"
-    return [Table("modes", title, ("method", "batch · length"), columns, rows, [*infos(said), *failed(others)])]
+    others = [t for (mode, *_), t in by.items() if mode != PAGED]
+    failures = [(f"{r.phase} {r.method} b{r.width} l{r.length}", r.error) for r in speed_rows(others) if r.failed]
+    title = f"{TITLES[what]} by mode · {setting(run)}"
+    key = "modes" if what == "decode" else f"{what} modes"
+    return Table(key, title, ("method", "batch · length"), columns, rows, [*infos(said), *failed(failures)])
 
 
 Known = dict[tuple[str, str, int, int], Timing]
-
-
-def _mode(t: Timing) -> str:
-    return PAGED if t.phase == "decode" else t.phase
+"""By mode, method, batch and length."""
+MEANS = {
+    "decode": "eager, sdpa and flash-attn are transformers' attention over the same caches, unpacked at every step; "
+    "paged are kvsuite's kernels. transformers is its own DynamicCache under that attention (with paged: sdpa).",
+    "prefill": "The prompt attends by transformers' attention of that name (paged: torch's), which gives a method the "
+    "weights that it observes where it computes them (eager); then the method's cache is filled.",
+}
 
 
 def _rates(by: Known, base: str, there: Sequence[str], width: int, length: int) -> dict[str, Cell]:

@@ -4,70 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvsuite.analysis.garbled import Check
-from kvsuite.analysis.runs import broken
-from kvsuite.analysis.serving import FIGURES, ServedRow, ServerReport, blocks, checks, goodputs, served_rows, told
+from kvsuite.analysis.serving import FIGURES, ServedRow, ServerReport, blocks, goodputs, served_rows, told
 from kvsuite.analysis.shortfall import interrupted
 from kvsuite.analysis.table import Cell, Column, Note, Row, Severity, State, Table, errors, infos, span
 from kvsuite.analysis.tables.shared import failed
+from kvsuite.analysis.validity import OPEN, Kind, left_out, outcomes, unranked
 from kvsuite.records import Run
-
-WARM = 0.1
-"""A share of tokens: templates and system prompts are found in any prefix cache."""
-SHOWN = 160
-"""Characters of an example."""
 
 
 def headlines(run: Run) -> list[Table]:
-    """What must be read before any figure: broken engines, compression that nothing shows, features lost."""
-    said: list[tuple[str, Severity]] = []
-    for server in told(run):
-        plain = server.method == run.baseline or run.is_control(server.method)
-        said += [
-            (f"FAILED {server.method}: {why.removeprefix(f'{server.method}: ')}.", "error") for why in server.failures
-        ]
-        if server.method == run.baseline:
-            compressed = server.facts.get("compressed")
-            stored = server.facts.get("kv_dtype", "unknown")
-            if compressed:
-                said.append((f"COMPRESSED {server.method}: its own cache is compressed, {stored}.", "error"))
-            elif compressed is None:
-                said.append((f"NOT SHOWN {server.method}: nothing says that its cache is uncompressed.", "warning"))
-        elif not plain and server.facts and not server.proof:
-            said.append((f"NOT SHOWN {server.method}: nothing shows that compression ran.", "warning"))
-        if server.warm > WARM:
-            share = f"{server.warm:.0%} of its prompts' tokens were in its prefix cache"
-            said.append((f"WARM {server.method}: {share}.", "warning"))
-        elif server.perhaps_warm:
-            why = "nothing kept its prompts out of a prefix cache, if it has one"
-            said.append((f"WARM? {server.method}: {why}.", "warning"))
-        said += [(f"DIFFERS {server.method}: {feature}.", "warning") for feature in server.lost]
-    for method, check in checks(run).items():
-        if check.broken:
-            said.append((f"BROKEN {method}: {_broken(check)}", "error"))
-        elif check.note:
-            why = f"whether its answers are answers: {check.note}"
-            said.append((f"HARDLY CHECKED {method}, {why}.", "warning"))
-    return [Table("headlines", "headlines", notes=[Note(*x) for x in said])] if said else []
-
-
-def _broken(check: Check) -> str:
-    failed = ", ".join(f"{s.name} {s.count} of {s.n}" + _floor(s.floor) for s in check.signs if s.failed)
-    said = f"its answers are no answers: {failed or 'all are hopeless'}."
-    if check.example is not None:
-        example = check.example
-        both = _cut(example.baseline), _cut(example.variant)
-        said += f" {' '.join(example.sample)}: the baseline said {both[0]}, it said {both[1]}."
-    return said
-
-
-def _floor(floor: int | None) -> str:
-    return "" if floor is None else f" (A/A {floor})"
-
-
-def _cut(text: str) -> str:
-    text = " ".join(text.split())
-    return repr(text if len(text) <= SHOWN else text[:SHOWN] + " …")
+    """What must be read before any figure: every check that did not pass, once, the baseline's first, then the
+    gravest. Of arms that have no figures, what could not be told besides is left out."""
+    lost, said = left_out(run), dict[tuple[Kind, str, Severity], list[str]]()
+    for o in outcomes(run):
+        if o.kind is not None and not (o.arm in lost and o.kind in OPEN):
+            severity: Severity = "warning" if o.kind in OPEN or o.tested else "error"
+            said.setdefault((o.kind, o.text, severity), []).append(o.arm)
+    notes = [
+        Note(f"{kind} {', '.join(dict.fromkeys(arms))}: {text}.", severity)
+        for (kind, text, severity), arms in said.items()
+    ]
+    return [Table("headlines", "headlines", notes=notes)] if notes else []
 
 
 UNITS = {"rate": ("tok/s", 1.0), "ttft": ("s", 1.0), "tpot": ("ms", 1e3), "itl95": ("ms", 1e3), "e2e": ("s", 1.0)}
@@ -77,11 +34,12 @@ COUNTS = (Column("tokens", "tokens", "tokens"), Column("capped", "at cap"), Colu
 
 
 def speed(run: Run) -> list[Table]:
-    """One row per cell and arm. An arm whose answers are no answers has no figures."""
+    """One row per cell and arm. An arm whose answers are none, or to other prompts, has no figures; one whose times
+    cannot be believed is not set beside the baseline."""
     rows = served_rows(run)
     if not rows:
         return []
-    left_out, wanted = broken(run), run.facts.get("expected", {}).get("blocks", 0)
+    lost, hidden, wanted = left_out(run), unranked(run), run.facts.get("expected", {}).get("blocks", 0)
     if interrupted(run):
         there = {(row.cell, row.method) for row in rows}
         every = [(cell, arm) for cell in run.facts["cells"] for arm in run.facts["methods"]]
@@ -104,12 +62,13 @@ def speed(run: Run) -> list[Table]:
     )
     notes += failed([(f"{row.method}, {row.cell}", row.error) for row in rows if row.failed])
     drawn = [
-        Row((row.cell, row.method), _cells(row, row.method in left_out, row.method == run.baseline)) for row in rows
+        Row((row.cell, row.method), _cells(row, lost.get(row.method), row.method == run.baseline, row.method in hidden))
+        for row in rows
     ]
     title = f"served · {partial}{run.facts['model']['name']}"
     return [
         Table("served", title, ("load", "arm"), [*columns, *COUNTS], drawn, notes),
-        *_goodput(run, left_out),
+        *_goodput(run, hidden),
     ]
 
 
@@ -121,18 +80,20 @@ def _ends(run: Run, rows: Sequence[ServedRow]) -> str:
     return said if capped == answers else f"{said}, but {answers - capped} of {answers} ended sooner"
 
 
-def _cells(row: ServedRow, broken: bool, itself: bool) -> dict[str, Cell]:
+def _cells(row: ServedRow, lost: State | None, itself: bool, hidden: bool) -> dict[str, Cell]:
     count = {"failed": Cell(row.failed, of=row.n)}
-    if broken or not row.figures:
-        state: State = "broken" if broken else "failed" if row.failed else "missing"
+    if lost or not row.figures:
+        state: State = lost or ("failed" if row.failed else "missing")
         keys = [key for name in UNITS for key in (name, f"{name} ratio")]
         return dict.fromkeys([*keys, "tokens", "capped"], Cell(state=state)) | count
     figures = {name: Cell(scale * row.figures[name]) for name, (_, scale) in UNITS.items() if name in row.figures}
     ratios = {f"{name} ratio": Cell(1.0) if itself else Cell.estimated(row.ratios.get(name)) for name in FIGURES}
+    if hidden:
+        ratios = dict.fromkeys(ratios, Cell(state="cannot tell"))
     return {**figures, **ratios, "tokens": Cell(row.tokens), "capped": Cell(row.capped, of=row.n), **count}
 
 
-def _goodput(run: Run, left_out: set[str]) -> list[Table]:
+def _goodput(run: Run, hidden: set[str]) -> list[Table]:
     found = goodputs(run)
     if not found:
         return []
@@ -140,8 +101,8 @@ def _goodput(run: Run, left_out: set[str]) -> list[Table]:
     rows = []
     for method, good in found.items():
         cells = {"held": good.rate, "missed": good.missed, "tests": len(good.cells), "note": good.note}
-        if method in left_out:
-            rows.append(Row((method,), dict.fromkeys(cells, Cell(state="broken"))))
+        if method in hidden:
+            rows.append(Row((method,), dict.fromkeys(cells, Cell(state=left_out(run).get(method, "cannot tell")))))
         else:
             rows.append(Row((method,), {key: Cell(value) for key, value in cells.items()}))
     columns = [Column("held", "holds", "requests/s"), Column("missed", "misses", "requests/s")]

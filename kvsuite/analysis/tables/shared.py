@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from kvsuite.analysis.runs import dtypes
 from kvsuite.analysis.shortfall import timed
-from kvsuite.analysis.table import Note, errors, infos
+from kvsuite.analysis.table import Note, State, errors, infos
+from kvsuite.analysis.validity import left_out
 from kvsuite.records import Run
 
 
@@ -74,3 +75,11 @@ def floor(run: Run, controls: Sequence[tuple[str, int, int]]) -> list[Note]:
 def failed(failures: Sequence[tuple[str, str]]) -> list[Note]:
     """Why each of some cells or arms failed."""
     return errors([f"FAILED {name}: {error}" for name, error in failures])
+
+
+WITHOUT: dict[State, str] = {"broken": "its answers are no answers", "differs": "it did not read the same prompts"}
+
+
+def without(run: Run) -> dict[str, str]:
+    """Arms that have no figures, and why, in words."""
+    return {arm: WITHOUT[why] for arm, why in left_out(run).items()}

@@ -13,6 +13,7 @@ from kvsuite.analysis.table import Cell, Column, Note, Row, Table, infos
 from kvsuite.analysis.tables.shared import dtype_notes, failed, layers, missing, setting
 from kvsuite.records import OUT_OF_MEMORY, Agreement, Run, Timing
 
+MIB = 2**20
 ATTENTION = "attention"
 """Of decoding, the caches' part."""
 FEW = 6
@@ -197,17 +198,24 @@ def timings(run: Run) -> list[Table]:
         if row.speedup is None:
             rows.append(Row(key, {"rate": state(row), "speed": state(row)}))
             continue
-        read = row.nbytes_read / 2**20 if row.nbytes_read else None
-        held = {"held": Cell(row.nbytes / 2**20), "read": Cell(read), "checked": Cell(row.checked)}
+        sizes = {"read": row.nbytes_read or None, "allocated": row.allocated or None, "peak": row.peak}
+        held = {key: Cell(None if size is None else size / MIB) for key, size in sizes.items()}
+        held |= {"held": Cell(row.nbytes / MIB), "checked": Cell(row.checked)}
         limit = {} if row.of_limit is None else {"limit": Cell(100 * row.of_limit)}
         rows.append(Row(key, {"rate": Cell(row.rate), "speed": Cell.estimated(row.speedup), **held, **limit}))
     if not rows:
         return []
     columns = [Column("rate", "tok/s", "tok/s"), Column("speed", "× full", "×"), Column("speed", "95 %", "×", "ends")]
-    columns += [Column("held", "MiB", "MiB"), Column("read", "read", "MiB"), Column("checked", "checked", "tolerances")]
+    columns += [Column("held", "MiB", "MiB"), Column("read", "read", "MiB")]
+    for name in ("allocated", "peak"):
+        known = any(row.cells.get(name, Cell()).value is not None for row in rows)
+        columns += [Column(name, name, "MiB")] if known else []
+    columns += [Column("checked", "checked", "tolerances")]
     columns += [Column("limit", "of limit", "%")] if any("limit" in row.cells for row in rows) else []
     note = (
-        "read: MiB that one step reads; "
+        "MiB: what all sequences hold; read: what one step of them reads; allocated: what their caches have reserved, "
+        "free pages included; peak: the most that the device had given out while the cell was made, filled and checked "
+        "(of a prefill: activations, K and V in full precision and observations too), above what it had before; "
         "checked: largest error of the attention output over what the cache holds, in units of what rounding explains; "
         "limit: the least time that its bytes or operations take at the bandwidth and rate measured here, over its own."
     )

@@ -8,10 +8,11 @@ from dataclasses import replace
 
 from kvsuite.analysis import forced
 from kvsuite.analysis.effects import Comparison, Finding, compare, decided
-from kvsuite.analysis.runs import broken, failures, noise, parts, speeds
+from kvsuite.analysis.runs import failures, noise, parts, speeds
 from kvsuite.analysis.shortfall import evaluation_of, shares
 from kvsuite.analysis.table import Cell, Column, Note, Row, Table, errors, infos
 from kvsuite.analysis.tables.decision import decision
+from kvsuite.analysis.validity import left_out, withheld
 from kvsuite.analysis.verdict import Effect, Named
 from kvsuite.margins import Margins
 from kvsuite.records import Run
@@ -50,6 +51,7 @@ WORDS = (
     "likewise, of an endpoint that can only convict; "
     "capped: answers end at the cap, so longer ones would not be seen."
 )
+UNTOLD = " cannot tell: a headline says why what was measured clears no method."
 PARTIAL = Note(
     "partial a/b: only a of b samples (of speed: rounds or cells) could be compared, since others are "
     "missing. Those that are there may be the short ones, so these figures decide nothing.",
@@ -62,20 +64,22 @@ def verdicts(run: Run) -> tuple[list[Table], list[Named]]:
     endpoints themselves."""
     margins = Margins(**run.facts.get("margins", {}))
     fast = speeds(run, margins)
-    methods, beside = decided(compare(parts(run), margins), margins, [*forced.effects(run, margins), *fast.effects])
+    elsewhere = [*forced.effects(run, margins), *fast.effects]
+    methods, beside = decided(compare(parts(run), margins), margins, elsewhere, withheld(run))
     controls = compare(noise(run), margins)
     rows = [effect_row(row.method, e) for row in methods for e in distinct(row)]
     rows += _unanswered(run, methods)
     rows += [effect_row(name, e) for name, e in beside]
     rows += [Row((name, "speed"), {"effect": Cell(state=why)}) for name, why in fast.lost]
+    rows += [Row((name, "all"), {"effect": Cell(state=why)}) for name, why in sorted(left_out(run).items())]
     if not rows:
         return [], []
-    rows += [Row((name, "all"), {"effect": Cell(state="broken")}) for name in sorted(broken(run))]
     hidden = any(len(distinct(row)) < len(row.effects) for row in methods)
     noises = [effect_row(row.method, e) for row in controls for e in distinct(row)]
     rows += [Row(r.key, {"effect": replace(r.cells["effect"], p=None, verdict="noise")}) for r in noises]
     said = [
-        f"{WORDS} p: of no harm beyond the margin, one-sided, after Holm over all rows but the noise.{needs(rows)}",
+        f"{WORDS}{UNTOLD * bool(withheld(run))} p: of no harm beyond the margin, one-sided, after Holm over all rows "
+        f"but the noise.{needs(rows)}",
         endpoints(rows, fast.where)
         + (" broken has no row where it is quality with the sign turned." if hidden else ""),
         *(["noise: the controls, measured as if they were methods: what no effect looks like."] if noises else []),

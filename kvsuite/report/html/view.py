@@ -19,7 +19,8 @@ from kvsuite.report.text import Text, body, header
 HIDDEN = ("headline",)
 """Tables that are said otherwise."""
 TINTS = {
-    "harmful": "bad", "worse": "bad", "damaged": "bad", "BROKEN": "bad", "FAILED": "bad", "missing": "bad",
+    "harmful": "bad", "worse": "bad", "damaged": "bad", "BROKEN": "bad", "DIFFERS": "bad", "FAILED": "bad",
+    "missing": "bad", "cannot tell": "quiet",
     "within margin": "good", "not worse": "good", "use it": "good", "noise": "quiet", "capped": "quiet",
 }  # fmt: skip
 """How words that a cell begins with are tinted."""
