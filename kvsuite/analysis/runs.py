@@ -241,6 +241,7 @@ def _machine(run: Run) -> tuple[object, ...] | None:
     where = run.facts["environment"]
     gpu = run.facts["settings"].get("device") == "cuda"
     known = tuple(where.get(key) for key in ("gpu", "cpu", "cores", "threads")[not gpu :])
+    known += (where.get("tensor_parallel", 1),)
     return known if all(known) and "servers" not in run.facts else None
 
 

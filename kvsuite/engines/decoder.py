@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvsuite.cache import adapter
 from kvsuite.cache.adapter import KVCache
+from kvsuite.engines import ranks
 from kvsuite.engines.graph import StepGraph
 from kvsuite.engines.request import Response
 from kvsuite.engines.worker import MethodWorker, Prompt
@@ -32,7 +33,10 @@ class Decoder:
         self.logits = torch.empty(0)
         """(width, vocabulary), of the last step."""
         self.graph: StepGraph | None = None
-        if len(workers) == 1 and workers[0].backend == "triton" and model.device.type == "cuda":
+        alone = (
+            len(workers) == ranks.size() == 1
+        )  # whether a graph can hold the exchanges of several has not been tried
+        if alone and workers[0].backend == "triton" and model.device.type == "cuda":
             self.graph = StepGraph(model, self.cache, workers[0].caches, self.width)
 
     @property

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from kvsuite.engines import ranks
 from kvsuite.engines.worker import MethodWorker
 
 REPEATS = 3
@@ -48,6 +49,7 @@ def rate(device: torch.device, dtype: torch.dtype) -> float:
 def _fastest(run: Callable[[], object], device: torch.device) -> float:
     """Seconds; the first time warms up."""
     seconds = []
+    ranks.agree()  # all of them measure at once, as they work
     for _ in range(REPEATS + 1):
         start = time.perf_counter()
         run()
@@ -81,8 +83,8 @@ def _products(model: Any) -> list[torch.nn.Linear]:
 
 
 def _nbytes(products: list[torch.nn.Linear]) -> int:
-    return sum(layer.weight.nbytes for layer in products)
+    return sum(ranks.local(layer.weight).nbytes for layer in products)
 
 
 def _numel(products: list[torch.nn.Linear]) -> int:
-    return sum(layer.weight.numel() for layer in products)
+    return sum(ranks.local(layer.weight).numel() for layer in products)

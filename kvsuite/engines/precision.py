@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from kvsuite.engines import ranks
+
 PROMPT, WIDTH, STEPS = 128, 8, 1.5
 """What is weighed: the product of a layer with ``PROMPT`` prompt tokens, and ``STEPS`` decoding steps of ``WIDTH`` rows
 for each such product. That is a prompt of 1,024 tokens and an answer of 96 in a batch of 8."""
@@ -38,7 +40,8 @@ def _measure(layer: torch.nn.Linear, dtypes: tuple[torch.dtype, ...]) -> dict[to
     """Seconds of the weighed products, by dtype."""
     best: dict[tuple[torch.dtype, int], float] = {}
     with torch.inference_mode():
-        sides = {dtype: (layer.weight.to(dtype), torch.randn(PROMPT, layer.in_features).to(dtype)) for dtype in dtypes}
+        weight = ranks.local(layer.weight)
+        sides = {dtype: (weight.to(dtype), torch.randn(PROMPT, weight.shape[1]).to(dtype)) for dtype in dtypes}
         for _ in range(REPEATS):
             for dtype, (weight, x) in sides.items():
                 for rows in (PROMPT, WIDTH):

@@ -12,6 +12,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from kvsuite import configs
+from kvsuite.engines import ranks
 from kvsuite.errors import UsageError, first_line
 
 
@@ -50,14 +51,15 @@ def auto_class(config: Any) -> Any:
 
 
 def load_model(folder: Path, device: str | None = None) -> Any:
-    """A model in its checkpoint's dtype. Raises UsageError where its weights are damaged or not all there. On the
-    ``device`` "meta" no weight is read: only names and sizes are held against the configuration's."""
+    """A model in its checkpoint's dtype, under torchrun a rank's part of it. Raises UsageError where its weights are
+    damaged or not all there. On the ``device`` "meta" no weight is read: only names and sizes are held against the
+    configuration's."""
     config = read_config(folder)
-    made = auto_class(config)
+    made, where = auto_class(config), {"device_map": device} if device else ranks.split()
     try:
         with quiet(), contextlib.redirect_stderr(io.StringIO()):
             model, found = made.from_pretrained(
-                folder, config=config, dtype="auto", local_files_only=True, output_loading_info=True, device_map=device
+                folder, config=config, dtype="auto", local_files_only=True, output_loading_info=True, **where
             )
     except Exception as error:  # whatever transformers and safetensors find wrong
         raise UsageError(f"the weights in {str(folder)!r} cannot be read: {first_line(error)}") from error

@@ -15,6 +15,7 @@ from kvsuite.cache import adapter
 from kvsuite.cache.extra_pass import ExtraPassCache, repetitions
 from kvsuite.cache.observations import ExtraPass, Observation
 from kvsuite.cache.prefill import PrefillCache
+from kvsuite.engines import ranks
 from kvsuite.engines.packing import pack
 from kvsuite.engines.pool import DecoderPool
 from kvsuite.engines.precision import compute_dtype
@@ -70,9 +71,10 @@ class TransformersEngine:
 
     @classmethod
     def _computing(cls, model: Any, tokenizer: Any, dtype: str, backend: str) -> TransformersEngine:
-        kv_dtype, (compute, reason) = model.dtype, compute_dtype(model, dtype)
+        kv_dtype, (compute, reason) = model.dtype, ranks.first(compute_dtype(model, dtype))
         model = model.to(compute)
-        if model.device.type == "cpu":
+        ranks.watch(model)
+        if model.device.type == "cpu" and ranks.size() == 1:
             reason += f"; {pack(model)}"
         return cls(model, tokenizer, kv_dtype, reason, backend)
 

@@ -47,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
     pytest-xdist starts its workers."""
     for name in EVALUATIONS:
         config.addinivalue_line("markers", f"{name}: evaluation: see kvsuite's README")
-    used, chosen = _used(config), _chosen(config.option.markexpr)
+    used, chosen = _used(config), chosen_by(config.option.markexpr)
     if used:
         _refuse_unknown_marker(config)
     if chosen and used and hasattr(config.option, "benchmark_quiet"):
@@ -81,7 +81,7 @@ def _matches(expression: str, name: str) -> bool:
         return False
 
 
-def _chosen(expression: str) -> list[str]:
+def chosen_by(expression: str) -> list[str]:
     """The evaluations that ``-m`` asks for by name."""
     return [name for name in EVALUATIONS if name in _words(expression) and _matches(expression, name)]
 
@@ -117,7 +117,7 @@ def pytest_make_collect_report(
     report, config = (yield), collector.config
     if isinstance(collector, pytest.Session) and report.passed and config.getini("kv_suites"):
         named = config.args_source is config.ArgsSource.ARGS
-        if _chosen(config.option.markexpr) and not named:
+        if chosen_by(config.option.markexpr) and not named:
             collector._initialpaths |= {SUITES}  # names of tests begin there
             proxy = collector.gethookproxy(SUITES.parent)
             report.result.append(proxy.pytest_collect_directory(path=SUITES, parent=collector))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 import time
 import warnings
@@ -18,9 +19,10 @@ from _pytest.junitxml import xml_key
 from kvsuite import environment
 from kvsuite.analysis.report import Report, analyse
 from kvsuite.analysis.shortfall import interrupted
+from kvsuite.engines import ranks
 from kvsuite.errors import UsageError
 from kvsuite.modes import PAGED
-from kvsuite.plugin import EVALUATIONS, SESSION, evaluates, options, untold
+from kvsuite.plugin import EVALUATIONS, SESSION, chosen_by, evaluates, options, untold
 from kvsuite.plugin.local import Local
 from kvsuite.plugin.options import Options
 from kvsuite.plugin.serving import Serving
@@ -30,6 +32,10 @@ from kvsuite.registry import Registry, function
 from kvsuite.report import html, markdown, terminal
 from kvsuite.tasks import Task
 
+ALIKE = (
+    "torchrun's processes share one model, which is timed: choose -m throughput alone, without -n, --kv-executor and "
+    "servers"
+)
 ALONE = "speed is timed alone: run -m throughput without -n or --kv-executor"
 NEEDS = "answering here needs {}: pip install 'kvsuite[local]'"
 REPORTS = Registry("report", "reports", function("pytest_kv_report"))
@@ -38,15 +44,19 @@ REPORTS = Registry("report", "reports", function("pytest_kv_report"))
 def begin(config: pytest.Config) -> None:
     """Read and check all options, and register the reports and the hooks of this module."""
     worker: dict[str, Any] = getattr(config, "workerinput", {})
+    if ranks.rank():  # pytest's terminal is configured later, and writes there
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (to the end of this process)
     try:
         asked = options.read(config)
         reports = {name: REPORTS.module(name) for name in REPORTS.names()}
     except UsageError as error:
-        raise pytest.UsageError(str(error)) from error
+        raise _refused(str(error)) from error
     folder = Path(worker["kv_run"]) if "kv_run" in worker else None
     kind = Local if asked.servers is None else Serving
     if kind is Serving and getattr(config.option, "dist", "no") != "no":
         raise pytest.UsageError("servers are asked from one process: run without -n")
+    if ranks.size() > 1:
+        _begin_rank(config, asked)
     config.stash[SESSION] = kind(asked, worker.get("workerid", ""), folder)
     plugins = {"html": html, "terminal": terminal, "markdown": markdown, **reports}  # the last one draws first
     for name, module in plugins.items():
@@ -55,6 +65,21 @@ def begin(config: pytest.Config) -> None:
     config.pluginmanager.register(sys.modules[__name__], __name__)
     if worker:
         _share_machine(worker)
+
+
+def _begin_rank(config: pytest.Config, asked: Options) -> None:
+    """Refuse what the processes of torchrun cannot share."""
+    beside = getattr(config.option, "dist", "no") != "no" or asked.executor != "here"
+    if beside or asked.servers is not None or chosen_by(config.option.markexpr) != ["throughput"]:
+        raise _refused(ALIKE)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, when another rank has ended: a report is being written
+    if asked.device == "cpu":  # transformers splits a model over GPUs where it sees one
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def _refused(said: str) -> Exception:
+    """What ends pytest with exit code 4 and this sentence, which the first rank prints for all."""
+    return pytest.UsageError(said) if ranks.rank() == 0 else pytest.exit.Exception(said, pytest.ExitCode.USAGE_ERROR)
 
 
 def _share_machine(worker: Mapping[str, Any]) -> None:
@@ -110,9 +135,9 @@ def pytest_sessionstart(session: pytest.Session) -> None:
             with _lenient():
                 run.check_model()
     except UsageError as error:
-        raise pytest.UsageError(str(error)) from error
+        raise _refused(str(error)) from error
     except ImportError as error:
-        raise pytest.UsageError(NEEDS.format(error.name)) from error
+        raise _refused(NEEDS.format(error.name)) from error
 
 
 def parametrize(metafunc: pytest.Metafunc, session: Session) -> None:
@@ -193,9 +218,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
             alone = not run.worker and getattr(config.option, "dist", "no") == "no"
             line = run.announce(chosen) if alone else ""
     except UsageError as error:
-        raise pytest.UsageError(str(error)) from error
+        raise _refused(str(error)) from error
     except ImportError as error:
-        raise pytest.UsageError(NEEDS.format(error.name)) from error
+        raise _refused(NEEDS.format(error.name)) from error
     if line:
         config.get_terminal_writer().line(line)
 
@@ -242,7 +267,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Note in ``run.json`` that the run came to its end: without that its tables are partial."""
     run = session.config.stash[SESSION]
     ended = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
-    if ended and not (run.worker or session.shouldstop or session.shouldfail):
+    if ended and not (run.worker or ranks.rank() or session.shouldstop or session.shouldfail):
         run.run.amend({"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
 
 
@@ -251,7 +276,7 @@ def _again(config: pytest.Config, folder: Path) -> str:
     words = iter(config.invocation_params.args)
     kept = [str(w) for w in words if not (str(w) in ("--kv-run", "--kv-resume") and next(words, ""))]
     kept = [w for w in kept if not w.startswith(("--kv-run=", "--kv-resume="))]
-    return shlex.join(["pytest", *kept, "--kv-resume", str(folder)])
+    return shlex.join([*ranks.command(), *kept, "--kv-resume", str(folder)])
 
 
 def _hold(config: pytest.Config, report: Report, strict: bool) -> None:
@@ -272,12 +297,17 @@ def _hold(config: pytest.Config, report: Report, strict: bool) -> None:
         xml.pytest_sessionfinish()
 
 
+def pytest_unconfigure() -> None:
+    """Let the ranks of torchrun end together."""
+    ranks.leave()
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Join what the workers left and let every report plugin view the run."""
     session = config.stash[SESSION]
     if any(ALONE in str(report.longrepr) for report in terminalreporter.getreports("skipped")):
         terminalreporter.write_line(ALONE, red=True, bold=True)
-    if session.worker or not (session.folder / "run.json").is_file():
+    if session.worker or ranks.rank() or not (session.folder / "run.json").is_file():
         return
     session.run.join()
     try:

@@ -13,6 +13,7 @@ import pytest
 
 from kvsuite import environment, models, shapes, tasks
 from kvsuite.analysis.minutes import Speeds
+from kvsuite.engines import ranks
 from kvsuite.engines.request import Request
 from kvsuite.errors import UsageError
 from kvsuite.methods import Method, parse
@@ -84,7 +85,17 @@ class Local(Session):
                 f"--kv-model {self.options.model}: a shape has random weights, whose answers mean nothing; "
                 f"choose -m throughput, not {' or '.join(others)}"
             )
+        if ranks.size() > 1:
+            ranks.check(self._config, self.model_name)
         super().fetch(names, evaluations)
+
+    @property
+    def _config(self) -> Any:
+        from kvsuite.engines import pretrained, random_model
+
+        if shapes.is_shape(self.options.model):
+            return random_model.configured(shapes.shaped(self.options.model))
+        return pretrained.read_config(self.model_folder)
 
     def check_model(self) -> None:
         """Refuse a model of the user's that cannot be compared: from its configuration, from what its folder holds, and
@@ -119,6 +130,8 @@ class Local(Session):
         what = f"{len(self.methods)} methods on {self.model_name}: {' · '.join(parts)}"
         if self.elsewhere:
             return f"kvsuite: {what}; {self.executor.facts()['executor']}"
+        if ranks.size() > 1:  # an estimate takes passes, of which a rank that failed one would know nothing
+            return f"kvsuite: {what}; tensor parallel {ranks.size()} ({self.engine.reason})"
         try:
             self.progress.plan = plan(self, items)
         except pytest.exit.Exception:
@@ -176,7 +189,7 @@ class Local(Session):
             return self.here
         except Exception as error:
             said = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
-            self._unusable = f"the model cannot be loaded: {said}"
+            self._unusable = f"the model cannot be loaded: {ranks.failed(error, said)[0]}"
             if self.worker:  # pytest-xdist takes a worker that exits for one that crashed
                 pytest.fail(self._unusable, pytrace=False)
             pytest.exit(self._unusable, returncode=pytest.ExitCode.USAGE_ERROR)
@@ -236,7 +249,9 @@ class Local(Session):
         if shapes.is_shape(self.options.model):
             found = shapes.shaped(self.options.model)
             model["layers"] = [found.layers, found.shape.layers]
-        return super().known() | {"model": model}
+        known = super().known()
+        known["environment"]["tensor_parallel"] = ranks.size()
+        return known | {"model": model}
 
     def facts(self) -> dict[str, Any]:
         """How torch runs the model."""
@@ -282,7 +297,7 @@ class Local(Session):
 
     def skip_recorded(self, job: Job) -> None:
         """End the running test as skipped where its job was done before the run was resumed."""
-        if job in self.recorded:
+        if ranks.first(job in self.recorded):
             pytest.skip("recorded already")
 
     def count_tokens(self, text: str) -> int:
@@ -301,6 +316,8 @@ class Local(Session):
             return Room(math.inf, "the GPU's memory")
         asked, free = self.options.memory, environment.free_memory()
         left, what = (asked, f"--kv-memory {asked:.3g}") if asked <= free else (free, "this machine's memory")
+        if ranks.size() > 1:
+            left, what = left / ranks.size(), f"a rank's share of {what}"
         return Room(left * 2**30, what)
 
     def text(self, length: int) -> list[int]:

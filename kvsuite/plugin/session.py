@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvsuite import environment, registry, shapes, tasks
+from kvsuite.engines import ranks
 from kvsuite.errors import UsageError
 from kvsuite.plugin.options import Options
 from kvsuite.plugin.progress import Progress
@@ -111,9 +112,10 @@ class Session:
         }
 
     def record(self, record: Record) -> None:
-        """Write one record; the first one is preceded by ``run.json``."""
-        self.describe()
-        self.run.append(record)
+        """Write one record; the first one is preceded by ``run.json``. The first rank writes for all."""
+        if ranks.rank() == 0:
+            self.describe()
+            self.run.append(record)
 
     def check_resumed(self) -> None:
         """Raises UsageError where the run that is to go on is another one than this."""

@@ -78,6 +78,8 @@ def _run(folder: Path) -> list[Cell]:
         blocks.setdefault((t.phase, t.width, t.length), []).append(each)
     env = run.facts.get("environment", {})
     machine = f"{env.get('gpu') or env.get('cpu')}, {env.get('threads')} threads"
+    if (ranks := env.get("tensor_parallel", 1)) > 1:
+        machine += f", tensor parallel {ranks}"
     found = []
     for t in timed:
         if t.phase not in kinds:

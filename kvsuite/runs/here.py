@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from kvsuite import models, shapes
+from kvsuite.engines import ranks
 from kvsuite.engines.request import Request, Response
 from kvsuite.records import REFERENCE, Answer, Forced, Job, is_reference
 from kvsuite.runs.setting import Setting
@@ -35,6 +36,7 @@ class Here:
         from kvsuite.engines.transformers import TransformersEngine
 
         s = self.setting
+        ranks.join(s.device)
         load = TransformersEngine.shaped if shapes.is_shape(s.model) else TransformersEngine.load
         engine = load(s.model, s.dtype, s.device, s.backend)
         for method in s.methods:

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 
+from kvsuite.engines import ranks
 from kvsuite.methods import parse
 from kvsuite.modes import PAGED, mode_of, phase_of
 from kvsuite.records import OUT_OF_MEMORY, Timing
@@ -18,6 +19,7 @@ STEPS = 2
 """Of a side's turn; a block has two turns of each."""
 NO_MEMORY = ("CUDA out of memory", "can't allocate memory")
 """What torch says."""
+LOST = "the processes of torchrun have lost each other"
 TRANSFORMERS = {PAGED: "sdpa", "eager": "eager", "sdpa": "sdpa", "flash-attn": "flash_attention_2"}
 """The attention that transformers' own cache is timed with in every mode."""
 
@@ -39,13 +41,14 @@ def run_cell(kv_local, benchmark, cell, make):
     o, found, before, after, rest, attention = kv_local.options, {}, [], [], [], []
     what, mode = mode_of(cell["phase"])
     steps = 1 if what == "prefill" else STEPS
-    kv_local.skip_recorded(Timing(**cell).job)
     try:
+        kv_local.skip_recorded(Timing(**cell).job)
         baseline, mine, empty, found = make()
+        found = ranks.together(found)
         start = time.perf_counter()
 
         def turn(side):
-            return sum(side.round() for _ in range(steps))
+            return sum(ranks.at_once(side.round) for _ in range(steps))
 
         rounds, warm = (o.rounds, 1) if steps > 1 else (max(2, o.rounds // 4), 0)
         with kv_local.progress.over(f"{cell['phase']} {cell['method']}", rounds + warm) as done:
@@ -74,12 +77,16 @@ def run_cell(kv_local, benchmark, cell, make):
         if all(map(all, attention)):
             both = map(list, zip(*attention[warm:], strict=True))
             timed["attention_seconds"], timed["baseline_attention_seconds"] = both
-        record = Timing(**cell, **found, **timed)
+        record = Timing(**cell, **found, **ranks.slowest(timed))
     except Exception as error:
         full = isinstance(error, MemoryError) or any(said in str(error) for said in NO_MEMORY)
         said = f"{OUT_OF_MEMORY}: {error}" if full else f"{type(error).__name__}: {error}"
+        said, lost = ranks.failed(error, said)
+        full = said.startswith(OUT_OF_MEMORY)
         kv_local.record(Timing(**cell, **found, status="failed", error=said))
         traceback.clear_frames(error.__traceback__)  # they hold caches, which the next cell needs the memory of
+        if lost:
+            pytest.exit(f"{LOST}: {said}", pytest.ExitCode.INTERRUPTED)
         if full:
             pytest.xfail(said)  # that is what was found out about this size
         if cell["method"] == "full" and mode == PAGED:

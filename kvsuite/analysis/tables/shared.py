@@ -17,9 +17,11 @@ def served(run: Run) -> bool:
 
 
 def formats(run: Run) -> str:
-    """The number formats of computing and of K and V, where they are not the same."""
-    compute, kv = dtypes(run)
-    return str(compute) if compute == kv else f"{compute} compute, {kv} K/V"
+    """The number formats of computing and of K and V, where they are not the same, and how many processes shared the
+    model."""
+    (compute, kv), ranks = dtypes(run), run.facts["environment"].get("tensor_parallel", 1)
+    found = str(compute) if compute == kv else f"{compute} compute, {kv} K/V"
+    return found if ranks == 1 else f"{found}, tensor parallel {ranks}"
 
 
 def setting(run: Run) -> str:
