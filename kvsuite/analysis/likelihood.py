@@ -15,8 +15,8 @@ Logs = Mapping[Key, Sequence[float]]
 SHORT = 16
 """Tokens from which a part of an answer tells anything."""
 TIMES, LEAST = 2.0, 4.0
-"""A part is unlikely at so many times the nats a token of the baseline's upper quartile, and at so many at least. Chosen
-before any fault was planted; what they find: ``python -m suites.checks.signs``."""
+"""A part is unlikely at so many times the nats a token of the baseline's upper quartile, and at so many at least.
+Chosen before any fault was planted; what they find: ``python -m suites.checks.signs``."""
 
 
 def surprise(logs: Logs, keys: Sequence[Key]) -> Floats:

@@ -82,13 +82,14 @@ def join(device: str) -> None:
         return
     import torch
     from torch import distributed
+    from torch.distributed.rendezvous import rendezvous
 
     own = None
     if device == "cuda":
         own = torch.device(device, int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(own)
     try:
-        _Group.store, at, count = next(distributed.rendezvous("env://"))
+        _Group.store, at, count = next(rendezvous("env://"))
         distributed.init_process_group(
             "nccl" if own else "gloo", store=_Group.store, rank=at, world_size=count, device_id=own
         )
