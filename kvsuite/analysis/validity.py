@@ -103,8 +103,8 @@ def left_out(run: Run) -> dict[str, Lost]:
 
 def withheld(run: Run) -> dict[str, frozenset[str]]:
     """By variant, the endpoints that nothing good may be said of."""
-    found: dict[str, frozenset[str]] = {}
     every = NOTHING.union(*(o.hides for o in outcomes(run) if o.arm == run.baseline))
+    found = {arm: every for arm in run.facts.get("methods", ()) if every and not _plain(run, arm)}
     for o in outcomes(run):
         if not _plain(run, o.arm):
             found[o.arm] = found.get(o.arm, every) | o.hides

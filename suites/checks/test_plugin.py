@@ -222,7 +222,7 @@ def test_listing_methods_is_fast_and_says_what_each_stores():
     rows = json.loads(done.stdout)
     assert all(set(row) == {"name", "kind", "stores", "source"} and all(row.values()) for row in rows)
     assert {"full", "jitter", "int8", "kivi", "streaming-llm", "h2o", "random"} <= {row["name"] for row in rows}
-    assert {row["kind"] for row in rows} == {"selector", "budget", "codec"}
+    assert {row["kind"] for row in rows} == {"selector", "budget", "codec", "reader"}
 
 
 def test_the_papers_grids_are_a_preset():
