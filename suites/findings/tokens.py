@@ -3,7 +3,7 @@
 The default model answers eight prompts of 64 to 1,024 tokens, 64 tokens each, from `full` on kvsuite's kernels and from
 transformers' DynamicCache under SDPA, with the same weights in memory. Where the tokens part, transformers' lead of its
 token over kvsuite's is printed beside the largest difference of the two sides' logits there: a lead that is not larger
-is a tie of rounding. docs/models.md has the result.
+is a tie of rounding. docs/findings.md has the result.
 """
 
 from __future__ import annotations
