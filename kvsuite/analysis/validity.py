@@ -158,6 +158,7 @@ def _baseline(run: Run) -> Iterator[Outcome]:
         yield Outcome(run.baseline, "cap", "COULD NOT TELL", text)
 
 
+@lru_cache(maxsize=2)
 def _scored(run: Run) -> tuple[list[str], list[str]]:
     """Tasks in which the baseline is known to be above chance, and those in which it is not, in words."""
     scores: dict[str, list[tuple[float, float]]] = {}

@@ -65,31 +65,31 @@ class _Layer(AttendingLayer):
     def attend(self, q: Tensor, scale: float, window: int | None, softcap: float | None, aux: Tensor | None) -> Tensor:
         assert self._staged is not None
         (k, v), self._staged = self._staged, None
-        hidden = k.new_zeros(len(q), q.shape[2], 0) if self.hidden is None else self.hidden
+        fed = (k, v, q) if self.hidden is None else (k, v, q, self.hidden)
         sizes = [len(member.rows) for member in self.members]
         if sizes == [len(q)]:
-            return self._member(self.members[0], k, v, q, hidden, scale, window, softcap, aux)
+            return self._member(self.members[0], fed, scale, window, softcap, aux)
         sizes.append(len(q) - sum(sizes))
-        *parts, idle = zip(*(x.split_with_sizes(sizes) for x in (k, v, q, hidden)), strict=True)
+        *parts, idle = zip(*(x.split_with_sizes(sizes) for x in fed), strict=True)
         out = [
-            self._member(member, *own, scale, window, softcap, aux)
+            self._member(member, own, scale, window, softcap, aux)
             for member, own in zip(self.members, parts, strict=True)
             if member.rows
         ]
         return torch.cat([*out, torch.zeros_like(idle[2])])
 
-    def _member(self, member: Member, k: Tensor, v: Tensor, q: Tensor, hidden: Tensor, *how: Any) -> Tensor:
-        """One member's items: k, v (items, kv_heads, Q, head_dim), q (items, heads, Q, head_dim) and hidden (items, Q,
-        hidden size, or 0 where nobody wants it) -> q's shape."""
+    def _member(self, member: Member, fed: tuple[Tensor, ...], *how: Any) -> Tensor:
+        """One member's items: k, v (items, kv_heads, Q, head_dim), q (items, heads, Q, head_dim) and, where somebody
+        wants them, hidden states (items, Q, hidden size) -> q's shape."""
+        q = fed[2]
         if member.error is not None:
             return torch.zeros_like(q)
         start = time.perf_counter()
-        tokens = [(k, v, q, hidden)]
+        tokens = [fed]
         if member.caches[self.index].stepwise and q.shape[2] > 1:  # it sees token by token what it would see decoding
-            parts = [x.split_with_sizes([1] * q.shape[2], -2) for x in (k, v, q, hidden)]
-            tokens = list(zip(*parts, strict=True))
+            tokens = list(zip(*(x.split_with_sizes([1] * q.shape[2], -2) for x in fed), strict=True))
         try:
-            out = [self._one(member, *own, *how) for own in tokens]
+            out = [self._one(member, own, *how) for own in tokens]
         except Exception as error:
             if not member.isolated:
                 raise
@@ -100,17 +100,15 @@ class _Layer(AttendingLayer):
     def _one(
         self,
         member: Member,
-        k: Tensor,
-        v: Tensor,
-        q: Tensor,
-        hidden: Tensor,
+        fed: tuple[Tensor, ...],
         scale: float,
         window: int | None,
         softcap: float | None,
         aux: Tensor | None,
     ) -> Tensor:
         cache, rows, checker = member.caches[self.index], member.rows, member.checker
-        cache.append(k, v, rows, hidden)
+        k, v, q, *hidden = fed
+        cache.append(k, v, rows, *hidden)
         if checker is not None:
             checker.before(cache)
         out = cache.attend(q, scale, rows, window=window, softcap=softcap, sink_logits=aux)

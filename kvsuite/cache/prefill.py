@@ -28,6 +28,7 @@ from kvsuite.kernels.backends import for_prefill
 from kvsuite.kernels.context import AttentionParams, LayerContext
 from kvsuite.kernels.reference.attention import causal_self_attention
 from kvsuite.kernels.rope import Rope
+from kvsuite.modes import PAGED
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class _PrefillLayer(AttendingLayer):
         assert self._kv is not None
         (k, v), self._kv = self._kv, None
         params, observed = AttentionParams(scale, window, softcap, aux), dict[Observation, Any]()
-        if self.mode:
+        if self.mode != PAGED:
             out, self._weights = dense.self_attention(self.mode, q[0], k, v, params)
         else:
             out = causal_self_attention(q[0], k, v, scale, window, softcap, aux)
@@ -127,10 +128,10 @@ class PrefillCache(Cache):
         layers: Sequence[LayerContext],
         asked: Iterable[Observation] = (),
         backend: str = "auto",
-        mode: str = "",
+        mode: str = PAGED,
     ) -> None:
-        """``backend``: who observes, where more than one can. ``mode``: one of `kvsuite.modes.MODES`, unless the prompt
-        attends as kvsuite does."""
+        """``backend``: who observes, where more than one can. ``mode``: how the prompt attends, of
+        `kvsuite.modes`."""
         self.asked = list(dict.fromkeys(asked))
         super().__init__(layers=[_PrefillLayer(layer, self.asked, backend, mode) for layer in layers])
 

@@ -33,9 +33,7 @@ class Decoder:
         self.logits = torch.empty(0)
         """(width, vocabulary), of the last step."""
         self.graph: StepGraph | None = None
-        alone = (
-            len(workers) == ranks.size() == 1
-        )  # whether a graph can hold the exchanges of several has not been tried
+        alone = len(workers) == ranks.size() == 1  # that a graph can hold the exchanges of ranks has not been tried
         if alone and workers[0].backend == "triton" and model.device.type == "cuda":
             self.graph = StepGraph(model, self.cache, workers[0].caches, self.width)
 

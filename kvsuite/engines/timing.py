@@ -21,6 +21,7 @@ from kvsuite.engines.transformers import TransformersEngine
 from kvsuite.engines.worker import Prompt
 from kvsuite.errors import UsageError
 from kvsuite.methods import Method
+from kvsuite.modes import PAGED
 
 ENDLESS = 1 << 30
 GIB = 1 << 30
@@ -60,17 +61,17 @@ class DecodeCell:
         prompt: Prompt,
         width: int,
         steps: int,
-        mode: str = "",
+        mode: str = PAGED,
         room: Room = ENOUGH,
     ) -> None:
-        """``steps``: rounds to come, one token each. ``mode``: one of `kvsuite.modes.MODES`, unless the engine's own
-        backend attends. Raises MemoryError before anything is written where there is no ``room``."""
+        """``steps``: rounds to come, one token each. ``mode``: what attends, of `kvsuite.modes`. Raises MemoryError
+        before anything is written where there is no ``room``."""
         length = prompt.context[0].k.shape[1]
         self.checked: float | None = None
         with torch.inference_mode():
             lengths = [(length, steps + 3)]  # and the two of `check`
-            self.worker = engine.worker(method, width, lengths, backend=mode)
-            if mode and self.worker.backend != mode:
+            self.worker = engine.worker(method, width, lengths, backend="" if mode == PAGED else mode)
+            if mode not in (PAGED, self.worker.backend):
                 raise UsageError(self.worker.refusal)
             room.take(self.worker.allocated)
             self.decoder = Decoder(engine.model, [self.worker], width)
@@ -119,7 +120,7 @@ class PrefillCell:
     """One prompt through the model and into a method's cache: the observations it asks for are its own."""
 
     def __init__(
-        self, engine: TransformersEngine, method: Method, tokens: list[int], mode: str = "", room: Room = ENOUGH
+        self, engine: TransformersEngine, method: Method, tokens: list[int], mode: str = PAGED, room: Room = ENOUGH
     ) -> None:
         """``mode`` and ``room``: as for `DecodeCell`."""
         self.engine, self.method, self.ids, self.mode = engine, method, tokens, mode

@@ -27,6 +27,7 @@ from kvsuite.engines.worker import MethodWorker, Prompt, say
 from kvsuite.errors import UsageError
 from kvsuite.methods import Codec, Method
 from kvsuite.methods.artifact import Artifact
+from kvsuite.modes import PAGED
 from kvsuite.shapes import shaped
 
 Compress = Literal["prompt", "context"]
@@ -174,7 +175,7 @@ class TransformersEngine:
         context: list[int],
         suffix: list[int],
         observes: Iterable[Observation] = (),
-        mode: str = "",
+        mode: str = PAGED,
     ) -> Prompt:
         """Run the context through the model once, in full precision, and keep what the methods asked for. ``mode``: see
         `PrefillCache`."""

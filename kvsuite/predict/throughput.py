@@ -167,7 +167,7 @@ class Predictor:
         self,
         cells: Iterable[Cell],
         scales: dict[str, Sequence[float]] | None = None,
-        reach: dict[str, float] | None = None,
+        reach: dict[str, dict[str, float]] | None = None,
     ) -> None:
         self.cells = merged(cells)
         self._scales = dict(scales or {})
@@ -257,7 +257,8 @@ class Predictor:
         costs, rest = self.base(setting, model, stage)
         at, columns = places(asked), terms(stage, method, asked)
         logs, sd = rest(at)
-        own, basis = self._groups.get((setting, model, method, stage), []), ""
+        here, basis = self._groups.get((setting, model, method, stage), []), ""
+        own = here
         if self._base[setting, model, stage] == method:
             logs = logs + np.log(columns @ costs)
         else:
@@ -268,14 +269,14 @@ class Predictor:
             same = [g for k, g in self._groups.items() if (k[0], k[2], k[3]) == (source, method, stage)]
             if source != setting:
                 basis = f"extrapolated from {source}"
-            elif not own:
+            elif not here:
                 others = ", ".join(g[0].model for g in same)
                 basis = f"carried over from {others}; the interval does not include what differs between models"
             own = [c for g in same for c in g]
-        here = self._groups.get((setting, model, method, stage), [])
+        batches, lengths = {c.batch for c in here}, {c.length for c in here}
         answers: list[Answer | str] = []
         for (b, n), log, one in zip(asked, logs, sd, strict=True):
-            spread = one * max(self._reach(stage, which) for which in _new(here, b, n))
+            spread = one * max(self._reach(stage, which) for which in _new(batches, lengths, b, n))
             outside = _outside(own, b, n)
             if outside and not extrapolate:
                 answers.append(f"{stage} with {method}: {outside}; --extrapolate answers all the same")
@@ -301,10 +302,8 @@ class Predictor:
     def _reach(self, stage: Stage, which: str) -> float:
         """How many standard deviations hold 90 % of the errors where a batch, a length or a model (``which``) is new:
         of those left out one by one. Where fewer than `ENOUGH` errors of the kind are known, of all kinds."""
-        if stage not in {key.partition("|")[0] for key in self.reach}:
-            self.reach |= dict.fromkeys(
-                (f"{stage}|{one}" for one in NEW), 1.645
-            )  # the normal distribution's, meanwhile
+        if stage not in self.reach:
+            found = self.reach[stage] = dict.fromkeys(NEW, 1.645)  # the normal distribution's, meanwhile
             asked = [c for c in self.cells if c.stage == stage]
             list(self.answers(asked))  # what is learned of all cells is not learned anew of most of them
             off = {one: self._errors(asked, stage, one) for one in NEW}
@@ -312,16 +311,15 @@ class Predictor:
                 known = own if len(own) >= ENOUGH else [error for errors in off.values() for error in errors]
                 if len(known) >= ENOUGH:
                     rank = min(len(known), math.ceil(LEVEL * (len(known) + 1)))
-                    self.reach[f"{stage}|{one}"] = sorted(known)[rank - 1]
-        return self.reach[f"{stage}|{which}"]
+                    found[one] = sorted(known)[rank - 1]
+        return self.reach[stage][which]
 
     def _errors(self, asked: Sequence[Cell], stage: Stage, which: str) -> list[float]:
         """Of each batch, length or model left out in turn, in standard deviations."""
         off = []
         for value in sorted({getattr(c, which) for c in asked}):
             out = [c for c in asked if getattr(c, which) == value and not (which == "model" and c.plain)]
-            plain = dict.fromkeys((f"{stage}|{one}" for one in NEW), 1.0)
-            rest = Predictor([c for c in asked if c not in out], self._scales, plain)
+            rest = Predictor([c for c in asked if c not in out], self._scales, {stage: dict.fromkeys(NEW, 1.0)})
             off += [
                 abs(math.log(c.seconds / a.seconds)) / math.log(a.high / a.seconds)
                 for c, a in rest.answers(out)
@@ -347,13 +345,12 @@ def _at(cells: Sequence[Cell]) -> list[tuple[int, int]]:
     return [(c.batch, c.length) for c in cells]
 
 
-def _new(cells: Sequence[Cell], batch: int, length: int) -> list[str]:
-    """What was not timed of a place, of `NEW`, by the cells of its own model; of one that was timed, the least: a
-    length."""
-    if not cells:
+def _new(batches: set[int], lengths: set[int], batch: int, length: int) -> list[str]:
+    """What is new of a place, of `NEW`, beside the batches and lengths that were timed of its own model; of one that
+    was timed, the least: a length."""
+    if not batches:
         return ["model"]
-    asked = {"batch": batch, "length": length}
-    found = [name for name, value in asked.items() if value not in {getattr(c, name) for c in cells}]
+    found = [name for name, new in (("batch", batch not in batches), ("length", length not in lengths)) if new]
     return found or ["length"]
 
 

@@ -138,7 +138,9 @@ def test_a_prompt_attends_alike_in_all_modes(mode, window):
 
 def test_a_prefill_takes_the_weights_that_eager_attention_computes(engine, monkeypatch):
     method, ids = parse("h2o:budget=20"), list(range(70))
-    asked = [engine.prefill(Request("cell", "", "", ENDLESS), ids, [], method.observes, mode) for mode in ("", "sdpa")]
+    asked = [
+        engine.prefill(Request("cell", "", "", ENDLESS), ids, [], method.observes, mode) for mode in ("paged", "sdpa")
+    ]
     monkeypatch.setattr("kvsuite.cache.prefill.for_prefill", None)  # nobody else is asked
     asked.append(engine.prefill(Request("cell", "", "", ENDLESS), ids, [], method.observes, "eager"))
     [what] = method.observes
@@ -148,10 +150,10 @@ def test_a_prefill_takes_the_weights_that_eager_attention_computes(engine, monke
         assert eager[what].sum() == pytest.approx(2 * 70, rel=0.01)
 
 
-@pytest.mark.parametrize("mode", ["", "eager", "sdpa"])
+@pytest.mark.parametrize("mode", ["paged", "eager", "sdpa"])
 def test_a_timed_prefill_is_of_its_mode(engine, mode):
     cell, peak = measured(lambda: PrefillCell(engine, parse("int8"), list(range(70)), mode), torch.device("cpu"))
-    assert (cell.inner.worker.backend == mode) == bool(mode)
+    assert (cell.inner.worker.backend == mode) == (mode != "paged")
     assert cell.checked <= 1
     assert cell.round() > 0
     assert peak is None or peak >= 0

@@ -56,10 +56,11 @@ def test_a_baseline_that_guesses_clears_no_method_by_its_score():
     """A task in which it does is told, and stays in the mean; where it does so in all of them the score tells
     nothing."""
     run = read(REPORTS / "standard")
-    [table] = [table for table in analyse(run).tables if table.key == "headlines"]
+    report = analyse(run)
+    table = report.table("headlines")
     assert [note.text.partition(":")[0] for note in table.notes] == ["COULD NOT TELL full"]
     assert "0.04 on 32 samples of instructions (guessing: 0.00)" in table.notes[0].text
-    assert analyse(run).cell("verdicts", ("int8", "quality"), "effect").verdict == "within margin"
+    assert report.cell("verdicts", ("int8", "quality"), "effect").verdict == "within margin"
     sure = [replace(r, chance=1.0) if isinstance(r, Answer) else r for r in run.records]
     guessing = analyse(replace(run, records=sure))
     assert guessing.cell("verdicts", ("int8", "quality"), "effect").verdict == "cannot tell"

@@ -223,23 +223,28 @@ def test_tova_evicts_what_the_newest_query_attends_to_least(recent, length):
     assert len(evicted) == 30 - max(0, 12 - length)
 
 
-@pytest.mark.parametrize("codec", ["full", "kivi:bits=4,group=16,residual=32"])
-def test_r_kv_compacts_to_what_it_scores_highest(codec):
-    """Every 16 steps each head holds what the formula, of what it held and the last queries, keeps."""
-    method = parse(f"r-kv:budget=36,every=16 + {codec}")
-    cache = loaded(method, [context(70, 0, torch.float32)], 40, torch.float32)
-    q, k, v = tokens(40, 1, torch.float32)
+def compactions(text, prompt):
+    """While 40 tokens are decoded behind a prefilled layer, after every 16th: its number, the queries of all, what the
+    heads held before and what they hold."""
+    cache, (q, k, v) = loaded(parse(text), [prompt], 40, torch.float32), tokens(40, 1, torch.float32)
     for i in range(40):
         cache.append(k[None, :, i : i + 1], v[None, :, i : i + 1])
         before = cache.read()
         cache.attend(q[None, :, i : i + 1], SCALE)
-        if i % 16 != 15:
-            continue
+        if i % 16 == 15:
+            yield i, q, before, cache.read()
+
+
+@pytest.mark.parametrize("codec", ["full", "kivi:bits=4,group=16,residual=32"])
+def test_r_kv_compacts_to_what_it_scores_highest(codec):
+    """Every 16 steps each head holds what the formula, of what it held and the last queries, keeps."""
+    prompt = context(70, 0, torch.float32)
+    for i, q, before, after in compactions(f"r-kv:budget=36,every=16 + {codec}", prompt):
         own = torch.stack([held.k for held in before])
         queries = torch.zeros(HEADS, own.shape[1], DIM)
         queries[:, -8:] = q[:, i - 7 : i + 1]
         scores = r_kv(queries, own, None, 36)
-        for head, held in enumerate(cache.read()):
+        for head, held in enumerate(after):
             kept = torch.isin(before[head].positions, held.positions)
             assert int(kept.sum()) == len(held.positions) == 36
             assert scores[head, kept].min() >= scores[head].topk(36).values[-1] - 1e-6
@@ -249,17 +254,9 @@ def test_r_kv_compacts_to_what_it_scores_highest(codec):
 @pytest.mark.parametrize("codec", ["full", "kivi:bits=4,group=16,residual=32"])
 def test_triattention_compacts_to_what_it_scores_highest(codec):
     """By the prompt's queries, whatever was asked since, and each token's own position."""
-    method = parse(f"triattention:budget=36,every=16 + {codec}")
     prompt = tokens(70, 0, torch.float32)
-    cache = loaded(method, [prefilled(*prompt)], 40, torch.float32)
-    q, k, v = tokens(40, 1, torch.float32)
-    for i in range(40):
-        cache.append(k[None, :, i : i + 1], v[None, :, i : i + 1])
-        before = cache.read()
-        cache.attend(q[None, :, i : i + 1], SCALE)
-        if i % 16 != 15:
-            continue
-        for head, held in enumerate(cache.read()):
+    for i, _, before, after in compactions(f"triattention:budget=36,every=16 + {codec}", prefilled(*prompt)):
+        for head, held in enumerate(after):
             keys = before[head].k.expand(KV_HEADS, -1, -1)
             scores = triattention(prompt[0], keys, None, 36, 70 + i + 1, before[head].positions)[head]
             kept = torch.isin(before[head].positions, held.positions)

@@ -131,10 +131,9 @@ def test_decode(kv_local, timing, benchmark, kv_method, kv_batch, kv_length, kv_
 
     def make():
         prompt, steps, room = kv_local.prompt(kv_length), steps_of(kv_local.options.rounds), kv_local.room()
-        attention = "" if kv_mode == PAGED else kv_mode
 
         def side(method):
-            make = partial(timing.DecodeCell, kv_local.engine, method, prompt, kv_batch, steps, attention, room)
+            make = partial(timing.DecodeCell, kv_local.engine, method, prompt, kv_batch, steps, kv_mode, room)
             return timing.measured(make, kv_local.engine.model.device)
 
         (full, _), (mine, peak) = side(parse("full")), side(kv_method)
@@ -152,10 +151,9 @@ def test_prefill(kv_local, timing, benchmark, kv_method, kv_prefill, kv_mode):
 
     def make():
         ids, room = kv_local.text(kv_prefill), kv_local.room()
-        attention = "" if kv_mode == PAGED else kv_mode
 
         def side(method):
-            make = partial(timing.PrefillCell, kv_local.engine, method, ids, attention, room)
+            make = partial(timing.PrefillCell, kv_local.engine, method, ids, kv_mode, room)
             return timing.measured(make, kv_local.engine.model.device)
 
         (full, _), (mine, peak) = side(parse("full")), side(kv_method)
@@ -172,8 +170,7 @@ def test_prefill(kv_local, timing, benchmark, kv_method, kv_prefill, kv_mode):
 def test_transformers(kv_local, timing, benchmark, kv_batch, kv_length, kv_mode):
     def make():
         steps, room, prompt = steps_of(kv_local.options.rounds), kv_local.room(), kv_local.prompt(kv_length)
-        attention = "" if kv_mode == PAGED else kv_mode
-        full = timing.DecodeCell(kv_local.engine, parse("full"), prompt, kv_batch, steps, attention, room)
+        full = timing.DecodeCell(kv_local.engine, parse("full"), prompt, kv_batch, steps, kv_mode, room)
         full.check()
         room.take(kv_batch * sum(seen.k.nbytes + seen.v.nbytes for seen in prompt.context))
         plain = TRANSFORMERS[kv_mode]
