@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from kvsuite.analysis.resample import Floats, Mask
+from kvsuite.analysis.texts import thirds
 from kvsuite.columns import Key
 
 Logs = Mapping[Key, Sequence[float]]
@@ -20,15 +21,15 @@ Chosen before any fault was planted; what they find: ``python -m suites.checks.s
 
 
 def surprise(logs: Logs, keys: Sequence[Key]) -> Floats:
-    """(n, 3): nats a token at the start, in the middle and at the end of every answer. A short answer is everywhere the
-    same, one of two parts has no middle; NaN where there is none, or too little."""
+    """(n, 3): nats a token at the start, in the middle and at the end of every answer, as `thirds`; NaN where there is
+    none, or too little."""
     found = np.full((len(keys), 3), np.nan)
     for at, key in enumerate(keys):
         own = np.asarray(logs.get(key, ()), np.float64)
         parts = np.array_split(-own, min(len(own) // SHORT, 3)) if len(own) >= SHORT else []
         means = [float(part.mean()) for part in parts]
         if means:
-            found[at] = {1: means * 3, 2: [means[0], np.nan, means[-1]]}.get(len(means), means)
+            found[at] = thirds(means, np.nan)
     return found
 
 

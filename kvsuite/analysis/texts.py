@@ -9,12 +9,13 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from kvsuite.analysis.resample import Mask, Places
 
+T = TypeVar("T")
 LONG = 100
 """Characters from which an answer has a language and a topic."""
 POOL, ORDERED = 2000, 15_000
@@ -223,13 +224,17 @@ def _words(text: str) -> list[str]:
 
 
 def _placed(texts: Sequence[str], told: Callable[[int, str], list[bool]]) -> Mask:
-    """(n, 3): what is told of every text's windows, at its start, in its middle and at its end; a text of two has no
-    middle, one of one is everywhere the same."""
+    """(n, 3): what is told of every text's windows, as `thirds`."""
     found = np.zeros((len(texts), 3), np.bool_)
     for at, text in enumerate(texts):
-        first, *rest = told(at, text)
-        found[at] = [first] * 3 if not rest else [first, len(rest) == 2 and rest[0], rest[-1]]
+        found[at] = thirds(told(at, text), False)
     return found
+
+
+def thirds(parts: Sequence[T], none: T) -> list[T]:
+    """What is known of one to three parts of an answer, at its start, in its middle and at its end: an answer of two
+    has no middle (``none``), one of one is everywhere the same."""
+    return {1: [*parts] * 3, 2: [parts[0], none, parts[-1]]}.get(len(parts), [*parts])
 
 
 class TfidfIndex:
