@@ -5,13 +5,25 @@ from kvsuite.methods import BudgetSelector
 
 
 @dataclass(frozen=True)
+class Loudest:
+    """What is kept of each token's hidden state."""
+
+    def note(self, hidden, layer):
+        """hidden (n, hidden size) to (1, n), the same in all heads."""
+        return hidden.float().abs().amax(-1)[None]
+
+
+LOUDEST = HiddenStates(Loudest())
+
+
+@dataclass(frozen=True)
 class Loud(BudgetSelector):
     """The tokens with the largest number in their hidden states, and the last ones; every 64 steps to its budget."""
 
     name = "loud"
     stores = "the tokens with the largest hidden states, and the last `recent`"
     source = "docs/extending.md"
-    observes = (HiddenStates(),)
+    observes = (LOUDEST,)
 
     recent: int = 8
     every: int = 64
@@ -22,7 +34,7 @@ class Loud(BudgetSelector):
 
     def score(self, seen, tokens):
         heads, length = seen.k.shape[:2]
-        scores = self.eviction.note(seen[HiddenStates()], seen.layer).repeat(heads, 1)
+        scores = seen[LOUDEST].repeat(heads, 1)
         scores[:, length - self.recent :] = float("inf")
         return scores
 
@@ -37,15 +49,11 @@ class Quieter:
 
     recent: int
     every: int
-    observes = (HiddenStates(),)
+    observes = (LOUDEST,)
     rerotated_sinks = 0
 
     def parameters(self, length):
         return ()
-
-    def note(self, hidden, layer):
-        """What is kept of each token when it passes: hidden (n, hidden size) to (1, n), the same in all heads."""
-        return hidden.float().abs().amax(-1)[None]
 
     def score(self, state):
         newest = state.positions >= state.num_seen - self.recent

@@ -35,7 +35,7 @@ class DecodeState:
     newest_attention: Tensor | None = None
     """float32 (…, kv_heads, n), where `NewestAttention` is observed."""
     noted: Tensor | None = None
-    """float32 (…, kv_heads, n): what `Notes.note` gave for each token, where `HiddenStates` is observed."""
+    """float32 (…, kv_heads, n): what was kept of each token's hidden state, where `HiddenStates` is observed."""
     queries: Tensor | None = None
     """(heads, window, head_dim), the newest last, where `LastQueries` is observed; in a compaction alone."""
     k: Tensor | None = None
@@ -67,13 +67,6 @@ class Eviction(Protocol):
 
     def score(self, state: DecodeState) -> Tensor:
         """float32 (…, kv_heads, n): the lowest is evicted, the highest stay. Empty slots' scores do not count."""
-
-
-class Notes(Eviction, Protocol):
-    """An eviction that observes `HiddenStates`: it keeps a number of each token, when that passes."""
-
-    def note(self, hidden: Tensor, layer: int) -> Tensor:
-        """hidden (n, hidden size) to (kv_heads, n), or to (1, n) where all heads have the same."""
 
 
 @dataclass(frozen=True)

@@ -50,12 +50,13 @@ class LayerCache:
         observes = () if eviction is None else eviction.observes
         if unseen := [x for x in observes if not x.decoding]:
             raise UsageError(f"{unseen[0]} cannot be observed while a sequence is decoded")
+        hidden = next((x for x in observes if isinstance(x, HiddenStates)), None)
         needs = Needs(
             positions=selects or eviction is not None or reader is not None,
             evicts=eviction is not None,
             accumulated_attention=AttentionMass() in observes,
             newest_attention=NewestAttention() in observes,
-            noted=HiddenStates() in observes,
+            noted=hidden is not None,
             rerotated_sinks=0 if eviction is None else eviction.rerotated_sinks,
             recent_queries=max([x.window for x in observes if isinstance(x, LastQueries)], default=0),
             query_centres=_centre(layer) if QueryCentres() in observes else 0,
@@ -63,7 +64,7 @@ class LayerCache:
             summaries=() if reader is None else reader.summaries(layer.head_dim, layer.kv_dtype),
             reads_some=reader is not None,
         )
-        self.layer, self.eviction, self.reader = layer, eviction, reader
+        self.layer, self.eviction, self.reader, self._hidden = layer, eviction, reader, hidden
         self.backend, self.refusal = choose(layer, *specs, needs, backend)
         """Who computes, and why others were not taken; empty where none was asked."""
         self.kv = PagedKV.empty(layer, specs, rows, slots, needs, pages=pages, arena=self.backend.ARENA)
@@ -119,9 +120,8 @@ class LayerCache:
                 kv.recent_queries[row].index_copy_(1, ring, last)
         if kv.query_centres is not None:
             kv.query_centres[row] = seen[QueryCentres()]
-        if kv.noted is not None:
-            noted = self._note(seen[HiddenStates()])
-            for head, own in enumerate(noted):
+        if kv.noted is not None and self._hidden is not None:
+            for head, own in enumerate(seen[self._hidden].expand(self.layer.kv_heads, -1)):
                 slots = np.arange(int(kv.host.slots[row, head]))
                 kv.noted.view(-1)[kv.places(row, head, slots)] = own if keep is None else own[keep[head]]
         self._summarise(row)
@@ -135,11 +135,12 @@ class LayerCache:
             self.advance(rows, k.shape[2])
         self.backend.append(self.kv, k, v, rows)
         mapping = self.kv.mapping
-        if self.kv.noted is not None and mapping.rows:
+        if self.kv.noted is not None and self._hidden is not None and mapping.rows:
             assert hidden is not None
             own = hidden[[b for b, row in enumerate(rows) if row is not None], 0]
             here = self.kv.places(np.array(mapping.rows)[:, None], np.arange(k.shape[1])[None], mapping.slots)
-            self.kv.noted.view(-1)[here] = self._note(own).T
+            noted = self._hidden.notes.note(own, self.layer.index).float()
+            self.kv.noted.view(-1)[here] = noted.expand(k.shape[1], -1).T
         if self.reader is not None:
             for row, slots in zip(mapping.rows, mapping.slots, strict=True):
                 self._summarise(row, None if self.kv.encodes else slots // PAGE)
@@ -246,11 +247,6 @@ class LayerCache:
         old = kv.recent_queries[every, :, ring]
         new = q[own.int().argmax(1), :, 0]
         kv.recent_queries[every, :, ring] = torch.where(own.any(1)[:, None, None], new, old)
-
-    def _note(self, hidden: Tensor) -> Tensor:
-        """What the eviction keeps of hidden states (n, hidden size): float32 (kv_heads, n)."""
-        noted: Tensor = self.eviction.note(hidden, self.layer.index)  # type: ignore[union-attr]
-        return noted.float().expand(self.layer.kv_heads, -1)
 
     def _due(self, rows: list[int], every: int) -> list[int]:
         """Those of these rows whose steps since the prompt are a multiple of ``every``."""

@@ -4,7 +4,10 @@ once for all methods, and only where one of them asks."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+if TYPE_CHECKING:  # selectors are listed without importing torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,21 @@ class LastQueries(Observation):
     window: int
 
 
+class Notes(Protocol):
+    """What is kept of hidden states; a frozen dataclass, so that equal ones share it."""
+
+    def note(self, hidden: Tensor, layer: int) -> Tensor:
+        """hidden (n, hidden size), what goes into the layer's attention before its projections, to (kv_heads, n), or to
+        (1, n) where all heads have the same."""
+
+
 @dataclass(frozen=True)
 class HiddenStates(Observation):
-    """What goes into each layer's attention, before its projections: (T, hidden size). While decoding an eviction keeps
-    a number of each (`kvsuite.cache.decoding.Notes`)."""
+    """What ``notes`` keeps of each token when it passes its hidden state, float32. The states themselves are not held:
+    of a whole prompt in all layers they are larger than its K and V. An eviction has at most one of these."""
 
     decoding = True
+    notes: Notes
 
 
 @dataclass(frozen=True)

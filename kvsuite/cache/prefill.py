@@ -54,8 +54,11 @@ class PrefilledLayer:
         return self.rope.rotate(self.k.float(), back) / self.rope.scaling
 
     def __getitem__(self, observation: Observation) -> Any:
-        """What was observed; see the observation's own docstring."""
-        return self.observed[observation]
+        """What was observed; see the observation's own docstring. Raises what the notes of hidden states raised."""
+        found = self.observed[observation]
+        if isinstance(found, Exception):
+            raise found
+        return found
 
 
 class _PrefillLayer(AttendingLayer):
@@ -65,7 +68,7 @@ class _PrefillLayer(AttendingLayer):
         self._weights: Tensor | None = None
         """(heads, T, T), while it is being observed and where the mode tells them."""
         self.seen: PrefilledLayer | None = None
-        self.wants_hidden = HiddenStates() in asked
+        self.wants_hidden = any(isinstance(what, HiddenStates) for what in asked)
         self.seconds = dict.fromkeys(asked, 0.0)
         """Spent on each observation."""
         self._kv: tuple[Tensor, Tensor] | None = None
@@ -109,7 +112,11 @@ class _PrefillLayer(AttendingLayer):
         if isinstance(what, LastQueries):
             return q[:, -what.window :].clone()  # a view would keep all of them
         if isinstance(what, HiddenStates):
-            return None if self.hidden is None else self.hidden[0]
+            assert self.hidden is not None
+            try:
+                return what.notes.note(self.hidden[0], self.layer.index).float()
+            except Exception as error:  # of a method: it costs those that look, not all whose prompt this is
+                return error
         if isinstance(what, PreRopeMoments):
             return pre_rope_moments(q, self.layer, what.skip)
         if isinstance(what, QueryCentres):

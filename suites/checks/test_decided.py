@@ -88,7 +88,10 @@ def test_kvzap_scores_are_those_of_its_weights(tmp_path, inner):
     method = parse(f"kvzap:weights={file},budget=30,recent=5")
     for at in range(2):
         seen = context(80, at, torch.float32, at)
-        scores, expected = method.selector.score(seen, 30), kvzap(seen[HiddenStates()], tensors, at)
+        hidden, (observed,) = seen.k.amax(0), method.observes
+        assert isinstance(observed, HiddenStates)
+        seen.observed[observed] = observed.notes.note(hidden, at)
+        scores, expected = method.selector.score(seen, 30), kvzap(hidden, tensors, at)
         assert scores[:, -5:].isinf().all()
         torch.testing.assert_close(scores[:, :-5], expected[:, :-5].float(), rtol=1e-4, atol=1e-4)
         for head, held in enumerate(loaded(method, [seen], 0, torch.float32, at).read()):

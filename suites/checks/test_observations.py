@@ -1,6 +1,7 @@
 """What selectors ask to see: each observation against its definition, its cost booked to those that asked for it."""
 
 import time
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -25,7 +26,18 @@ from suites.checks.test_models import build, given
 
 IDS = torch.randint(1, 96, (1, 50), generator=torch.Generator().manual_seed(0))
 EXTRA = ExtraPass(20, 4), ExtraPass(20, 4, normalized=True)
-ALL = [AttentionMass(), LastQueries(7), LastQueries(80), HiddenStates(), PreRopeMoments(), QueryCentres(), *EXTRA]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Keeps all of a hidden state, and which layer's it is."""
+
+    def note(self, hidden, layer):
+        return torch.cat([hidden.T, torch.full((1, len(hidden)), layer)])
+
+
+HIDDEN = HiddenStates(Whole())
+ALL = [AttentionMass(), LastQueries(7), LastQueries(80), HIDDEN, PreRopeMoments(), QueryCentres(), *EXTRA]
 
 
 class Letters:
@@ -81,9 +93,10 @@ def test_last_queries_are_the_newest_rotated_ones(seen):
 
 def test_hidden_states_are_what_the_projections_are_given(seen):
     _, prompt, inputs = seen
-    assert prompt.context[0][HiddenStates()].shape == (50, 64)
-    assert torch.equal(prompt.context[0][HiddenStates()], inputs[0])
-    assert not torch.equal(prompt.context[1][HiddenStates()], inputs[0])
+    first, second = (prompt.context[at][HIDDEN] for at in range(2))
+    assert torch.equal(first, torch.cat([inputs[0].T, torch.zeros(1, 50)]))
+    assert second[-1].eq(1).all()
+    assert not torch.equal(second[:-1], inputs[0].T)
 
 
 def test_moments_are_those_of_queries_before_rope(seen):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+from dataclasses import dataclass
 
 import torch
 
@@ -29,10 +30,21 @@ from kvsuite.engines.request import Request
 from kvsuite.engines.transformers import TransformersEngine
 
 ROUNDS = 7
+
+
+@dataclass(frozen=True)
+class Largest:
+    """What is kept of a hidden state: its largest number."""
+
+    def note(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
+        """hidden (n, hidden size) to (1, n)."""
+        return hidden.float().abs().amax(-1)[None]
+
+
 WINDOW, MOMENTS = LastQueries(64), PreRopeMoments(4)
 ARMS: dict[str, tuple[Observation, ...]] = {
     "none": (), "window": (WINDOW,), "window and moments": (WINDOW, MOMENTS), "column sums": (AttentionMass(),),
-    "hidden states": (HiddenStates(),), "query centres": (QueryCentres(),),
+    "largest hidden states": (HiddenStates(Largest()),), "query centres": (QueryCentres(),),
     "attention in chunks of 256": (ChunkAttention(256, 4, 4),), "an extra pass": (ExtraPass(),),
     "an extra pass, normalized": (ExtraPass(normalized=True),),
 }  # fmt: skip

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from kvsuite import models
 from kvsuite.cache.adapter import attention_modules
 from kvsuite.cache.layer import highest
-from kvsuite.cache.observations import HiddenStates, LastQueries
+from kvsuite.cache.observations import LastQueries
 from kvsuite.cache.prefill import PrefilledLayer
 from kvsuite.engines.request import Request
 from kvsuite.engines.transformers import TransformersEngine
@@ -138,10 +138,10 @@ def zap(engine: TransformersEngine, file: Path) -> Path:
 def prefilled(
     engine: TransformersEngine, case: Case, asked: list[dict[str, Any]]
 ) -> tuple[list[PrefilledLayer], list[torch.Tensor], list[list[int]]]:
-    """The prefilled layers, and of each chunk of KVzip's extra pass the hidden states (layers, n, hidden size) and the
-    token ids."""
+    """The prefilled layers, of the context and each chunk of KVzip's extra pass the hidden states (layers, n, hidden
+    size), and of the chunks the token ids."""
     seen = [observation for arm in asked for observation in parse(arm["name"]).observes]
-    whole = [*seen, HiddenStates(), LastQueries(len(case.ids))]
+    whole = [*seen, LastQueries(len(case.ids))]
     fed: list[list[int]] = []
     hidden: list[list[torch.Tensor]] = [[] for _ in engine.layers]
     hooks = [engine.model.register_forward_pre_hook(_keep_ids(fed), with_kwargs=True)]
@@ -151,7 +151,7 @@ def prefilled(
     for hook in hooks:
         hook.remove()
     chunks = range(1, 1 + -(-len(case.ids) // CHUNK))  # behind the prefill; later passes feed the same
-    return context, [torch.stack([own[at] for own in hidden]) for at in chunks], [fed[at] for at in chunks]
+    return context, [torch.stack([own[at] for own in hidden]) for at in (0, *chunks)], [fed[at] for at in chunks]
 
 
 def _keep_ids(fed: list[list[int]]) -> Any:
@@ -205,13 +205,13 @@ def measure(case: Case, python: str, folder: Path) -> list[dict[str, Any]]:
     model = engine(case)
     sets = sum(layer.kv_heads for layer in model.layers)
     asked = spelled(len(case.ids), zap(model, folder / "zap.safetensors"), sets)
-    context, again, fed = prefilled(model, case, asked)
+    context, (first, *again), fed = prefilled(model, case, asked)
     whole = LastQueries(len(case.ids))
     given = {
         "q": torch.stack([seen[whole] for seen in context]),
         "k": torch.stack([seen.k for seen in context]),
         "v": torch.stack([seen.v for seen in context]),
-        "hidden": torch.stack([seen[HiddenStates()] for seen in context]),
+        "hidden": first,
     }
     given |= {f"again {at}": x for at, x in enumerate(again)}
     save_file({name: x.contiguous() for name, x in given.items()}, str(folder / "given.safetensors"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -51,7 +51,7 @@ class KVzap(BudgetSelector):
 
     @property
     def observes(self) -> tuple[Observation, ...]:
-        return (HiddenStates(),)
+        return (HiddenStates(Predicted(self.weights)),)
 
     @property
     def artifact(self) -> Artifact:
@@ -63,7 +63,7 @@ class KVzap(BudgetSelector):
         if count != len(layers):
             raise UsageError(f"{self.name}: {self.weights} is for {count} layers, the model has {len(layers)}")
         for layer in layers:
-            first, last = self._names(layer.index)
+            first, last = _names(own, layer.index)
             wanted = ((last, 0, layer.kv_heads, "kv heads"), (first, 1, layer.hidden_size, "channels of hidden states"))
             for name, axis, size, called in wanted:
                 found = own[f"{name}.weight"].shape[axis] if f"{name}.weight" in own else 0
@@ -73,21 +73,33 @@ class KVzap(BudgetSelector):
                     )
 
     def score(self, seen: PrefilledLayer, tokens: int) -> Tensor:
-        from torch.nn.functional import gelu, linear
-
-        x, own = seen[HiddenStates()].float(), self.artifact.tensors
-        for at, name in enumerate(dict.fromkeys(self._names(seen.layer))):
-            weight, bias = (own[f"{name}.{part}"].to(x.device).float() for part in ("weight", "bias"))
-            x = linear(gelu(x) if at else x, weight, bias)
-        scores: Tensor = x.T.contiguous()
+        scores: Tensor = seen[self.observes[0]].clone()
         scores[:, scores.shape[1] - self.recent :] = float("inf")
         return scores
 
-    def _names(self, layer: int) -> tuple[str, str]:
-        """What its first and its last matrix are called; one name where there is one."""
-        if f"layers.{layer}.0.weight" in self.artifact.tensors:
-            return f"layers.{layer}.0", f"layers.{layer}.2"
-        return f"layers.{layer}", f"layers.{layer}"
+
+@dataclass(frozen=True)
+class Predicted:
+    """The scores that a file's small models predict."""
+
+    weights: str
+
+    def note(self, hidden: Tensor, layer: int) -> Tensor:
+        """hidden (n, hidden size) to float32 (kv_heads, n)."""
+        from torch.nn.functional import gelu, linear
+
+        x, own = hidden.float(), loaded(self.weights).tensors
+        for at, name in enumerate(dict.fromkeys(_names(own, layer))):
+            weight, bias = (own[f"{name}.{part}"].to(x.device).float() for part in ("weight", "bias"))
+            x = linear(gelu(x) if at else x, weight, bias)
+        return x.T.contiguous()
+
+
+def _names(own: Mapping[str, Tensor], layer: int) -> tuple[str, str]:
+    """What a layer's first and last matrix are called; one name where there is one."""
+    if f"layers.{layer}.0.weight" in own:
+        return f"layers.{layer}.0", f"layers.{layer}.2"
+    return f"layers.{layer}", f"layers.{layer}"
 
 
 @cache
