@@ -121,7 +121,8 @@ def a_spec(draw, head_dim, layouts, residuals):
     if layout == "fp8":
         return with_residual(E4M3(draw(st.sampled_from([None, 1.0, 0.3]))), residual, rolling)
     group = draw(st.sampled_from([g for g in (8, 16, 32, head_dim) if head_dim % g == 0]))
-    return with_residual(PerToken(draw(st.sampled_from([8, 4, 2])), group), residual, rolling)
+    rotation = "" if residual else draw(st.sampled_from(["", "hadamard"]))
+    return with_residual(PerToken(draw(st.sampled_from([8, 4, 2])), group, rotation=rotation), residual, rolling)
 
 
 @st.composite

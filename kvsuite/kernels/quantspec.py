@@ -51,7 +51,7 @@ class QuantSpec:
     """The newest queries of a prompt that `fit` wants to see; its codec observes `LastQueries` of so many."""
     rotation: str = ""
     """An orthonormal rotation of head_dim that is applied before encoding and undone by ``decode``. A backend with a
-    kernel for it may rotate q (for K) and the output (for V) instead, as the cpu backend does."""
+    kernel for it may rotate q (for K) and the output (for V) instead, as those in C++ and Triton do."""
 
     @property
     def verbatim(self) -> bool:

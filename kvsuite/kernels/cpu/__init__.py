@@ -139,6 +139,6 @@ def read(kv: PagedKV, row: int) -> list[HeadView]:
     same = all(torch.promote_types(dtype, store.residual.dtype) == dtype for store in (kv.k, kv.v))
     exact = same and all(spec.layout == "plain" for spec in specs)
     integers = any(spec.layout in ("token", "channel") for spec in specs)
-    turned = all(spec.rotation for spec in specs)
+    turned = bool(kv.k.spec.rotation), bool(kv.v.spec.rotation)
     views = stored(kv, row)
     return [dataclasses.replace(view, exact=exact, integers=integers, rotated=turned) for view in views]

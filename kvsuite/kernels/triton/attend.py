@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvsuite.kernels.context import AttentionParams
+from kvsuite.kernels.hadamard import hadamard
 from kvsuite.kernels.paged import KVStore, PagedKV
 from kvsuite.kernels.quantspec import PAGE, QuantSpec
 from kvsuite.kernels.reference.attend import PageIndices
@@ -295,19 +296,23 @@ def _add_mass(
 def attend(
     kv: PagedKV, q: Tensor, rows: Sequence[int | None], params: AttentionParams, pages: PageIndices | None = None
 ) -> Tensor:
-    """As the reference's, on a GPU: float16 or bfloat16, head_dim up to 256, all pages."""
+    """As the reference's, on a GPU: float16 or bfloat16, head_dim up to 256, all pages. Where K is rotated the query is
+    turned, in float16, and codes stay as they are; where V is, the output is turned back."""
     if kv.accumulated_attention is not None and q.shape[2] > 1:
         raise ValueError("attention is accumulated query by query")
     if pages is not None:
         raise ValueError("these kernels read all pages")
     if kv.original_sinks is not None:
         _turn_sinks(kv)
+    dtype = q.dtype
+    if kv.k.spec.rotation:
+        q = hadamard(q).half()
     q = q if q.stride(-1) == 1 else q.contiguous()
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=torch.float32 if kv.v.spec.rotation else dtype, device=q.device)
     each = max(1, ROWS // (q.shape[1] // kv.layer.kv_heads))
     for first in range(0, q.shape[2], each):
         _some(kv, q[:, :, first : first + each], out, first, kv.rows_on_device(rows), params)
-    return out
+    return hadamard(out).to(dtype) if kv.v.spec.rotation else out
 
 
 def _turn_sinks(kv: PagedKV) -> None:

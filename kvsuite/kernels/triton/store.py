@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvsuite.kernels.hadamard import hadamard
 from kvsuite.kernels.paged import KVStore, PagedKV
-from kvsuite.kernels.quantspec import PAGE
+from kvsuite.kernels.quantspec import PAGE, QuantSpec
 from kvsuite.kernels.reference import store as reference
 from kvsuite.kernels.reference.store import KeepIndices, moved
 from kvsuite.kernels.triton.launch import launch
@@ -34,7 +35,7 @@ def fill(
     heads, length, dim = k.shape
     counts = np.full(heads, length) if keep is None else np.array([len(index) for index in keep])
     kv.admit(row, counts, length)
-    k, v = moved(kv.k.spec, k), moved(kv.v.spec, v)
+    k, v = _before(kv.k.spec, k), _before(kv.v.spec, v)
     index = None if keep is None else torch.nn.utils.rnn.pad_sequence(list(keep), batch_first=True)
     n = length if index is None else index.shape[1]
     ragged = None if (counts == n).all() else torch.from_numpy(counts.astype(np.int32)).to(k.device)
@@ -66,7 +67,7 @@ def append(kv: PagedKV, k: Tensor, v: Tensor, rows: Sequence[int | None]) -> Non
         for row in kv.mapping.rows:
             kv.upload(row)
         return
-    k, v = moved(kv.k.spec, k[:, :, 0]), moved(kv.v.spec, v[:, :, 0])
+    k, v = _before(kv.k.spec, k[:, :, 0]), _before(kv.v.spec, v[:, :, 0])
     arguments, constants = _cache(kv)
     arguments |= {"rows_ptr": kv.rows_on_device(rows), "k_ptr": k, "v_ptr": v}
     arguments |= {"k_stride_b": k.stride(0), "k_stride_h": k.stride(1)}
@@ -111,6 +112,11 @@ def evict(kv: PagedKV, rows: Sequence[int | None], slots: Tensor) -> None:
     if kv.by_token:
         kv.free_slot[at] = torch.where(due, slots.int(), kv.free_slot[at])
     kv.num_tokens[at] -= due.int()
+
+
+def _before(spec: QuantSpec, x: Tensor) -> Tensor:
+    """What PyTorch does to the numbers before a kernel takes them: it turns them, or moves them as `moved` says."""
+    return hadamard(x) if spec.rotation else moved(spec, x)
 
 
 def _cache(kv: PagedKV) -> tuple[dict[str, Any], dict[str, Any]]:
