@@ -22,6 +22,7 @@ from kvsuite.methods.codecs.fp8 import E4M3
 from kvsuite.methods.codecs.full import Plain
 from kvsuite.methods.codecs.int8 import PerToken
 from kvsuite.methods.codecs.kivi import PerChannel
+from kvsuite.methods.codecs.turboquant import LloydMax
 from suites.checks import naive
 from suites.checks.depth import NIGHTLY, depth
 
@@ -40,6 +41,8 @@ FORMATS = {
     "kivi-2 in groups of 16": (PerChannel(2, 16, 32), PerToken(2, 16, 32)),
     "fp8 keys, 4-bit values": (E4M3(2.0), PerToken(4, 16)),
     "rotated": (PerToken(8, WHOLE, rotation="hadamard"), PerToken(4, 16, rotation="hadamard")),
+    "levels": (LloydMax(4, corrected=True), PerToken(4, WHOLE)),
+    "values as levels": (Plain(), LloydMax(4, corrected=True)),
 }
 BLOCKS = [name for name in FORMATS if "kivi" in name]
 
@@ -77,10 +80,11 @@ def draw(store, dim, noise):
             scale.copy_(normal(scale).abs())
     else:
         first.copy_(torch.randint(0, 256, first.shape, generator=noise, dtype=torch.uint8))
-        scale, zero = rest
+        scale, *zeros = rest
         size, shift = (3, 1.5) if spec.layout == "channel" else (1, 1)
         scale.copy_(normal(scale).abs() * size / (1 << spec.bits))
-        zero.copy_(normal(zero) - shift)
+        for zero in zeros:
+            zero.copy_(normal(zero) - shift)
     store.residual.copy_(normal(store.residual))
 
 

@@ -41,7 +41,7 @@ def supports(layer: LayerContext, k: QuantSpec, v: QuantSpec, needs: Needs) -> s
         return "no GPU"
     if not all(spec.layout for spec in specs):
         return "no kernel for this codec"
-    if any(spec.rotation and (spec.layout != "token" or spec.residual) for spec in specs):
+    if any(spec.rotation and (spec.layout not in ("token", "levels") or spec.residual) for spec in specs):
         return "no kernel for rotated K and V"
     if any(spec.late for spec in specs):
         return "no kernel for keys that are encoded after they have attended"

@@ -54,11 +54,11 @@ def _scores(
     """q · K of a whole tile, float32 (M, T). A scale that a token has for itself is applied to its score, and zeros add
     up to one number: such keys are not dequantised."""
     inside = at >= 0
-    if LAYOUT == "token" and GROUP == D:
-        codes = _all(_codes(codes_ptr, at, inside, D, LAYOUT, BITS, DP, False), BITS, WIDEN)
-        scale = tl.load(scale_ptr + at).to(tl.float32)
-        zero = tl.load(zero_ptr + at).to(tl.float32)
-        s = _dot(q, tl.trans(codes), tl.float16, WIDEN) * scale[None, :] + total[:, None] * zero[None, :]
+    if GROUP == D and LAYOUT != "channel":
+        codes = _all(_codes(codes_ptr, at, inside, D, LAYOUT, BITS, DP, False), LAYOUT, BITS, WIDEN)
+        s = _dot(q, tl.trans(codes), tl.float16, WIDEN) * tl.load(scale_ptr + at).to(tl.float32)[None, :]
+        if LAYOUT == "token":
+            s += total[:, None] * tl.load(zero_ptr + at).to(tl.float32)[None, :]
     elif LAYOUT == "fp8" and GROUP > 0:
         codes = _e4m3(_codes(codes_ptr, at, inside, D, LAYOUT, BITS, DP, False), WIDEN, NATIVE)
         s = _dot(q, tl.trans(codes), tl.float16, WIDEN) * tl.load(scale_ptr + at)[None, :]
@@ -396,13 +396,15 @@ def _some(kv: PagedKV, q: Tensor, out: Tensor, first: int, rows: Tensor, params:
 
 
 def readable(spec: QuantSpec, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the kernels read this layout: 8, 4 or 2 bits, groups that divide a page or a token."""
+    """Whether the kernels read this layout: 8, 4 or 2 bits, groups that divide a page or a token; 16 levels."""
     if dtype not in (torch.float16, torch.bfloat16) or head_dim > 256 or head_dim % 16:
         return False
     if spec.layout == "token":
         return spec.bits in (8, 4, 2) and head_dim % spec.group == 0
     if spec.layout == "channel":
         return spec.bits in (8, 4, 2) and PAGE % spec.group == 0
+    if spec.layout == "levels":
+        return spec.bits == 4
     return spec.layout in ("plain", "fp8")
 
 
@@ -468,7 +470,7 @@ def _constants(name: str, store: KVStore, dim: int) -> dict[str, object]:
     return {
         f"{name}_LAYOUT": spec.layout,
         f"{name}_BITS": spec.bits,
-        f"{name}_GROUP": spec.group if spec.layout != "fp8" else int(spec.scale is None),
+        f"{name}_GROUP": {"fp8": int(spec.scale is None), "levels": dim}.get(spec.layout, spec.group),
         f"{name}_R": spec.residual,
         f"{name}_ROLLING": spec.rolling,
         f"{name}_DP": parts * triton.next_power_of_2(dim // parts),

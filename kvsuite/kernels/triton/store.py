@@ -11,6 +11,7 @@ multiplication of floats that a compiler could contract, and rounding is done on
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,10 @@ from kvsuite.kernels.quantspec import PAGE, QuantSpec
 from kvsuite.kernels.reference import store as reference
 from kvsuite.kernels.reference.store import KeepIndices, moved
 from kvsuite.kernels.triton.launch import launch
+from kvsuite.kernels.triton.pages import LEVELS, _looked_up
+
+EDGES = tl.constexpr(tuple((a + b) / 2 for a, b in pairwise(LEVELS.value)))
+"""Between the levels."""
 
 
 def fill(
@@ -345,6 +350,8 @@ def _put(
         _plain(x_ptr, at, keep, to, codes_ptr, DIM)
     elif LAYOUT == "token":
         _token(x_ptr, at, keep, to, codes_ptr, scale_ptr, zero_ptr, DIM, BITS, GROUP)
+    elif LAYOUT == "levels":
+        _levels(x_ptr, at, keep, to, codes_ptr, scale_ptr, DIM)
     elif LAYOUT == "channel":
         _channel(x_ptr, at, keep, to, codes_ptr, scale_ptr, zero_ptr, TOKENS, DIM, BITS, GROUP)
     else:
@@ -408,6 +415,42 @@ def _token(
             of_base, of_step = tl.gather(base, which, 1), tl.gather(step, which, 1)
         packed |= _codes(x, of_base[:, :, None], of_step[:, :, None], BITS) << (BITS * part)
     tl.store(codes_ptr + to[:, None, None] * WIDTH + byte, packed.to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def _levels(x_ptr, at, keep, to, codes_ptr, scale_ptr, DIM: tl.constexpr):
+    """Each token by itself: the levels nearest to its numbers over their root mean square, and the scale that brings
+    the levels to its norm. Squares are summed in float64."""
+    HALF: tl.constexpr = DIM // 2
+    byte = tl.arange(0, triton.next_power_of_2(HALF))[None, :]
+    mask = keep[:, None] & (byte < HALF)
+    x_ptr += at[:, None] + byte
+    low = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)
+    high = tl.load(x_ptr + HALF, mask=mask, other=0.0).to(tl.float32)
+    size = _root_mean_square(low, high, DIM)
+    unit = tl.where(size == 0, 1.0, size)[:, None]
+    a, b = _nearest(low, unit), _nearest(high, unit)
+    tl.store(codes_ptr + to[:, None] * HALF + byte, (a | (b << 4)).to(tl.uint8), mask=mask)
+    a, b = tl.where(mask, _looked_up(a, LEVELS), 0.0), tl.where(mask, _looked_up(b, LEVELS), 0.0)
+    scale = tl.div_rn(size, tl.where(keep, _root_mean_square(a, b, DIM), 1.0))
+    tl.store(scale_ptr + to, scale.to(tl.float16), mask=keep)
+
+
+@triton.jit
+def _root_mean_square(low, high, DIM: tl.constexpr):
+    """Of (TOKENS, DIM / 2) twice: float32 (TOKENS,)."""
+    low, high = low.to(tl.float64), high.to(tl.float64)
+    return tl.sqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / DIM).to(tl.float32)
+
+
+@triton.jit
+def _nearest(x, unit):
+    """int32 codes of the levels nearest to x / unit; what is no number is beyond all."""
+    spread = tl.div_rn(x, tl.broadcast_to(unit, x.shape))
+    codes = tl.full(x.shape, 15, tl.int32)
+    for i in tl.static_range(15):
+        codes -= (spread < EDGES[i]).to(tl.int32)
+    return codes
 
 
 @triton.jit
