@@ -21,7 +21,8 @@ template <class S> static Store store_of(int64_t pages, int64_t rows, int64_t he
   const int64_t tokens = pages * PAGE, scales = S::layout == CHANNEL ? tokens / S::group * DIM : tokens * S::groups;
   Store s{};
   s.codes = memory<uint8_t>(size_t(tokens * S::row_bytes));
-  if (S::layout == TOKEN || S::layout == CHANNEL) s.scale = memory<uint16_t>(size_t(scales)), s.zero = memory<uint16_t>(size_t(scales));
+  if (S::layout == TOKEN || S::layout == CHANNEL) s.zero = memory<uint16_t>(size_t(scales));
+  if (S::layout != PLAIN && S::layout != FP8) s.scale = memory<uint16_t>(size_t(scales));
   if (S::layout == FP8 && S::token_scale) s.scale = memory<float>(size_t(tokens));
   s.residual = memory<uint8_t>(size_t(rows * heads * S::residual * DIM * S::number_bytes));
   s.tensor_scale = 0.5f;

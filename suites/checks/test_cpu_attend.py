@@ -32,6 +32,8 @@ CASES = [  # codec, head dimension, queries per kv head, compute dtype, K/V dtyp
     ("int4:rotate=hadamard", 128, 4, FLOAT32, BFLOAT16),
     ("turboquant:bits=k4v4", 64, 3, BFLOAT16, BFLOAT16),
     ("turboquant:bits=k4v4", 128, 4, FLOAT32, FLOAT16),
+    ("q8_0", 64, 3, BFLOAT16, BFLOAT16),
+    ("q8_0", 96, 4, FLOAT32, FLOAT16),
     ("fp8", 64, 3, BFLOAT16, BFLOAT16),
     ("fp8:k_scale=0.3,v_scale=7.1", 32, 8, FLOAT32, BFLOAT16),
     ("fp8:per=token", 64, 3, FLOAT32, FLOAT32),

@@ -41,6 +41,8 @@ FORMATS = [
     ("int4:rotate=hadamard", 128, FLOAT16),
     ("turboquant:bits=k4v4", 64, BFLOAT16),
     ("turboquant:bits=k4v4", 32, FLOAT32),
+    ("q8_0", 64, BFLOAT16),
+    ("q8_0", 32, FLOAT32),
     ("fp8", 64, FLOAT16),
     ("fp8:k_scale=0.3,v_scale=7.1", 32, FLOAT32),
     ("fp8:per=token", 128, BFLOAT16),
@@ -235,7 +237,9 @@ def test_a_full_row_is_refused_and_nothing_is_counted(text):
     assert_counted_alike(one, other)
 
 
-@pytest.mark.parametrize("text", ["full", "fp8", "fp8:k_scale=0.3,v_scale=7.1", "fp8:per=token", "int8", "int4"])
+@pytest.mark.parametrize(
+    "text", ["full", "fp8", "fp8:k_scale=0.3,v_scale=7.1", "fp8:per=token", "int8", "int4", "q8_0"]
+)
 @pytest.mark.parametrize("kv_dtype", NUMBERS, ids=str)
 @pytest.mark.parametrize("wide", [False, True])
 def test_every_finite_float16_is_stored_alike(text, kv_dtype, wide):

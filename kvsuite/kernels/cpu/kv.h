@@ -5,7 +5,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum Layout { PLAIN, TOKEN, CHANNEL, FP8, LEVELS };  // kvsuite/kernels/quantspec.py: QuantSpec.layout
+enum Layout { PLAIN, TOKEN, CHANNEL, FP8, LEVELS, SYMMETRIC };  // kvsuite/kernels/quantspec.py: QuantSpec.layout
 enum Number { FLOAT32, FLOAT16, BFLOAT16 };     // torch dtypes
 enum { PAGE = 32, DIM = HEAD_DIM, QUERY_GROUP = GROUP };
 
@@ -13,7 +13,7 @@ template <Layout L, int BITS_, int GROUP_, int RESIDUAL_, bool ROLLING_, Number 
 struct Spec {
   static constexpr Layout layout = L;
   static constexpr int bits = BITS_;         // of one code: TOKEN and CHANNEL 2, 4 or 8; LEVELS 4
-  static constexpr int group = GROUP_;       // TOKEN: channels that share a scale; CHANNEL: tokens that do
+  static constexpr int group = GROUP_;       // TOKEN, SYMMETRIC: channels that share a scale; CHANNEL: tokens that do
   static constexpr int residual = RESIDUAL_; // newest tokens that are kept as they are, slot s at s % residual
   static constexpr bool rolling = ROLLING_;  // the oldest leaves the residual one by one; else all of it is encoded
   static constexpr Number dtype = DTYPE_;    // PLAIN: of pages; of the residual; what is encoded
@@ -21,7 +21,8 @@ struct Spec {
   static constexpr bool rotated = ROTATED_;  // TOKEN and LEVELS: what is encoded was turned by `hadamard`
   static constexpr int number_bytes = DTYPE_ == FLOAT32 ? 4 : 2;
   static constexpr int row_bytes = L == PLAIN ? DIM * number_bytes : L == FP8 ? DIM : DIM * BITS_ / 8;  // of a token
-  static constexpr int groups = L == TOKEN ? DIM / GROUP_ : 1;  // TOKEN: scales per token
+  static constexpr bool blocks = L == SYMMETRIC;  // a scale, but no zero, for each group of a token's channels
+  static constexpr int groups = L == TOKEN || blocks ? DIM / GROUP_ : 1;  // scales per token
   static int64_t encoded(int64_t slots) {  // QuantSpec.num_encoded
     if (residual == 0) return slots;
     return rolling ? (slots > residual ? slots - residual : 0) : slots - slots % (residual ? residual : 1);
@@ -34,8 +35,8 @@ using V = Spec<Layout(V_LAYOUT), V_BITS, V_GROUP, V_RESIDUAL, V_ROLLING, Number(
 
 struct Store {               // K or V: kvsuite/kernels/paged.py: KVStore
   uint8_t* codes;            // (pages, PAGE, row_bytes): numbers or codes
-  void* scale;               // float16 TOKEN (pages, PAGE, groups), CHANNEL (pages, PAGE / group, DIM), LEVELS (pages, PAGE);
-                             // float32 FP8 with token_scale (pages, PAGE)
+  void* scale;               // float16 TOKEN and SYMMETRIC (pages, PAGE, groups), CHANNEL (pages, PAGE / group, DIM),
+                             // LEVELS (pages, PAGE); float32 FP8 with token_scale (pages, PAGE)
   uint16_t* zero;            // float16, as scale; TOKEN and CHANNEL
   void* residual;            // (rows, kv_heads, residual, DIM)
   float tensor_scale;        // FP8 without token_scale

@@ -19,7 +19,7 @@ from kvsuite.kernels.quantspec import QuantSpec
 from kvsuite.kernels.reference.store import KeepIndices, moved
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-LAYOUTS = {"plain": 0, "token": 1, "channel": 2, "fp8": 3, "levels": 4}
+LAYOUTS = {"plain": 0, "token": 1, "channel": 2, "fp8": 3, "levels": 4, "symmetric": 5}
 FULL, PAGES = -1, 1
 """count.h: Advanced."""
 
@@ -38,7 +38,7 @@ def macros(layer: LayerContext, k: QuantSpec, v: QuantSpec) -> dict[str, int]:
     """What layer.cpp is told of them."""
     made = {"HEAD_DIM": layer.head_dim, "GROUP": layer.heads // layer.kv_heads}
     for name, spec in (("K", k), ("V", v)):
-        group = spec.group if spec.layout in ("token", "channel") else 1
+        group = spec.group if spec.layout in ("token", "channel", "symmetric") else 1
         own = {
             "LAYOUT": LAYOUTS[spec.layout],
             "BITS": spec.bits,

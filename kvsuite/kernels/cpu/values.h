@@ -144,11 +144,15 @@ template <class S, int N> struct Values {
     for (int i = 0; i < 2; i++) {
       const int64_t first = pages[i] * PAGE * groups;
       spread(static_cast<const uint16_t*>(store.scale) + first, counts[i], &scales[0][i * PAGE]);
-      spread(store.zero + first, counts[i], &starts[0][i * PAGE]);
+      if constexpr (!S::blocks) spread(store.zero + first, counts[i], &starts[0][i * PAGE]);
     }
     for (int k = 0; k < groups; k++) {
       Float<W> scale[VECTORS], zero[VECTORS];
-      for (int i = 0; i < VECTORS; i++) scale[i] = halves<W>(&scales[k][i * W]), zero[i] = halves<W>(&starts[k][i * W]);
+      for (int i = 0; i < VECTORS; i++) {
+        scale[i] = halves<W>(&scales[k][i * W]);
+        if constexpr (S::blocks) zero[i] = scale[i] * splat<W>(0.f);  // so that what is no number is not lost
+        else zero[i] = halves<W>(&starts[k][i * W]);
+      }
       for (int n = 0; n < N; n++) {
         Float<W> x[VECTORS], top = splat<W>(1e-30f), all = zeros[n][k];
         for (int i = 0; i < VECTORS; i++) {
