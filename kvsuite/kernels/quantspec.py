@@ -32,8 +32,8 @@ class QuantSpec:
         has one per token.
     ``levels``: fields (codes, scale); each token by itself, turned by ``rotation``: codes of the Lloyd-Max levels of
         N(0, 1), uint8 (…, head_dim * bits / 8), and scale, float16 (…, 1).
-    ``symmetric``: fields (codes, scale); each token by itself in groups of ``group`` channels: codes int8 (…, head_dim),
-        scale float16 (…, head_dim / group, 1), x ≈ code * scale.
+    ``symmetric``: fields (codes, scale); each token by itself in groups of ``group`` channels: codes int8 (…,
+        head_dim), scale float16 (…, head_dim / group, 1), x ≈ code * scale.
     ``""``: any other; read and written by the reference alone.
     """
 

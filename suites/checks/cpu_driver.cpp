@@ -49,7 +49,7 @@ int main() {
   c.positions = memory<int32_t>(size_t(pages * PAGE));
   c.accumulated = memory<float>(size_t(pages * PAGE)), c.newest = memory<float>(size_t(pages * PAGE));
   memset(c.positions, 255, size_t(pages * PAGE) * 4);
-  c.inverse_frequency = frequency.data(), c.rotary_half = DIM / 2, c.sinks = 4;
+  c.inverse_frequency = frequency.data(), c.rotary_half = DIM / 2, c.sinks = K::rotated ? 0 : 4;
   const Threads alone{nullptr, 1};
   double checksum = 0;
   for (int step = 0; step < 300; step++) {

@@ -169,7 +169,7 @@ def test_attention_is_accumulated_as_the_reference_does(text, dim, group, dtype,
     torch.testing.assert_close(sums, torch.full_like(sums, 2.0), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("text", ["full", "int8", "fp8", "kivi:bits=4,residual=32"])
+@pytest.mark.parametrize("text", ["full", "int8", "fp8", "q8_0", "kivi:bits=4,residual=32"])
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32], ids=str)
 def test_sinks_are_turned_on_to_where_the_cache_has_them(text, dtype):
     rope, dim = Rope(1e4 ** (-torch.arange(0, 48, 2) / 48)), 64  # 16 channels are not rotated
