@@ -102,6 +102,10 @@ def test_codes_become_numbers_exactly(bits):
         assert torch.equal(run(getattr(pages, name).value, words(BYTES)), wanted.half())
 
 
+def test_signed_codes_become_numbers_exactly():
+    assert torch.equal(run(pages._ASM_SIGNED.value, words(BYTES)), BYTES.view(torch.int8).half())
+
+
 def test_codes_become_their_levels():
     for part in range(2):
         wanted = lloyd.numbers(unpack(BYTES, 4)[:, 4 * part : 4 * part + 4], 4)

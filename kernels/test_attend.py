@@ -22,6 +22,7 @@ from kvsuite.methods.codecs.fp8 import E4M3
 from kvsuite.methods.codecs.full import Plain
 from kvsuite.methods.codecs.int8 import PerToken
 from kvsuite.methods.codecs.kivi import PerChannel
+from kvsuite.methods.codecs.q8_0 import Symmetric8
 from kvsuite.methods.codecs.turboquant import LloydMax
 from suites.checks import naive
 from suites.checks.depth import NIGHTLY, depth
@@ -42,6 +43,7 @@ FORMATS = {
     "fp8 keys, 4-bit values": (E4M3(2.0), PerToken(4, 16)),
     "rotated": (PerToken(8, WHOLE, rotation="hadamard"), PerToken(4, 16, rotation="hadamard")),
     "levels": (LloydMax(4, corrected=True), PerToken(4, WHOLE)),
+    "blocks": (Symmetric8(), Symmetric8()),
     "values as levels": (Plain(), LloydMax(4, corrected=True)),
 }
 BLOCKS = [name for name in FORMATS if "kivi" in name]
@@ -79,7 +81,7 @@ def draw(store, dim, noise):
         for scale in rest:
             scale.copy_(normal(scale).abs())
     else:
-        first.copy_(torch.randint(0, 256, first.shape, generator=noise, dtype=torch.uint8))
+        first.view(torch.uint8).copy_(torch.randint(0, 256, first.shape, generator=noise, dtype=torch.uint8))
         scale, *zeros = rest
         size, shift = (3, 1.5) if spec.layout == "channel" else (1, 1)
         scale.copy_(normal(scale).abs() * size / (1 << spec.bits))
@@ -146,7 +148,7 @@ def poison(kv, store):
             held[kv.table[row, head, unit // units], unit % units] = True
         recent[row, head, torch.arange(done, n) % max(1, store.spec.residual)] = True
     for field in store.pools:
-        field[~held] = 0x7F if field.dtype == torch.uint8 else float("nan")
+        field[~held] = 0x7F if field.dtype.itemsize == 1 else float("nan")
     store.residual[~recent] = float("nan")
 
 

@@ -83,7 +83,7 @@ MORE = ["h2o:budget=0.4", "h2o:budget=50", "turboquant:bits=k4v4"]
 """A budget of each row's own, one that is never reached, and levels without signs."""
 QUICK = [  # every codec's layout, every way of choosing what stays
     "jitter",
-    "int8",
+    "q8_0",
     "turboquant:bits=k4v4",
     "fp8:per=token",
     "kivi:bits=2,group=8,residual=16",
@@ -211,7 +211,7 @@ def test_what_kernels_cannot_do_is_said():
     assert not {*REFUSED} & {
         text
         for text in METHODS
-        if text.split(":")[0] in ("full", "jitter", "int4", "fp8", "kivi") and "order=after" not in text
+        if text.split(":")[0] in ("full", "jitter", "int4", "fp8", "kivi", "q8_0") and "order=after" not in text
     }
     where, plain, e4m3 = layer(CPU), Plain(), parse("fp8").codec.specs(layer(CPU))[0]
     reasons = [

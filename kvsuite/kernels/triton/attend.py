@@ -403,6 +403,8 @@ def readable(spec: QuantSpec, dtype: torch.dtype, head_dim: int) -> bool:
         return spec.bits in (8, 4, 2) and head_dim % spec.group == 0
     if spec.layout == "channel":
         return spec.bits in (8, 4, 2) and PAGE % spec.group == 0
+    if spec.layout == "symmetric":
+        return head_dim % spec.group == 0
     if spec.layout == "levels":
         return spec.bits == 4
     return spec.layout in ("plain", "fp8")

@@ -20,15 +20,16 @@ def _where(table_ptr, slot):
     return tl.load(table_ptr + slot // 32).to(tl.int64) * 32 + slot % 32
 
 
-def _assembler(bits: int, part: int) -> tl.constexpr:
-    """PTX for the four bytes of a word: one part of each as float16, by placing the code into the mantissa of 1024."""
+def _assembler(bits: int, part: int, signed: bool = False) -> tl.constexpr:
+    """PTX for the four bytes of a word: one part of each as float16, by placing the code into the mantissa of 1024; a
+    ``signed`` one is 128 more there."""
     mask = ((1 << bits) - 1) * 0x01010101
     return tl.constexpr(
         "{ .reg .b32 t, a, b, o;"
         + (f"shr.b32 t, $4, {bits * part};" if part else "mov.b32 t, $4;")
         + (f"and.b32 t, t, {mask:#x};" if bits < 8 else "")
-        + "mov.b32 o, 0x64006400;"
-        "prmt.b32 a, t, 0x64646464, 0x4140;"
+        + ("xor.b32 t, t, 0x80808080; mov.b32 o, 0x64806480;" if signed else "mov.b32 o, 0x64006400;")
+        + "prmt.b32 a, t, 0x64646464, 0x4140;"
         "prmt.b32 b, t, 0x64646464, 0x4342;"
         "sub.f16x2 a, a, o;"
         "sub.f16x2 b, b, o;"
@@ -68,7 +69,7 @@ def _table(numbers: Sequence[float], mirrored: bool, part: int) -> tl.constexpr:
 LEVELS = tl.constexpr(lloyd.levels(4))
 _POSITIVE = tl.constexpr(LEVELS.value[8:])
 _ASM_LEVELS_0, _ASM_LEVELS_1 = (_table(_POSITIVE.value, True, part) for part in range(2))
-_ASM_8 = _assembler(8, 0)
+_ASM_8, _ASM_SIGNED = _assembler(8, 0), _assembler(8, 0, signed=True)
 _ASM_4_0, _ASM_4_1 = _assembler(4, 0), _assembler(4, 1)
 _ASM_2_0, _ASM_2_1, _ASM_2_2, _ASM_2_3 = (_assembler(2, part) for part in range(4))
 _ASM_E4M3 = tl.constexpr(  # by the GPU itself, from sm_89
@@ -144,11 +145,13 @@ def _part(words, LAYOUT: tl.constexpr, BITS: tl.constexpr, PART: tl.constexpr, W
         x = (_split(words) >> (BITS * PART)) & ((1 << BITS) - 1)
         if LAYOUT == "levels":
             x = _looked_up(x, LEVELS)
+        elif LAYOUT == "symmetric":
+            x = (x ^ 128) - 128
         x = x.to(tl.float16)
     elif LAYOUT == "levels":
         x = _bytes(words, _ASM_LEVELS_0 if PART == 0 else _ASM_LEVELS_1)
     elif BITS == 8:
-        x = _bytes(words, _ASM_8)
+        x = _bytes(words, _ASM_SIGNED if LAYOUT == "symmetric" else _ASM_8)
     elif BITS == 4:
         x = _bytes(words, _ASM_4_0 if PART == 0 else _ASM_4_1)
     elif PART < 2:

@@ -350,6 +350,8 @@ def _put(
         _plain(x_ptr, at, keep, to, codes_ptr, DIM)
     elif LAYOUT == "token":
         _token(x_ptr, at, keep, to, codes_ptr, scale_ptr, zero_ptr, DIM, BITS, GROUP)
+    elif LAYOUT == "symmetric":
+        _symmetric(x_ptr, at, keep, to, codes_ptr, scale_ptr, DIM, GROUP)
     elif LAYOUT == "levels":
         _levels(x_ptr, at, keep, to, codes_ptr, scale_ptr, DIM)
     elif LAYOUT == "channel":
@@ -415,6 +417,35 @@ def _token(
             of_base, of_step = tl.gather(base, which, 1), tl.gather(step, which, 1)
         packed |= _codes(x, of_base[:, :, None], of_step[:, :, None], BITS) << (BITS * part)
     tl.store(codes_ptr + to[:, None, None] * WIDTH + byte, packed.to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def _blocks(x_ptr, at, keep, DIM: tl.constexpr, GROUP: tl.constexpr):
+    """Tokens' groups of channels, a power of two each: float32 (TOKENS, groups, GROUP), their places from a token's
+    first channel on, and which of the groups there are, (TOKENS, groups)."""
+    group = tl.arange(0, triton.next_power_of_2(DIM // GROUP))[None, :]
+    there = keep[:, None] & (group < DIM // GROUP)
+    channel = group[:, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
+    x = tl.load(x_ptr + at[:, None, None] + channel, mask=there[:, :, None], other=0.0).to(tl.float32)
+    return x, channel, there
+
+
+@triton.jit
+def _symmetric(x_ptr, at, keep, to, codes_ptr, scale_ptr, DIM: tl.constexpr, GROUP: tl.constexpr):
+    """Blocks of a token as int8, halves away from zero, and each one's scale."""
+    x, channel, there = _blocks(x_ptr, at, keep, DIM, GROUP)
+    largest = tl.max(tl.abs(x), 2)
+    scale = tl.div_rn(largest, tl.full(largest.shape, 127.0, tl.float32))
+    inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), tl.where(scale == 0, 1.0, scale))
+    inverse = tl.where((scale == 0) | (inverse == float("inf")), 0.0, inverse)
+    scaled = x * inverse[:, :, None]
+    size = tl.abs(scaled)
+    whole = tl.floor(size)
+    whole += tl.where(size >= whole + 0.5, 1.0, 0.0)
+    codes = tl.where(size == size, tl.where(scaled < 0, -whole, whole), 0.0).to(tl.int8)
+    tl.store(codes_ptr + to[:, None, None] * DIM + channel, codes, mask=there[:, :, None])
+    group = tl.arange(0, there.shape[1])[None, :]
+    tl.store(scale_ptr + to[:, None] * (DIM // GROUP) + group, scale.to(tl.float16), mask=there)
 
 
 @triton.jit
