@@ -66,6 +66,8 @@ def _token(spec: QuantSpec, head_dim: int) -> float:
         return 2 * head_dim
     if spec.layout == "symmetric":
         return head_dim * spec.bits / 8 + head_dim / spec.group * 2
+    if spec.layout == "e2m1":
+        return head_dim * spec.bits / 8 + head_dim / spec.group
     if spec.layout == "levels":
         return head_dim * spec.bits / 8 + 2
     if spec.layout == "fp8":

@@ -34,6 +34,9 @@ class QuantSpec:
         N(0, 1), uint8 (…, head_dim * bits / 8), and scale, float16 (…, 1).
     ``symmetric``: fields (codes, scale); each token by itself in groups of ``group`` channels: codes int8 (…,
         head_dim), scale float16 (…, head_dim / group, 1), x ≈ code * scale.
+    ``e2m1``: fields (codes, scale); each token by itself in groups of ``group`` channels: E2M1 codes, uint8 (…,
+        head_dim / 2), and scale, e4m3 bytes (…, head_dim / group), x ≈ number * scale * the fixed ``scale``. A group's
+        largest number is 6, or where ``chooses`` 4 or 6.
     ``""``: any other; read and written by the reference alone.
     """
 
@@ -41,6 +44,7 @@ class QuantSpec:
     bits: int = 16
     group: int = 0
     scale: float | None = None
+    chooses: bool = False
     block: int = 1
     """Tokens encoded together; divides a page."""
     residual: int = 0

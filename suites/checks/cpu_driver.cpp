@@ -25,7 +25,7 @@ template <class S> static Store store_of(int64_t pages, int64_t rows, int64_t he
   if (S::layout != PLAIN && S::layout != FP8) s.scale = memory<uint16_t>(size_t(scales));
   if (S::layout == FP8 && S::token_scale) s.scale = memory<float>(size_t(tokens));
   s.residual = memory<uint8_t>(size_t(rows * heads * S::residual * DIM * S::number_bytes));
-  s.tensor_scale = 0.5f;
+  s.tensor_scale = S::layout == FP8 || S::layout == E2M1 ? 0.5f : 1.f;
   return s;
 }
 static std::vector<float> numbers(int64_t n) {

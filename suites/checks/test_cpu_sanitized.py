@@ -28,6 +28,9 @@ OTHERS = [
     ("q8_0", 64, "-march=native"),
     ("q8_0", 64, "-march=native -mno-avx512f"),
     ("q8_0", 128, ""),
+    ("nvfp4", 64, "-march=native"),
+    ("nvfp4", 64, "-march=native -mno-avx512f"),
+    ("nvfp4:scale=4over6", 96, ""),
     ("kivi:bits=4", 64, ""),
     ("kivi:bits=2", 64, "-march=native -mno-avx512f"),
 ]

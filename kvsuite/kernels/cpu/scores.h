@@ -71,7 +71,7 @@ static void block_dots(const typename R::Operand (*q)[R::columns * R::parts], co
 template <class S> static void spread_scales(const Store& store, int64_t page, float (*scale)[PAGE]) {
   for (int t = 0; t < PAGE; t++)
     for (int g = 0; g < S::groups; g++)
-      scale[g][t] = from_half(static_cast<const uint16_t*>(store.scale)[(page * PAGE + t) * S::groups + g]);
+      scale[g][t] = block_scale<S>(store, (page * PAGE + t) * S::groups + g);
 }
 
 template <class S> static constexpr float code_limit() {  // so that no sum of products leaves 32 bits
@@ -100,7 +100,7 @@ template <class S, int N> struct Keys {
 
   Keys(const float (*queries)[DIM], const Store& store) : q(queries) {
     for (int n = 0; n < N; n++) {
-      unit[n] = S::layout == FP8 && !S::token_scale ? store.tensor_scale : 1.f;
+      unit[n] = store.tensor_scale;
       if constexpr (R::integer && !by_channel) {
         Float<QUERY_LANES> x[QUERY_VECTORS], all = {};
         for (int i = 0; i < QUERY_VECTORS; i++) x[i] = load<Float<QUERY_LANES>>(q[n] + i * QUERY_LANES), all = all + x[i];
@@ -116,7 +116,8 @@ template <class S, int N> struct Keys {
     if constexpr (S::blocks) {
       alignas(64) float scale[S::groups][PAGE];
       spread_scales<S>(store, page, scale);
-      block_dots<R, N, S::groups>(operands, rows, scale, out, stride, ahead);
+      if constexpr (R::integer) block_dots<R, N, S::groups>(operands, rows, scale, out, stride, ahead);
+      else block_dots<R, N, S::groups>(q, rows, scale, out, stride, ahead);
     } else if constexpr (R::integer) page_dots<R, N>(operands, rows, out, stride, ahead);
     else page_dots<R, N>(q, rows, out, stride, ahead);
     for (int n = 0; n < N; n++)
