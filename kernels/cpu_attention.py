@@ -75,8 +75,8 @@ def random_cache(text: str, layer: LayerContext, batch: int, length: int, needs:
 
 
 def _scramble(x: torch.Tensor) -> None:
-    if x.dtype == torch.uint8:
-        part = torch.randint(0, 120, (1 << 16,), dtype=torch.uint8)  # as e4m3 neither NaN nor huge
+    if x.dtype.itemsize == 1:
+        part = torch.randint(0, 120, (1 << 16,), dtype=x.dtype)  # as e4m3 neither NaN nor huge
     elif x.dtype == torch.float16:
         part = (torch.rand(1 << 16) * 0.1 + 0.05).half()
     else:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from kvsuite.kernels import lloyd
 from kvsuite.kernels.quantize import unpack
 from kvsuite.kernels.triton import pages
 
@@ -25,9 +26,9 @@ def prmt(a, b, selector):
     """PTX's byte permutation: result byte i is byte ``selector >> 4 i`` of b:a."""
     both, out = a | (b << np.uint64(32)), np.zeros_like(a)
     for i in range(4):
-        at = (int(selector) >> (4 * i)) & 0xF
-        assert at < 8, "replicating the sign is not used"
-        out |= ((both >> np.uint64(8 * at)) & np.uint64(0xFF)) << np.uint64(8 * i)
+        at = (selector >> np.uint64(4 * i)) & np.uint64(0xF)
+        assert (at < 8).all(), "replicating the sign is not used"
+        out |= ((both >> (np.uint64(8) * at)) & np.uint64(0xFF)) << np.uint64(8 * i)
     return out
 
 
@@ -44,9 +45,12 @@ def fused_multiply_add(a, b, c):
 OPERATIONS = {
     "mov.b32": lambda a: a,
     "shr.b32": lambda a, b: a >> b,
+    "shl.b32": lambda a, b: a << b,
     "and.b32": lambda a, b: a & b,
     "or.b32": lambda a, b: a | b,
-    "prmt.b32": lambda a, b, c: prmt(a, b, c[0]),
+    "xor.b32": lambda a, b: a ^ b,
+    "sub.u32": lambda a, b: a - b,
+    "prmt.b32": prmt,
     "sub.f16x2": lambda a, b: word(halves(a) - halves(b)),
     "mul.f16x2": lambda a, b: word(halves(a) * halves(b)),
     "fma.rn.f16x2": fused_multiply_add,
@@ -96,6 +100,16 @@ def test_codes_become_numbers_exactly(bits):
         name = f"_ASM_{bits}_{part}" if bits < 8 else "_ASM_8"
         wanted = unpack(BYTES, bits)[:, 4 * part : 4 * part + 4]
         assert torch.equal(run(getattr(pages, name).value, words(BYTES)), wanted.half())
+
+
+def test_signed_codes_become_numbers_exactly():
+    assert torch.equal(run(pages._ASM_SIGNED.value, words(BYTES)), BYTES.view(torch.int8).half())
+
+
+def test_codes_become_their_levels():
+    for part in range(2):
+        wanted = lloyd.numbers(unpack(BYTES, 4)[:, 4 * part : 4 * part + 4], 4)
+        assert torch.equal(run(getattr(pages, f"_ASM_LEVELS_{part}").value, words(BYTES)), wanted.half())
 
 
 @pytest.mark.parametrize("name", ["_ASM_E4M3", "_ASM_E4M3_OLD"])

@@ -15,12 +15,15 @@ from hypothesis import strategies as st
 from kvsuite.kernels import backends, reference, triton
 from kvsuite.kernels.allocator import PageAllocator
 from kvsuite.kernels.context import AttentionParams, LayerContext, Needs
+from kvsuite.kernels.hadamard import hadamard
 from kvsuite.kernels.paged import NULL_PAGE, KVStore, PagedKV
 from kvsuite.kernels.quantspec import PAGE
 from kvsuite.methods.codecs.fp8 import E4M3
 from kvsuite.methods.codecs.full import Plain
 from kvsuite.methods.codecs.int8 import PerToken
 from kvsuite.methods.codecs.kivi import PerChannel
+from kvsuite.methods.codecs.q8_0 import Symmetric8
+from kvsuite.methods.codecs.turboquant import LloydMax
 from suites.checks import naive
 from suites.checks.depth import NIGHTLY, depth
 
@@ -38,6 +41,10 @@ FORMATS = {
     "kivi-2": (PerChannel(2, 32, 96), PerToken(2, 32, 96)),
     "kivi-2 in groups of 16": (PerChannel(2, 16, 32), PerToken(2, 16, 32)),
     "fp8 keys, 4-bit values": (E4M3(2.0), PerToken(4, 16)),
+    "rotated": (PerToken(8, WHOLE, rotation="hadamard"), PerToken(4, 16, rotation="hadamard")),
+    "levels": (LloydMax(4, corrected=True), PerToken(4, WHOLE)),
+    "blocks": (Symmetric8(), Symmetric8()),
+    "values as levels": (Plain(), LloydMax(4, corrected=True)),
 }
 BLOCKS = [name for name in FORMATS if "kivi" in name]
 
@@ -74,11 +81,12 @@ def draw(store, dim, noise):
         for scale in rest:
             scale.copy_(normal(scale).abs())
     else:
-        first.copy_(torch.randint(0, 256, first.shape, generator=noise, dtype=torch.uint8))
-        scale, zero = rest
+        first.view(torch.uint8).copy_(torch.randint(0, 256, first.shape, generator=noise, dtype=torch.uint8))
+        scale, *zeros = rest
         size, shift = (3, 1.5) if spec.layout == "channel" else (1, 1)
         scale.copy_(normal(scale).abs() * size / (1 << spec.bits))
-        zero.copy_(normal(zero) - shift)
+        for zero in zeros:
+            zero.copy_(normal(zero) - shift)
     store.residual.copy_(normal(store.residual))
 
 
@@ -140,7 +148,7 @@ def poison(kv, store):
             held[kv.table[row, head, unit // units], unit % units] = True
         recent[row, head, torch.arange(done, n) % max(1, store.spec.residual)] = True
     for field in store.pools:
-        field[~held] = 0x7F if field.dtype == torch.uint8 else float("nan")
+        field[~held] = 0x7F if field.dtype.itemsize == 1 else float("nan")
     store.residual[~recent] = float("nan")
 
 
@@ -185,8 +193,9 @@ def stored(kv, store, row, head, dtype):
 
 
 def exact(q, kv, row, head, scale, asked, dtype):
-    """float64 weights (group, Q, n), values (n, D), and the largest error a weight may have, relative (group, Q): of
-    attention that reads its numbers rounded to ``dtype``, where that is float32 rounding them itself."""
+    """float64 weights (group, Q, n), values (n, D), the largest error a weight may have, relative (group, Q), and of a
+    result what turned values' roundings add, (group, Q, 1): of attention that reads its numbers rounded to ``dtype``,
+    where that is float32 rounding them itself, turned where they are stored so."""
     group, queries, dim = q.shape[1] // kv.layer.kv_heads, q.shape[2], q.shape[3]
     n, seen = int(kv.host.slots[row, head]), int(kv.host.seen[row])
     k, v = (stored(kv, store, row, head, dtype) for store in (kv.k, kv.v))
@@ -195,7 +204,9 @@ def exact(q, kv, row, head, scale, asked, dtype):
         at = kv.positions.view(-1)[kv.places(row, head, np.arange(n))]
     allowed = naive.causal(torch.arange(seen - queries, seen), at, asked.get("window")) & (at >= 0)
     unit, single = torch.finfo(q.dtype).eps / 2, torch.finfo(torch.float32).eps / 2
-    size = k.abs()
+    itself = dtype != q.dtype
+    turns = [bool(store.spec.rotation) and itself for store in (kv.k, kv.v)]
+    size = (hadamard(k).double() if turns[0] else k).abs()
     parts = size + 3 * size.amax(1, keepdim=True)  # codes times scale and zeros are added up apart, and cancel
     exactly = kv.k.spec.layout == "plain" or dtype == q.dtype
     rounded = 0 if exactly else unit / 3**0.5  # the standard deviation of a rounding
@@ -203,10 +214,13 @@ def exact(q, kv, row, head, scale, asked, dtype):
     for h in range(head * group, (head + 1) * group):
         sink = None if "sink_logits" not in asked else float(asked["sink_logits"][h])
         weights.append(naive.weights(q[row, h], k, scale, allowed, asked.get("softcap"), sink))
-        sums = q[row, h].double().abs() @ ((dim + 16) * single * parts).T
-        several = 8 * rounded * (q[row, h].double().square() @ size.square().T).sqrt()  # and they are independent
+        own = hadamard(q[row, h]).double() if turns[0] else q[row, h].double()
+        sums = own.abs() @ ((dim + 16) * single * parts).T
+        several = 8 * rounded * (own.square() @ size.square().T).sqrt()  # and they are independent
         errors.append(2 * scale * (sums + several).amax(1) + (n + 16) * single)
-    return torch.stack(weights), v, torch.stack(errors)
+    p = torch.stack(weights)
+    spread = (p.square() @ hadamard(v).double().square()).sum(-1, keepdim=True) / (dim & -dim)  # a block has its share
+    return p, v, torch.stack(errors), 8 * unit / 3**0.5 * turns[1] * spread.sqrt()
 
 
 def check(name, shape, seed, device):
@@ -233,9 +247,9 @@ def check(name, shape, seed, device):
     untouched = None if kv.accumulated_attention is None else torch.ones_like(kv.accumulated_attention).bool()
     for row, head in np.ndindex(kv.host.slots.shape):
         for dtype, (out, mass) in found.items():
-            p, v, error = exact(q, kv, row, head, scale, asked, dtype)
+            p, v, error, turned = exact(q, kv, row, head, scale, asked, dtype)
             span = slice(head * shape.group, (head + 1) * shape.group)
-            bound = (error + 3 * unit)[..., None] * (p @ v.abs()) + tiny * (1 + v.abs().sum(0))
+            bound = (error + 3 * unit)[..., None] * (p @ v.abs()) + turned + tiny * (1 + v.abs().sum(0))
             assert out.dtype == q.dtype
             assert ((out[row, span].double() - p @ v).abs() <= bound).all()
             if mass is not None:

@@ -79,10 +79,12 @@ def counted(cache, row):
     assert kv.num_seen[row].tolist() == [int(host.seen[row])] * KV_HEADS
 
 
-SHARES = ["h2o:budget=0.4", "h2o:budget=50"]  # a budget of each row's own, and one that is never reached
+MORE = ["h2o:budget=0.4", "h2o:budget=50", "turboquant:bits=k4v4"]
+"""A budget of each row's own, one that is never reached, and levels without signs."""
 QUICK = [  # every codec's layout, every way of choosing what stays
     "jitter",
-    "int8",
+    "q8_0",
+    "turboquant:bits=k4v4",
     "fp8:per=token",
     "kivi:bits=2,group=8,residual=16",
     "random:budget=20 + uniform",
@@ -96,7 +98,7 @@ SLOWER = ("snapkv:budget=24,window=8 + ada + kivi:bits=4,group=16,residual=32", 
 """Of these: whose residual is longer, and which compacts every 8th step."""
 
 
-@pytest.mark.parametrize("text", depth(QUICK, [text for text in [*METHODS, *SHARES] if text not in REFUSED]))
+@pytest.mark.parametrize("text", depth(QUICK, [text for text in [*METHODS, *MORE] if text not in REFUSED]))
 def test_a_method_by_kernels_is_the_method(text, device):
     """What is held is the same bit for bit at every step, what is attended is right by the checker of the timings, and
     bytes, lengths and room are counted alike."""
@@ -209,8 +211,7 @@ def test_what_kernels_cannot_do_is_said():
     assert not {*REFUSED} & {
         text
         for text in METHODS
-        if text.split(":")[0] in ("full", "jitter", "int4", "fp8", "kivi")
-        and not any(option in text for option in ("rotate", "order=after"))
+        if text.split(":")[0] in ("full", "jitter", "int4", "fp8", "kivi", "q8_0") and "order=after" not in text
     }
     where, plain, e4m3 = layer(CPU), Plain(), parse("fp8").codec.specs(layer(CPU))[0]
     reasons = [

@@ -20,8 +20,8 @@ from kvsuite.methods import parse
 from kvsuite.methods.selectors.h2o import H2O
 from suites.checks.depth import depth
 
-QUICK = ["jitter", "h2o:budget=12 + kivi:bits=4,group=16,residual=16", "streaming-llm:budget=12"]
-METHODS = [*QUICK, *depth([], ["full", "kivi:bits=2,group=16,residual=16", "h2o:budget=12 + int4"])]
+QUICK = ["int4:rotate=hadamard", "h2o:budget=12 + kivi:bits=4,group=16,residual=16", "streaming-llm:budget=12"]
+METHODS = [*QUICK, *depth([], ["full", "jitter", "kivi:bits=2,group=16,residual=16", "h2o:budget=12 + int4"])]
 
 
 class Tape(TorchDispatchMode):

@@ -22,6 +22,8 @@ from kvsuite.methods.codecs.fp8 import E4M3
 from kvsuite.methods.codecs.full import Plain
 from kvsuite.methods.codecs.int8 import PerToken
 from kvsuite.methods.codecs.kivi import PerChannel
+from kvsuite.methods.codecs.q8_0 import Symmetric8
+from kvsuite.methods.codecs.turboquant import LloydMax
 from suites.checks.depth import depth
 
 CPU = torch.device("cpu")
@@ -102,7 +104,7 @@ def numbers(noise, heads, n, head_dim, dtype):
 RINGS = ((8, True), (37, True), (24, False), (0, True))
 STORES = {
     # layouts of K and V, and their residuals: how many, and whether rolling
-    "no residual": (("plain", "token", "fp8"), ((0, True), (0, False))),
+    "no residual": (("plain", "token", "fp8", "levels", "symmetric"), ((0, True), (0, False))),
     "channel": (("channel",), ()),
     "token": (("token",), RINGS),
     "plain or fp8": (("plain", "fp8"), RINGS),
@@ -116,12 +118,15 @@ def a_spec(draw, head_dim, layouts, residuals):
         group = draw(st.sampled_from([8, 16, 32]))
         return PerChannel(draw(st.sampled_from([4, 2])), group, group * draw(st.sampled_from([1, 2, 3])))
     residual, rolling = draw(st.sampled_from(residuals))
+    if layout in ("levels", "symmetric"):
+        return LloydMax(4, corrected=True) if layout == "levels" else Symmetric8()
     if layout == "plain":
         return with_residual(Plain(), residual, rolling)
     if layout == "fp8":
         return with_residual(E4M3(draw(st.sampled_from([None, 1.0, 0.3]))), residual, rolling)
     group = draw(st.sampled_from([g for g in (8, 16, 32, head_dim) if head_dim % g == 0]))
-    return with_residual(PerToken(draw(st.sampled_from([8, 4, 2])), group), residual, rolling)
+    rotation = "" if residual else draw(st.sampled_from(["", "hadamard"]))
+    return with_residual(PerToken(draw(st.sampled_from([8, 4, 2])), group, rotation=rotation), residual, rolling)
 
 
 @st.composite

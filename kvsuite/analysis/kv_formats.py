@@ -64,6 +64,10 @@ def _token(spec: QuantSpec, head_dim: int) -> float:
         return head_dim * spec.bits / 8 + head_dim / spec.group * 4  # float16 scale and zero
     if spec.layout == "plain":
         return 2 * head_dim
+    if spec.layout == "symmetric":
+        return head_dim * spec.bits / 8 + head_dim / spec.group * 2
+    if spec.layout == "e2m1":
+        return head_dim * spec.bits / 8 + head_dim / spec.group
     if spec.layout == "levels":
         return head_dim * spec.bits / 8 + 2
     if spec.layout == "fp8":

@@ -67,8 +67,8 @@ def error(
 ) -> float:
     """How far ``out`` (n, head_dim) is from attention of ``q`` (n, head_dim) over ``held`` in float64, in units of the
     largest error of an attention that keeps scores and sums in float32 and rounds weights and result to q's dtype (keys
-    and values too, if what is held is not ``exact``; queries and weights to 16 bits with ``integers``; scores, if
-    ``rounded``). ``sinks`` (n,). Infinite for NaN."""
+    and values too, if what is held is not ``exact``, also after they were turned if they are ``rotated``; queries and
+    weights to 16 bits with ``integers``; scores, if ``rounded``). ``sinks`` (n,). Infinite for NaN."""
     k, v, wide = held.k.double(), held.v.double(), q.double()
     if window is not None:
         inside = held.positions > held.positions[-1] - window
@@ -86,16 +86,23 @@ def error(
     p = raised / (raised.sum(1, keepdim=True) + rest)
     unit, single = torch.finfo(q.dtype).eps / 2, torch.finfo(torch.float32).eps / 2
     products = (wide.abs() @ k.abs().T).amax(1) * scale * (q.shape[-1] + 4) * single
+    queries, keys = (hadamard(x).double() if held.rotated[0] else x for x in (wide, held.k.double()))
+    turned = hadamard(v).double() if held.rotated[1] else v
+    values = torch.zeros_like(products)[:, None]
     if not held.exact:
         # every number is rounded on its own way to the score: 8 standard deviations of their sum
-        products += 8 * unit / 3**0.5 * (wide.square() @ k.square().T).amax(1).sqrt() * scale
-    values = torch.zeros_like(products)[:, None]
+        deviation = 8 * unit / 3**0.5
+        products += deviation * (wide.square() @ k.square().T).amax(1).sqrt() * scale
+        if held.rotated[0]:
+            products += deviation * (queries.square() @ keys.square().T).amax(1).sqrt() * scale
+        if held.rotated[1]:  # a channel gets a share of what a block's numbers are rounded by
+            block = v.shape[1] & -v.shape[1]
+            values = values + deviation * ((p.square() @ turned.square()).sum(1, keepdim=True) / block).sqrt()
     if held.integers:  # steps of a 32766th of the largest, times codes that span at most twice a token's largest number
         deviation = 8 / 12**0.5 / (32766 if q.shape[-1] <= 256 else 16383)
-        keys, values, queries = (hadamard(x) if held.rotated else x for x in (held.k, v, wide))
-        largest = float(keys.double().abs().max())  # also of what the window hides: it may share a scale
-        products += deviation * q.shape[-1] ** 0.5 * queries.double().abs().amax(1) * scale * 2 * largest
-        values = deviation * 64**0.5 * (p @ (2 * values.double().abs().amax(1)))[:, None]
+        largest = float(keys.abs().max())  # also of what the window hides: it may share a scale
+        products += deviation * q.shape[-1] ** 0.5 * queries.abs().amax(1) * scale * 2 * largest
+        values = values + deviation * 64**0.5 * (p @ (2 * turned.abs().amax(1)))[:, None]
     if held.rounded:  # each score by itself, as product, times the scale and with a mask: 8 standard deviations
         moved = (p * scores)[:, :, None] * (v - (p @ v)[:, None])
         values = 8 * unit * moved.square().sum(1).sqrt()

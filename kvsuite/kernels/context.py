@@ -87,7 +87,7 @@ class HeadView:
     """Whether attention reads these very numbers, not the stored codes with roundings of its own."""
     integers: bool = False
     """Attention multiplies codes by queries and weights that are rounded to 16-bit integers."""
-    rotated: bool = False
-    """With ``integers``: these queries and weights are rounded after they are turned by `hadamard`."""
+    rotated: tuple[bool, bool] = (False, False)
+    """Of K and of V: what is rounded was turned by `hadamard` before."""
     rounded: bool = False
     """Attention rounds its scores to the compute dtype."""

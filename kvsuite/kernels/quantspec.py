@@ -32,6 +32,11 @@ class QuantSpec:
         has one per token.
     ``levels``: fields (codes, scale); each token by itself, turned by ``rotation``: codes of the Lloyd-Max levels of
         N(0, 1), uint8 (…, head_dim * bits / 8), and scale, float16 (…, 1).
+    ``symmetric``: fields (codes, scale); each token by itself in groups of ``group`` channels: codes int8 (…,
+        head_dim), scale float16 (…, head_dim / group, 1), x ≈ code * scale.
+    ``e2m1``: fields (codes, scale); each token by itself in groups of ``group`` channels: E2M1 codes, uint8 (…,
+        head_dim / 2), and scale, e4m3 bytes (…, head_dim / group), x ≈ number * scale * the fixed ``scale``. A group's
+        largest number is 6, or where ``chooses`` 4 or 6.
     ``""``: any other; read and written by the reference alone.
     """
 
@@ -39,6 +44,7 @@ class QuantSpec:
     bits: int = 16
     group: int = 0
     scale: float | None = None
+    chooses: bool = False
     block: int = 1
     """Tokens encoded together; divides a page."""
     residual: int = 0
@@ -51,7 +57,7 @@ class QuantSpec:
     """The newest queries of a prompt that `fit` wants to see; its codec observes `LastQueries` of so many."""
     rotation: str = ""
     """An orthonormal rotation of head_dim that is applied before encoding and undone by ``decode``. A backend with a
-    kernel for it may rotate q (for K) and the output (for V) instead, as the cpu backend does."""
+    kernel for it may rotate q (for K) and the output (for V) instead, as those in C++ and Triton do."""
 
     @property
     def verbatim(self) -> bool:

@@ -21,10 +21,11 @@ template <class S> static Store store_of(int64_t pages, int64_t rows, int64_t he
   const int64_t tokens = pages * PAGE, scales = S::layout == CHANNEL ? tokens / S::group * DIM : tokens * S::groups;
   Store s{};
   s.codes = memory<uint8_t>(size_t(tokens * S::row_bytes));
-  if (S::layout == TOKEN || S::layout == CHANNEL) s.scale = memory<uint16_t>(size_t(scales)), s.zero = memory<uint16_t>(size_t(scales));
+  if (S::layout == TOKEN || S::layout == CHANNEL) s.zero = memory<uint16_t>(size_t(scales));
+  if (S::layout != PLAIN && S::layout != FP8) s.scale = memory<uint16_t>(size_t(scales));
   if (S::layout == FP8 && S::token_scale) s.scale = memory<float>(size_t(tokens));
   s.residual = memory<uint8_t>(size_t(rows * heads * S::residual * DIM * S::number_bytes));
-  s.tensor_scale = 0.5f;
+  s.tensor_scale = S::layout == FP8 || S::layout == E2M1 ? 0.5f : 1.f;
   return s;
 }
 static std::vector<float> numbers(int64_t n) {
@@ -48,7 +49,7 @@ int main() {
   c.positions = memory<int32_t>(size_t(pages * PAGE));
   c.accumulated = memory<float>(size_t(pages * PAGE)), c.newest = memory<float>(size_t(pages * PAGE));
   memset(c.positions, 255, size_t(pages * PAGE) * 4);
-  c.inverse_frequency = frequency.data(), c.rotary_half = DIM / 2, c.sinks = 4;
+  c.inverse_frequency = frequency.data(), c.rotary_half = DIM / 2, c.sinks = K::rotated ? 0 : 4;
   const Threads alone{nullptr, 1};
   double checksum = 0;
   for (int step = 0; step < 300; step++) {

@@ -36,13 +36,13 @@ def causal(queries: Tensor, keys: Tensor, window: int | None = None) -> Tensor:
 
 def rounding(
     q: Tensor, k: Tensor, v: Tensor, scale: float, p: Tensor, integers: bool = False, exact: bool = True,
-    rotated: bool = False,
+    rotated: tuple[bool, bool] = (False, False),
 ) -> Tensor:  # fmt: skip
     """The largest error, (Q, D), of an attention with float64 weights ``p`` that keeps scores and sums in float32 and
     rounds the weights, with their sum, and the result to q's dtype. A score's error acts on a weight and on the sum.
     With ``integers`` queries and weights are multiplied by codes in steps of a 32766th of the largest; rounding to them
-    is uniform, and 8 standard deviations are allowed; ``rotated``: they are turned before that. Unless ``exact``, keys
-    and values are rounded, too."""
+    is uniform, and 8 standard deviations are allowed. Unless ``exact``, keys and values are rounded, too. ``rotated``,
+    of K and of V: what is rounded was turned before."""
     unit, single = torch.finfo(q.dtype).eps / 2, torch.finfo(torch.float32).eps / 2
     score = float((q.double().abs() @ k.double().abs().T).max()) * scale * (q.shape[-1] + 4) * single
     values: Tensor | float = 0.0
@@ -50,7 +50,8 @@ def rounding(
         products = k.double().square() @ q.double().square().T
         score += 8 * unit / 3**0.5 * float(products.max().sqrt()) * scale
     if integers:
-        step, turned = 8 / 12**0.5 / 32766, [hadamard(x) if rotated else x for x in (q, k, v)]
+        of = zip((q, k, v), (rotated[0], *rotated), strict=True)
+        step, turned = 8 / 12**0.5 / 32766, [hadamard(x) if turns else x for x, turns in of]
         most = [float(x.double().abs().max()) for x in turned[:2]]
         score += step * q.shape[-1] ** 0.5 * most[0] * scale * 2 * most[1]
         values = step * 8 * (p @ (2 * turned[2].double().abs().amax(1)))[:, None]  # 64 tokens share the largest weight

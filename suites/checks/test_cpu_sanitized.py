@@ -25,6 +25,12 @@ OTHERS = [
     ("turboquant:bits=k4v4", 64, "-march=native"),
     ("turboquant:bits=k4v4", 64, "-march=native -mno-avx512f"),
     ("turboquant:bits=k4v4", 64, ""),
+    ("q8_0", 64, "-march=native"),
+    ("q8_0", 64, "-march=native -mno-avx512f"),
+    ("q8_0", 128, ""),
+    ("nvfp4", 64, "-march=native"),
+    ("nvfp4", 64, "-march=native -mno-avx512f"),
+    ("nvfp4:scale=4over6", 96, ""),
     ("kivi:bits=4", 64, ""),
     ("kivi:bits=2", 64, "-march=native -mno-avx512f"),
 ]

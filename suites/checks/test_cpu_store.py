@@ -41,6 +41,10 @@ FORMATS = [
     ("int4:rotate=hadamard", 128, FLOAT16),
     ("turboquant:bits=k4v4", 64, BFLOAT16),
     ("turboquant:bits=k4v4", 32, FLOAT32),
+    ("q8_0", 64, BFLOAT16),
+    ("q8_0", 32, FLOAT32),
+    ("nvfp4", 64, BFLOAT16),
+    ("nvfp4:k_scale=0.3,scale=4over6,v_scale=7.1", 96, FLOAT32),
     ("fp8", 64, FLOAT16),
     ("fp8:k_scale=0.3,v_scale=7.1", 32, FLOAT32),
     ("fp8:per=token", 128, BFLOAT16),
@@ -76,8 +80,7 @@ def assert_same(one, other):
     for name in ("k", "v"):
         a, b = getattr(one, name), getattr(other, name)
         for i, (x, y) in enumerate(zip((*a.pools, a.residual), (*b.pools, b.residual), strict=True)):
-            if 0 < i < len(a.pools):  # of 0 and -0 the least may be either: no number that is read shows it
-                assert x.dtype in (torch.float16, torch.float32)
+            if 0 < i < len(a.pools) and x.is_floating_point():  # of 0 and -0 the least may be either: it is not read
                 x, y = (torch.where(z == 0, torch.zeros_like(z), z) for z in (x, y))
             assert torch.equal(x.view(torch.uint8), y.view(torch.uint8)), f"{name}: field {i} of {len(a.pools) + 1}"
     for name in ("positions", "accumulated_attention", "newest_attention"):
@@ -235,7 +238,9 @@ def test_a_full_row_is_refused_and_nothing_is_counted(text):
     assert_counted_alike(one, other)
 
 
-@pytest.mark.parametrize("text", ["full", "fp8", "fp8:k_scale=0.3,v_scale=7.1", "fp8:per=token", "int8", "int4"])
+@pytest.mark.parametrize(
+    "text", ["full", "fp8", "fp8:k_scale=0.3,v_scale=7.1", "fp8:per=token", "int8", "int4", "q8_0", "nvfp4"]
+)
 @pytest.mark.parametrize("kv_dtype", NUMBERS, ids=str)
 @pytest.mark.parametrize("wide", [False, True])
 def test_every_finite_float16_is_stored_alike(text, kv_dtype, wide):

@@ -3,7 +3,7 @@
 
 Runs ``pytest -m samples`` with all of them, `random` beside them, and these options of pytest and kvsuite. The report
 has the table, with intervals, and both figures of quality against bytes. Left out: `kvzap` and `headwise`, which need
-files that nobody has made for this model; `tools` and timings, since most of these have no kernels.
+files that nobody has made for this model; `tools` and timings, since some of these have no kernels.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def _unreadable(layer: LayerContext, spec: QuantSpec) -> str:
         return f"no kernel for {layer.dtype} over {layer.kv_dtype}"
     if spec.bits not in {"token": (2, 4, 8), "channel": (2, 4, 8), "levels": (4,)}.get(spec.layout, (spec.bits,)):
         return f"no kernel for {spec.bits}-bit codes"
-    if spec.layout in ("token", "channel") and (spec.group % PAGE or spec.block not in (1, PAGE)):
+    if spec.layout in ("token", "channel", "symmetric") and (spec.group % PAGE or spec.block not in (1, PAGE)):
         return f"groups of {spec.group}, which is no multiple of {PAGE}"
     if spec.residual % PAGE:
         return f"a residual of {spec.residual}, which is no multiple of {PAGE}"
@@ -138,7 +138,7 @@ def read(kv: PagedKV, row: int) -> list[HeadView]:
     dtype, specs = kv.layer.dtype, (kv.k.spec, kv.v.spec)
     same = all(torch.promote_types(dtype, store.residual.dtype) == dtype for store in (kv.k, kv.v))
     exact = same and all(spec.layout == "plain" for spec in specs)
-    integers = any(spec.layout in ("token", "channel") for spec in specs)
-    turned = all(spec.rotation for spec in specs)
+    integers = any(spec.layout in ("token", "channel", "symmetric") for spec in specs)
+    turned = bool(kv.k.spec.rotation), bool(kv.v.spec.rotation)
     views = stored(kv, row)
     return [dataclasses.replace(view, exact=exact, integers=integers, rotated=turned) for view in views]

@@ -41,11 +41,12 @@ static Reads readable(const Cache& c, const Piece& at, int page, int64_t positio
 // The codes of a page, where there are any; scales are few and asked for at once.
 template <class S> INLINE Ahead codes_of(const Store& store, const Piece& at, int64_t slot) {
   if (slot >= S::encoded(at.slots)) return {nullptr, 0};
-  constexpr int scales = 2 * (S::layout == TOKEN ? PAGE * S::groups : S::layout == CHANNEL ? DIM : 0);
+  constexpr int numbers = S::layout == TOKEN || S::blocks ? PAGE * S::groups : S::layout == CHANNEL ? DIM : 0;
+  constexpr int scales = numbers * (S::layout == E2M1 ? 1 : 2);  // bytes
   const int64_t page = at.table[slot / PAGE];
   for (int i = 0; i < scales; i += 64) {
     __builtin_prefetch(static_cast<const uint8_t*>(store.scale) + page * scales + i, 0, 2);
-    __builtin_prefetch(reinterpret_cast<const uint8_t*>(store.zero) + page * scales + i, 0, 2);
+    if constexpr (!S::blocks) __builtin_prefetch(reinterpret_cast<const uint8_t*>(store.zero) + page * scales + i, 0, 2);
   }
   return {store.codes + page * PAGE * S::row_bytes, PAGE * S::row_bytes};
 }

@@ -5,40 +5,46 @@
 #include <stdint.h>
 #include <string.h>
 
-enum Layout { PLAIN, TOKEN, CHANNEL, FP8, LEVELS };  // kvsuite/kernels/quantspec.py: QuantSpec.layout
+enum Layout { PLAIN, TOKEN, CHANNEL, FP8, LEVELS, SYMMETRIC, E2M1 };  // kvsuite/kernels/quantspec.py: QuantSpec.layout
 enum Number { FLOAT32, FLOAT16, BFLOAT16 };     // torch dtypes
 enum { PAGE = 32, DIM = HEAD_DIM, QUERY_GROUP = GROUP };
 
-template <Layout L, int BITS_, int GROUP_, int RESIDUAL_, bool ROLLING_, Number DTYPE_, bool TOKEN_SCALE_, bool ROTATED_>
+template <Layout L, int BITS_, int GROUP_, int RESIDUAL_, bool ROLLING_, Number DTYPE_, bool TOKEN_SCALE_, bool ROTATED_,
+          bool CHOOSES_>
 struct Spec {
   static constexpr Layout layout = L;
-  static constexpr int bits = BITS_;         // of one code: TOKEN and CHANNEL 2, 4 or 8; LEVELS 4
-  static constexpr int group = GROUP_;       // TOKEN: channels that share a scale; CHANNEL: tokens that do
+  static constexpr int bits = BITS_;         // of one code: TOKEN and CHANNEL 2, 4 or 8; LEVELS and E2M1 4
+  static constexpr int group = GROUP_;       // CHANNEL: tokens that share a scale; else channels that do
   static constexpr int residual = RESIDUAL_; // newest tokens that are kept as they are, slot s at s % residual
   static constexpr bool rolling = ROLLING_;  // the oldest leaves the residual one by one; else all of it is encoded
   static constexpr Number dtype = DTYPE_;    // PLAIN: of pages; of the residual; what is encoded
   static constexpr bool token_scale = TOKEN_SCALE_;  // FP8: a scale per token
   static constexpr bool rotated = ROTATED_;  // TOKEN and LEVELS: what is encoded was turned by `hadamard`
+  static constexpr bool chooses = CHOOSES_;  // E2M1: the largest number of a group is 4 or 6, not always 6
   static constexpr int number_bytes = DTYPE_ == FLOAT32 ? 4 : 2;
   static constexpr int row_bytes = L == PLAIN ? DIM * number_bytes : L == FP8 ? DIM : DIM * BITS_ / 8;  // of a token
-  static constexpr int groups = L == TOKEN ? DIM / GROUP_ : 1;  // TOKEN: scales per token
+  static constexpr bool blocks = L == SYMMETRIC || L == E2M1;  // a scale, but no zero, for each group of a token's channels
+  static constexpr int groups = L == TOKEN || blocks ? DIM / GROUP_ : 1;  // scales per token
   static int64_t encoded(int64_t slots) {  // QuantSpec.num_encoded
     if (residual == 0) return slots;
     return rolling ? (slots > residual ? slots - residual : 0) : slots - slots % (residual ? residual : 1);
   }
 };
 #ifdef K_BITS
-using K = Spec<Layout(K_LAYOUT), K_BITS, K_GROUP, K_RESIDUAL, K_ROLLING, Number(K_DTYPE), K_TOKEN_SCALE, K_ROTATED>;
-using V = Spec<Layout(V_LAYOUT), V_BITS, V_GROUP, V_RESIDUAL, V_ROLLING, Number(V_DTYPE), V_TOKEN_SCALE, V_ROTATED>;
+using K = Spec<Layout(K_LAYOUT), K_BITS, K_GROUP, K_RESIDUAL, K_ROLLING, Number(K_DTYPE), K_TOKEN_SCALE, K_ROTATED,
+               K_CHOOSES>;
+using V = Spec<Layout(V_LAYOUT), V_BITS, V_GROUP, V_RESIDUAL, V_ROLLING, Number(V_DTYPE), V_TOKEN_SCALE, V_ROTATED,
+               V_CHOOSES>;
 #endif
 
 struct Store {               // K or V: kvsuite/kernels/paged.py: KVStore
   uint8_t* codes;            // (pages, PAGE, row_bytes): numbers or codes
-  void* scale;               // float16 TOKEN (pages, PAGE, groups), CHANNEL (pages, PAGE / group, DIM), LEVELS (pages, PAGE);
-                             // float32 FP8 with token_scale (pages, PAGE)
+  void* scale;               // float16 TOKEN and SYMMETRIC (pages, PAGE, groups), CHANNEL (pages, PAGE / group, DIM),
+                             // LEVELS (pages, PAGE); float32 FP8 with token_scale (pages, PAGE);
+                             // e4m3 bytes E2M1 (pages, PAGE, groups)
   uint16_t* zero;            // float16, as scale; TOKEN and CHANNEL
   void* residual;            // (rows, kv_heads, residual, DIM)
-  float tensor_scale;        // FP8 without token_scale
+  float tensor_scale;        // FP8 without token_scale, and E2M1: by which all numbers are multiplied; else 1
 };
 struct Cache {
   int64_t rows, kv_heads, columns;
@@ -94,6 +100,10 @@ static inline float from_bfloat(uint16_t h) {
   float x;
   memcpy(&x, &u, 4);
   return x;
+}
+static inline float from_e4m3(uint8_t code) {  // as float16 with another bias
+  if ((code & 0x7F) == 0x7F) return NAN;
+  return from_half(uint16_t((code & 0x80) << 8 | (code & 0x7F) << 7)) * 256;
 }
 template <Number N> static inline float number(const void* p, int64_t i) {
   if (N == FLOAT32) {

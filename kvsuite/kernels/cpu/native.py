@@ -19,7 +19,7 @@ from kvsuite.kernels.quantspec import QuantSpec
 from kvsuite.kernels.reference.store import KeepIndices, moved
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-LAYOUTS = {"plain": 0, "token": 1, "channel": 2, "fp8": 3, "levels": 4}
+LAYOUTS = {"plain": 0, "token": 1, "channel": 2, "fp8": 3, "levels": 4, "symmetric": 5, "e2m1": 6}
 FULL, PAGES = -1, 1
 """count.h: Advanced."""
 
@@ -38,7 +38,7 @@ def macros(layer: LayerContext, k: QuantSpec, v: QuantSpec) -> dict[str, int]:
     """What layer.cpp is told of them."""
     made = {"HEAD_DIM": layer.head_dim, "GROUP": layer.heads // layer.kv_heads}
     for name, spec in (("K", k), ("V", v)):
-        group = spec.group if spec.layout in ("token", "channel") else 1
+        group = spec.group or 1
         own = {
             "LAYOUT": LAYOUTS[spec.layout],
             "BITS": spec.bits,
@@ -48,6 +48,7 @@ def macros(layer: LayerContext, k: QuantSpec, v: QuantSpec) -> dict[str, int]:
             "DTYPE": DTYPES[spec.stored_dtype(layer.head_dim, layer.kv_dtype)],
             "TOKEN_SCALE": int(spec.layout == "fp8" and spec.scale is None),
             "ROTATED": int(bool(spec.rotation)),
+            "CHOOSES": int(spec.chooses),
         }
         made |= {f"{name}_{key}": value for key, value in own.items()}
     return made
@@ -181,5 +182,5 @@ def _pointer(x: Tensor | None) -> int | None:
 
 def _store(store: KVStore) -> Store:
     pools = [pool.data_ptr() for pool in store.pools] + [None, None]
-    scale = store.spec.scale if store.spec.layout == "fp8" else None
+    scale = store.spec.scale
     return Store(*pools[:3], store.residual.data_ptr(), 1.0 if scale is None else scale)

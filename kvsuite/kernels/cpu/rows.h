@@ -1,6 +1,8 @@
 // How a token's row of numbers or codes becomes operands of multiply-adds: each 32-bit column of a row is split into
 // `parts`, float lanes or lanes of two 16-bit codes. Queries and results are permuted to match, codes never are.
 #pragma once
+#include <type_traits>
+
 #include "levels.h"
 #include "simd.h"
 
@@ -69,26 +71,40 @@ template <int BITS> struct CodeRow {
     return (x >> (BITS * i)) & int32_t(0x10001 * ((1 << BITS) - 1));
   }
 };
-INLINE F4 level(I4 code) { return F4{LEVELS_4[code[0]], LEVELS_4[code[1]], LEVELS_4[code[2]], LEVELS_4[code[3]]}; }
+struct SignedRow : CodeRow<8> {  // int8
+  template <int W> INLINE Int<W> part(Int<W> x, int i) {
+    typedef int16_t Words __attribute__((vector_size(4 * W)));
+    return (Int<W>)((i ? (Words)x : (Words)x << 8) >> 8);
+  }
+};
+INLINE F4 level(const float* table, I4 code) { return F4{table[code[0]], table[code[1]], table[code[2]], table[code[3]]}; }
 #if WIDE
-INLINE F8 level(I8 code) {
-  return select<8>(code << 28 >> 31, permute<8>(load<F8>(LEVELS_4 + 8), code), permute<8>(load<F8>(LEVELS_4), code));
+INLINE F8 level(const float* table, I8 code) {
+  return select<8>(code << 28 >> 31, permute<8>(load<F8>(table + 8), code), permute<8>(load<F8>(table), code));
 }
 #endif
 #if WIDE == 512
-INLINE F16 level(I16 code) { return permute<16>(load<F16>(LEVELS_4), code); }
+INLINE F16 level(const float* table, I16 code) { return permute<16>(load<F16>(table), code); }
 #endif
-struct LevelRow {  // codes of 4 bits, packed as those of CodeRow, as the numbers that they stand for
+template <const float* TABLE> struct LevelRow {  // codes of 4 bits, packed as those of CodeRow, as the numbers that they stand for
   static constexpr bool integer = false;
   static constexpr int bytes = DIM / 2, columns = bytes / 4, parts = 8;
   typedef float Operand;
   static constexpr int operand(int column, int part) { return column * 4 + part % 4 + part / 4 * bytes; }
-  template <int W> INLINE Float<W> part(Int<W> x, int i) { return level(x >> (i % 4 * 8 + i / 4 * 4) & 15); }
+  template <int W> INLINE Float<W> part(Int<W> x, int i) { return level(TABLE, x >> (i % 4 * 8 + i / 4 * 4) & 15); }
 };
-template <class S> struct RowOf { typedef CodeRow<S::bits> type; };
-template <int B, int G, int R, bool O, Number D, bool T, bool H> struct RowOf<Spec<PLAIN, B, G, R, O, D, T, H>> { typedef FloatRow<D> type; };
-template <int B, int G, int R, bool O, Number D, bool T, bool H> struct RowOf<Spec<FP8, B, G, R, O, D, T, H>> { typedef Fp8Row type; };
-template <int B, int G, int R, bool O, Number D, bool T, bool H> struct RowOf<Spec<LEVELS, B, G, R, O, D, T, H>> { typedef LevelRow type; };
+template <class S> struct RowOf {
+  template <Layout L, class Row, class Else> using If = std::conditional_t<S::layout == L, Row, Else>;
+  typedef If<LEVELS, LevelRow<LEVELS_4>, If<E2M1, LevelRow<E2M1_NUMBERS>, If<SYMMETRIC, SignedRow, CodeRow<S::bits>>>> Packed;
+  typedef If<PLAIN, FloatRow<S::dtype>, If<FP8, Fp8Row, Packed>> type;
+};
+
+// A group's scale, with `blocks`.
+template <class S> INLINE float block_scale(const Store& store, int64_t at) {
+  if (S::layout == SYMMETRIC) return from_half(static_cast<const uint16_t*>(store.scale)[at]);
+  const int size = static_cast<const uint8_t*>(store.scale)[at] & 127;  // a scale has no sign
+  return from_bfloat(uint16_t(E4M3.high[size] << 8 | E4M3.low[size]));
+}
 
 template <int W> INLINE Float<W> add_product(Float<W> c, Float<W> a, float b) { return fma(a, splat<W>(b), c); }
 template <int W> INLINE Int<W> add_product(Int<W> c, Int<W> a, int32_t b) { return dot16(c, a, splat<W>(b)); }

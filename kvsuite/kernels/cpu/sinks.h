@@ -27,6 +27,10 @@ static float decoded_key(const Cache& c, const Piece& at, int64_t slot, int d, i
     return rounded_to(dtype, x * (K::token_scale ? static_cast<const float*>(c.k.scale)[token] : c.k.tensor_scale));
   }
   const int code = row[d % K::row_bytes] >> (K::bits * (d / K::row_bytes)) & ((1 << K::bits) - 1);
+  if (K::blocks) {
+    const float scale = block_scale<K>(c.k, token * K::groups + d / K::group) * c.k.tensor_scale;
+    return rounded_to(dtype, (K::layout == E2M1 ? E2M1_NUMBERS[code & 15] : float(int8_t(code))) * scale);
+  }
   const int64_t i = K::layout == TOKEN ? token : token / PAGE * DIM + d;
   const float scale = from_half(static_cast<const uint16_t*>(c.k.scale)[i]);
   return rounded_to(dtype, from_half(c.k.zero[i]) + float(code) * scale);

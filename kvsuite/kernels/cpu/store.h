@@ -129,6 +129,48 @@ static inline uint8_t to_e4m3(float x) {  // to the nearest, ties to even, at mo
   return uint8_t(sign | (size > 0x7F800000 ? 0x7F : least < 0x3C800000 ? u - 0x46800000 : normal));
 }
 
+// ---- blocks: kvsuite/methods/codecs/q8_0.py and nvfp4.py
+
+// The largest size of N numbers; none where one of them is none.
+template <int N> static float largest_size(const float* x) {
+  float most = 0, unknown = 0;
+  for (int i = 0; i < N; i++) {
+    const float size = fabsf(x[i]);
+    most = size > most ? size : most;
+    unknown += size != size ? size : 0;
+  }
+  return most + unknown;
+}
+// The codes of a block of N numbers, and its scale.
+template <int N> static uint16_t symmetric(const float* x, uint8_t* codes) {
+  const float scale = largest_size<N>(x) / 127, one = 1 / scale, inverse = isinf(one) ? 0 : one;
+  for (int i = 0; i < N; i++) {
+    const float scaled = x[i] * inverse, size = fabsf(scaled), whole = floorf(size);
+    const float code = whole + float(size - whole >= 0.5f);
+    codes[i] = uint8_t(int8_t(code == code ? scaled < 0 ? -code : code : 0));
+  }
+  return to_half(scale);
+}
+
+static inline uint8_t to_e2m1(float x) {  // kvsuite/kernels/fp4.py
+  const float size = fabsf(x);
+  const int above = (size > 0.25f) + (size >= 0.75f) + (size > 1.25f) + (size >= 1.75f) + (size > 2.5f) + (size >= 3.5f) + (size > 5);
+  return uint8_t(above | (signbit(x) ? 8 : 0));
+}
+// The codes of a block of N numbers whose largest is to be ``full``, its scale, and the squared error.
+template <int N> static uint8_t e2m1(const float* x, float full, float fixed, uint8_t* codes, double& error) {
+  const float most = largest_size<N>(x) / (full * fixed);
+  const uint8_t scale = to_e4m3(most);
+  const float step = from_e4m3(scale) * fixed;
+  error = 0;
+  for (int i = 0; i < N; i++) {
+    codes[i] = to_e2m1(step == 0 ? x[i] / INFINITY : x[i] / step);
+    const double off = E2M1_NUMBERS[codes[i]] * step - x[i];
+    error += off * off;
+  }
+  return scale;
+}
+
 // ---- levels: kvsuite/methods/codecs/turboquant.py
 
 static inline float root_mean_square(const float* x) {
@@ -164,16 +206,26 @@ template <class S> static void encode(const Store& store, int64_t place, const v
     if constexpr (S::rotated) hadamard(x[0]);  // one token
     if constexpr (S::layout == LEVELS) {
       static_cast<uint16_t*>(store.scale)[place] = levels(x[0], codes);
+    } else if constexpr (S::layout == SYMMETRIC) {
+      for (int g = 0; g < S::groups; g++)
+        static_cast<uint16_t*>(store.scale)[place * S::groups + g] =
+            symmetric<S::group>(x[0] + g * S::group, codes + g * S::group);
+    } else if constexpr (S::layout == E2M1) {
+      uint8_t chosen[2][DIM], *scales = static_cast<uint8_t*>(store.scale) + place * S::groups;
+      for (int g = 0; g < S::groups; g++) {
+        const int at = g * S::group;
+        double error, other;
+        scales[g] = e2m1<S::group>(x[0] + at, 6, store.tensor_scale, chosen[0] + at, error);
+        if (!S::chooses) continue;
+        const uint8_t scale = e2m1<S::group>(x[0] + at, 4, store.tensor_scale, chosen[1] + at, other);
+        if (other < error) scales[g] = scale, memcpy(chosen[0] + at, chosen[1] + at, S::group);
+      }
+      for (int i = 0; i < DIM / 2; i++) codes[i] = uint8_t(chosen[0][i] | chosen[0][i + DIM / 2] << 4);
     } else if constexpr (S::layout == FP8) {
       float scale = store.tensor_scale;
       if (S::token_scale) {
-        float largest = 0, unknown = 0;
-        for (int d = 0; d < DIM; d++) {
-          const float size = fabsf(x[0][d]);
-          largest = size > largest ? size : largest;
-          unknown += size != size;
-        }
-        scale = unknown == 0 && largest > 0 ? largest / 448 : 1;
+        const float largest = largest_size<DIM>(x[0]);
+        scale = largest > 0 ? largest / 448 : 1;
         static_cast<float*>(store.scale)[place] = scale;
       }
       for (int d = 0; d < DIM; d++) codes[d] = to_e4m3(x[0][d] / scale);

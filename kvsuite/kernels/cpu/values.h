@@ -13,9 +13,11 @@ static constexpr int at_once(int parts, int n) {
   return parts * n <= REGISTERS / 2 || parts == 1 ? parts : at_once(parts / 2, n);
 }
 
-// Weighted sums of rows of numbers: p (N, stride) weights of `count` tokens; sums (N, columns * parts) grow.
-template <class R, int N> static void add_rows(const float* p, int stride, const uint8_t* rows, int count, float (*sums)[DIM],
-                                                  const Ahead& ahead) {
+// Weighted sums of rows of numbers: p (N, stride) weights of `count` tokens; sums (N, columns * parts) grow. With BLOCKS
+// scale (count, 2, columns) multiplies a column's numbers, those in the low bits of its bytes and those in the high ones.
+template <class R, int N, bool BLOCKS = false>
+static void add_rows(const float* p, int stride, const uint8_t* rows, int count, float (*sums)[DIM], const Ahead& ahead,
+                     const float* scale = nullptr) {
   constexpr int W = width(R::columns, LANES), ONCE = at_once(R::parts, N);
   for (int c = 0; c < R::columns; c += W)
     for (int first = 0; first < R::parts; first += ONCE) {
@@ -28,6 +30,7 @@ template <class R, int N> static void add_rows(const float* p, int stride, const
 #pragma GCC unroll 4
         for (int i = 0; i < ONCE; i++) {
           Float<W> y = R::template part<W>(x, first + i);
+          if constexpr (BLOCKS) y = y * load<Float<W>>(scale + (t * 2 + (first + i) / 4) * R::columns + c);
 #pragma GCC unroll 4
           for (int n = 0; n < N; n++) sum[n][i] = add_product<W>(sum[n][i], y, p[n * stride + t]);
         }
@@ -40,7 +43,7 @@ template <class R, int N> static void add_rows(const float* p, int stride, const
 template <class R> static constexpr int channel_of_sum(int at) {
   constexpr int W = width(R::columns, LANES);
   int c = at / (W * R::parts) * W, i = at / W % R::parts, l = at % W;
-  return (c + l) * R::parts + i;
+  return R::operand(c + l, i);
 }
 
 // No wider than what divides a group, whose codes one scale is for.
@@ -99,7 +102,7 @@ template <class R, int GROUPS> static constexpr int channel_of_code_sum(int at) 
 template <class S, int N> struct Values {
   typedef typename RowOf<S>::type R;
   typedef FloatRow<S::dtype> Recent;
-  static constexpr int groups = R::integer ? S::groups : 1;
+  static constexpr int groups = R::integer || S::blocks ? S::groups : 1;
   static constexpr int pairs = R::integer ? pairs_in_vector<R>() : 1;
   alignas(64) float sums[N][DIM * pairs], recent[N][DIM];
   Float<LANES> zeros[N][groups];  // to be summed over all lanes
@@ -132,7 +135,14 @@ template <class S, int N> struct Values {
             for (int t = 0; t < counts[i]; t++) scaled[n][t] = own[n * CHUNK + t] * scale[t];
           own = scaled[0], stride = PAGE;
         }
-        add_rows<R, N>(own, stride, store.codes + pages[i] * PAGE * R::bytes, counts[i], sums, ahead[i]);
+        const uint8_t* rows = store.codes + pages[i] * PAGE * R::bytes;
+        if constexpr (S::blocks) {
+          alignas(64) float scale[PAGE * 2 * R::columns];
+          for (int j = 0; j < counts[i] * groups; j++)
+            ::store(scale + j * 4, splat<4>(block_scale<S>(store, pages[i] * PAGE * groups + j)));
+          add_rows<R, N, true>(own, stride, rows, counts[i], sums, ahead[i], scale);
+        } else
+          add_rows<R, N>(own, stride, rows, counts[i], sums, ahead[i]);
       }
     }
   }
@@ -144,11 +154,15 @@ template <class S, int N> struct Values {
     for (int i = 0; i < 2; i++) {
       const int64_t first = pages[i] * PAGE * groups;
       spread(static_cast<const uint16_t*>(store.scale) + first, counts[i], &scales[0][i * PAGE]);
-      spread(store.zero + first, counts[i], &starts[0][i * PAGE]);
+      if constexpr (!S::blocks) spread(store.zero + first, counts[i], &starts[0][i * PAGE]);
     }
     for (int k = 0; k < groups; k++) {
       Float<W> scale[VECTORS], zero[VECTORS];
-      for (int i = 0; i < VECTORS; i++) scale[i] = halves<W>(&scales[k][i * W]), zero[i] = halves<W>(&starts[k][i * W]);
+      for (int i = 0; i < VECTORS; i++) {
+        scale[i] = halves<W>(&scales[k][i * W]);
+        if constexpr (S::blocks) zero[i] = scale[i] * splat<W>(0.f);  // so that what is no number is not lost
+        else zero[i] = halves<W>(&starts[k][i * W]);
+      }
       for (int n = 0; n < N; n++) {
         Float<W> x[VECTORS], top = splat<W>(1e-30f), all = zeros[n][k];
         for (int i = 0; i < VECTORS; i++) {
@@ -182,7 +196,6 @@ template <class S, int N> struct Values {
     else return channel_of_sum<R>(i);
   }
   void result(const Store& store, int n, float* out) const {
-    const float tensor_scale = S::layout == FP8 && !S::token_scale ? store.tensor_scale : 1.f;
     if constexpr (R::integer) {
       float zero[groups];
       for (int k = 0; k < groups; k++) zero[k] = total(zeros[n][k]);
@@ -192,7 +205,7 @@ template <class S, int N> struct Values {
         ::store(out + i, x);
       }
     } else
-      for (int i = 0; i < DIM; i++) out[i] = sums[n][i] * tensor_scale;
+      for (int i = 0; i < DIM; i++) out[i] = sums[n][i] * store.tensor_scale;
     if (!has_recent) return;
     float x[DIM];
     for (int i = 0; i < DIM; i++) x[channel_of_sum<Recent>(i)] = recent[n][i];

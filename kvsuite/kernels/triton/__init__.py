@@ -41,7 +41,7 @@ def supports(layer: LayerContext, k: QuantSpec, v: QuantSpec, needs: Needs) -> s
         return "no GPU"
     if not all(spec.layout for spec in specs):
         return "no kernel for this codec"
-    if any(spec.rotation for spec in specs):
+    if any(spec.rotation and (spec.layout not in ("token", "levels") or spec.residual) for spec in specs):
         return "no kernel for rotated K and V"
     if any(spec.late for spec in specs):
         return "no kernel for keys that are encoded after they have attended"
@@ -68,4 +68,5 @@ def supports(layer: LayerContext, k: QuantSpec, v: QuantSpec, needs: Needs) -> s
 def read(kv: PagedKV, row: int) -> list[HeadView]:
     """As the reference's. Where something is encoded kernels read it with other roundings than these."""
     exact = kv.k.spec.layout == kv.v.spec.layout == "plain"
-    return [dataclasses.replace(view, exact=exact) for view in stored(kv, row)]
+    turned = bool(kv.k.spec.rotation), bool(kv.v.spec.rotation)
+    return [dataclasses.replace(view, exact=exact, rotated=turned) for view in stored(kv, row)]

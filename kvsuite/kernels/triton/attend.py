@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvsuite.kernels.context import AttentionParams
+from kvsuite.kernels.hadamard import hadamard
 from kvsuite.kernels.paged import KVStore, PagedKV
 from kvsuite.kernels.quantspec import PAGE, QuantSpec
 from kvsuite.kernels.reference.attend import PageIndices
@@ -53,11 +54,11 @@ def _scores(
     """q · K of a whole tile, float32 (M, T). A scale that a token has for itself is applied to its score, and zeros add
     up to one number: such keys are not dequantised."""
     inside = at >= 0
-    if LAYOUT == "token" and GROUP == D:
-        codes = _all(_codes(codes_ptr, at, inside, D, LAYOUT, BITS, DP, False), BITS, WIDEN)
-        scale = tl.load(scale_ptr + at).to(tl.float32)
-        zero = tl.load(zero_ptr + at).to(tl.float32)
-        s = _dot(q, tl.trans(codes), tl.float16, WIDEN) * scale[None, :] + total[:, None] * zero[None, :]
+    if GROUP == D and LAYOUT != "channel":
+        codes = _all(_codes(codes_ptr, at, inside, D, LAYOUT, BITS, DP, False), LAYOUT, BITS, WIDEN)
+        s = _dot(q, tl.trans(codes), tl.float16, WIDEN) * tl.load(scale_ptr + at).to(tl.float32)[None, :]
+        if LAYOUT == "token":
+            s += total[:, None] * tl.load(zero_ptr + at).to(tl.float32)[None, :]
     elif LAYOUT == "fp8" and GROUP > 0:
         codes = _e4m3(_codes(codes_ptr, at, inside, D, LAYOUT, BITS, DP, False), WIDEN, NATIVE)
         s = _dot(q, tl.trans(codes), tl.float16, WIDEN) * tl.load(scale_ptr + at)[None, :]
@@ -295,19 +296,23 @@ def _add_mass(
 def attend(
     kv: PagedKV, q: Tensor, rows: Sequence[int | None], params: AttentionParams, pages: PageIndices | None = None
 ) -> Tensor:
-    """As the reference's, on a GPU: float16 or bfloat16, head_dim up to 256, all pages."""
+    """As the reference's, on a GPU: float16 or bfloat16, head_dim up to 256, all pages. Where K is rotated the query is
+    turned, in float16, and codes stay as they are; where V is, the output is turned back."""
     if kv.accumulated_attention is not None and q.shape[2] > 1:
         raise ValueError("attention is accumulated query by query")
     if pages is not None:
         raise ValueError("these kernels read all pages")
     if kv.original_sinks is not None:
         _turn_sinks(kv)
+    dtype = q.dtype
+    if kv.k.spec.rotation:
+        q = hadamard(q).half()
     q = q if q.stride(-1) == 1 else q.contiguous()
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=torch.float32 if kv.v.spec.rotation else dtype, device=q.device)
     each = max(1, ROWS // (q.shape[1] // kv.layer.kv_heads))
     for first in range(0, q.shape[2], each):
         _some(kv, q[:, :, first : first + each], out, first, kv.rows_on_device(rows), params)
-    return out
+    return hadamard(out).to(dtype) if kv.v.spec.rotation else out
 
 
 def _turn_sinks(kv: PagedKV) -> None:
@@ -391,13 +396,17 @@ def _some(kv: PagedKV, q: Tensor, out: Tensor, first: int, rows: Tensor, params:
 
 
 def readable(spec: QuantSpec, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the kernels read this layout: 8, 4 or 2 bits, groups that divide a page or a token."""
+    """Whether the kernels read this layout: 8, 4 or 2 bits, groups that divide a page or a token; 16 levels."""
     if dtype not in (torch.float16, torch.bfloat16) or head_dim > 256 or head_dim % 16:
         return False
     if spec.layout == "token":
         return spec.bits in (8, 4, 2) and head_dim % spec.group == 0
     if spec.layout == "channel":
         return spec.bits in (8, 4, 2) and PAGE % spec.group == 0
+    if spec.layout == "symmetric":
+        return head_dim % spec.group == 0
+    if spec.layout == "levels":
+        return spec.bits == 4
     return spec.layout in ("plain", "fp8")
 
 
@@ -463,7 +472,7 @@ def _constants(name: str, store: KVStore, dim: int) -> dict[str, object]:
     return {
         f"{name}_LAYOUT": spec.layout,
         f"{name}_BITS": spec.bits,
-        f"{name}_GROUP": spec.group if spec.layout != "fp8" else int(spec.scale is None),
+        f"{name}_GROUP": {"fp8": int(spec.scale is None), "levels": dim}.get(spec.layout, spec.group),
         f"{name}_R": spec.residual,
         f"{name}_ROLLING": spec.rolling,
         f"{name}_DP": parts * triton.next_power_of_2(dim // parts),

@@ -5,8 +5,13 @@ Packed codes are loaded as words of four bytes and become float16, which holds t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
+
+from kvsuite.kernels import lloyd
 
 
 @triton.jit
@@ -15,15 +20,16 @@ def _where(table_ptr, slot):
     return tl.load(table_ptr + slot // 32).to(tl.int64) * 32 + slot % 32
 
 
-def _assembler(bits: int, part: int) -> tl.constexpr:
-    """PTX for the four bytes of a word: one part of each as float16, by placing the code into the mantissa of 1024."""
+def _assembler(bits: int, part: int, signed: bool = False) -> tl.constexpr:
+    """PTX for the four bytes of a word: one part of each as float16, by placing the code into the mantissa of 1024; a
+    ``signed`` one is 128 more there."""
     mask = ((1 << bits) - 1) * 0x01010101
     return tl.constexpr(
         "{ .reg .b32 t, a, b, o;"
         + (f"shr.b32 t, $4, {bits * part};" if part else "mov.b32 t, $4;")
         + (f"and.b32 t, t, {mask:#x};" if bits < 8 else "")
-        + "mov.b32 o, 0x64006400;"
-        "prmt.b32 a, t, 0x64646464, 0x4140;"
+        + ("xor.b32 t, t, 0x80808080; mov.b32 o, 0x64806480;" if signed else "mov.b32 o, 0x64006400;")
+        + "prmt.b32 a, t, 0x64646464, 0x4140;"
         "prmt.b32 b, t, 0x64646464, 0x4342;"
         "sub.f16x2 a, a, o;"
         "sub.f16x2 b, b, o;"
@@ -32,7 +38,38 @@ def _assembler(bits: int, part: int) -> tl.constexpr:
     )
 
 
-_ASM_8 = _assembler(8, 0)
+def _table(numbers: Sequence[float], mirrored: bool, part: int) -> tl.constexpr:
+    """PTX for the four bytes of a word: 4 bits of each as float16, by the table of the 8 positive ``numbers``. The
+    highest bit is the sign; where ``mirrored`` 8 … 15 are the positive numbers, and 7 … 0 their negatives."""
+    bits = torch.tensor(numbers).half().view(torch.int16).tolist()
+    high, low = ([f"{int.from_bytes(bytes(x >> at & 255 for x in bits[i : i + 4]), 'little'):#x}" for i in (0, 4)]
+                 for at in (8, 0))  # fmt: skip
+    return tl.constexpr(
+        "{ .reg .b32 t, i, s, a, b, h, l;"
+        + (f"shr.b32 t, $4, {4 * part};" if part else "mov.b32 t, $4;")
+        + "and.b32 i, t, 0x07070707;"
+        "and.b32 s, t, 0x08080808;"
+        + ("xor.b32 s, s, 0x08080808; shr.b32 t, s, 3; sub.u32 t, s, t; xor.b32 i, i, t;" if mirrored else "")
+        + "shl.b32 s, s, 4;"
+        "shr.b32 t, i, 4;"  # the four numbers' places, each a nibble of the selector
+        "or.b32 t, i, t;"
+        "prmt.b32 t, t, 0, 0x4420;"
+        f"mov.b32 a, {high[0]}; mov.b32 b, {high[1]};"
+        "prmt.b32 h, a, b, t;"
+        "or.b32 h, h, s;"
+        f"mov.b32 a, {low[0]}; mov.b32 b, {low[1]};"
+        "prmt.b32 l, a, b, t;"
+        "prmt.b32 a, l, h, 0x5140;"
+        "prmt.b32 b, l, h, 0x7362;"
+        "mov.b32 {$0, $1}, a;"
+        "mov.b32 {$2, $3}, b; }"
+    )
+
+
+LEVELS = tl.constexpr(lloyd.levels(4))
+_POSITIVE = tl.constexpr(LEVELS.value[8:])
+_ASM_LEVELS_0, _ASM_LEVELS_1 = (_table(_POSITIVE.value, True, part) for part in range(2))
+_ASM_8, _ASM_SIGNED = _assembler(8, 0), _assembler(8, 0, signed=True)
 _ASM_4_0, _ASM_4_1 = _assembler(4, 0), _assembler(4, 1)
 _ASM_2_0, _ASM_2_1, _ASM_2_2, _ASM_2_3 = (_assembler(2, part) for part in range(4))
 _ASM_E4M3 = tl.constexpr(  # by the GPU itself, from sm_89
@@ -92,12 +129,29 @@ def _in_order(a, b, c, d):
 
 
 @triton.jit
-def _part(words, BITS: tl.constexpr, PART: tl.constexpr, WIDEN: tl.constexpr):
-    """One part of packed codes, words (T, W / 4), as float16 (T, W), exactly."""
+def _looked_up(codes, TABLE: tl.constexpr):
+    """The numbers of codes, float32 of their shape."""
+    x = tl.zeros(codes.shape, tl.float32)
+    for i in tl.static_range(16):
+        x = tl.where(codes == i, TABLE[i], x)
+    return x
+
+
+@triton.jit
+def _part(words, LAYOUT: tl.constexpr, BITS: tl.constexpr, PART: tl.constexpr, WIDEN: tl.constexpr):
+    """One part of packed codes, words (T, W / 4), as float16 (T, W): the codes themselves, or the levels they are
+    for."""
     if WIDEN:  # the interpreter has no assembler
-        x = ((_split(words) >> (BITS * PART)) & ((1 << BITS) - 1)).to(tl.float16)
+        x = (_split(words) >> (BITS * PART)) & ((1 << BITS) - 1)
+        if LAYOUT == "levels":
+            x = _looked_up(x, LEVELS)
+        elif LAYOUT == "symmetric":
+            x = (x ^ 128) - 128
+        x = x.to(tl.float16)
+    elif LAYOUT == "levels":
+        x = _bytes(words, _ASM_LEVELS_0 if PART == 0 else _ASM_LEVELS_1)
     elif BITS == 8:
-        x = _bytes(words, _ASM_8)
+        x = _bytes(words, _ASM_SIGNED if LAYOUT == "symmetric" else _ASM_8)
     elif BITS == 4:
         x = _bytes(words, _ASM_4_0 if PART == 0 else _ASM_4_1)
     elif PART < 2:
@@ -114,17 +168,13 @@ def _two(a, b):
 
 
 @triton.jit
-def _all(codes, BITS: tl.constexpr, WIDEN: tl.constexpr):
-    """Packed codes (T, W) as float16 (T, W * 8 / BITS), exactly: the parts one behind the other."""
-    if BITS == 8:
-        x = _part(codes, 8, 0, WIDEN)
-    elif BITS == 4:
-        x = _two(_part(codes, 4, 0, WIDEN), _part(codes, 4, 1, WIDEN))
-    else:
-        x = _two(
-            _two(_part(codes, 2, 0, WIDEN), _part(codes, 2, 1, WIDEN)),
-            _two(_part(codes, 2, 2, WIDEN), _part(codes, 2, 3, WIDEN)),
-        )
+def _all(codes, LAYOUT: tl.constexpr, BITS: tl.constexpr, WIDEN: tl.constexpr):
+    """Packed codes (T, W) as float16 (T, W * 8 / BITS): what `_part` makes of the parts, one behind the other."""
+    x = _part(codes, LAYOUT, BITS, 0, WIDEN)
+    if BITS < 8:
+        x = _two(x, _part(codes, LAYOUT, BITS, 1, WIDEN))
+    if BITS == 2:
+        x = _two(x, _two(_part(codes, LAYOUT, 2, 2, WIDEN), _part(codes, LAYOUT, 2, 3, WIDEN)))
     return x
 
 
@@ -177,30 +227,35 @@ def _codes(
 
 
 @triton.jit
-def _times(codes, scale, zero, shape):
-    """codes (T, W) * scale + zero, which broadcast to ``shape``, a finer view of (T, W)."""
-    x = tl.fma(tl.reshape(codes, shape), tl.broadcast_to(scale, shape), tl.broadcast_to(zero, shape))
+def _times(
+    codes, scale_ptr, zero_ptr, where, real, shape, AXIS: tl.constexpr, LAYOUT: tl.constexpr, MASKED: tl.constexpr
+):
+    """codes (T, W) times the scales at ``where`` plus the zeros there, if the layout has any, rounded once; with AXIS
+    inserted they broadcast to ``shape``, a finer view of (T, W)."""
+    scale = tl.broadcast_to(tl.expand_dims(_load(scale_ptr + where, real, MASKED), AXIS), shape)
+    x = tl.reshape(codes, shape)
+    if LAYOUT == "token" or LAYOUT == "channel":
+        x = tl.fma(x, scale, tl.broadcast_to(tl.expand_dims(_load(zero_ptr + where, real, MASKED), AXIS), shape))
+    else:
+        x = x * scale
     return tl.reshape(x, codes.shape)
 
 
 @triton.jit
 def _scaled(
-    codes, scale_ptr, zero_ptr, at, inside, D: tl.constexpr, GROUP: tl.constexpr, PART: tl.constexpr,
-    MASKED: tl.constexpr,
+    codes, scale_ptr, zero_ptr, at, inside, D: tl.constexpr, LAYOUT: tl.constexpr, GROUP: tl.constexpr,
+    PART: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One part of tokens' codes, float16 (T, W), times their groups' scales plus their zeros, rounded once."""
     T: tl.constexpr = codes.shape[0]
     W: tl.constexpr = codes.shape[1]
     if W <= GROUP or GROUP == D:
         where = at * (D // GROUP) + (PART * W // GROUP if GROUP < D else 0)
-        scale = _load(scale_ptr + where, inside, MASKED)[:, None]
-        x = _times(codes, scale, _load(zero_ptr + where, inside, MASKED)[:, None], (T, W))
+        x = _times(codes, scale_ptr, zero_ptr, where, inside, (T, W), 1, LAYOUT, MASKED)
     else:
         N: tl.constexpr = W // GROUP
         where = (at * (D // GROUP))[:, None] + (tl.arange(0, N) + PART * N)[None, :]
-        scale = tl.expand_dims(_load(scale_ptr + where, inside[:, None], MASKED), 2)
-        zero = tl.expand_dims(_load(zero_ptr + where, inside[:, None], MASKED), 2)
-        x = _times(codes, scale, zero, (T, N, GROUP))
+        x = _times(codes, scale_ptr, zero_ptr, where, inside[:, None], (T, N, GROUP), 2, LAYOUT, MASKED)
     return x
 
 
@@ -218,31 +273,30 @@ def _numbers(
         x = _e4m3(x, WIDEN, NATIVE)
         if GROUP > 0:
             x = (x * _load(scale_ptr + at, inside, MASKED)[:, None]).to(tl.float16)
-    elif LAYOUT == "token" and (GROUP == D or not PADDED):
-        words = x
-        x = _scaled(_part(words, BITS, 0, WIDEN), scale_ptr, zero_ptr, at, inside, D, GROUP, 0, MASKED)
-        if BITS < 8:
-            b = _scaled(_part(words, BITS, 1, WIDEN), scale_ptr, zero_ptr, at, inside, D, GROUP, 1, MASKED)
-            x = _two(x, b)
-        if BITS == 2:
-            c = _scaled(_part(words, BITS, 2, WIDEN), scale_ptr, zero_ptr, at, inside, D, GROUP, 2, MASKED)
-            d = _scaled(_part(words, BITS, 3, WIDEN), scale_ptr, zero_ptr, at, inside, D, GROUP, 3, MASKED)
-            x = _two(x, _two(c, d))
-    elif LAYOUT != "plain":
-        codes = _all(x, BITS, WIDEN)
+    elif LAYOUT == "channel":
+        codes = _all(x, LAYOUT, BITS, WIDEN)
         channel, real = _channels(D, BITS, DP)
         T: tl.constexpr = codes.shape[0]
-        if LAYOUT == "token":
-            where = (at * (D // GROUP))[:, None] + (channel // GROUP)[None, :]
-            both = inside[:, None] & real[None, :]
-            scale = _load(scale_ptr + where, both, MASKED or PADDED)
-            x = tl.fma(codes, scale, _load(zero_ptr + where, both, MASKED or PADDED))
-        else:
-            where = (unit * D)[:, None] + channel[None, :]
-            both = unit_inside[:, None] & real[None, :]
-            scale = tl.expand_dims(_load(scale_ptr + where, both, MASKED or PADDED), 1)
-            zero = tl.expand_dims(_load(zero_ptr + where, both, MASKED or PADDED), 1)
-            x = _times(codes, scale, zero, (T // GROUP, GROUP, DP))
+        where = (unit * D)[:, None] + channel[None, :]
+        both = unit_inside[:, None] & real[None, :]
+        x = _times(codes, scale_ptr, zero_ptr, where, both, (T // GROUP, GROUP, DP), 1, LAYOUT, MASKED or PADDED)
+    elif LAYOUT != "plain" and PADDED and GROUP < D:
+        codes = _all(x, LAYOUT, BITS, WIDEN)
+        channel, real = _channels(D, BITS, DP)
+        where = (at * (D // GROUP))[:, None] + (channel // GROUP)[None, :]
+        both = inside[:, None] & real[None, :]
+        x = _times(codes, scale_ptr, zero_ptr, where, both, (codes.shape[0], DP, 1), 2, LAYOUT, True)
+    elif LAYOUT != "plain":
+        words = x
+        x = _part(words, LAYOUT, BITS, 0, WIDEN)
+        x = _scaled(x, scale_ptr, zero_ptr, at, inside, D, LAYOUT, GROUP, 0, MASKED)
+        if BITS < 8:
+            b = _part(words, LAYOUT, BITS, 1, WIDEN)
+            x = _two(x, _scaled(b, scale_ptr, zero_ptr, at, inside, D, LAYOUT, GROUP, 1, MASKED))
+        if BITS == 2:
+            c, d = _part(words, LAYOUT, BITS, 2, WIDEN), _part(words, LAYOUT, BITS, 3, WIDEN)
+            c = _scaled(c, scale_ptr, zero_ptr, at, inside, D, LAYOUT, GROUP, 2, MASKED)
+            x = _two(x, _two(c, _scaled(d, scale_ptr, zero_ptr, at, inside, D, LAYOUT, GROUP, 3, MASKED)))
     return x
 
 

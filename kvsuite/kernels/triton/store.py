@@ -11,6 +11,7 @@ multiplication of floats that a compiler could contract, and rounding is done on
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvsuite.kernels.hadamard import hadamard
 from kvsuite.kernels.paged import KVStore, PagedKV
-from kvsuite.kernels.quantspec import PAGE
+from kvsuite.kernels.quantspec import PAGE, QuantSpec
 from kvsuite.kernels.reference import store as reference
 from kvsuite.kernels.reference.store import KeepIndices, moved
 from kvsuite.kernels.triton.launch import launch
+from kvsuite.kernels.triton.pages import LEVELS, _looked_up
+
+EDGES = tl.constexpr(tuple((a + b) / 2 for a, b in pairwise(LEVELS.value)))
+"""Between the levels."""
 
 
 def fill(
@@ -34,7 +40,7 @@ def fill(
     heads, length, dim = k.shape
     counts = np.full(heads, length) if keep is None else np.array([len(index) for index in keep])
     kv.admit(row, counts, length)
-    k, v = moved(kv.k.spec, k), moved(kv.v.spec, v)
+    k, v = _before(kv.k.spec, k), _before(kv.v.spec, v)
     index = None if keep is None else torch.nn.utils.rnn.pad_sequence(list(keep), batch_first=True)
     n = length if index is None else index.shape[1]
     ragged = None if (counts == n).all() else torch.from_numpy(counts.astype(np.int32)).to(k.device)
@@ -66,7 +72,7 @@ def append(kv: PagedKV, k: Tensor, v: Tensor, rows: Sequence[int | None]) -> Non
         for row in kv.mapping.rows:
             kv.upload(row)
         return
-    k, v = moved(kv.k.spec, k[:, :, 0]), moved(kv.v.spec, v[:, :, 0])
+    k, v = _before(kv.k.spec, k[:, :, 0]), _before(kv.v.spec, v[:, :, 0])
     arguments, constants = _cache(kv)
     arguments |= {"rows_ptr": kv.rows_on_device(rows), "k_ptr": k, "v_ptr": v}
     arguments |= {"k_stride_b": k.stride(0), "k_stride_h": k.stride(1)}
@@ -111,6 +117,11 @@ def evict(kv: PagedKV, rows: Sequence[int | None], slots: Tensor) -> None:
     if kv.by_token:
         kv.free_slot[at] = torch.where(due, slots.int(), kv.free_slot[at])
     kv.num_tokens[at] -= due.int()
+
+
+def _before(spec: QuantSpec, x: Tensor) -> Tensor:
+    """What PyTorch does to the numbers before a kernel takes them: it turns them, or moves them as `moved` says."""
+    return hadamard(x) if spec.rotation else moved(spec, x)
 
 
 def _cache(kv: PagedKV) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -339,6 +350,10 @@ def _put(
         _plain(x_ptr, at, keep, to, codes_ptr, DIM)
     elif LAYOUT == "token":
         _token(x_ptr, at, keep, to, codes_ptr, scale_ptr, zero_ptr, DIM, BITS, GROUP)
+    elif LAYOUT == "symmetric":
+        _symmetric(x_ptr, at, keep, to, codes_ptr, scale_ptr, DIM, GROUP)
+    elif LAYOUT == "levels":
+        _levels(x_ptr, at, keep, to, codes_ptr, scale_ptr, DIM)
     elif LAYOUT == "channel":
         _channel(x_ptr, at, keep, to, codes_ptr, scale_ptr, zero_ptr, TOKENS, DIM, BITS, GROUP)
     else:
@@ -402,6 +417,71 @@ def _token(
             of_base, of_step = tl.gather(base, which, 1), tl.gather(step, which, 1)
         packed |= _codes(x, of_base[:, :, None], of_step[:, :, None], BITS) << (BITS * part)
     tl.store(codes_ptr + to[:, None, None] * WIDTH + byte, packed.to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def _blocks(x_ptr, at, keep, DIM: tl.constexpr, GROUP: tl.constexpr):
+    """Tokens' groups of channels, a power of two each: float32 (TOKENS, groups, GROUP), their places from a token's
+    first channel on, and which of the groups there are, (TOKENS, groups)."""
+    group = tl.arange(0, triton.next_power_of_2(DIM // GROUP))[None, :]
+    there = keep[:, None] & (group < DIM // GROUP)
+    channel = group[:, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
+    x = tl.load(x_ptr + at[:, None, None] + channel, mask=there[:, :, None], other=0.0).to(tl.float32)
+    return x, channel, there
+
+
+@triton.jit
+def _symmetric(x_ptr, at, keep, to, codes_ptr, scale_ptr, DIM: tl.constexpr, GROUP: tl.constexpr):
+    """Blocks of a token as int8, halves away from zero, and each one's scale."""
+    x, channel, there = _blocks(x_ptr, at, keep, DIM, GROUP)
+    largest = tl.max(tl.abs(x), 2)
+    scale = tl.div_rn(largest, tl.full(largest.shape, 127.0, tl.float32))
+    inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), tl.where(scale == 0, 1.0, scale))
+    inverse = tl.where((scale == 0) | (inverse == float("inf")), 0.0, inverse)
+    scaled = x * inverse[:, :, None]
+    size = tl.abs(scaled)
+    whole = tl.floor(size)
+    whole += tl.where(size >= whole + 0.5, 1.0, 0.0)
+    codes = tl.where(size == size, tl.where(scaled < 0, -whole, whole), 0.0).to(tl.int8)
+    tl.store(codes_ptr + to[:, None, None] * DIM + channel, codes, mask=there[:, :, None])
+    group = tl.arange(0, there.shape[1])[None, :]
+    tl.store(scale_ptr + to[:, None] * (DIM // GROUP) + group, scale.to(tl.float16), mask=there)
+
+
+@triton.jit
+def _levels(x_ptr, at, keep, to, codes_ptr, scale_ptr, DIM: tl.constexpr):
+    """Each token by itself: the levels nearest to its numbers over their root mean square, and the scale that brings
+    the levels to its norm. Squares are summed in float64."""
+    HALF: tl.constexpr = DIM // 2
+    byte = tl.arange(0, triton.next_power_of_2(HALF))[None, :]
+    mask = keep[:, None] & (byte < HALF)
+    x_ptr += at[:, None] + byte
+    low = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)
+    high = tl.load(x_ptr + HALF, mask=mask, other=0.0).to(tl.float32)
+    size = _root_mean_square(low, high, DIM)
+    unit = tl.where(size == 0, 1.0, size)[:, None]
+    a, b = _nearest(low, unit), _nearest(high, unit)
+    tl.store(codes_ptr + to[:, None] * HALF + byte, (a | (b << 4)).to(tl.uint8), mask=mask)
+    a, b = tl.where(mask, _looked_up(a, LEVELS), 0.0), tl.where(mask, _looked_up(b, LEVELS), 0.0)
+    scale = tl.div_rn(size, tl.where(keep, _root_mean_square(a, b, DIM), 1.0))
+    tl.store(scale_ptr + to, scale.to(tl.float16), mask=keep)
+
+
+@triton.jit
+def _root_mean_square(low, high, DIM: tl.constexpr):
+    """Of (TOKENS, DIM / 2) twice: float32 (TOKENS,)."""
+    low, high = low.to(tl.float64), high.to(tl.float64)
+    return tl.sqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / DIM).to(tl.float32)
+
+
+@triton.jit
+def _nearest(x, unit):
+    """int32 codes of the levels nearest to x / unit; what is no number is beyond all."""
+    spread = tl.div_rn(x, tl.broadcast_to(unit, x.shape))
+    codes = tl.full(x.shape, 15, tl.int32)
+    for i in tl.static_range(15):
+        codes -= (spread < EDGES[i]).to(tl.int32)
+    return codes
 
 
 @triton.jit

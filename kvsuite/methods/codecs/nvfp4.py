@@ -51,11 +51,11 @@ class NvFp4(Codec):
 class E2M1Blocks(QuantSpec):
     """Each token by itself; fields (codes, uint8 (…, head_dim / 2); scales, e4m3 bytes (…, head_dim / 16))."""
 
+    layout = "e2m1"
     bits = 4
     group = 16
-    tensor_scale: float
+    scale: float
     chooses: bool
-    """Whether 4 or 6 is each block's full scale, not always 6."""
 
     def fields(self, head_dim: int, kv_dtype: torch.dtype) -> list[tuple[Shape, torch.dtype]]:
         import torch
@@ -89,7 +89,8 @@ class E2M1Blocks(QuantSpec):
         from kvsuite.kernels.fp4 import from_e2m1, to_e2m1
         from kvsuite.kernels.quantize import to_e4m3
 
-        scales = to_e4m3(blocks.abs().amax(-1, keepdim=True), full * self.tensor_scale)
+        fixed = torch.tensor(self.scale, dtype=torch.float32).item()
+        scales = to_e4m3(blocks.abs().amax(-1, keepdim=True), full * fixed)
         steps = self._steps(scales)
         codes = to_e2m1(blocks / torch.where(steps == 0, float("inf"), steps))
         error = (from_e2m1(codes) * steps - blocks).double().square().sum(-1, keepdim=True)
@@ -101,4 +102,4 @@ class E2M1Blocks(QuantSpec):
 
         from kvsuite.kernels.quantize import from_e4m3
 
-        return from_e4m3(scales, self.tensor_scale, torch.float32)
+        return from_e4m3(scales, self.scale, torch.float32)

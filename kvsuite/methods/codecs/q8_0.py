@@ -37,6 +37,7 @@ class Q80(Codec):
 class Symmetric8(QuantSpec):
     """Each token by itself; fields (codes, int8 (…, head_dim); scales, float16 (…, head_dim / 32, 1))."""
 
+    layout = "symmetric"
     bits = 8
     group = 32
 
