@@ -261,7 +261,9 @@ Cache type: static, cache usage: 18.6% of 1022.4 MB;
         """\
 (APIServer pid=9872) INFO 11-21 13:25:18 [api_utils.py:347] version 0.32.0
 (EngineCore pid=9933) INFO 11-21 13:25:36 [core.py:133] Initializing a V1 LLM engine (v0.32.0) with config: \
-speculative_config=None, kv_cache_dtype=auto, device_config=cpu, enable_prefix_caching=True, \
+model='m', speculative_config=None, tokenizer='m', trust_remote_code=False, dtype=torch.bfloat16, max_seq_len=4096, \
+disable_custom_all_reduce=True, quantization=None, quantization_config=None, enforce_eager=True, \
+kv_cache_dtype=auto, device_config=cpu, enable_prefix_caching=True, \
 enable_chunked_prefill=True, compilation_config={'cudagraph_mode': <CUDAGraphMode.NONE: 0>}
 (EngineCore pid=9933) INFO 11-21 13:25:58 [kv_cache_utils.py:2327] CPU KV cache size: 46,592 tokens, Maximum
 WARNING 11-21 13:25:36 [vllm.py:725] Model Runner V2 requires Triton; using the V1 model runner instead.
@@ -269,7 +271,7 @@ WARNING 11-21 13:25:36 [vllm.py:725] Model Runner V2 requires Triton; using the 
         {"version": "0.32.0", "kv_dtype": "auto", "kv_tokens": 46592},
         False,
         {"prefix caching": "True", "chunked prefill": "True", "CUDA graphs": "NONE", "speculative decoding": "None"}
-        | {"model runner": "V1"},
+        | {"model runner": "V1", "dtype": "bfloat16", "quantization": "None"},
     ),
     "vLLM on GPUs, as users posted": Said(
         "vllm",

@@ -18,6 +18,7 @@ from typing import Any
 
 from kvsuite.analysis.serving import checks
 from kvsuite.records import Record, Run, Scored, Served
+from suites.checks import nulls
 from suites.checks.planted import AGAIN, BASE, ROOT, M, cut, noisy, probes, recorded, run, served
 from suites.checks.test_planted import german, salad
 
@@ -139,9 +140,18 @@ def main() -> None:
     found = shown(drawn(there, "", 0, seed) for seed in range(NULLS))
     rows.append((f"nothing ({NULLS} draws)", *(f"{100 * found[name] / NULLS:.1f}" for name in columns)))
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    before, _, after = DOCUMENT.read_text().partition(MARK)
-    DOCUMENT.write_text(f"{before}{MARK}\n\n{table}\n\n{END}{after.partition(END)[2]}")
+    DOCUMENT.write_text(placed(DOCUMENT.read_text(), table))
     print(table)
+
+
+def placed(text: str, table: str) -> str:
+    """The document with this table between its two marks. Raises ValueError where they are not there, in this order:
+    `nulls` rewrites all that stands behind its own."""
+    before, mark, after = text.partition(MARK)
+    _, end, rest = after.partition(END)
+    if not (mark and end) or nulls.MARK in before:
+        raise ValueError(f"the document has no {MARK} with its {END} above what python -m suites.checks.nulls writes")
+    return f"{before}{MARK}\n\n{table}\n\n{END}{rest}"
 
 
 if __name__ == "__main__":

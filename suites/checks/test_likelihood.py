@@ -14,6 +14,7 @@ from kvsuite.engines.request import Ask, Reply
 from kvsuite.errors import UsageError
 from kvsuite.plugin import scoring
 from kvsuite.records import Scored
+from suites.checks import nulls, signs
 from suites.checks.planted import AGAIN, BASE, M, chats, probes, run, said
 from suites.checks.scripted import Server, answer
 
@@ -145,3 +146,19 @@ def test_short_answers_are_told_by_it():
     assert checks(run(probes(), texts))[M].told < 40
     logs = [Scored(r.method, task=r.task, sample=r.sample, logs=[-1.5] * 20) for r in texts]
     assert checks(run(probes(), texts, logs))[M].told == 40
+
+
+def test_what_two_commands_write_into_one_document_stays():
+    text = f"Before.\n\n{signs.MARK}\n{signs.END}\n\nBetween.\n\n{nulls.MARK}\n\nOld.\n"
+    both = f"Before.\n\n{signs.MARK}\n\n| t |\n\n{signs.END}\n\nBetween.\n\n{nulls.MARK}\n\nNew.\n"
+    assert nulls.placed(signs.placed(text, "| t |"), "New.") == both
+    assert signs.placed(nulls.placed(text, "New."), "| t |") == both
+    assert nulls.placed(signs.placed(both, "| t |"), "New.") == both
+    for wrong in (
+        text.replace(signs.END, ""),
+        text.replace(signs.MARK, ""),
+        f"{nulls.MARK}\n{signs.MARK}\n{signs.END}",
+    ):
+        with pytest.raises(ValueError, match="above what"):
+            signs.placed(wrong, "| t |")
+    signs.placed(signs.DOCUMENT.read_text(), "| t |")
