@@ -330,7 +330,9 @@ def proven(facts: Mapping[str, Any], base: Mapping[str, Any]) -> str:
         return ""
     mine, theirs = (_per_token(f) for f in (facts, base))
     if mine and theirs and theirs / mine >= ENOUGH:
-        return f"{mine:,.0f} bytes a token, the baseline {theirs:,.0f}"
+        said = all(f.get("kv_bytes_per_token") for f in (facts, base))
+        how = "" if said else ", derived: the bytes of a pool over the tokens that fit into it"
+        return f"{mine:,.0f} bytes a token, the baseline {theirs:,.0f}{how}"
     tokens, before = facts.get("kv_tokens"), base.get("kv_tokens")
     if mine is None and tokens and before and tokens / before >= ENOUGH:  # in what memory, it does not say
         return f"room for {tokens:,} tokens, the baseline's server for {before:,}"

@@ -9,6 +9,7 @@ import pytest
 
 from kvsuite.analysis.likelihood import surprise, unlikely
 from kvsuite.analysis.serving import checks
+from kvsuite.analysis.tables import servers
 from kvsuite.engines.openai import Client
 from kvsuite.engines.request import Ask, Reply
 from kvsuite.errors import UsageError
@@ -78,8 +79,11 @@ def test_all_arms_of_a_sample_come_before_the_next(monkeypatch):
     baseline = Baseline()
     found = scored(baseline, *replies, (M, Reply("alone", ids=[1])), (BASE, Reply("failed", ids=[1], error="x")))
     assert [(r.method, r.sample) for r in found] == [(arm, name) for name in ("short", "long") for arm in (BASE, M)]
-    assert [len(prompt) for prompt, _ in baseline.asked] == [2, 2, 9, 9], "the baseline's prompt for all"
+    assert [len(prompt) for prompt, _ in baseline.asked] == [2, 9], "the baseline's prompt for all, each answer once"
     assert {tuple(r.logs) for r in found} == {(-0.1235,) * 4}
+    other = Baseline()
+    scored(other, *replies, (AGAIN, Reply("short", ids=[1] * 3)))
+    assert [len(ids) for _, ids in other.asked] == [4, 3, 4], "another answer to one prompt is read, too"
     monkeypatch.setattr(scoring, "BUDGET", -1.0)
     assert scored(Baseline(), *replies) == []
 
@@ -138,6 +142,17 @@ def test_what_it_finds_likely_or_does_not_know_is_not():
         found = comparison(arms=arms)
         assert sign(found) is None or sign(found).n == 0
         assert not checks(found)[M].broken
+
+
+def test_a_report_says_how_much_was_read():
+    found, known = comparison(), "said how likely the answers are (the sign likelihood)"
+    read = [r for r in found.records if not (isinstance(r, Scored) and r.sample > "c3")]
+    for more, end in (([], "."), ([Scored(M, "failed", "HTTP 400: no")], ": HTTP 400: no.")):
+        [table] = servers.served(run(read, more))
+        notes = [note.text for note in table.notes if "likelihood" in note.text]
+        assert notes == [f"The baseline's server {known} to 15 of the 32 prompts of tasks{end}"]
+    [table] = servers.served(run([r for r in read if not isinstance(r, Scored)]))
+    assert not [note for note in table.notes if "likelihood" in note.text]
 
 
 def test_short_answers_are_told_by_it():

@@ -138,7 +138,7 @@ PROOFS = [
     (
         FP8 | {"kv_tokens": 200, "kv_bytes": 1000},
         {"kv_tokens": 100, "kv_bytes": 1000},
-        "5 bytes a token, the baseline 10",
+        "5 bytes a token, the baseline 10, derived: the bytes of a pool over the tokens that fit into it",
     ),
     (FP8 | {"kv_tokens": 200, "kv_bytes": 2000}, {"kv_tokens": 100, "kv_bytes": 1000}, ""),
     (FP8 | {"kv_tokens": 200}, {"kv_tokens": 100}, "room for 200 tokens, the baseline's server for 100"),

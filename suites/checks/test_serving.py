@@ -128,7 +128,7 @@ def test_what_a_run_tells_of_its_servers(go, tmp_path):
     ):
         assert said in headlines
     assert "BROKEN fp8" not in report
-    assert "fp8 stores 11,523 bytes a token, the baseline 23,046." in report
+    assert "fp8 stores 11,523 bytes a token, the baseline 23,046, derived: the bytes of a pool over the" in report
     failed = [line for line in result.outlines if line.startswith("FAILED")]
     assert not [line for line in failed if "[fp8" in line or "[baseline" in line or "[ignored" in line]
     speeds = [line for line in report.splitlines() if line.startswith("| closed:4 256 tokens | garbage")]
