@@ -16,7 +16,7 @@ from kvsuite.errors import UsageError
 from kvsuite.plugin import scoring
 from kvsuite.records import Scored
 from suites.checks import nulls, signs
-from suites.checks.planted import AGAIN, BASE, M, chats, probes, run, said
+from suites.checks.planted import AGAIN, BASE, M, chats, needles, probes, run, said
 from suites.checks.scripted import Server, answer
 
 HELLO = ({"role": "user", "content": "hello there"},)
@@ -97,16 +97,16 @@ def test_a_baseline_that_fails_once_is_asked_no_more():
 
 def test_parts_of_an_answer():
     logs = {("chat", "a"): [-1.0] * 16 + [-9.0] * 16 + [-2.0] * 16, ("chat", "b"): [-1.0] * 20 + [-3.0] * 20}
-    logs |= {("chat", "c"): [-5.0] * 31, ("chat", "d"): [-5.0] * 15}
+    logs |= {("chat", "c"): [-5.0] * 31, ("chat", "d"): [-5.0] * 8, ("chat", "f"): [-5.0] * 7}
     found = surprise(logs, [*logs, ("chat", "e")])
     assert found[:3].tolist()[0] == [1, 9, 2]
     np.testing.assert_array_equal(found[1], [1, np.nan, 3])
-    assert found[2].tolist() == [5, 5, 5]
-    assert np.isnan(found[3:]).all()
+    assert found[2:4].tolist() == [[5, 5, 5]] * 2
+    assert np.isnan(found[4:]).all()
     own, other = unlikely(np.array([[1.0, 1, 1]] * 8), np.array([[1.0, 3.9, 4.1]] * 8))
     assert not own.any()
     assert other.all(0).tolist() == [False, False, True]
-    assert not np.any(unlikely(found[3:], found[:2]))
+    assert not np.any(unlikely(found[4:], found[:2]))
 
 
 def comparison(n=32, share=1.0, end=False, seed=0, arms=(BASE, AGAIN, M), floor=0.0):
@@ -150,17 +150,25 @@ def test_a_report_says_how_much_was_read():
     for more, end in (([], "."), ([Scored(M, "failed", "HTTP 400: no")], ": HTTP 400: no.")):
         [table] = servers.served(run(read, more))
         notes = [note.text for note in table.notes if "likelihood" in note.text]
-        assert notes == [f"The baseline's server {known} to 15 of the 32 prompts of tasks{end}"]
+        assert notes == [f"The baseline's server {known} to 24 of the 32 prompts of tasks{end}"]
     [table] = servers.served(run([r for r in read if not isinstance(r, Scored)]))
     assert not [note for note in table.notes if "likelihood" in note.text]
 
 
 def test_short_answers_are_told_by_it():
-    """Fewer than 100 characters tell no language; 16 tokens are enough here."""
+    """Fewer than 100 characters tell no language; 8 tokens are enough here."""
     texts = chats(n=40, cap=20)
     assert checks(run(probes(), texts))[M].told < 40
-    logs = [Scored(r.method, task=r.task, sample=r.sample, logs=[-1.5] * 20) for r in texts]
+    logs = [Scored(r.method, task=r.task, sample=r.sample, logs=[-1.5] * 8) for r in texts]
     assert checks(run(probes(), texts, logs))[M].told == 40
+
+
+def test_garbage_in_short_answers_is_found_by_it():
+    """As turboquant on vLLM's CPU build gave it: needles in 15 tokens, and noise up to the cap of 24."""
+    texts = needles(n=32)
+    nats = {BASE: [-0.2] * 15, AGAIN: [-0.2] * 15, M: [-7.3] * 24}
+    found = run(probes(), texts, [Scored(r.method, task=r.task, sample=r.sample, logs=nats[r.method]) for r in texts])
+    assert (sign(found).n, sign(found).count, sign(found).failed) == (32, 32, True)
 
 
 def test_what_two_commands_write_into_one_document_stays():

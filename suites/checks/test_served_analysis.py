@@ -134,6 +134,8 @@ def test_goodput_where_nothing_was_answered(tmp_path):
 
 
 FP8 = {"compressed": True, "kv_dtype": "fp8"}
+SET = {"blocks_set": 2}
+"""Its user chose the size of the pool."""
 PROOFS = [
     (
         FP8 | {"kv_tokens": 200, "kv_bytes": 1000},
@@ -147,6 +149,13 @@ PROOFS = [
     ({"compressed": None, "kv_tokens": 200}, {"kv_tokens": 100}, ""),
     (FP8 | {"kv_bytes_per_token": 5}, {"kv_bytes_per_token": 10}, "5 bytes a token, the baseline 10"),
     (FP8, {}, ""),
+    (FP8 | SET | {"kv_tokens": 200}, {"kv_tokens": 100}, ""),
+    (FP8 | {"kv_tokens": 200, "kv_bytes": 2000}, SET | {"kv_tokens": 20, "kv_bytes": 2000}, ""),
+    (
+        FP8 | SET | {"kv_tokens": 64, "kv_bytes": 1600, "block_size": 32, "blocks_fit": 10},
+        SET | {"kv_tokens": 64, "kv_bytes": 1600, "block_size": 32, "blocks_fit": 5},
+        "5 bytes a token, the baseline 10, derived: the bytes of a pool over the tokens that fit into it",
+    ),
 ]
 
 
