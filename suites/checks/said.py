@@ -76,6 +76,12 @@ vllm:cache_config_info{_block_size_resolved="True",block_size="128",cache_dtype=
 engine="0",kv_cache_dtype_skip_layers="[]",kv_cache_memory_bytes="1073741824",kv_cache_size_tokens="93184",\
 num_cpu_blocks="None",num_gpu_blocks="728"} 1.0
 """
+VLLM_PRESSED = (
+    VLLM_METRICS.replace("fp8_e4m3", "auto")
+    .replace('"128"', '"32"')
+    .replace('"93184"', '"2304"')
+    .replace('num_gpu_blocks="728"', 'num_gpu_blocks="72",num_gpu_blocks_override="72"')
+)
 
 SERVERS = {
     "llama-server, f16, two slots": Said(
@@ -272,6 +278,19 @@ WARNING 11-21 13:25:36 [vllm.py:725] Model Runner V2 requires Triton; using the 
         False,
         {"prefix caching": "True", "chunked prefill": "True", "CUDA graphs": "NONE", "speculative decoding": "None"}
         | {"model runner": "V1", "dtype": "bfloat16", "quantization": "None"},
+    ),
+    "vLLM, with a pool whose blocks its user set": Said(
+        "vllm",
+        """\
+(EngineCore pid=9933) INFO 11-29 22:00:36 [kv_cache_utils.py:2619] Overriding num_gpu_blocks=1456 with \
+num_gpu_blocks_override=72
+(EngineCore pid=9933) INFO 11-29 22:00:36 [kv_cache_utils.py:2327] CPU KV cache size: 2,304 tokens, Maximum
+""",
+        {"kv_dtype": "auto", "kv_tokens": 2304, "kv_bytes": 1 << 30, "block_size": 32}
+        | {"blocks_set": 72, "blocks_fit": 1456},
+        False,
+        {"prefix caching": "True"},
+        {"/metrics": VLLM_PRESSED},
     ),
     "vLLM on GPUs, as users posted": Said(
         "vllm",
