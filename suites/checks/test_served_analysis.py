@@ -244,3 +244,13 @@ def test_whether_prompts_were_cold(tmp_path, counters, features, warm, perhaps):
     ]
     [base] = told(run([*probes, *records], tmp_path))
     assert (base.warm, base.perhaps_warm) == (warm, perhaps)
+
+
+def test_an_arm_without_a_whole_block_failed_only_where_a_request_did(tmp_path):
+    """An interrupted run said FAILED of a speed of which it had no block."""
+    known = {"expected": {"blocks": 3}}
+    cut = [r for r in both({"baseline": 1.0, "m": 1.0}, blocks=1) if not (r.method == "m" and r.leg == 1)]
+    assert speeds(run(cut, tmp_path, **known), Margins()).lost == [("m", "missing")]
+    for arm in ("m", "baseline"):
+        fell = [replace(r, status="failed") if r.method == arm and r.sample == "s0" else r for r in cut]
+        assert speeds(run(fell, tmp_path, **known), Margins()).lost == [("m", "failed")]
