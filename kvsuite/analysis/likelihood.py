@@ -13,8 +13,10 @@ from kvsuite.columns import Key
 
 Logs = Mapping[Key, Sequence[float]]
 """By sample, the log-probability of every token of an answer, nats."""
-SHORT = 16
-"""Tokens from which a part of an answer tells anything."""
+SHORT = 8
+"""Tokens from which an answer tells anything: an answer to a needle has some 15."""
+PART = 16
+"""Tokens from which a part of one does."""
 TIMES, LEAST = 2.0, 4.0
 """A part is unlikely at so many times the nats a token of the baseline's upper quartile, and at so many at least.
 Chosen before any fault was planted; what they find: ``python -m suites.checks.signs``."""
@@ -26,7 +28,7 @@ def surprise(logs: Logs, keys: Sequence[Key]) -> Floats:
     found = np.full((len(keys), 3), np.nan)
     for at, key in enumerate(keys):
         own = np.asarray(logs.get(key, ()), np.float64)
-        parts = np.array_split(-own, min(len(own) // SHORT, 3)) if len(own) >= SHORT else []
+        parts = np.array_split(-own, min(max(len(own) // PART, 1), 3)) if len(own) >= SHORT else []
         means = [float(part.mean()) for part in parts]
         if means:
             found[at] = thirds(means, np.nan)

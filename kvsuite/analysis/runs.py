@@ -168,8 +168,13 @@ def speeds(run: Run, margins: Margins) -> Fast:
             for row in judged
             if "tpot" in row.ratios and row.method not in unknown
         ]
-        lost: list[tuple[str, State]] = [(row.method, "failed") for row in judged if "tpot" not in row.ratios]
-        lost += [(row.method, "cannot tell") for row in judged if row.method in unknown and "tpot" in row.ratios]
+        fell = {row.method for row in served if row.cell == last and row.failed}
+        lost: list[tuple[str, State]] = []
+        for row in judged:
+            if "tpot" not in row.ratios:
+                lost.append((row.method, "failed" if fell & {row.method, run.baseline} else "missing"))
+            elif row.method in unknown:
+                lost.append((row.method, "cannot tell"))
         return Fast(found, lost, last)
     rows = [row for row in speed_rows([r for r in run.records if isinstance(r, Timing)]) if row.phase == "decode"]
     rows = [row for row in rows if row.method != "transformers" and not run.is_control(row.method)]

@@ -330,8 +330,10 @@ def proven(facts: Mapping[str, Any], base: Mapping[str, Any]) -> str:
         return ""
     mine, theirs = (_per_token(f) for f in (facts, base))
     if mine and theirs and theirs / mine >= ENOUGH:
-        return f"{mine:,.0f} bytes a token, the baseline {theirs:,.0f}"
-    tokens, before = facts.get("kv_tokens"), base.get("kv_tokens")
+        said = all(f.get("kv_bytes_per_token") for f in (facts, base))
+        how = "" if said else ", derived: the bytes of a pool over the tokens that fit into it"
+        return f"{mine:,.0f} bytes a token, the baseline {theirs:,.0f}{how}"
+    tokens, before = (None if f.get("blocks_set") else f.get("kv_tokens") for f in (facts, base))
     if mine is None and tokens and before and tokens / before >= ENOUGH:  # in what memory, it does not say
         return f"room for {tokens:,} tokens, the baseline's server for {before:,}"
     return str(facts.get("proof", ""))
@@ -341,6 +343,8 @@ def _per_token(facts: Mapping[str, Any]) -> float | None:
     given, size, tokens = (facts.get(name) for name in ("kv_bytes_per_token", "kv_bytes", "kv_tokens"))
     if given:
         return float(given)
+    if facts.get("blocks_set"):  # its user chose how many tokens fit, in whatever bytes
+        tokens = facts.get("blocks_fit", 0) * facts.get("block_size", 0)
     return size / tokens if size and tokens else None
 
 

@@ -27,6 +27,8 @@ FATAL: tuple[Kind, ...] = ("BROKEN", "FAILED", "DIFFERS")
 """Kinds that end a run with an error, unless its user wants otherwise."""
 TESTED = frozenset({"cache eviction", "sparse attention", "kv_cache_dtype", "kv_dtype"})
 """Features by which a cache is compressed: a comparison is about these."""
+WEIGHTS = frozenset({"model", "dtype", "quantization", "inference precision"})
+"""Features that make it another model, or other numbers of the same: what differs need not be the cache's doing."""
 OPEN: tuple[Kind, ...] = ("NOT SHOWN", "COULD NOT TELL")
 """Kinds of checks that did not decide."""
 ANSWERS = frozenset({"quality", "broken", "length", "truncation"})
@@ -407,10 +409,10 @@ def _features(s: ServerReport) -> Iterator[Outcome]:
             says = f"it does not say, the baseline: {theirs}" if mine is None else f"{mine}, the baseline does not say"
             yield Outcome(s.method, "features", "COULD NOT TELL", f"{name}: {says}")
             continue
-        model = name == "model"
-        more = "; serve one model under one name (--served-model-name)" if model else ""
+        more = "; serve one model under one name (--served-model-name)" if name == "model" else ""
         text = f"{name}: {mine} (baseline: {theirs}){more}"
-        yield Outcome(s.method, "features", "DIFFERS", text, ALL if model else NOTHING, tested=name in TESTED)
+        hides = ALL if name in WEIGHTS else NOTHING
+        yield Outcome(s.method, "features", "DIFFERS", text, hides, tested=name in TESTED)
 
 
 def _restarted(s: ServerReport) -> Outcome:

@@ -40,16 +40,20 @@ class Scoring:
         return base.prompt_ids if base else []
 
     async def score(self, baseline: Server, record: Callable[[Scored], None]) -> None:
-        """One record an answer, all arms of a sample before the next one, as long as the budget lasts. An answer that
-        has none ends it: a server that cannot say it once cannot say it at all."""
+        """One record an answer, all arms of a sample before the next one, as long as the budget lasts; what several
+        arms answered to the letter is read once. An answer that has none ends it: a server that cannot say it once
+        cannot say it at all."""
         end = time.monotonic() + BUDGET
         for task, sample in self.asked:
             if time.monotonic() > end:
                 return
+            known: dict[tuple[int, ...], list[float]] = {}
             for arm, reply in self._said[task, sample].items():
+                ids = tuple(reply.ids)
                 try:
-                    logs = await baseline.likelihoods(self._prompt((task, sample)), reply.ids)
+                    if ids not in known:
+                        known[ids] = await baseline.likelihoods(self._prompt((task, sample)), ids)
                 except (UsageError, OSError) as error:
                     record(Scored(arm, "failed", str(error), task=task, sample=sample))
                     return
-                record(Scored(arm, task=task, sample=sample, logs=[round(x, 4) for x in logs]))
+                record(Scored(arm, task=task, sample=sample, logs=[round(x, 4) for x in known[ids]]))

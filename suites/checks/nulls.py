@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import random
 from dataclasses import replace
-from pathlib import Path
 
 from kvsuite.analysis import validity
 from kvsuite.analysis.tables.verdicts import verdicts
@@ -87,9 +86,13 @@ def main() -> None:
     line = (
         f"Of {PAIRS} servers beside themselves {len(found)} had a false alarm; {ALLOWED} are allowed{by and f': {by}'}."
     )
-    text, _, _ = Path(DOCUMENT).read_text().partition(MARK)
-    Path(DOCUMENT).write_text(f"{text.rstrip()}\n\n{MARK}\n\n{line}\n")
+    DOCUMENT.write_text(placed(DOCUMENT.read_text(), line))
     print(line)
+
+
+def placed(text: str, line: str) -> str:
+    """The document with this line behind the mark, and nothing else there."""
+    return f"{text.partition(MARK)[0].rstrip()}\n\n{MARK}\n\n{line}\n"
 
 
 if __name__ == "__main__":

@@ -76,6 +76,12 @@ vllm:cache_config_info{_block_size_resolved="True",block_size="128",cache_dtype=
 engine="0",kv_cache_dtype_skip_layers="[]",kv_cache_memory_bytes="1073741824",kv_cache_size_tokens="93184",\
 num_cpu_blocks="None",num_gpu_blocks="728"} 1.0
 """
+VLLM_PRESSED = (
+    VLLM_METRICS.replace("fp8_e4m3", "auto")
+    .replace('"128"', '"32"')
+    .replace('"93184"', '"2304"')
+    .replace('num_gpu_blocks="728"', 'num_gpu_blocks="72",num_gpu_blocks_override="72"')
+)
 
 SERVERS = {
     "llama-server, f16, two slots": Said(
@@ -261,7 +267,9 @@ Cache type: static, cache usage: 18.6% of 1022.4 MB;
         """\
 (APIServer pid=9872) INFO 11-21 13:25:18 [api_utils.py:347] version 0.32.0
 (EngineCore pid=9933) INFO 11-21 13:25:36 [core.py:133] Initializing a V1 LLM engine (v0.32.0) with config: \
-speculative_config=None, kv_cache_dtype=auto, device_config=cpu, enable_prefix_caching=True, \
+model='m', speculative_config=None, tokenizer='m', trust_remote_code=False, dtype=torch.bfloat16, max_seq_len=4096, \
+disable_custom_all_reduce=True, quantization=None, quantization_config=None, enforce_eager=True, \
+kv_cache_dtype=auto, device_config=cpu, enable_prefix_caching=True, \
 enable_chunked_prefill=True, compilation_config={'cudagraph_mode': <CUDAGraphMode.NONE: 0>}
 (EngineCore pid=9933) INFO 11-21 13:25:58 [kv_cache_utils.py:2327] CPU KV cache size: 46,592 tokens, Maximum
 WARNING 11-21 13:25:36 [vllm.py:725] Model Runner V2 requires Triton; using the V1 model runner instead.
@@ -269,7 +277,20 @@ WARNING 11-21 13:25:36 [vllm.py:725] Model Runner V2 requires Triton; using the 
         {"version": "0.32.0", "kv_dtype": "auto", "kv_tokens": 46592},
         False,
         {"prefix caching": "True", "chunked prefill": "True", "CUDA graphs": "NONE", "speculative decoding": "None"}
-        | {"model runner": "V1"},
+        | {"model runner": "V1", "dtype": "bfloat16", "quantization": "None"},
+    ),
+    "vLLM, with a pool whose blocks its user set": Said(
+        "vllm",
+        """\
+(EngineCore pid=9933) INFO 11-29 22:00:36 [kv_cache_utils.py:2619] Overriding num_gpu_blocks=1456 with \
+num_gpu_blocks_override=72
+(EngineCore pid=9933) INFO 11-29 22:00:36 [kv_cache_utils.py:2327] CPU KV cache size: 2,304 tokens, Maximum
+""",
+        {"kv_dtype": "auto", "kv_tokens": 2304, "kv_bytes": 1 << 30, "block_size": 32}
+        | {"blocks_set": 72, "blocks_fit": 1456},
+        False,
+        {"prefix caching": "True"},
+        {"/metrics": VLLM_PRESSED},
     ),
     "vLLM on GPUs, as users posted": Said(
         "vllm",

@@ -1,6 +1,7 @@
 """What each sign of garbage is worth: ``python -m suites.checks.signs`` plants faults into recorded answers
 (`planted`), lets the model that gave them say how likely every token is, and writes into docs/servers.md how often each
-sign finds the fault, and how often it is seen where there is none. Some 6 minutes of one core.
+sign finds the fault, and how often it is seen where there is none. Some 6 minutes of one core. ``… signs 12`` does it
+with answers of at most 12 tokens, and prints alone.
 
 The answers are those of SmolLM2-135M at temperature 1 to MT-Bench's prompts, of at most 96 tokens. The model reads
 them as a baseline's server would: prompt and answer at once, uncompressed.
@@ -11,6 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import random
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -18,6 +20,7 @@ from typing import Any
 
 from kvsuite.analysis.serving import checks
 from kvsuite.records import Record, Run, Scored, Served
+from suites.checks import nulls
 from suites.checks.planted import AGAIN, BASE, ROOT, M, cut, noisy, probes, recorded, run, served
 from suites.checks.test_planted import german, salad
 
@@ -92,11 +95,11 @@ Known = dict[str, list[tuple[Served, list[float]]]]
 """By fault, every prompt's answer and how likely its tokens are; ``sane 0`` to ``sane 3`` have none."""
 
 
-def known() -> Known:
-    """Everything that draws are made of."""
+def known(cap: int) -> Known:
+    """Everything that draws are made of; ``cap``: tokens of an answer."""
     found: Known = {}
     for k in range(4):
-        answers = [served(M, at, cut(answers[k], CAP), cap=CAP) for at, answers in enumerate(recorded()[:KNOWN])]
+        answers = [served(M, at, cut(answers[k], cap), cap=cap) for at, answers in enumerate(recorded()[:KNOWN])]
         found[f"sane {k}"] = [(r, likelihoods(at, r.text)) for at, r in enumerate(answers)]
     for fault, make in FAULTS.items():
         rng = random.Random(fault)
@@ -128,9 +131,9 @@ def shown(runs: Iterable[Run]) -> Counter[str]:
     return found
 
 
-def main() -> None:
-    """Count, and write it down."""
-    there, columns = known(), (*SIGNS, "any")
+def main(cap: int = 0) -> None:
+    """Count, and write it down, unless it is with another ``cap``."""
+    there, columns = known(cap or CAP), (*SIGNS, "any")
     rows = [("planted, % of draws found", *columns), ("---", *["---:"] * len(columns))]
     for fault, share in itertools.product(FAULTS, SHARES):
         found = shown(drawn(there, fault, share, seed) for seed in range(DRAWS))
@@ -139,10 +142,20 @@ def main() -> None:
     found = shown(drawn(there, "", 0, seed) for seed in range(NULLS))
     rows.append((f"nothing ({NULLS} draws)", *(f"{100 * found[name] / NULLS:.1f}" for name in columns)))
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    before, _, after = DOCUMENT.read_text().partition(MARK)
-    DOCUMENT.write_text(f"{before}{MARK}\n\n{table}\n\n{END}{after.partition(END)[2]}")
+    if not cap:
+        DOCUMENT.write_text(placed(DOCUMENT.read_text(), table))
     print(table)
 
 
+def placed(text: str, table: str) -> str:
+    """The document with this table between its two marks. Raises ValueError where they are not there, in this order:
+    `nulls` rewrites all that stands behind its own."""
+    before, mark, after = text.partition(MARK)
+    _, end, rest = after.partition(END)
+    if not (mark and end) or nulls.MARK in before:
+        raise ValueError(f"the document has no {MARK} with its {END} above what python -m suites.checks.nulls writes")
+    return f"{before}{MARK}\n\n{table}\n\n{END}{rest}"
+
+
 if __name__ == "__main__":
-    main()
+    main(*map(int, sys.argv[1:]))

@@ -9,12 +9,14 @@ import pytest
 
 from kvsuite.analysis.likelihood import surprise, unlikely
 from kvsuite.analysis.serving import checks
+from kvsuite.analysis.tables import servers
 from kvsuite.engines.openai import Client
 from kvsuite.engines.request import Ask, Reply
 from kvsuite.errors import UsageError
 from kvsuite.plugin import scoring
 from kvsuite.records import Scored
-from suites.checks.planted import AGAIN, BASE, M, chats, probes, run, said
+from suites.checks import nulls, signs
+from suites.checks.planted import AGAIN, BASE, M, chats, needles, probes, run, said
 from suites.checks.scripted import Server, answer
 
 HELLO = ({"role": "user", "content": "hello there"},)
@@ -77,8 +79,11 @@ def test_all_arms_of_a_sample_come_before_the_next(monkeypatch):
     baseline = Baseline()
     found = scored(baseline, *replies, (M, Reply("alone", ids=[1])), (BASE, Reply("failed", ids=[1], error="x")))
     assert [(r.method, r.sample) for r in found] == [(arm, name) for name in ("short", "long") for arm in (BASE, M)]
-    assert [len(prompt) for prompt, _ in baseline.asked] == [2, 2, 9, 9], "the baseline's prompt for all"
+    assert [len(prompt) for prompt, _ in baseline.asked] == [2, 9], "the baseline's prompt for all, each answer once"
     assert {tuple(r.logs) for r in found} == {(-0.1235,) * 4}
+    other = Baseline()
+    scored(other, *replies, (AGAIN, Reply("short", ids=[1] * 3)))
+    assert [len(ids) for _, ids in other.asked] == [4, 3, 4], "another answer to one prompt is read, too"
     monkeypatch.setattr(scoring, "BUDGET", -1.0)
     assert scored(Baseline(), *replies) == []
 
@@ -92,16 +97,16 @@ def test_a_baseline_that_fails_once_is_asked_no_more():
 
 def test_parts_of_an_answer():
     logs = {("chat", "a"): [-1.0] * 16 + [-9.0] * 16 + [-2.0] * 16, ("chat", "b"): [-1.0] * 20 + [-3.0] * 20}
-    logs |= {("chat", "c"): [-5.0] * 31, ("chat", "d"): [-5.0] * 15}
+    logs |= {("chat", "c"): [-5.0] * 31, ("chat", "d"): [-5.0] * 8, ("chat", "f"): [-5.0] * 7}
     found = surprise(logs, [*logs, ("chat", "e")])
     assert found[:3].tolist()[0] == [1, 9, 2]
     np.testing.assert_array_equal(found[1], [1, np.nan, 3])
-    assert found[2].tolist() == [5, 5, 5]
-    assert np.isnan(found[3:]).all()
+    assert found[2:4].tolist() == [[5, 5, 5]] * 2
+    assert np.isnan(found[4:]).all()
     own, other = unlikely(np.array([[1.0, 1, 1]] * 8), np.array([[1.0, 3.9, 4.1]] * 8))
     assert not own.any()
     assert other.all(0).tolist() == [False, False, True]
-    assert not np.any(unlikely(found[3:], found[:2]))
+    assert not np.any(unlikely(found[4:], found[:2]))
 
 
 def comparison(n=32, share=1.0, end=False, seed=0, arms=(BASE, AGAIN, M), floor=0.0):
@@ -139,9 +144,44 @@ def test_what_it_finds_likely_or_does_not_know_is_not():
         assert not checks(found)[M].broken
 
 
+def test_a_report_says_how_much_was_read():
+    found, known = comparison(), "said how likely the answers are (the sign likelihood)"
+    read = [r for r in found.records if not (isinstance(r, Scored) and r.sample > "c3")]
+    for more, end in (([], "."), ([Scored(M, "failed", "HTTP 400: no")], ": HTTP 400: no.")):
+        [table] = servers.served(run(read, more))
+        notes = [note.text for note in table.notes if "likelihood" in note.text]
+        assert notes == [f"The baseline's server {known} to 24 of the 32 prompts of tasks{end}"]
+    [table] = servers.served(run([r for r in read if not isinstance(r, Scored)]))
+    assert not [note for note in table.notes if "likelihood" in note.text]
+
+
 def test_short_answers_are_told_by_it():
-    """Fewer than 100 characters tell no language; 16 tokens are enough here."""
+    """Fewer than 100 characters tell no language; 8 tokens are enough here."""
     texts = chats(n=40, cap=20)
     assert checks(run(probes(), texts))[M].told < 40
-    logs = [Scored(r.method, task=r.task, sample=r.sample, logs=[-1.5] * 20) for r in texts]
+    logs = [Scored(r.method, task=r.task, sample=r.sample, logs=[-1.5] * 8) for r in texts]
     assert checks(run(probes(), texts, logs))[M].told == 40
+
+
+def test_garbage_in_short_answers_is_found_by_it():
+    """As turboquant on vLLM's CPU build gave it: needles in 15 tokens, and noise up to the cap of 24."""
+    texts = needles(n=32)
+    nats = {BASE: [-0.2] * 15, AGAIN: [-0.2] * 15, M: [-7.3] * 24}
+    found = run(probes(), texts, [Scored(r.method, task=r.task, sample=r.sample, logs=nats[r.method]) for r in texts])
+    assert (sign(found).n, sign(found).count, sign(found).failed) == (32, 32, True)
+
+
+def test_what_two_commands_write_into_one_document_stays():
+    text = f"Before.\n\n{signs.MARK}\n{signs.END}\n\nBetween.\n\n{nulls.MARK}\n\nOld.\n"
+    both = f"Before.\n\n{signs.MARK}\n\n| t |\n\n{signs.END}\n\nBetween.\n\n{nulls.MARK}\n\nNew.\n"
+    assert nulls.placed(signs.placed(text, "| t |"), "New.") == both
+    assert signs.placed(nulls.placed(text, "New."), "| t |") == both
+    assert nulls.placed(signs.placed(both, "| t |"), "New.") == both
+    for wrong in (
+        text.replace(signs.END, ""),
+        text.replace(signs.MARK, ""),
+        f"{nulls.MARK}\n{signs.MARK}\n{signs.END}",
+    ):
+        with pytest.raises(ValueError, match="above what"):
+            signs.placed(wrong, "| t |")
+    signs.placed(signs.DOCUMENT.read_text(), "| t |")

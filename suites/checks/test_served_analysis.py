@@ -134,11 +134,13 @@ def test_goodput_where_nothing_was_answered(tmp_path):
 
 
 FP8 = {"compressed": True, "kv_dtype": "fp8"}
+SET = {"blocks_set": 2}
+"""Its user chose the size of the pool."""
 PROOFS = [
     (
         FP8 | {"kv_tokens": 200, "kv_bytes": 1000},
         {"kv_tokens": 100, "kv_bytes": 1000},
-        "5 bytes a token, the baseline 10",
+        "5 bytes a token, the baseline 10, derived: the bytes of a pool over the tokens that fit into it",
     ),
     (FP8 | {"kv_tokens": 200, "kv_bytes": 2000}, {"kv_tokens": 100, "kv_bytes": 1000}, ""),
     (FP8 | {"kv_tokens": 200}, {"kv_tokens": 100}, "room for 200 tokens, the baseline's server for 100"),
@@ -147,6 +149,13 @@ PROOFS = [
     ({"compressed": None, "kv_tokens": 200}, {"kv_tokens": 100}, ""),
     (FP8 | {"kv_bytes_per_token": 5}, {"kv_bytes_per_token": 10}, "5 bytes a token, the baseline 10"),
     (FP8, {}, ""),
+    (FP8 | SET | {"kv_tokens": 200}, {"kv_tokens": 100}, ""),
+    (FP8 | {"kv_tokens": 200, "kv_bytes": 2000}, SET | {"kv_tokens": 20, "kv_bytes": 2000}, ""),
+    (
+        FP8 | SET | {"kv_tokens": 64, "kv_bytes": 1600, "block_size": 32, "blocks_fit": 10},
+        SET | {"kv_tokens": 64, "kv_bytes": 1600, "block_size": 32, "blocks_fit": 5},
+        "5 bytes a token, the baseline 10, derived: the bytes of a pool over the tokens that fit into it",
+    ),
 ]
 
 
@@ -235,3 +244,13 @@ def test_whether_prompts_were_cold(tmp_path, counters, features, warm, perhaps):
     ]
     [base] = told(run([*probes, *records], tmp_path))
     assert (base.warm, base.perhaps_warm) == (warm, perhaps)
+
+
+def test_an_arm_without_a_whole_block_failed_only_where_a_request_did(tmp_path):
+    """An interrupted run said FAILED of a speed of which it had no block."""
+    known = {"expected": {"blocks": 3}}
+    cut = [r for r in both({"baseline": 1.0, "m": 1.0}, blocks=1) if not (r.method == "m" and r.leg == 1)]
+    assert speeds(run(cut, tmp_path, **known), Margins()).lost == [("m", "missing")]
+    for arm in ("m", "baseline"):
+        fell = [replace(r, status="failed") if r.method == arm and r.sample == "s0" else r for r in cut]
+        assert speeds(run(fell, tmp_path, **known), Margins()).lost == [("m", "failed")]

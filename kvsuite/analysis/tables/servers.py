@@ -11,7 +11,7 @@ from kvsuite.analysis.shortfall import interrupted
 from kvsuite.analysis.table import Cell, Column, Note, Row, Severity, State, Table, errors, infos, span
 from kvsuite.analysis.tables.shared import failed
 from kvsuite.analysis.validity import OPEN, Kind, left_out, outcomes, unranked
-from kvsuite.records import Run
+from kvsuite.records import Run, Scored, Served
 
 
 def headlines(run: Run) -> list[Table]:
@@ -179,8 +179,23 @@ def served(run: Run) -> list[Table]:
         notes.append(
             f"The client sent a request up to {1e3 * late:.0f} ms late: the load was not quite the one asked for."
         )
+    notes += _read(run)
     rows = [Row((server.method,), _said(server)) for server in found]
     return [Table("servers", "what was served", ("arm",), columns, rows, infos(notes))]
+
+
+def _read(run: Run) -> list[str]:
+    """Of how many prompts the baseline's server said how likely the answers are, and why of no more."""
+    found = [r for r in run.records if isinstance(r, Scored)]
+    if not found:
+        return []
+    read = len({(r.task, r.sample) for r in found if r.method == run.baseline and r.status == "ok"})
+    answered = {
+        (r.task, r.sample) for r in run.records if isinstance(r, Served) and r.method == run.baseline and r.task
+    }
+    failed = next((f": {r.error}" for r in found if r.status != "ok"), "")
+    said = "said how likely the answers are (the sign likelihood)"
+    return [f"The baseline's server {said} to {read} of the {len(answered)} prompts of tasks{failed}."]
 
 
 def _said(server: ServerReport) -> dict[str, Cell]:
