@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from kvsuite import disk
 from kvsuite.analysis.benchmark import Scored, Selection, Votes, family, score
 from kvsuite.analysis.resample import DRAWS
 from kvsuite.analysis.samples import Broken, same_answers
@@ -112,17 +113,20 @@ def write(folder: Path, benchmark: Benchmark, texts: Mapping[Key, Mapping[str, A
 def read(folder: Path) -> Benchmark:
     """What `write` wrote. Raises UsageError, naming the file, for what is none or is not whole."""
     try:
-        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        lines = (folder / ROWS).read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
+        facts = disk.parsed(disk.text(folder / FACTS))
+        version, jurors, quorum = (facts[name] for name in ("version", "jurors", "quorum"))
+    except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{str(folder)!r} is not a negative benchmark: {error}") from error
-    if facts.get("version") != VERSION:
-        raise UsageError(f"{folder} is a negative benchmark of version {facts.get('version')}, not {VERSION}")
+    if version != VERSION:
+        raise UsageError(f"{folder} is a negative benchmark of version {version}, not {VERSION}")
+    named = isinstance(jurors, list) and all(isinstance(name, str) for name in jurors)
+    if not named or type(quorum) is not int or not 1 <= quorum <= len(jurors):
+        raise UsageError(f"{folder / FACTS}: jurors are names, and the quorum is one of their numbers")
     builder, fell, hashes = ArmBuilder(str(folder)), list[set[str]](), dict[Key, str]()
-    for number, line in enumerate(filter(None, lines), start=1):
+    for number, line in disk.lines(folder / ROWS):
         where = f"{folder / ROWS} line {number}"
         try:
-            row = json.loads(line)
+            row = disk.parsed(line)
             task, sample, names, hashed = row["task"], row["id"], set(row["fell"]), row["prompt_hash"]
             figures = {"score": row["baseline_score"], "text": row["baseline_answer"]}
             builder.add(where, task, sample, cluster=row["cluster"], type=row["type"], **figures)
@@ -130,8 +134,8 @@ def read(folder: Path) -> Benchmark:
             raise UsageError(f"{where} is no sample of a benchmark: {error}") from error
         fell.append(names)
         hashes[task, str(sample)] = hashed
-    votes = Votes(builder.arm(), {name: np.array([name in names for names in fell]) for name in facts["jurors"]})
-    return Benchmark(votes, facts["quorum"], facts, hashes)
+    votes = Votes(builder.arm(), {name: np.array([name in names for names in fell]) for name in jurors})
+    return Benchmark(votes, quorum, facts, hashes)
 
 
 @dataclass(frozen=True)
