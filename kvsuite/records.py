@@ -617,7 +617,7 @@ FACTS: Shape = {
         "kv_dtype?": str, "dtype_reason?": str, "tensor_parallel?": int,
     },
     "model": {"name": str, "fingerprint?": str},
-    "finished?": str,
+    "finished?": str | None,
     "resumed?": str,
     "baseline?": str,
     "controls?": list[str],

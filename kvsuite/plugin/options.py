@@ -350,7 +350,7 @@ def _references(value: Any) -> tuple[float, ...]:
 def _number(key: str, value: Any) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         number = math.nan
     if not 0 <= number < math.inf:
         raise UsageError(f"--kv-{key} must be a number of at least 0, not {str(value)!r}")

@@ -1,5 +1,6 @@
 """What others wrote cannot harm whoever reads it: `suites.robustness.hostile` in short, and what none of ours does."""
 
+import re
 import struct
 import subprocess
 import sys
@@ -28,13 +29,13 @@ def test_hostile_input_ends_well_or_in_a_sentence(target):
     assert found.refused < found.inputs or not target.taken, "a valid input is taken"
 
 
-NEVER = ("trust_remote_code", "allow_pickle", "torch.load(")
-"""Words of libraries' ways to run what is read; ruff knows the others (S in pyproject.toml)."""
+NEVER = re.compile(r"trust_remote_code(?!=False)|allow_pickle|torch\.load\(")
+"""Libraries' ways to run what is read; ruff knows the others (S in pyproject.toml)."""
 
 
 def test_no_source_runs_what_it_reads():
     sources = sorted((ROOT / "kvsuite").rglob("*.py"))
-    assert [(file, word) for file in sources for word in NEVER if word in file.read_text()] == []
+    assert [file for file in sources if NEVER.search(file.read_text())] == []
 
 
 @pytest.mark.parametrize(
