@@ -122,7 +122,10 @@ def _kill(world: Path, folder: Path, way: str, whole: Whole, dice: random.Random
         process.join()
         return phase if workers else ""
     if process.is_alive():
-        os.killpg(process.pid, signal.SIGKILL)
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:  # it has no group of its own yet, nor children
+            process.kill()
         process.join()
         return phase
     process.join()
