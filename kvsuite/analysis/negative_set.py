@@ -21,6 +21,7 @@ from kvsuite.columns import Arm, ArmBuilder, Key, align
 from kvsuite.errors import UsageError, unknown
 from kvsuite.readers.run import answers, arms
 from kvsuite.records import Answer, Run
+from kvsuite.typed import amiss
 
 ROWS, FACTS = "negatives.jsonl", "benchmark.json"
 VERSION = 1
@@ -114,14 +115,13 @@ def read(folder: Path) -> Benchmark:
     """What `write` wrote. Raises UsageError, naming the file, for what is none or is not whole."""
     try:
         facts = disk.parsed(disk.text(folder / FACTS))
-        version, jurors, quorum = (facts[name] for name in ("version", "jurors", "quorum"))
+        version = facts["version"]
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{str(folder)!r} is not a negative benchmark: {error}") from error
     if version != VERSION:
         raise UsageError(f"{folder} is a negative benchmark of version {version}, not {VERSION}")
-    named = isinstance(jurors, list) and all(isinstance(name, str) for name in jurors)
-    if not named or type(quorum) is not int or not 1 <= quorum <= len(jurors):
-        raise UsageError(f"{folder / FACTS}: jurors are names, and the quorum is one of their numbers")
+    if said := amiss(facts, {"jurors": list[str], "quorum": int | None}, whole=True):
+        raise UsageError(f"{folder / FACTS} is not whole: {said}")
     builder, fell, hashes = ArmBuilder(str(folder)), list[set[str]](), dict[Key, str]()
     for number, line in disk.lines(folder / ROWS):
         where = f"{folder / ROWS} line {number}"
@@ -134,8 +134,8 @@ def read(folder: Path) -> Benchmark:
             raise UsageError(f"{where} is no sample of a benchmark: {error}") from error
         fell.append(names)
         hashes[task, str(sample)] = hashed
-    votes = Votes(builder.arm(), {name: np.array([name in names for names in fell]) for name in jurors})
-    return Benchmark(votes, quorum, facts, hashes)
+    votes = Votes(builder.arm(), {name: np.array([name in names for names in fell]) for name in facts["jurors"]})
+    return Benchmark(votes, facts["quorum"], facts, hashes)
 
 
 @dataclass(frozen=True)
