@@ -273,7 +273,7 @@ def _report(asked: argparse.Namespace) -> None:
         raise UsageError(
             f"--html writes a page to standard output: kvsuite report --html {asked.folders[0]} > report.html"
         )
-    reports = [analyse(records.read(Path(folder))) for folder in asked.folders]
+    reports = [analyse(records.whole(Path(folder))) for folder in asked.folders]
     report = reports[0]
     if asked.html:
         sys.stdout.buffer.write(html.render(reports).encode(errors="replace"))

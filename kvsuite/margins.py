@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from kvsuite.errors import UsageError, unknown
 
@@ -36,6 +37,14 @@ class Margins:
     def names(cls) -> list[str]:
         """The endpoints that have a margin."""
         return [f.name for f in fields(cls) if f.name != "veto"]
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> Margins:
+        """Those of a run, from its ``run.json``. Raises UsageError."""
+        given = facts.get("margins", {})
+        if strange := given.keys() - {*cls.names(), "veto"}:
+            raise unknown("margin", min(strange), [*cls.names(), "veto"])
+        return cls(**given)
 
     @classmethod
     def parse(cls, text: str) -> Margins:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import json
 import os
 import re
 import shutil
@@ -18,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kvsuite import configs, environment, shapes
+from kvsuite import configs, disk, environment, shapes
 from kvsuite.errors import UsageError
 
 
@@ -149,7 +148,7 @@ def located(model: Path, file: str = "") -> Path:
     """Where a model is: the folder (or file) of that path, else the cached snapshot of Hugging Face's hub of that name.
     What is not in the cache yet is fetched: ``file``, or all that the model needs. Raises UsageError, one sentence."""
     name = model.as_posix()
-    if shapes.is_shape(model) or model.exists() or not HUB_NAME.fullmatch(name):
+    if shapes.is_shape(model) or disk.is_there(model) or not HUB_NAME.fullmatch(name):
         return model
     try:
         from huggingface_hub import constants, hf_hub_download, snapshot_download
@@ -175,6 +174,22 @@ def located(model: Path, file: str = "") -> Path:
     return folder
 
 
+HEADER = 100_000_000
+"""Bytes of a safetensors header, as the library has it."""
+PLAIN = re.compile(r"[^/\\\0]{1,255}")
+"""The name of a file in the same folder."""
+
+
+def _json(file: Path) -> Any:
+    """Raises UsageError where it is none."""
+    try:
+        return disk.parsed(disk.text(file))
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise UsageError(f"{str(file)!r} is not JSON: {error}") from error
+
+
 def fingerprint(folder: Path) -> str:
     """Of a model folder's weights and configuration, or of a shape."""
     if shapes.is_shape(folder):
@@ -190,7 +205,7 @@ def model_limit(model: Path) -> int | None:
     """The context length of a model folder, or of a model on the hub, read from its config without loading anything.
     Raises UsageError as `model_config`. A shape has no limit."""
     limit = configs.text_part(model_config(model)).get("max_position_embeddings")
-    if limit is not None and not isinstance(limit, int):
+    if limit is not None and type(limit) is not int:
         raise UsageError(
             f"{str(model / 'config.json')!r} says max_position_embeddings is {limit!r}, which is no number"
         )
@@ -212,10 +227,7 @@ def model_config(model: Path) -> dict[str, Any]:
     if not config.is_file() or (folder == model and not _weights(folder)):
         lacks = "weights (*.safetensors)" if config.is_file() else "config.json"
         raise UsageError(f"{str(folder)!r} is not a model folder: it has no {lacks}")
-    try:
-        found = json.loads(config.read_text())
-    except ValueError as error:
-        raise UsageError(f"{str(config)!r} is not JSON: {error}") from error
+    found = _json(config)
     if not isinstance(found, dict) or ("text_config" in found and not isinstance(found["text_config"], dict)):
         raise UsageError(f"{str(config)!r} is not a model's configuration")
     return found
@@ -225,18 +237,25 @@ def check_whole(folder: Path) -> None:
     """UsageError where a file of weights that the index names is not there, or is cut off."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        for name in sorted({*json.loads(index.read_text()).get("weight_map", {}).values()}):
-            if not (folder / name).is_file():
+        named = _json(index)
+        files = named.get("weight_map", {}) if isinstance(named, dict) else None
+        if not isinstance(files, dict) or not all(isinstance(x, str) and PLAIN.fullmatch(x) for x in files.values()):
+            raise UsageError(f"{str(index)!r} does not say which of the folder's files hold the weights")
+        for name in sorted({*files.values()}):
+            if not disk.is_there(folder / name):
                 raise UsageError(f"{str(folder)!r} has no {name}, which its {index.name} names")
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             size = file.stat().st_size - 8 - length
             try:
-                header: Any = json.loads(opened.read(length)) if size >= 0 else None
+                header: Any = disk.parsed(opened.read(length)) if 0 <= length <= HEADER and size >= 0 else None
                 ends = [x["data_offsets"][1] for name, x in header.items() if name != "__metadata__"]
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                whole = all(type(end) is int for end in ends)
+            except (AttributeError, LookupError, TypeError, ValueError) as error:
                 raise UsageError(f"{str(file)!r} is no file of weights") from error
+        if not whole:
+            raise UsageError(f"{str(file)!r} is no file of weights")
         if size != max(ends, default=0):
             raise UsageError(f"{str(file)!r} is damaged: it holds {size} bytes of weights, not {max(ends, default=0)}")
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
+import typing
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
+from kvsuite import disk
 from kvsuite.environment import scrub
-from kvsuite.errors import UsageError
+from kvsuite.errors import UsageError, printable
+from kvsuite.margins import Margins
+from kvsuite.typed import Shape, amiss, finite, fits
 
 SCHEMA = 1
 """Version of the record lines; a reader refuses others."""
@@ -422,16 +426,33 @@ def encode(record: Record) -> str:
 
 
 def decode(line: str) -> Record:
-    """The record of one line. Raises UsageError for another schema or kind, ValueError for what is no JSON object."""
-    found = json.loads(line)
+    """The record of one line. Raises UsageError for another schema or kind and for a value of the wrong type,
+    ValueError for what is no JSON object."""
+    found = disk.parsed(line, finite=True)
     if not isinstance(found, dict):
         raise ValueError("this line is no record")
     if found.pop("schema", None) != SCHEMA:
         raise UsageError(f"this record is of another schema than {SCHEMA}")
-    kind = KINDS.get(found.pop("kind", ""))
+    name = found.pop("kind", "")
+    kind = KINDS.get(name) if isinstance(name, str) else None
     if kind is None:
         raise UsageError("this record is of a kind this version does not know")
+    known = TYPES[kind.kind]
+    if "method" not in found:
+        raise UsageError("this record has no method")
+    for name, value in found.items():
+        if name not in known:
+            raise UsageError(f"this record has a field {name!r}, which this version does not know")
+        if not known[name](value):
+            raise UsageError(f"{name} of this record cannot be {repr(value)[:40]}")
     return kind(**found)
+
+
+TYPES: dict[str, dict[str, Callable[[Any], bool]]] = {
+    name: {key: fits(typing.get_type_hints(kind)[key]) for key in kind.__dataclass_fields__}
+    for name, kind in KINDS.items()
+}
+"""By kind and field, whether a value from JSON is one of its type."""
 
 
 class RunFolder:
@@ -447,15 +468,13 @@ class RunFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
         facts = facts | {key: scrub(facts[key]) for key in ("command", "servers") if key in facts}
         text = json.dumps({"schema": SCHEMA, **facts}, indent=2, ensure_ascii=False, allow_nan=False)
-        unfinished = self._file.with_suffix(".json.tmp")
-        unfinished.write_text(text + "\n")
-        unfinished.rename(self.folder / "run.json")
+        disk.write(self.folder / "run.json", text + "\n")
 
     def amend(self, facts: dict[str, Any]) -> None:
         """Add facts to ``run.json``, where there is one."""
         file = self.folder / "run.json"
         if file.is_file():
-            self.describe({**json.loads(file.read_text()), **facts})
+            self.describe({**disk.parsed(disk.text(file)), **facts})
 
     def append(self, record: Record) -> None:
         """Write one record and flush it. A figure that is not finite makes it a failed record, which is kept."""
@@ -464,44 +483,45 @@ class RunFolder:
             line = encode(record)
         except ValueError:
             line = encode(failed(record, "a figure is not finite"))
-        self._write(line.encode() + b"\n")
+        self._write([line.encode(errors="backslashreplace")])  # of a lone surrogate: its escape in JSON
 
     def join(self) -> None:
-        """Append the workers' files to ``records.jsonl`` and remove them."""
-        for part in sorted(self.folder.glob("records-*.jsonl")):
-            self._write(part.read_bytes())
+        """Append the workers' files to ``records.jsonl`` and remove them. Who was killed in between has appended some
+        of their lines: these are not appended twice."""
+        parts = sorted(self.folder.glob("records-*.jsonl"))
+        known = {line for _, line in disk.lines(self._file)} if parts and self._file.is_file() else set[bytes]()
+        for part in parts:
+            self._write([line for _, line in disk.lines(part) if line not in known])
             part.unlink()
 
-    def _write(self, lines: bytes) -> None:
+    def _write(self, lines: Iterable[bytes]) -> None:
         """Append lines; a line that was cut off before them ends where it was cut."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._file.open("a+b") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":
-                    lines = b"\n" + lines
-            file.write(lines)
+                    file.write(b"\n")
+            for line in lines:
+                file.write(line + b"\n")
 
 
 def _published(record: Record) -> Record:
     """Without the folders and names of whoever ran it. What a model said stays as it is."""
     known = ("error", "command", "facts") if isinstance(record, Probe) else ("error",)
-    return dataclasses.replace(record, **{name: scrub(getattr(record, name)) for name in known})
+    said = {name: scrub(getattr(record, name)) for name in known}
+    return dataclasses.replace(record, **{**said, "error": printable(said["error"])})
 
 
 def failed(record: Record, error: str) -> Record:
     """The same cell as a failure; figures that are not finite are dropped."""
     values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
     broken: dict[str, Any] = {
-        name: [] if isinstance(value, list) else None for name, value in values.items() if not _finite(value)
+        name: type(value)() if isinstance(value, (dict, list)) else None
+        for name, value in values.items()
+        if not finite(value)
     }
     return dataclasses.replace(record, status="failed", error=error, **broken)
-
-
-def _finite(value: Any) -> bool:
-    if isinstance(value, list):
-        return all(map(_finite, value))
-    return not isinstance(value, float) or math.isfinite(value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -550,21 +570,73 @@ def read(folder: Path) -> Run:
     A line that was cut off costs itself alone, and a failed job that was done again its first record. Raises UsageError
     for a folder that is none and for a record of another version."""
     try:
-        facts = json.loads((folder / "run.json").read_text())
-    except (OSError, ValueError) as error:
+        facts = disk.parsed(disk.text(folder / "run.json"), finite=True)
+        if said := amiss(facts, FACTS, whole=False):
+            raise UsageError(said)
+    except ValueError as error:  # a UsageError is one
         raise UsageError(f"{str(folder)!r} is not a run folder: {error}") from error
     records, torn = list[Record](), 0
-    for file in sorted(folder.glob("records*.jsonl")):
-        lines = file.read_bytes().rstrip(b"\n").split(b"\n")  # an answer may hold what Python takes for line ends, too
-        for at, line in enumerate(lines if lines != [b""] else [], start=1):
-            try:
-                records.append(decode(line.decode()))
-            except (TypeError, UsageError) as error:
-                raise UsageError(f"{file} line {at}: {error}") from error
-            except ValueError:  # cut off: the beginning of a line is never JSON
-                torn += 1
+    for file, at, line in _lines(folder):
+        try:
+            records.append(decode(line.decode()))
+        except UsageError as error:
+            raise UsageError(f"{file} line {at}: {error}") from error
+        except ValueError:  # cut off: the beginning of a line is never JSON
+            torn += 1
     order = {method: at for at, method in enumerate(facts.get("methods", ()))}
     return Run(folder, facts, sorted(_once(records), key=lambda record: order.get(record.method, len(order))), torn)
+
+
+def _lines(folder: Path) -> Iterator[tuple[Path, int, bytes]]:
+    """The lines of a folder's files. Those of a worker that the controller had begun to join are there once."""
+    joined, *parts = folder / "records.jsonl", *sorted(folder.glob("records-*.jsonl"))
+    known = set[bytes]()
+    for file in (joined, *parts):
+        for at, line in disk.lines(file) if file.is_file() else ():
+            if file == joined or line not in known:
+                yield file, at, line
+            if file == joined and parts:
+                known.add(line)
+
+
+FACTS: Shape = {
+    "started": str,
+    "command": list[str],
+    "preset": str,
+    "methods": list[str],
+    "texts": dict[str, str],
+    "settings": {
+        "batch": list[int], "length": list[int], "tasks": list[str], "samples": int | dict[str, int], "cap": int,
+        "temperature": float, "seed": int, "dtype?": str, "device?": str, "backend?": str, "compress?": str,
+        "end?": str, "repeats?": int, "cells?": list[str], "goodput?": list[float] | None, "arrivals?": str,
+        "prefix?": str, "serve?": str, "requests?": int, "workload?": str,
+    },
+    "environment": {
+        "kvsuite": str, "git": ({"commit": str, "dirty": bool},), "python": str, "packages": dict[str, str],
+        "platform": str, "cpu": str, "cores": int, "gpu": str | None, "threads": int | None, "compute_dtype?": str,
+        "kv_dtype?": str, "dtype_reason?": str, "tensor_parallel?": int,
+    },
+    "model": {"name": str, "fingerprint?": str},
+    "finished?": str | None,
+    "resumed?": str,
+    "baseline?": str,
+    "controls?": list[str],
+    "plugins?": dict[str, Any],
+    "margins?": {"veto?": list[str], **{f"{name}?": float for name in Margins.names()}},
+    "servers?": dict[str, str],
+    "cells?": list[str],
+    "expected?": {"samples?": dict[str, int], "timings?": int},
+    "fitted?": dict[str, Any],
+}  # fmt: skip
+"""What ``run.json`` says that its readers rely on."""
+
+
+def whole(folder: Path) -> Run:
+    """`read`, of a run that says all that a report shows. Raises UsageError where it does not, too."""
+    run = read(folder)
+    if said := amiss(run.facts, FACTS, whole=True):
+        raise UsageError(f"{str(folder / 'run.json')!r} is not whole: {said}")
+    return run
 
 
 def _once(records: list[Record]) -> list[Record]:

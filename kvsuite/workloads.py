@@ -17,6 +17,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from kvsuite import disk
 from kvsuite.engines.request import Ask
 from kvsuite.errors import UsageError, unknown
 from kvsuite.readers.base import load_json
@@ -147,9 +148,9 @@ def read(path: str | Path) -> list[Turn]:
     turns: list[Turn] = []
     ids: set[str] = set()
     begun: dict[str, float] = {}
-    for number, line in _lines(Path(path)):
+    for number, line in disk.lines(Path(path)):
         try:
-            turn = _turn(number, json.loads(line))
+            turn = _turn(number, disk.parsed(line))
             if turn.id in ids:
                 raise UsageError(f"the id {turn.id!r} is there twice")
             if turn.at is not None and turn.conversation:
@@ -158,22 +159,13 @@ def read(path: str | Path) -> list[Turn]:
                 begun[turn.conversation] = turn.at
         except UsageError as error:
             raise UsageError(f"{path}, line {number}: {error}") from None
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise UsageError(f"{path}, line {number} cannot be read as JSON; is it cut off? {error}") from None
         ids.add(turn.id)
         turns.append(turn)
     if not turns:
         raise UsageError(f"{path} holds no requests")
     return turns
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Numbers and bytes of the lines that are not blank; a text may hold what Python takes for line ends, too."""
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
-    return ((number, line) for number, line in enumerate(lines, 1) if line.strip())
 
 
 def _whole(value: Any) -> bool:
@@ -233,6 +225,8 @@ def _messages(value: Any) -> bool:
     )
 
 
+SHAREGPT = 1 << 30
+"""Bytes: the file that is published has 673 million."""
 SHORTEST, LONGEST_PROMPT, LONGEST = 4, 1024, 2048
 """Tokens: of a prompt and of an answer at least, of a prompt at most, of both together at most."""
 
@@ -263,7 +257,7 @@ def sharegpt(
 
 def _shuffled(path: Path, seed: int) -> Iterator[tuple[int, str, str]]:
     """Place, first turn and second turn of the conversations that have two."""
-    rows = load_json(path)
+    rows = load_json(path, SHAREGPT)
     listed = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
     if not listed or not all(isinstance(row.get("conversations", []), list) for row in rows):
         raise UsageError(f"{path} is not a list of ShareGPT's conversations")

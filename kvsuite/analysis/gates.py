@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
@@ -15,6 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from kvsuite import disk
 from kvsuite.analysis.shares import Side
 from kvsuite.analysis.stats import LEVEL, Estimate, holm
 from kvsuite.analysis.verdict import Effect
@@ -37,7 +37,7 @@ BETTER = {
 }
 """By endpoint, whether larger (1) or smaller (-1) is better; 0: it may be held from both sides. Numbers are as in
 ``--kv-margins``: shares, nats, and multiples of the baseline's (bytes, perplexity, length, speed)."""
-SPELLED = re.compile(r"\s*([\w-]+)\s*\[([^\]]+)\]\s*(>=|<=)\s*([^\s@]+)\s*(?:@\s*b(\d+)-l(\d+)\s*)?")
+SPELLED = re.compile(r"\s*([\w-]+)\s*\[([^\]]+)\]\s*(>=|<=)\s*([^\s@]+)\s*(?:@\s*b(\d{1,9})-l(\d{1,9})\s*)?")
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def acknowledged(file: Path) -> tuple[Acknowledged, ...]:
     """The tables ``[[acknowledged]]`` of a TOML file: gate, reason, date; method and until where they are wanted.
     Raises UsageError."""
     try:
-        tables = tomllib.loads(file.read_text(encoding="utf-8")).get("acknowledged", [])
+        tables = disk.toml(file).get("acknowledged", [])
     except (OSError, ValueError) as error:
         raise UsageError(f"{str(file)!r} cannot be read as TOML: {error}") from error
     if not isinstance(tables, list):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from kvsuite import disk
 from kvsuite.analysis.benchmark import Scored, Selection, Votes, family, score
 from kvsuite.analysis.resample import DRAWS
 from kvsuite.analysis.samples import Broken, same_answers
@@ -20,6 +21,7 @@ from kvsuite.columns import Arm, ArmBuilder, Key, align
 from kvsuite.errors import UsageError, unknown
 from kvsuite.readers.run import answers, arms
 from kvsuite.records import Answer, Run
+from kvsuite.typed import amiss
 
 ROWS, FACTS = "negatives.jsonl", "benchmark.json"
 VERSION = 1
@@ -112,17 +114,19 @@ def write(folder: Path, benchmark: Benchmark, texts: Mapping[Key, Mapping[str, A
 def read(folder: Path) -> Benchmark:
     """What `write` wrote. Raises UsageError, naming the file, for what is none or is not whole."""
     try:
-        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        lines = (folder / ROWS).read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
+        facts = disk.parsed(disk.text(folder / FACTS))
+        version = facts["version"]
+    except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{str(folder)!r} is not a negative benchmark: {error}") from error
-    if facts.get("version") != VERSION:
-        raise UsageError(f"{folder} is a negative benchmark of version {facts.get('version')}, not {VERSION}")
+    if version != VERSION:
+        raise UsageError(f"{folder} is a negative benchmark of version {version}, not {VERSION}")
+    if said := amiss(facts, {"jurors": list[str], "quorum": int | None}, whole=True):
+        raise UsageError(f"{folder / FACTS} is not whole: {said}")
     builder, fell, hashes = ArmBuilder(str(folder)), list[set[str]](), dict[Key, str]()
-    for number, line in enumerate(filter(None, lines), start=1):
+    for number, line in disk.lines(folder / ROWS):
         where = f"{folder / ROWS} line {number}"
         try:
-            row = json.loads(line)
+            row = disk.parsed(line)
             task, sample, names, hashed = row["task"], row["id"], set(row["fell"]), row["prompt_hash"]
             figures = {"score": row["baseline_score"], "text": row["baseline_answer"]}
             builder.add(where, task, sample, cluster=row["cluster"], type=row["type"], **figures)

@@ -84,7 +84,7 @@ def _lead(run: Run, own: Mapping[str, Cell], decided: Mapping[str, Cell], damage
     if word:
         good = word.startswith(("use it", "no damage"))
         return "good" if good else "open", _capital(word.replace("cannot tell:", "cannot tell yet:"))
-    veto = Margins(**run.facts.get("margins", {})).veto
+    veto = Margins.of(run.facts).veto
     deciding = [cell for name, cell in own.items() if name != "speed" and name not in veto]
     if not deciding:
         return "open", "Its answers were not judged"

@@ -154,7 +154,7 @@ def _baseline(run: Run) -> Iterator[Outcome]:
     else:
         yield Outcome(run.baseline, "sense")
     chats = arms(run, "length").get((run.baseline, 0))
-    if chats is not None and length.capped(chats, Margins(**run.facts.get("margins", {})).length):
+    if chats is not None and length.capped(chats, Margins.of(run.facts).length):
         ended = round(float((chats.capped == 1).sum()))
         text = f"length: {ended} of {len(chats)} answers end at their cap, where longer ones would; raise --kv-cap"
         yield Outcome(run.baseline, "cap", "COULD NOT TELL", text)

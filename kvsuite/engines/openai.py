@@ -6,15 +6,17 @@ import asyncio
 import email.utils
 import ipaddress
 import json
+import math
 import random
 import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
+from kvsuite import disk
 from kvsuite.engines.request import Ask, Reply
-from kvsuite.engines.stream import Events, Failure, StreamParser, error_message
-from kvsuite.errors import UsageError
+from kvsuite.engines.stream import LARGEST, Events, Failure, StreamParser, error_message
+from kvsuite.errors import UsageError, sentence
 
 try:
     import httpx
@@ -101,7 +103,7 @@ class Client:
         """The models that it serves. Raises UsageError where it names none, OSError where nothing answers."""
         status, text = await self.get("/v1/models")
         try:
-            names = [str(model["id"]) for model in json.loads(text)["data"]]
+            names = [str(model["id"]) for model in disk.parsed(text)["data"]]
         except (ValueError, TypeError, KeyError):
             names = []
         if status != 200 or not names:
@@ -123,8 +125,11 @@ class Client:
         known = {"model": self.model or await self._name(), "prompt": [*prompt, *answer], "max_tokens": 1, field: 1}
         status, text = await self.post("/v1/completions", known)
         try:
-            found = json.loads(text)["choices"][0][field][-len(answer) :]
-            return [float(at[str(token)]["logprob"]) for at, token in zip(found, answer, strict=True)]
+            found = disk.parsed(text)["choices"][0][field][-len(answer) :]
+            logs = [float(at[str(token)]["logprob"]) for at, token in zip(found, answer, strict=True)]
+            if not all(map(math.isfinite, logs)):
+                raise ValueError("a likelihood is not finite")
+            return logs
         except (ValueError, TypeError, KeyError, IndexError):
             said = error_message(text)
             raise UsageError(f"{self.url}/v1/completions has no likelihoods (HTTP {status}: {said})") from None
@@ -148,12 +153,13 @@ class Client:
     async def _page(self, method: str, path: str, body: bytes = b"") -> tuple[int, str]:
         try:
             async with asyncio.timeout(self.between):
-                response = await self._http.request(method, path, content=body, headers=JSON if body else None)
+                asked = self._http.stream(method, path, content=body, headers=JSON if body else None)
+                async with asked as response:
+                    return response.status_code, await _text(response)
         except TimeoutError:
             raise TimeoutError(f"{self.url}{path}: no answer within {self.between:g} s") from None
         except httpx.HTTPError as error:
-            raise ConnectionError(f"{self.url}{path}: {_reason(error)}") from error
-        return response.status_code, response.text
+            raise ConnectionError(sentence(f"{self.url}{path}: {_reason(error)}")) from error
 
     async def _insist(self, ask: Ask, heard: StreamParser) -> None:
         """Until there is an answer. Raises Failure where there is none."""
@@ -268,13 +274,24 @@ def _loopback(host: str) -> bool:
 async def _refusal(response: httpx.Response) -> Failure:
     """What an answer says that is no stream."""
     status = response.status_code
-    await response.aread()
-    why = error_message(response.text) or response.reason_phrase
+    why = error_message(await _text(response)) or response.reason_phrase
     text = f"HTTP {status}{', but no stream' if status == 200 else ''}: {why}"
     after = _seconds(response.headers.get("retry-after", ""))
     if after is not None:
         text += f" (come back in {after:.0f} s)"
     return Failure(text, status, status in (429, 503), after)
+
+
+async def _text(response: httpx.Response) -> str:
+    """The body of an answer that is no stream, as UTF-8: packed or in other characters nobody was asked to send it.
+    Raises httpx.ReadError where it has more than `LARGEST` bytes."""
+    pieces, size = [], 0
+    async for chunk in response.aiter_raw():
+        pieces.append(chunk)
+        size += len(chunk)
+        if size > LARGEST:
+            raise httpx.ReadError(f"it sent more than {LARGEST:,} bytes")
+    return b"".join(pieces).decode(errors="replace")
 
 
 def _seconds(after: str) -> float | None:

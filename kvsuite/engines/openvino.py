@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import importlib.util
 import itertools
+import json
 import multiprocessing
-import pickle
 import threading
 import time
 from collections.abc import Mapping
@@ -193,8 +194,8 @@ class OpenVino:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Reply] = loop.create_future()
         try:
-            message = pickle.dumps((number, ask, start))
-        except Exception as error:
+            message = json.dumps((number, dataclasses.asdict(ask), start))
+        except (TypeError, ValueError) as error:
             return Reply(ask.id, start=start, error=f"the request cannot be sent: {error}")
         self._waiting[number] = loop, future
         if self._dead:  # after the entry was made, so that either this or `_read` sees it
@@ -205,13 +206,13 @@ class OpenVino:
             reply = await future
         except asyncio.CancelledError:
             if self._waiting.pop(number, None):
-                self._put(pickle.dumps((number, None, 0.0)))
+                self._put(json.dumps((number, None, 0.0)))
             raise
         reply.id, reply.start = ask.id, start
         reply.seconds = reply.seconds or time.perf_counter() - start
         return reply
 
-    def _put(self, message: bytes) -> None:
+    def _put(self, message: str) -> None:
         with contextlib.suppress(ValueError):  # stopped meanwhile: `_read` tells who waits
             self._asks.put(message)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import os
 import re
 import struct
@@ -12,6 +11,8 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from kvsuite import disk
 
 LOG = "OPENVINO_LOG_LEVEL"
 PLAIN = frozenset(("f16", "bf16", "f32"))
@@ -22,6 +23,8 @@ START, RECENT, WINDOW = 32, 128, 8
 TEXT, ARRAY = 8, 9
 FORMS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """GGUF's types of values, as `struct` calls them."""
+LONGEST, MOST = 1 << 24, 1 << 53
+"""Bytes of a text of GGUF's metadata, and what is no size of a model any more."""
 
 
 class Model:
@@ -168,38 +171,49 @@ def shape(model: Path) -> tuple[int | None, int | None]:
             width = own.get("attention.key_length") or own["embedding_length"] // own["attention.head_count"]
             numbers = own["attention.head_count_kv"] * (width + own.get("attention.value_length", width))
         else:
-            own = json.loads((model / "config.json").read_text())
+            own = disk.parsed(disk.text(model / "config.json"))
             own = own.get("text_config", own)
             layers, context = own["num_hidden_layers"], own.get("max_position_embeddings")
             width = own.get("head_dim") or own["hidden_size"] // own["num_attention_heads"]
             numbers = 2 * width * own.get("num_key_value_heads", own["num_attention_heads"])
-        return layers * numbers, context
-    except (OSError, ValueError, LookupError, TypeError, struct.error):
+        sizes = layers, numbers, 0 if context is None else context
+    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError, struct.error):
         return None, None
+    if not all(type(size) is int and 0 <= size < MOST for size in sizes):
+        return None, None
+    return layers * numbers, context
 
 
 def _gguf(file: BinaryIO) -> dict[str, Any]:
     """The metadata of a GGUF file that are about its architecture, without arrays. (The gguf package takes seconds over
-    the vocabulary.)"""
+    the vocabulary.) Raises ValueError for what is none, struct.error where it is cut off."""
 
     def number(form: str) -> Any:
         return struct.unpack(f"<{form}", file.read(struct.calcsize(f"<{form}")))[0]
 
+    def text() -> str:
+        if (size := number("Q")) > LONGEST:
+            raise ValueError("a text of so many bytes is none")
+        return file.read(size).decode(errors="replace")
+
     def value(kind: int) -> Any:
         if kind == TEXT:
-            return file.read(number("Q")).decode(errors="replace")
+            return text()
         if kind != ARRAY:
             return number(FORMS[kind])
         inner, count = number("I"), number("Q")
-        if inner in (TEXT, ARRAY):
-            return [value(inner) for _ in range(count)] and None
-        return file.seek(count * struct.calcsize(FORMS[inner]), os.SEEK_CUR) and None
+        if inner == TEXT:
+            for _ in range(count):  # the vocabulary; where the file ends, so does this
+                text()
+        else:  # an array in an array is in no file that is known
+            file.seek(min(count * struct.calcsize(FORMS[inner]), MOST), os.SEEK_CUR)
+        return None
 
     magic, _, _, count = file.read(4), number("I"), number("Q"), number("Q")
     if magic != b"GGUF":
         raise ValueError("not GGUF")
     found: dict[str, Any] = {}
     for _ in range(count):
-        name = value(TEXT)
+        name = text()
         found[name] = value(number("I"))
     return {name.removeprefix(f"{found['general.architecture']}."): value for name, value in found.items()}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import multiprocessing
 import os
-import pickle
 import queue
 import random
 import re
@@ -183,7 +183,8 @@ def _waiting(asks: Any, idle: bool) -> Iterator[tuple[int, Ask | None, float]]:
     """What has been asked since; waits a second for it while there is nothing else to do."""
     try:
         while True:
-            yield pickle.loads(asks.get(timeout=1.0) if idle else asks.get_nowait())
+            number, ask, start = json.loads(asks.get(timeout=1.0) if idle else asks.get_nowait())
+            yield number, ask and Ask(**ask), start
             idle = False
     except queue.Empty:
         return

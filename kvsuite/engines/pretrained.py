@@ -32,7 +32,7 @@ def read_config(folder: Path) -> Any:
     """A model's configuration. Raises UsageError for one that is not understood."""
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever transformers finds wrong
         raise UsageError(f"transformers cannot read {str(folder / 'config.json')!r}: {first_line(error)}") from error
     configs.refuse(config.to_dict())
@@ -59,7 +59,13 @@ def load_model(folder: Path, device: str | None = None) -> Any:
     try:
         with quiet(), contextlib.redirect_stderr(io.StringIO()):
             model, found = made.from_pretrained(
-                folder, config=config, dtype="auto", local_files_only=True, output_loading_info=True, **where
+                folder,
+                config=config,
+                dtype="auto",
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **where,
             )
     except Exception as error:  # whatever transformers and safetensors find wrong
         raise UsageError(f"the weights in {str(folder)!r} cannot be read: {first_line(error)}") from error

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
+from kvsuite import disk
 from kvsuite.engines.profile import SOURCE, Profile
+from kvsuite.typed import finite
 
 Get = Callable[[str], Awaitable[tuple[int, str]]]
 """A path of the server → status and text."""
@@ -16,6 +18,8 @@ LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?", re.IGNORECASE)
 SIZE = re.compile(r"(\d+(?:\.\d+)?) ([KMGT])i?B")
 """Servers that write GB mean 2^30 bytes, too."""
+MOST = 1e18
+"""What is no figure of a server any more."""
 
 
 async def facts(profile: Profile, get: Get, log: str) -> dict[str, Any]:
@@ -93,7 +97,7 @@ async def _read(source: str, page: Callable[[str], Awaitable[str]], log: str) ->
 
 def _inside(text: str, keys: str) -> Any:
     try:
-        found = json.loads(text)
+        found = disk.parsed(text)
         for key in keys.split("."):
             found = found[int(key)] if isinstance(found, list) else found[key]
     except (ValueError, KeyError, IndexError, TypeError):
@@ -103,18 +107,20 @@ def _inside(text: str, keys: str) -> Any:
 
 def _value(said: Any) -> Any:
     """A number where it is one: 46592 for 46,592 and for 4.6592e+04; bytes for a size such as 90.00 MiB."""
-    text = str(said).strip().replace(",", "")
     if isinstance(said, (bool, dict, list)):
-        return said
-    if size := SIZE.fullmatch(text):
-        return round(float(size[1]) * 1024 ** ("KMGT".index(size[2]) + 1))
-    if not NUMBER.fullmatch(text):
-        return said
-    return int(float(text)) if float(text).is_integer() else float(text)
+        return said if finite(said) else None
+    text = str(said).strip().replace(",", "")
+    size = SIZE.fullmatch(text)
+    number = float(size[1] if size else text) if size or NUMBER.fullmatch(text) else math.nan
+    if not abs(number) < MOST:
+        return str(said)
+    if size:
+        return round(number * 1024 ** ("KMGT".index(size[2]) + 1))
+    return int(number) if number.is_integer() else number
 
 
 def _float(text: str) -> float:
     try:
-        return float(text)
+        return number if abs(number := float(text)) < MOST else 0.0
     except ValueError:
         return 0.0

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kvsuite import disk
 from kvsuite.errors import UsageError, unknown
 
 FOLDER = Path(__file__).parent / "profiles"
@@ -39,7 +39,7 @@ class Profile:
     def load(cls, file: Path) -> Profile:
         """From a file. Raises UsageError, naming it, for what is no profile."""
         try:
-            table = tomllib.loads(file.read_text(encoding="utf-8"))
+            table = disk.toml(file)
         except (OSError, ValueError) as error:
             raise UsageError(f"the profile {file} cannot be read: {error}") from error
         known = set(cls.__dataclass_fields__) - {"name"}

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kvsuite import disk
 from kvsuite.engines.request import Reply
+from kvsuite.errors import sentence
 
 LONGEST = 300
 """Characters of a server's message that are kept."""
+LARGEST = 1 << 24
+"""Bytes of one event, and of an answer that is no stream."""
+MOST = 1 << 53
+"""What is no count of tokens and no token's id any more."""
 
 
 class Failure(Exception):
@@ -18,7 +23,7 @@ class Failure(Exception):
     ``after`` is how many seconds the server asked to wait with it."""
 
     def __init__(self, text: str, status: int = 0, again: bool = False, after: float | None = None) -> None:
-        super().__init__(text)
+        super().__init__(sentence(text))
         self.status, self.again, self.after = status, again, after
 
 
@@ -27,13 +32,22 @@ class Events:
     never comes is none: it may be half."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._rest: list[bytes] = []
+        """Of a line whose end has not come."""
         self._data: list[bytes] = []
+        """Of an event whose end has not come."""
+        self._size = 0
+        """Bytes of both."""
 
     def feed(self, chunk: bytes) -> list[bytes]:
-        """What these bytes complete. Comments, and fields other than data, are dropped."""
-        lines = (self._rest + chunk).split(b"\n")
-        self._rest = lines.pop()
+        """What these bytes complete. Comments, and fields other than data, are dropped. Raises Failure where an event
+        has more than `LARGEST` bytes."""
+        *lines, rest = chunk.split(b"\n")
+        if lines:
+            lines[0] = b"".join([*self._rest, lines[0]])
+            self._rest = []
+        self._rest.append(rest)
+        self._size += len(chunk)
         events = []
         for line in lines:
             line = line.removesuffix(b"\r")
@@ -41,7 +55,9 @@ class Events:
                 self._data.append(line[5:].removeprefix(b" "))
             elif not line:
                 events.append(b"\n".join(self._data))
-                self._data = []
+                self._data, self._size = [], len(rest)
+        if self._size > LARGEST:
+            raise Failure(f"the server sent an event of more than {LARGEST:,} bytes")
         return [event for event in events if event]
 
 
@@ -74,19 +90,21 @@ class StreamParser:
             self.done = True
             return True
         try:
-            event = json.loads(data)
+            event = disk.parsed(data)
             if event.get("error") or event.get("object") == "error":
                 raise Failure(f"the server reported: {error_message(event)}")
             choice = (event.get("choices") or [{}])[0]
             pieces = _pieces(choice.get("delta") or {})
             self._use(event.get("usage") or {})
-            self.reply.prompt_ids += event.get("prompt_token_ids") or ()
-            self.reply.ids += choice.get("token_ids") or ()
+            prompt_ids, ids = _ids(event.get("prompt_token_ids")), _ids(choice.get("token_ids"))
+            finish = (choice.get("finish_reason") or "") + ""
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise Failure(
                 f"the server sent what is no part of an answer: {error_message(data.decode(errors='replace'))}"
             ) from error
-        self.reply.finish = choice.get("finish_reason") or self.reply.finish
+        self.reply.prompt_ids += prompt_ids
+        self.reply.ids += ids
+        self.reply.finish = finish or self.reply.finish
         if not any(pieces):
             return False
         if self.chunks:
@@ -116,7 +134,7 @@ def error_message(answer: Any) -> str:
     """The message in what a server answered, whatever it is wrapped in, on one line and not too long."""
     if isinstance(answer, str):
         with contextlib.suppress(ValueError):
-            answer = json.loads(answer)
+            answer = disk.parsed(answer)
     while isinstance(answer, dict):
         answer = next((answer[name] for name in ("error", "message", "detail") if answer.get(name)), str(answer))
     line = " ".join(str(answer).split())
@@ -135,7 +153,15 @@ def _pieces(delta: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def _number(found: Any, before: int | None) -> int | None:
-    return found if isinstance(found, int) else before
+    return found if type(found) is int and 0 <= found < MOST else before
+
+
+def _ids(found: Any) -> list[int]:
+    """Token ids. Raises TypeError for what are none."""
+    ids = [] if found is None else found
+    if type(ids) is not list or not all(type(token) is int and 0 <= token < MOST for token in ids):
+        raise TypeError("these are no token ids")
+    return ids
 
 
 def _join(parts: Sequence[str]) -> str:

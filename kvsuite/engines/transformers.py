@@ -61,7 +61,7 @@ class TransformersEngine:
         """From a folder in Hugging Face's layout. ``dtype``: what it computes in: auto (what this machine is fastest
         in), bfloat16 or float32. Uncompressed K and V are stored in the checkpoint's own dtype."""
         model = load_model(folder)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         return cls._computing(model.to(device), tokenizer, dtype, backend)
 
     @classmethod

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,7 +12,7 @@ from typing import Any, Literal
 
 import pytest
 
-from kvsuite import configs, environment, models, registry, shapes, tasks
+from kvsuite import configs, disk, environment, models, registry, shapes, tasks
 from kvsuite.analysis.gates import POLICIES, Gates
 from kvsuite.errors import UsageError, unknown
 from kvsuite.kernels import BACKENDS
@@ -147,7 +146,7 @@ def read(config: pytest.Config) -> Options:
     if {"baseline", "variant"} & {*given, *here} and (own := [key for key in METHODS_ONLY if key in here]):
         raise UsageError(f"--kv-{own[0]} is about methods in this process; servers are configured by their own options")
     named = here.get("gate", [])
-    options = check(given | here | {"gate": [*given.get("gate", []), *named]})
+    options = check(given | here | {"gate": [*_texts("gate", given.get("gate", [])), *named]})
     for gate in options.gates.gates:
         if gate.text in map(str.strip, named) and not any(map(gate.matches, options.arms)):
             raise unknown(f"method of --kv-gate {gate.text!r}:", gate.pattern, options.arms)
@@ -196,9 +195,9 @@ def check(given: Mapping[str, Any]) -> Options:
         executor=raw["executor"],
         ray_address=str(raw["ray-address"]),
         margins=Margins.parse(f"{PRESETS[preset]['margins']},{raw['margins']}"),
-        gates=Gates.of([str(x) for x in raw["gate"]], raw["undecided"], str(raw["against"]), str(raw["acknowledged"])),
+        gates=Gates.of(_texts("gate", raw["gate"]), raw["undecided"], str(raw["against"]), str(raw["acknowledged"])),
         strict=raw["strict"] == "yes",
-        servers=servers.check(raw, _number),
+        servers=servers.check(raw | {"variant": _texts("variant", raw["variant"])}, _number),
         **{key: _whole(key, raw[key], 0 if key == "seed" else 1) for key in ("cap", "repeats", "rounds", "seed")},
         samples=_counts(raw["samples"]),
     )
@@ -263,7 +262,13 @@ def _check_folders(options: Options) -> None:
 def _configured(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
-    table = tomllib.loads(file.read_text()).get("tool", {}).get("kvsuite", {})
+    try:
+        table = disk.toml(file).get("tool", {})
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise UsageError(f"{file} is no TOML: {error}") from error
+    table = table.get("kvsuite", {}) if isinstance(table, dict) else table
     if not isinstance(table, dict):
         raise UsageError("kvsuite under [tool] must be a table of options")
     gates = table.pop("gates", {})
@@ -281,6 +286,13 @@ def _items(key: str, value: Any) -> list[str]:
     if not items:
         raise UsageError(f"--kv-{key} is empty")
     return items
+
+
+def _texts(key: str, value: Any) -> list[str]:
+    """Of an option that may be given several times."""
+    if not isinstance(value, (str, list, tuple)):
+        raise UsageError(f"--kv-{key} cannot be {value!r}: in [tool.kvsuite] it is a text or a list of texts")
+    return [value] if isinstance(value, str) else [str(item) for item in value]
 
 
 def _whole(key: str, value: Any, least: int) -> int:
@@ -338,7 +350,7 @@ def _references(value: Any) -> tuple[float, ...]:
 def _number(key: str, value: Any) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         number = math.nan
     if not 0 <= number < math.inf:
         raise UsageError(f"--kv-{key} must be a number of at least 0, not {str(value)!r}")

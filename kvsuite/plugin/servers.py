@@ -62,9 +62,9 @@ class Servers:
 
 
 def check(raw: Mapping[str, Any], number: Any) -> Servers | None:
-    """The servers that options ask for; None where they ask for none. ``number(key, value)`` reads a number. Raises
-    UsageError."""
-    given = [raw["variant"]] if isinstance(raw["variant"], str) else list(raw["variant"])
+    """The servers that options ask for, ``variant`` being a list of texts; None where they ask for none.
+    ``number(key, value)`` reads a number. Raises UsageError."""
+    given = raw["variant"]
     if not raw["baseline"]:
         if given:
             raise UsageError("--kv-variant needs --kv-baseline: what serves the uncompressed model")

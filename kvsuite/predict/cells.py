@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from kvsuite import records
+from kvsuite import disk, records
 from kvsuite.errors import UsageError
 from kvsuite.records import Timing
 
@@ -106,7 +105,7 @@ def _csv(file: Path) -> list[Cell]:
 def _benchmarks(file: Path) -> list[Cell]:
     """Benchmarks whose ``extra_info`` has the CSV's columns; without ``thr``, a round is one prefill or one step."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = disk.parsed(disk.text(file))
         benchmarks = found["benchmarks"]
         machine = str(found.get("machine_info", {}).get("cpu", {}).get("brand_raw", ""))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

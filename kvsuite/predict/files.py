@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import kvsuite
+from kvsuite import disk
 from kvsuite.errors import UsageError
 
 
@@ -15,7 +16,7 @@ def write(file: Path, kind: str, learned: Mapping[str, Any]) -> None:
     """Raises UsageError where the file cannot be written."""
     text = json.dumps({"kind": kind, "kvsuite": kvsuite.__version__, **learned}, allow_nan=False)
     try:
-        file.write_text(text + "\n", encoding="utf-8")
+        disk.write(file, text + "\n")
     except OSError as error:
         raise UsageError(f"{str(file)!r} cannot be written: {error.strerror}") from error
 
@@ -23,7 +24,7 @@ def write(file: Path, kind: str, learned: Mapping[str, Any]) -> None:
 def read(file: Path, kind: str) -> dict[str, Any]:
     """What `write` wrote. Raises UsageError for another file, another kind, and another version of kvsuite."""
     try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        found: dict[str, Any] = disk.parsed(disk.text(file))
         said, version = found["kind"], found["kvsuite"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{str(file)!r} is no predictor: {error!r}") from error

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import glob
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kvsuite import disk
 from kvsuite.columns import Arm, Floats
 from kvsuite.errors import UsageError
 from kvsuite.readers.run import Documents, named_documents
 from kvsuite.registry import Registry, function
+
+MOST = 1e18
+"""Seconds, or tokens, that are no figure any more."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def documents(spec: str) -> tuple[Documents, bool]:
 def _named(spec: str) -> tuple[str, str, str]:
     """FORMAT, PATH and WHICH."""
     name, colon, rest = spec.partition(":")
-    if not colon or (name not in formats() and _is_there(_split(spec)[0])):
+    if not colon or (name not in formats() and disk.matching(_split(spec)[0])):
         name, rest = "run", spec
     return name, *_split(rest)
 
@@ -82,12 +84,8 @@ def _split(named: str) -> tuple[str, str]:
     """PATH and WHICH of ``PATH#WHICH``. A name may hold a ``#`` but WHICH holds no ``/``: PATH is the longest that is
     there, else what comes before the first ``#`` that can be meant."""
     ends = [at for at, sign in enumerate(named) if sign == "#" and "/" not in named[at:]] + [len(named)]
-    end = next((end for end in reversed(ends) if _is_there(named[:end])), ends[0])
+    end = next((end for end in reversed(ends) if disk.matching(named[:end])), ends[0])
     return named[:end], named[end + 1 :]
-
-
-def _is_there(path: str) -> bool:
-    return Path(path).exists() or bool(glob.glob(path, recursive=True))
 
 
 def arm(spec: str) -> Arm:
@@ -100,19 +98,19 @@ def arm(spec: str) -> Arm:
 
 def files(pattern: str) -> list[Path]:
     """The files a path or a pattern with ``*`` and ``?`` names, sorted. Raises UsageError where there are none."""
-    if Path(pattern).exists():
-        return [Path(pattern)]
-    found = sorted(map(Path, glob.glob(pattern, recursive=True)))
+    found = disk.matching(pattern)
     if not found:
         raise UsageError(f"there is no file or folder {pattern!r}")
     return found
 
 
-def load_json(file: Path) -> Any:
-    """The JSON in a file. Raises UsageError where it is cut off or something else."""
+def load_json(file: Path, most: int = disk.LARGEST) -> Any:
+    """The JSON in a file of ``most`` bytes at most. Raises UsageError where it is cut off or something else."""
     try:
-        return json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
+        return disk.parsed(disk.text(file, most))
+    except UsageError:
+        raise
+    except ValueError as error:
         raise UsageError(f"{file} cannot be read as JSON; is it cut off? {error}") from error
 
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from kvsuite.columns import Floats
 from kvsuite.errors import UsageError
-from kvsuite.readers.base import Load, files, load_json
+from kvsuite.readers.base import MOST, Load, files, load_json
 
 FILE = "benchmarks.json"
 MILLISECONDS = 1e-3
@@ -39,7 +39,7 @@ def read(spec: str, path: str, which: str) -> Load:
     benchmark = _chosen(file, load_json(file), which)
     try:
         return _load(spec, file, benchmark)
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError) as error:
         raise UsageError(
             f"{file} is not a report of guidellm as known here ({type(error).__name__}: {error})"
         ) from error
@@ -59,7 +59,7 @@ def _chosen(file: Path, report: Any, which: str) -> dict[str, Any]:
         raise UsageError(f"{file} is not a report of guidellm with a benchmark in it")
     if not which and len(benchmarks) == 1:
         return dict(benchmarks[0])
-    if not which.isdecimal() or int(which) >= len(benchmarks):
+    if not which.isdecimal() or len(which) > 9 or int(which) >= len(benchmarks):
         held = "; ".join(f"#{at} {_named(benchmark)}" for at, benchmark in enumerate(benchmarks))
         raise UsageError(f"{file} holds {held}; choose one, guidellm:PATH#N")
     return dict(benchmarks[int(which)])
@@ -120,7 +120,7 @@ def _column(file: Path, requests: Requests, name: str) -> Floats:
     """One field of all requests; NaN where it is null."""
     column = [math.nan if request[name] is None else request[name] for request in requests]
     for request, value in zip(requests, column, strict=True):
-        wrong = isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf
+        wrong = isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < MOST
         if wrong and request[name] is not None:
             raise UsageError(f"{file}: request {request.get('request_id')}: {name} is {value!r}, not a number from 0")
     return np.array(column, dtype=np.float64)
@@ -130,7 +130,7 @@ def _duration(file: Path, benchmark: dict[str, Any], start: Floats, end: Floats)
     if benchmark.get("warmup_duration") or benchmark.get("cooldown_duration"):
         return float(np.nanmax(end) - np.nanmin(start))
     duration = benchmark["duration"]
-    if isinstance(duration, bool) or not isinstance(duration, (int, float)) or not 0 < duration < math.inf:
+    if isinstance(duration, bool) or not isinstance(duration, (int, float)) or not 0 < duration < MOST:
         raise UsageError(f"{file}: its duration is {duration!r}, not a number over 0")
     return float(duration)
 

@@ -21,7 +21,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from kvsuite import scorers
+from kvsuite import disk, scorers
 from kvsuite.columns import Arm, ArmBuilder
 from kvsuite.errors import UsageError
 from kvsuite.readers.base import LONGBENCH, files
@@ -72,9 +72,10 @@ def _rows(file: Path) -> Iterator[tuple[int, Row]]:
     csv.field_size_limit(LONGEST)
     line = 0
     try:
-        if not file.read_bytes().endswith(b"\n"):
+        content = disk.content(file)
+        if not content.endswith(b"\n"):
             raise UsageError(f"{file} does not end with the end of a line; is it cut off?")
-        reader = csv.reader(_text(file), strict=True)
+        reader = csv.reader(_text(content), strict=True)
         names = next(reader, [])
         line = reader.line_num + 1
         for fields in reader:
@@ -84,14 +85,14 @@ def _rows(file: Path) -> Iterator[tuple[int, Row]]:
             if fields:
                 yield line, dict(zip(names, (field.replace(RETURN, "\r") for field in fields), strict=True))
             line = reader.line_num + 1
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"{file} cannot be read as CSV from line {line} on; is it cut off? {error}") from error
 
 
-def _text(file: Path) -> io.StringIO:
-    """The lines of the file. pandas quotes no carriage return where lines end with ``\\n``, and csv would end the row
+def _text(content: bytes) -> io.StringIO:
+    """The lines of a file. pandas quotes no carriage return where lines end with ``\\n``, and csv would end the row
     there; so it is replaced."""
-    text = file.read_bytes().decode("utf-8-sig")
+    text = content.decode("utf-8-sig")
     if not text.partition("\n")[0].endswith("\r"):
         text = text.replace("\r", RETURN)
     return io.StringIO(text, newline="")
@@ -102,7 +103,7 @@ def _config(file: Path) -> str:
     config = file.with_name("config.yaml")
     if not config.exists():
         return ""
-    found = re.search(r"^dataset: *['\"]?([\w-]+)", config.read_text(encoding="utf-8-sig"), re.MULTILINE)
+    found = re.search(r"^dataset: *['\"]?([\w-]+)", disk.text(config), re.MULTILINE)
     return found[1] if found else ""
 
 
@@ -166,7 +167,10 @@ def _strings(cell: str) -> list[str]:
     inside = cell[1:-1]
     if STRING.sub("", inside).strip(", \r\n"):
         raise UsageError(f"{cell[:60]!r} is not a list of strings")
-    found = [str(ast.literal_eval(said)) for said in STRING.findall(inside)]
+    try:
+        found = [str(ast.literal_eval(said)) for said in STRING.findall(inside)]
+    except (SyntaxError, ValueError) as error:  # an escape that is cut off, a zero byte
+        raise UsageError(f"{cell[:60]!r} is not a list of strings") from error
     if not found:
         raise UsageError("there is no answer to compare with")
     return found

@@ -12,12 +12,12 @@ the metric. github.com/EleutherAI/lm-evaluation-harness, lm_eval/evaluator.py an
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from kvsuite import disk
 from kvsuite.columns import Arm, ArmBuilder
 from kvsuite.errors import UsageError
 from kvsuite.readers.base import LONGBENCH, files
@@ -57,19 +57,15 @@ def _tasks(spec: str, path: str) -> dict[str, Path]:
 
 def _lines(file: Path) -> list[Line]:
     """The samples, each with its line in the file. Raises UsageError where one is cut off or something else."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file} cannot be read as JSON lines; {error}") from error
-    lines = [(at, _parse(file, at, line)) for at, line in enumerate(text.split("\n"), 1) if line.strip()]
+    lines = [(at, _parse(file, at, line)) for at, line in disk.lines(file)]
     if not lines:
         raise UsageError(f"{file} is empty")
     return lines
 
 
-def _parse(file: Path, at: int, line: str) -> dict[str, Any]:
+def _parse(file: Path, at: int, line: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = disk.parsed(line.decode("utf-8-sig"))
     except ValueError as error:
         raise UsageError(f"{file}: line {at} is not JSON; is it cut off? {error}") from error
     if not isinstance(row, dict) or "doc_id" not in row:

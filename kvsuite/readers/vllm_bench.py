@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from kvsuite.errors import UsageError
-from kvsuite.readers.base import Load, files, load_json
+from kvsuite.readers.base import MOST, Load, files, load_json
 
 LISTS = ("ttfts", "itls", "input_lens", "output_lens", "errors")
 SETTING = ("model_id", "num_prompts", "request_rate", "max_concurrency")
@@ -84,7 +84,7 @@ def _lists(file: Path, result: Any) -> dict[str, list[Any]]:
 
 
 def _number(file: Path, name: str, at: int, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < MOST:
         raise UsageError(f"{file}: request {at}: {name} has {value!r}, not a number from 0")
     return float(value)
 
@@ -103,6 +103,6 @@ def _between(after: float, tokens: float) -> float:
 
 def _duration(file: Path, result: dict[str, Any]) -> float:
     duration = result["duration"]
-    if isinstance(duration, bool) or not isinstance(duration, (int, float)) or not 0 < duration < math.inf:
+    if isinstance(duration, bool) or not isinstance(duration, (int, float)) or not 0 < duration < MOST:
         raise UsageError(f"{file}: its duration is {duration!r}, not a number over 0")
     return float(duration)

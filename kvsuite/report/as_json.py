@@ -27,6 +27,9 @@ from kvsuite.analysis.table import Cell, Note, Row, Table
 SCHEMA = 2
 """Version of the document's shape; grows when a reader would have to change."""
 
+CONTROLS = {code: f"\\u{code:04x}" for code in range(127, 160)}
+"""Characters that JSON holds as they are and terminals take for commands."""
+
 
 def render(report: Report) -> str:
     """The whole report as JSON."""
@@ -38,7 +41,7 @@ def render(report: Report) -> str:
         "tables": [_table(table) for table in (*report.tables, *report.appendix)],
         "notes": _notes(report.notes),
     }
-    return json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False)
+    return json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False).translate(CONTROLS)
 
 
 def _table(table: Table) -> dict[str, Any]:

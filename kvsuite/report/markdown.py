@@ -6,15 +6,17 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from kvsuite import disk
 from kvsuite.analysis.report import Report
 from kvsuite.analysis.table import Table
 from kvsuite.analysis.tables.shared import formats
+from kvsuite.errors import printable
 from kvsuite.report.text import body, header
 
 
 def pytest_kv_report(report: Report, terminalreporter: Any) -> None:
     """Write the report beside the records."""
-    (report.run.folder / "report.md").write_text(render(report))
+    disk.write(report.run.folder / "report.md", render(report))
 
 
 def render(report: Report) -> str:
@@ -35,7 +37,7 @@ def render(report: Report) -> str:
         *map(table, (*report.tables, *report.appendix)),
         *[f"**{note.text}**" for note in report.notes],
     ]
-    return "\n\n".join(parts) + "\n"
+    return printable("\n\n".join(parts)) + "\n"
 
 
 def table(shown: Table) -> str:

@@ -41,7 +41,7 @@ def _first(tables: Sequence[Table]) -> list[Table]:
 
 def _changes(against: Run, run: Run) -> list[str]:
     try:
-        margins = Margins(**run.facts.get("margins", {}))
+        margins = Margins.of(run.facts)
         return [_table(t) for t in changes.runs(against, run, margins)]
     except UsageError as error:
         return [_text(f"**Not compared with {against.folder}: {error}.**")]

@@ -16,6 +16,7 @@ from rich.text import Text as Styled
 
 from kvsuite.analysis.report import Report
 from kvsuite.analysis.table import Note, Severity, Table
+from kvsuite.errors import printable
 from kvsuite.report.text import Text, body, header
 
 STYLES: dict[Severity, str] = {"info": "dim", "warning": "yellow", "error": "red"}
@@ -59,17 +60,19 @@ def write(tables: Sequence[Table], file: TextIO, width: int, last: Sequence[Note
     for table in tables:
         if table.title:
             console.print()
-            console.print(table.title, style="italic" if table.severity == "info" else STYLES[table.severity])
+            console.print(
+                printable(table.title), style="italic" if table.severity == "info" else STYLES[table.severity]
+            )
         for part in _fitting(_Grid.of(table), console) if table.rows else ():
             console.print(part if isinstance(part, str) else _drawn(part, width))
             if brief and not isinstance(part, str):
                 break
         for note in table.notes:
-            console.print(note.text, style=STYLES[note.severity])
+            console.print(printable(note.text), style=STYLES[note.severity])
     if last and not brief:
         console.print()
     for note in last:
-        console.print(note.text, style="bold" if note.severity == "info" else STYLES[note.severity])
+        console.print(printable(note.text), style="bold" if note.severity == "info" else STYLES[note.severity])
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,9 @@ class _Grid:
     @classmethod
     def of(cls, table: Table) -> _Grid:
         beside = (at for at, column in enumerate(table.columns, len(table.heads)) if column.beside)
-        return cls(header(table), body(table), len(table.heads), frozenset(beside))
+        names = list(map(printable, header(table)))
+        rows = [[replace(cell, text=printable(cell.text)) for cell in row] for row in body(table)]
+        return cls(names, rows, len(table.heads), frozenset(beside))
 
     def some(self, columns: Sequence[int]) -> _Grid:
         """These columns alone."""

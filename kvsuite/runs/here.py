@@ -49,7 +49,9 @@ class Here:
         """The model's; by itself where the model is not needed here."""
         import transformers
 
-        return transformers.AutoTokenizer.from_pretrained(self.setting.model, local_files_only=True)
+        return transformers.AutoTokenizer.from_pretrained(
+            self.setting.model, local_files_only=True, trust_remote_code=False
+        )
 
     def facts(self) -> dict[str, Any]:
         """See `Executor.facts`."""

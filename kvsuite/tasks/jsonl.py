@@ -7,13 +7,12 @@ one of ``samples``, scored by SCORER (qa-f1 unless given); without any it is one
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from kvsuite import scorers
+from kvsuite import disk, scorers
 from kvsuite.errors import UsageError, unknown
 from kvsuite.tasks.base import Evaluation, Sample, Task, Type
 
@@ -37,7 +36,7 @@ class Jsonl(Task):
         """Of ``jsonl:FILE#SCORER``. Raises UsageError, naming file and line, for what is no sample or cannot be
         scored."""
         path, scorer = spec.removeprefix("jsonl:"), ""
-        if not Path(path).is_file() and "#" in path:
+        if not disk.is_there(Path(path)) and "#" in path:
             path, _, scorer = path.rpartition("#")
             if scorer not in scorers.BY_NAME:
                 raise unknown(f"scorer of --kv-tasks {spec}:", scorer, scorers.BY_NAME)
@@ -77,24 +76,18 @@ class Jsonl(Task):
 
 
 def _read(file: Path) -> list[Sample]:
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--kv-tasks: {str(file)!r} cannot be read: {error}") from error
     found: dict[str, Sample] = {}
     first = None
-    for at, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for at, line in disk.lines(file):
         try:
-            sample = _sample(json.loads(line), f"{file.stem}-{at}")
+            sample = _sample(disk.parsed(line.decode("utf-8-sig")), f"{file.stem}-{at}")
             if sample.id in found:
                 raise UsageError(f"the id {sample.id!r} is there twice")
             first = first or sample
             if bool(sample.reference) != bool(first.reference):
                 has, had = ("a", "none") if sample.reference else ("no", "one")
                 raise UsageError(f"it has {has} reference, but the lines before have {had}")
-        except (ValueError, RecursionError) as error:  # a UsageError is a ValueError
+        except ValueError as error:  # a UsageError is a ValueError
             what = str(error) if isinstance(error, UsageError) else f"not JSON; is it cut off? {error}"
             raise UsageError(f"{file}: line {at}: {what}") from error
         found[sample.id] = sample

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from kvsuite import disk
 from kvsuite.errors import UsageError
 
 PATIENCE = 10
@@ -83,7 +84,7 @@ def _copy(where: Where, place: Path) -> Rows:
     if place.suffix == ".zip":
         return _archive(place, where.member)
     if place.suffix == ".jsonl":
-        return _lines(place.read_bytes())
+        return _lines(disk.content(place, LARGEST))
     if place.suffix == ".parquet":
         rows: Rows = _library("datasets").load_dataset("parquet", data_files=str(place), split="train")
         return rows
@@ -102,7 +103,7 @@ def _archive(file: Path, member: str) -> Rows:
 
 
 def _lines(text: bytes) -> Rows:
-    rows = [json.loads(line) for line in text.split(b"\n") if line.strip()]
+    rows = [disk.parsed(line) for line in text.split(b"\n") if line.strip()]
     if not all(isinstance(row, dict) for row in rows):
         raise UsageError("it is not JSON lines of objects")
     return rows

@@ -589,7 +589,7 @@ def test_broken_samples_are_refused_by_line(tmp_path):
     file.write_text("\n")
     refused(f"lm-eval:{file}", file, "is empty")
     file.write_bytes(b"\xff\n")
-    refused(f"lm-eval:{file}", file, "cannot be read")
+    refused(f"lm-eval:{file}", file, "line 1 is not JSON")
     refused(f"lm-eval:{put(tmp_path / 'results_x.json', {})}", "not named like", "samples_TASK_TIMESTAMP.jsonl")
     (tmp_path / "empty").mkdir()
     refused(f"lm-eval:{tmp_path / 'empty'}", "no samples_*.jsonl")

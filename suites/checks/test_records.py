@@ -12,12 +12,13 @@ from kvsuite.errors import UsageError
 from kvsuite.records import Agreement, Answer, RunFolder, Timing, decode, encode, read, refusal
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
+whole = st.integers(-(2**63) + 1, 2**63 - 1)
 
 
 @given(
-    st.builds(Answer, method=st.text(), tokens=st.lists(st.integers()), text=st.text(), score=finite | st.none())
+    st.builds(Answer, method=st.text(), tokens=st.lists(whole), text=st.text(), score=finite | st.none())
     | st.builds(Timing, method=st.text(), seconds=st.lists(finite), checked=finite | st.none())
-    | st.builds(Agreement, method=st.text(), other=st.text(), n=st.integers())
+    | st.builds(Agreement, method=st.text(), other=st.text(), n=whole)
 )
 def test_a_line_is_a_record_again(record):
     line = encode(record)

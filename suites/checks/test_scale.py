@@ -20,8 +20,14 @@ sys.exit(code)
 """
 
 
-def cost(folder, samples, methods=10, datasets=14):
-    """CPU seconds and GiB of ``kvsuite negatives`` over so many samples."""
+def cost(asked):
+    """CPU seconds and GiB of a command of kvsuite's, and what it printed."""
+    done = subprocess.run([sys.executable, "-c", COMMAND, *asked], capture_output=True, text=True, check=True)
+    return json.loads(done.stderr.splitlines()[-1]) | {"printed": done.stdout}
+
+
+def negatives(folder, samples, methods=10, datasets=14):
+    """That of ``kvsuite negatives`` over so many samples."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     names = ["base", "control", *(f"m{i}" for i in range(methods))]
@@ -35,19 +41,19 @@ def cost(folder, samples, methods=10, datasets=14):
     spec = f"artifact:{folder}/"
     candidates = [x for name in names[2:] for x in ("--candidate", f"{name}={spec}{name}_")]
     asked = ["negatives", "--baseline", f"{spec}base_", "--control", f"{spec}control_", *candidates, "--json"]
-    done = subprocess.run([sys.executable, "-c", COMMAND, *asked], capture_output=True, text=True, check=True)
-    assert len(json.loads(done.stdout)["methods"]) == methods
-    return json.loads(done.stderr.splitlines()[-1])
+    used = cost(asked)
+    assert len(json.loads(used.pop("printed"))["methods"]) == methods
+    return used
 
 
 def test_memory_grows_with_the_samples(tmp_path):
-    small, large = cost(tmp_path / "small", 1_000), cost(tmp_path / "large", 10_000)
+    small, large = negatives(tmp_path / "small", 1_000), negatives(tmp_path / "large", 10_000)
     assert large["gib"] - small["gib"] <= 4 * 9_000 / 100_000
 
 
 @only_nightly
 def test_a_hundred_thousand_samples_of_ten_methods(tmp_path):
-    small, large = cost(tmp_path / "small", 20_000), cost(tmp_path / "large", 100_000)
+    small, large = negatives(tmp_path / "small", 20_000), negatives(tmp_path / "large", 100_000)
     print(f"20,000 samples: {small}, 100,000: {large}")
     assert large["seconds"] <= 60
     assert large["gib"] <= 4

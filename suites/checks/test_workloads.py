@@ -372,7 +372,7 @@ class TestTrace:
     def test_files_that_are_none(self, tmp_path):
         with pytest.raises(UsageError, match="holds no requests"):
             read(self.write(tmp_path, "", " "))
-        with pytest.raises(UsageError, match=r"gone\.jsonl cannot be read: No such file"):
+        with pytest.raises(UsageError, match=r"gone\.jsonl' cannot be read: No such file"):
             read(tmp_path / "gone.jsonl")
         (tmp_path / "latin").write_bytes(b'{"messages": [{"role": "user", "content": "\xe9"}]}')
         with pytest.raises(UsageError, match="line 1 cannot be read as JSON"):

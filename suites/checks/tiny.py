@@ -1,5 +1,6 @@
 """Whole runs on a tiny random model, in an empty folder."""
 
+import functools
 import json
 import os
 import shutil
@@ -25,7 +26,11 @@ SMALL = [
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A model folder and a filled cache, so that nothing is fetched."""
-    folder = tmp_path_factory.mktemp("world")
+    return made(tmp_path_factory.mktemp("world"))
+
+
+def made(folder):
+    """That, in a folder."""
     letters = {letter: at for at, letter in enumerate(["<s>", *string.printable])}
     tokenizer = Tokenizer(models.WordLevel(letters, unk_token="<s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -53,18 +58,24 @@ def _questions():
 @pytest.fixture
 def go(pytester, monkeypatch, world):
     """The command of this checkout's evaluations, for an empty folder."""
-    monkeypatch.setenv("KVSUITE_CACHE", str(world / "cache"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(pytester.path), str(ROOT)]))
+    for name, value in variables(world, pytester.path).items():
+        monkeypatch.setenv(name, value)
+    return functools.partial(command, world)
 
-    def command(marker, *arguments):
-        here = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
-        where = [str(ROOT / "suites" / name) for name in ("samples", "length", "throughput")]
-        folder = [] if {"--kv-run", "--kv-resume"} & set(arguments) else ["--kv-run", "left"]
-        chosen = [*SMALL, "--kv-model", str(world / "model"), *folder, "-m", marker]
-        return [*here, *where, *chosen, *arguments]
 
-    return command
+def variables(world, folder):
+    """The environment of a run there."""
+    path = os.pathsep.join([str(folder), str(ROOT)])
+    return {"KVSUITE_CACHE": str(world / "cache"), "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+
+
+def command(world, marker, *arguments):
+    """pytest's arguments."""
+    here = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
+    where = [str(ROOT / "suites" / name) for name in ("samples", "length", "throughput")]
+    folder = [] if {"--kv-run", "--kv-resume"} & set(arguments) else ["--kv-run", "left"]
+    chosen = [*SMALL, "--kv-model", str(world / "model"), *folder, "-m", marker]
+    return [*here, *where, *chosen, *arguments]
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ def divergence(run: Run, tables: Mapping[str, Table]) -> list[Figure]:
         return []
     bands = []
     if floors and floors[0].mean > 0:
-        margin = Margins(**run.facts.get("margins", {})).kl
+        margin = Margins.of(run.facts).kl
         bands = [Band("noise", floors[0].low, floors[0].high), Band("margin", floors[0].mean + margin)]
     y = Axis("KL divergence from the uncompressed cache, nats", "nats", log=True)
     notes = [Note(f"{BEST} Bars: 95 % intervals over documents. Noise: the control's interval.")]

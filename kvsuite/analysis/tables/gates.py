@@ -55,7 +55,7 @@ def _against(before: Run, run: Run) -> list[Outcome]:
     """A row for each endpoint that is worse than in an earlier run beyond its margin, or one for all that are not."""
     gate = f"against {before.folder.name}"
     try:
-        table = runs(before, run, Margins(**run.facts.get("margins", {})))[0]
+        table = runs(before, run, Margins.of(run.facts))[0]
     except UsageError as error:
         return [Outcome(gate, "all", "undecided", why=str(error))]
     worse = [row for row in table.rows if row.cells["effect"].verdict == WORSE]

@@ -62,7 +62,7 @@ PARTIAL = Note(
 def verdicts(run: Run) -> tuple[list[Table], list[Named]]:
     """One row per method and primary endpoint, and what stands beside them; none for a run without answers. And the
     endpoints themselves."""
-    margins = Margins(**run.facts.get("margins", {}))
+    margins = Margins.of(run.facts)
     fast = speeds(run, margins)
     elsewhere = [*forced.effects(run, margins), *fast.effects]
     methods, beside = decided(compare(parts(run), margins), margins, elsewhere, withheld(run))

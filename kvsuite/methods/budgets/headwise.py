@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvsuite import disk
 from kvsuite.cache.decoding import UNLIMITED
 from kvsuite.errors import UsageError
 from kvsuite.methods.base import Budget
@@ -62,9 +62,9 @@ class Headwise(Budget):
 def loaded(path: str) -> list[list[float]]:
     """The shares of a file. Raises UsageError where it holds none."""
     try:
-        found = json.loads(Path(path).read_text())
+        found = disk.parsed(disk.text(Path(path)))
         whole = [[float(x) for x in own] for own in found]
-    except (OSError, ValueError, TypeError) as error:
+    except (OverflowError, TypeError, ValueError) as error:
         raise UsageError(f"headwise: {path!r} is no JSON list of lists of numbers: {error}") from error
     if not all(0 < x <= 1 for own in whole for x in own):
         raise UsageError(f"headwise: the shares in {path!r} must be above 0 and at most 1")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvsuite import disk
 from kvsuite.analysis.figure import Figure, Map
 from kvsuite.analysis.report import Report
 from kvsuite.analysis.table import Note, Table
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from kvsuite.report.html.view import Grid
 
 HERE = Path(__file__).parent
-CONTROLS = {code: "\ufffd" for code in (*range(32), 127) if chr(code) not in "\n\t"}
+CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 """Characters that HTML cannot hold."""
 
 
@@ -28,7 +29,7 @@ def pytest_kv_report(report: Report, terminalreporter: Any) -> None:
     """Write the page beside the records. One that cannot be drawn costs itself alone."""
     file = report.run.folder / "report.html"
     try:
-        file.write_text(render([report]), encoding="utf-8", errors="replace")
+        disk.write(file, render([report]))
     except Exception as error:
         terminalreporter.write_line(f"no {file}: {type(error).__name__}: {error}", red=True, bold=True)
 
@@ -118,7 +119,7 @@ def _changed(one: Report, later: Report) -> list[Grid]:
     from kvsuite.report.html.view import Grid
 
     try:
-        margins = Margins(**one.run.facts.get("margins", {}))
+        margins = Margins.of(one.run.facts)
         return [Grid.of(table) for table in changes.runs(one.run, later.run, margins)]
     except UsageError as error:
         return [Grid(f"{later.run.folder} against {one.run.folder}", [], [], [Note(f"{error}.", "warning")])]

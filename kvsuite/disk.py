@@ -1,0 +1,130 @@
+"""What is read from disk, within bounds, and what is written to it, whole or not at all."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import json
+import os
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kvsuite.errors import UsageError
+
+LARGEST = 1 << 29
+"""Bytes of a file that is read as a whole. As JSON it can take 24 times as much memory: an empty list of 2 bytes and a
+comma takes 64."""
+LONGEST = 1 << 26
+"""Bytes of a line. The longest record of a published run has 10,215."""
+
+
+PATH = 4096
+"""Characters of a path that a system takes; patterns are slower the longer they are."""
+
+
+def content(file: Path, most: int = LARGEST) -> bytes:
+    """All of a file. Raises UsageError where it cannot be read or has more bytes than ``most``."""
+    try:
+        with file.open("rb") as opened:
+            found = opened.read(most + 1)
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+        raise UsageError(f"{str(file)!r} cannot be read: {_why(error)}") from error
+    if len(found) > most:
+        raise UsageError(f"{str(file)!r} has more than {most:,} bytes, which is more than is read here")
+    return found
+
+
+def text(file: Path, most: int = LARGEST) -> str:
+    """All of a file in UTF-8, without its byte order mark. Raises UsageError as `content`, and for other bytes."""
+    try:
+        return content(file, most).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{str(file)!r} cannot be read as UTF-8: {error}") from error
+
+
+def lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """Numbers, from 1, and bytes of the lines that are not blank, one at a time. A line ends with ``\\n`` alone: texts
+    hold what Python takes for line ends, too. Raises UsageError where the file cannot be read or a line has more than
+    `LONGEST` bytes."""
+    try:
+        with file.open("rb") as opened:
+            for number in itertools.count(1):
+                line = opened.readline(LONGEST + 1)
+                if not line:
+                    return
+                if len(line.removesuffix(b"\n")) > LONGEST:
+                    raise UsageError(f"{file}: line {number} has more than {LONGEST:,} bytes")
+                if line.strip():
+                    yield number, line.removesuffix(b"\n")
+    except OSError as error:
+        raise UsageError(f"{str(file)!r} cannot be read: {_why(error)}") from error
+
+
+def _refused(constant: str) -> Any:
+    raise ValueError(f"{constant} is no number")
+
+
+_FINITE = json.JSONDecoder(parse_constant=_refused)
+
+
+def parsed(found: str | bytes, finite: bool = False) -> Any:
+    """JSON. Raises ValueError for what is none or is nested too deeply, and, if all is to be ``finite``, for NaN."""
+    try:
+        return _FINITE.decode(found) if finite and isinstance(found, str) else json.loads(found)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def toml(file: Path) -> dict[str, Any]:
+    """A TOML file's table. Raises UsageError as `text`, ValueError for what is none or is nested too deeply."""
+    try:
+        return tomllib.loads(text(file))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def is_there(file: Path) -> bool:
+    """Whether there is such a file or folder; no name is too long or too strange to be asked for."""
+    try:
+        return file.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def matching(pattern: str) -> list[Path]:
+    """What a path or a pattern with ``*``, ``?`` and ``[]`` names, sorted; a name that is there is no pattern."""
+    if is_there(Path(pattern)):
+        return [Path(pattern)]
+    return sorted(map(Path, glob.glob(pattern, recursive=True))) if len(pattern) <= PATH and "\0" not in pattern else []
+
+
+def write(file: Path, said: str) -> None:
+    """Replace a file. Whatever ends this process or the machine meanwhile, it is the old file or the new one. A lone
+    surrogate, which UTF-8 cannot hold, is written as its escape. Raises OSError."""
+    unfinished = file.with_name(f"{file.name}.tmp")
+    try:
+        with unfinished.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as opened:
+            opened.write(said)
+            opened.flush()
+            os.fsync(opened.fileno())
+        unfinished.replace(file)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    sync(file.parent)
+
+
+def sync(folder: Path) -> None:
+    """Have the names in a folder survive the end of the machine, where its system can be asked to."""
+    if os.name == "posix":
+        at = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(at)
+        finally:
+            os.close(at)
+
+
+def _why(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -1,0 +1,117 @@
+"""What others wrote cannot harm whoever reads it: `suites.robustness.hostile` in short, and what none of ours does."""
+
+import re
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from kvsuite import disk
+from kvsuite.engines import openvino_model
+from kvsuite.engines.stream import LARGEST, Events, Failure
+from kvsuite.errors import UsageError, printable
+from suites.checks.depth import depth
+from suites.robustness.hostile import attempt
+from suites.robustness.targets import targets
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("target", targets(), ids=lambda target: target.name)
+def test_hostile_input_ends_well_or_in_a_sentence(target):
+    inputs = max(1, depth(25, 1000) // target.dear)
+    found = attempt(target, inputs)
+    assert found.inputs >= 1
+    assert found.refused < found.inputs or not target.taken, "a valid input is taken"
+
+
+NEVER = re.compile(r"trust_remote_code(?!=False)|allow_pickle|torch\.load\(")
+"""Libraries' ways to run what is read; ruff knows the others (S in pyproject.toml)."""
+
+
+def test_no_source_runs_what_it_reads():
+    sources = sorted((ROOT / "kvsuite").rglob("*.py"))
+    assert [file for file in sources if NEVER.search(file.read_text())] == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        *(
+            "import pickle\npickle.loads(x)",
+            "import subprocess\nsubprocess.run(x, shell=True)",
+            "import os\nos.system(x)",
+            "eval(x)",
+        ),
+        *("exec(x)", "import yaml\nyaml.load(x)", "import marshal\nmarshal.loads(x)"),
+    ],
+)
+def test_lint_finds_what_runs_its_input(source):
+    command = ["ruff", "check", "--no-cache", "--stdin-filename", str(ROOT / "kvsuite/a.py"), "-"]
+    done = subprocess.run(command, input=f"x = 1\n{source}\n", capture_output=True, text=True, cwd=ROOT)
+    assert "S" in {line[0] for line in done.stdout.splitlines() if line[1:2].isdigit()}, done.stdout + done.stderr
+
+
+def test_an_error_is_one_line_that_no_terminal_takes_for_a_command():
+    said = str(UsageError("a\x1b[2J\nb\x9b\u202ec\ud800\0" + "d" * 10_000))
+    assert said.isprintable()
+    assert said.startswith("a\\x1b[2J b\\x9b\\u202ec\\ud800\\x00ddd")
+    assert len(said) < 5000
+    assert printable("é\n😀 ×") == "é\n😀 ×"
+
+
+def test_a_file_is_read_within_bounds(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "LONGEST", 100)
+    file = tmp_path / "a"
+    file.write_bytes(b"x" * 100 + b"\n" + b"y" * 101)
+    found = disk.lines(file)
+    assert next(found) == (1, b"x" * 100)
+    with pytest.raises(UsageError, match="line 2 has more than 100 bytes"):
+        next(found)
+    with pytest.raises(UsageError, match="more than 200 bytes"):
+        disk.content(file, 200)
+    assert len(disk.content(file, 202)) == 202
+    with pytest.raises(ValueError, match="nested too deeply"):
+        disk.parsed("[" * 100_000)
+
+
+def test_an_event_is_heard_within_bounds():
+    events, piece = Events(), b"x" * (1 << 20)
+    events.feed(b"data: ")
+    for _ in range(LARGEST // len(piece) - 1):
+        assert events.feed(piece) == []
+    with pytest.raises(Failure, match="more than 16,777,216 bytes"):
+        events.feed(piece)
+
+
+def test_a_text_of_any_length_in_a_gguf_file_takes_no_memory(tmp_path):
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 62))
+    assert openvino_model.shape(tmp_path / "a.gguf") == (None, None)
+
+
+BOMBS = """
+import resource, sys
+from pathlib import Path
+resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+from kvsuite.errors import UsageError
+from kvsuite.tasks.rows import Where, load
+try:
+    load(Where("d", "c", "s", "a.zip", "b.jsonl", sys.argv[1]))
+except UsageError as error:
+    print(error)
+"""
+
+
+def test_a_zip_that_unpacks_to_more_than_there_is_memory_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("b.jsonl", bytes(1 << 20))
+    packed = bytearray((tmp_path / "a.zip").read_bytes())
+    at = packed.rindex(b"PK\x01\x02") + 24  # where the directory says how many bytes the member has
+    packed[at : at + 4] = struct.pack("<I", (1 << 30) + 1)
+    (tmp_path / "a.zip").write_bytes(packed)
+    done = subprocess.run([sys.executable, "-c", BOMBS, str(tmp_path / "a.zip")], capture_output=True, text=True)
+    assert "more than any published file" in done.stdout, done.stderr[-2000:]
