@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kvsuite.kernels import lloyd
+from kvsuite.kernels.fp4 import from_e2m1
 from kvsuite.kernels.quantize import unpack
 from kvsuite.kernels.triton import pages
 
@@ -106,10 +107,12 @@ def test_signed_codes_become_numbers_exactly():
     assert torch.equal(run(pages._ASM_SIGNED.value, words(BYTES)), BYTES.view(torch.int8).half())
 
 
-def test_codes_become_their_levels():
+@pytest.mark.parametrize(("name", "numbers"), [("LEVELS", lambda x: lloyd.numbers(x, 4)), ("E2M1", from_e2m1)])
+def test_codes_become_what_they_are_for(name, numbers):
     for part in range(2):
-        wanted = lloyd.numbers(unpack(BYTES, 4)[:, 4 * part : 4 * part + 4], 4)
-        assert torch.equal(run(getattr(pages, f"_ASM_LEVELS_{part}").value, words(BYTES)), wanted.half())
+        wanted = numbers(unpack(BYTES, 4)[:, 4 * part : 4 * part + 4]).half()
+        found = run(getattr(pages, f"_ASM_{name}_{part}").value, words(BYTES))
+        assert torch.equal(found.view(torch.int16), wanted.view(torch.int16))
 
 
 @pytest.mark.parametrize("name", ["_ASM_E4M3", "_ASM_E4M3_OLD"])

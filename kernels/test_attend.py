@@ -22,6 +22,7 @@ from kvsuite.methods.codecs.fp8 import E4M3
 from kvsuite.methods.codecs.full import Plain
 from kvsuite.methods.codecs.int8 import PerToken
 from kvsuite.methods.codecs.kivi import PerChannel
+from kvsuite.methods.codecs.nvfp4 import E2M1Blocks
 from kvsuite.methods.codecs.q8_0 import Symmetric8
 from kvsuite.methods.codecs.turboquant import LloydMax
 from suites.checks import naive
@@ -44,6 +45,7 @@ FORMATS = {
     "rotated": (PerToken(8, WHOLE, rotation="hadamard"), PerToken(4, 16, rotation="hadamard")),
     "levels": (LloydMax(4, corrected=True), PerToken(4, WHOLE)),
     "blocks": (Symmetric8(), Symmetric8()),
+    "e2m1": (E2M1Blocks(1.0, False), E2M1Blocks(0.3, True)),
     "values as levels": (Plain(), LloydMax(4, corrected=True)),
 }
 BLOCKS = [name for name in FORMATS if "kivi" in name]
@@ -83,6 +85,9 @@ def draw(store, dim, noise):
     else:
         first.view(torch.uint8).copy_(torch.randint(0, 256, first.shape, generator=noise, dtype=torch.uint8))
         scale, *zeros = rest
+        if spec.layout == "e2m1":
+            scale.copy_(normal(scale).abs().to(torch.float8_e4m3fn).view(torch.uint8))
+            scale, zeros = torch.empty(0), []
         size, shift = (3, 1.5) if spec.layout == "channel" else (1, 1)
         scale.copy_(normal(scale).abs() * size / (1 << spec.bits))
         for zero in zeros:

@@ -84,6 +84,7 @@ MORE = ["h2o:budget=0.4", "h2o:budget=50", "turboquant:bits=k4v4"]
 QUICK = [  # every codec's layout, every way of choosing what stays
     "jitter",
     "q8_0",
+    "nvfp4:scale=4over6",
     "turboquant:bits=k4v4",
     "fp8:per=token",
     "kivi:bits=2,group=8,residual=16",
@@ -211,7 +212,8 @@ def test_what_kernels_cannot_do_is_said():
     assert not {*REFUSED} & {
         text
         for text in METHODS
-        if text.split(":")[0] in ("full", "jitter", "int4", "fp8", "kivi", "q8_0") and "order=after" not in text
+        if text.split(":")[0] in ("full", "jitter", "int4", "fp8", "kivi", "q8_0", "nvfp4")
+        and "order=after" not in text
     }
     where, plain, e4m3 = layer(CPU), Plain(), parse("fp8").codec.specs(layer(CPU))[0]
     reasons = [

@@ -37,6 +37,7 @@ from kvsuite.methods.codecs.full import Full
 from kvsuite.methods.codecs.int4 import Int4
 from kvsuite.methods.codecs.int8 import Int8
 from kvsuite.methods.codecs.kivi import Kivi
+from kvsuite.methods.codecs.nvfp4 import NvFp4
 from kvsuite.methods.codecs.q8_0 import Q80
 from kvsuite.methods.codecs.turboquant import TurboQuant
 from suites.checks.depth import depth
@@ -122,6 +123,7 @@ CASES = {
     "attend int4:rotate=hadamard": attending(Int4(rotate="hadamard")),
     "attend turboquant:bits=k4v4": attending(TurboQuant()),
     "attend q8_0": attending(Q80()),
+    "attend nvfp4": attending(NvFp4()),
     "attend fp8": attending(Fp8()),
     "attend fp8:per=token": attending(Fp8(per="token")),
     "attend kivi:bits=4": attending(Kivi(bits=4), reads={"k_residual_ptr": 16, "v_residual_ptr": 16}),
@@ -134,6 +136,7 @@ CASES = {
     "append int4:rotate=hadamard": appending(Int4(rotate="hadamard"), k_codes_ptr=2, v_codes_ptr=2),
     "append turboquant:bits=k4v4": appending(TurboQuant(), k_codes_ptr=2, v_codes_ptr=2),
     "append q8_0": appending(Q80(), k_codes_ptr=4, v_codes_ptr=4),
+    "append nvfp4": appending(NvFp4(), k_codes_ptr=2, v_codes_ptr=2),
     "append fp8": appending(Fp8(), k_codes_ptr=4, v_codes_ptr=4),
     "append fp8:per=token": appending(Fp8(per="token"), k_codes_ptr=4, v_codes_ptr=4),
     "append kivi:bits=4": appending(Kivi(bits=4), k_codes_ptr=0, k_residual_ptr=8, v_codes_ptr=2, v_residual_ptr=8),
@@ -146,6 +149,8 @@ CASES = {
     "fill int4:rotate=hadamard": filling(Int4(rotate="hadamard")),
     "fill turboquant:bits=k4v4": filling(TurboQuant()),
     "fill q8_0": filling(Q80()),
+    "fill nvfp4": filling(NvFp4()),
+    "fill nvfp4:scale=4over6": filling(NvFp4(scale="4over6")),
     "fill fp8": filling(Fp8()),
     "fill fp8:per=token": filling(Fp8(per="token")),
     "fill kivi:bits=4": filling(Kivi(bits=4)),

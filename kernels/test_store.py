@@ -22,6 +22,7 @@ from kvsuite.methods.codecs.fp8 import E4M3
 from kvsuite.methods.codecs.full import Plain
 from kvsuite.methods.codecs.int8 import PerToken
 from kvsuite.methods.codecs.kivi import PerChannel
+from kvsuite.methods.codecs.nvfp4 import E2M1Blocks
 from kvsuite.methods.codecs.q8_0 import Symmetric8
 from kvsuite.methods.codecs.turboquant import LloydMax
 from suites.checks.depth import depth
@@ -104,7 +105,7 @@ def numbers(noise, heads, n, head_dim, dtype):
 RINGS = ((8, True), (37, True), (24, False), (0, True))
 STORES = {
     # layouts of K and V, and their residuals: how many, and whether rolling
-    "no residual": (("plain", "token", "fp8", "levels", "symmetric"), ((0, True), (0, False))),
+    "no residual": (("plain", "token", "fp8", "levels", "symmetric", "e2m1"), ((0, True), (0, False))),
     "channel": (("channel",), ()),
     "token": (("token",), RINGS),
     "plain or fp8": (("plain", "fp8"), RINGS),
@@ -120,6 +121,8 @@ def a_spec(draw, head_dim, layouts, residuals):
     residual, rolling = draw(st.sampled_from(residuals))
     if layout in ("levels", "symmetric"):
         return LloydMax(4, corrected=True) if layout == "levels" else Symmetric8()
+    if layout == "e2m1":
+        return E2M1Blocks(draw(st.sampled_from([1.0, 0.3])), draw(st.booleans()))
     if layout == "plain":
         return with_residual(Plain(), residual, rolling)
     if layout == "fp8":

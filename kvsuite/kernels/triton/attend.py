@@ -54,7 +54,7 @@ def _scores(
     """q · K of a whole tile, float32 (M, T). A scale that a token has for itself is applied to its score, and zeros add
     up to one number: such keys are not dequantised."""
     inside = at >= 0
-    if GROUP == D and LAYOUT != "channel":
+    if GROUP == D and LAYOUT != "channel" and LAYOUT != "e2m1":
         codes = _all(_codes(codes_ptr, at, inside, D, LAYOUT, BITS, DP, False), LAYOUT, BITS, WIDEN)
         s = _dot(q, tl.trans(codes), tl.float16, WIDEN) * tl.load(scale_ptr + at).to(tl.float32)[None, :]
         if LAYOUT == "token":
@@ -403,8 +403,8 @@ def readable(spec: QuantSpec, dtype: torch.dtype, head_dim: int) -> bool:
         return spec.bits in (8, 4, 2) and head_dim % spec.group == 0
     if spec.layout == "channel":
         return spec.bits in (8, 4, 2) and PAGE % spec.group == 0
-    if spec.layout == "symmetric":
-        return head_dim % spec.group == 0
+    if spec.layout in ("symmetric", "e2m1"):
+        return head_dim % 32 == 0
     if spec.layout == "levels":
         return spec.bits == 4
     return spec.layout in ("plain", "fp8")

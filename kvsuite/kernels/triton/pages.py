@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvsuite.kernels import lloyd
+from kvsuite.kernels import fp4, lloyd
 
 
 @triton.jit
@@ -57,9 +57,12 @@ def _table(numbers: Sequence[float], mirrored: bool, part: int) -> tl.constexpr:
         f"mov.b32 a, {high[0]}; mov.b32 b, {high[1]};"
         "prmt.b32 h, a, b, t;"
         "or.b32 h, h, s;"
-        f"mov.b32 a, {low[0]}; mov.b32 b, {low[1]};"
-        "prmt.b32 l, a, b, t;"
-        "prmt.b32 a, l, h, 0x5140;"
+        + (
+            f"mov.b32 a, {low[0]}; mov.b32 b, {low[1]}; prmt.b32 l, a, b, t;"
+            if any(x & 255 for x in bits)
+            else "mov.b32 l, 0;"
+        )
+        + "prmt.b32 a, l, h, 0x5140;"
         "prmt.b32 b, l, h, 0x7362;"
         "mov.b32 {$0, $1}, a;"
         "mov.b32 {$2, $3}, b; }"
@@ -69,6 +72,8 @@ def _table(numbers: Sequence[float], mirrored: bool, part: int) -> tl.constexpr:
 LEVELS = tl.constexpr(lloyd.levels(4))
 _POSITIVE = tl.constexpr(LEVELS.value[8:])
 _ASM_LEVELS_0, _ASM_LEVELS_1 = (_table(_POSITIVE.value, True, part) for part in range(2))
+E2M1 = tl.constexpr(fp4.E2M1)
+_ASM_E2M1_0, _ASM_E2M1_1 = (_table(fp4.E2M1[:8], False, part) for part in range(2))
 _ASM_8, _ASM_SIGNED = _assembler(8, 0), _assembler(8, 0, signed=True)
 _ASM_4_0, _ASM_4_1 = _assembler(4, 0), _assembler(4, 1)
 _ASM_2_0, _ASM_2_1, _ASM_2_2, _ASM_2_3 = (_assembler(2, part) for part in range(4))
@@ -145,11 +150,15 @@ def _part(words, LAYOUT: tl.constexpr, BITS: tl.constexpr, PART: tl.constexpr, W
         x = (_split(words) >> (BITS * PART)) & ((1 << BITS) - 1)
         if LAYOUT == "levels":
             x = _looked_up(x, LEVELS)
+        elif LAYOUT == "e2m1":
+            x = _looked_up(x, E2M1)
         elif LAYOUT == "symmetric":
             x = (x ^ 128) - 128
         x = x.to(tl.float16)
     elif LAYOUT == "levels":
         x = _bytes(words, _ASM_LEVELS_0 if PART == 0 else _ASM_LEVELS_1)
+    elif LAYOUT == "e2m1":
+        x = _bytes(words, _ASM_E2M1_0 if PART == 0 else _ASM_E2M1_1)
     elif BITS == 8:
         x = _bytes(words, _ASM_SIGNED if LAYOUT == "symmetric" else _ASM_8)
     elif BITS == 4:
@@ -179,12 +188,18 @@ def _all(codes, LAYOUT: tl.constexpr, BITS: tl.constexpr, WIDEN: tl.constexpr):
 
 
 @triton.jit
+def _of_e4m3(codes):
+    """e4m3 bytes as float16 of their shape, exactly."""
+    codes = codes.to(tl.int32)
+    x = (((codes & 0x80) << 8) | ((codes & 0x7F) << 7)).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    return tl.where((codes & 0x7F) == 0x7F, float("nan"), x * 256.0).to(tl.float16)
+
+
+@triton.jit
 def _e4m3(words, WIDEN: tl.constexpr, NATIVE: tl.constexpr):
     """e4m3 bytes, words (T, W / 4), as float16 (T, W), exactly."""
     if WIDEN:
-        code = _split(words)
-        x = (((code & 0x80) << 8) | ((code & 0x7F) << 7)).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-        x = tl.where((code & 0x7F) == 0x7F, float("nan"), x * 256.0).to(tl.float16)
+        x = _of_e4m3(_split(words))
     elif NATIVE:
         x = _bytes(words, _ASM_E4M3)
     else:
@@ -232,7 +247,10 @@ def _times(
 ):
     """codes (T, W) times the scales at ``where`` plus the zeros there, if the layout has any, rounded once; with AXIS
     inserted they broadcast to ``shape``, a finer view of (T, W)."""
-    scale = tl.broadcast_to(tl.expand_dims(_load(scale_ptr + where, real, MASKED), AXIS), shape)
+    scale = _load(scale_ptr + where, real, MASKED)
+    if LAYOUT == "e2m1":
+        scale = _of_e4m3(scale)
+    scale = tl.broadcast_to(tl.expand_dims(scale, AXIS), shape)
     x = tl.reshape(codes, shape)
     if LAYOUT == "token" or LAYOUT == "channel":
         x = tl.fma(x, scale, tl.broadcast_to(tl.expand_dims(_load(zero_ptr + where, real, MASKED), AXIS), shape))

@@ -26,10 +26,11 @@ from kvsuite.kernels.quantspec import PAGE, QuantSpec
 from kvsuite.kernels.reference import store as reference
 from kvsuite.kernels.reference.store import KeepIndices, moved
 from kvsuite.kernels.triton.launch import launch
-from kvsuite.kernels.triton.pages import LEVELS, _looked_up
+from kvsuite.kernels.triton.pages import E2M1, LEVELS, _looked_up, _of_e4m3
 
 EDGES = tl.constexpr(tuple((a + b) / 2 for a, b in pairwise(LEVELS.value)))
-"""Between the levels."""
+E2M1_EDGES = tl.constexpr(tuple((a + b) / 2 for a, b in pairwise(E2M1.value[:8])))
+"""Between the numbers of codes."""
 
 
 def fill(
@@ -165,7 +166,9 @@ def _arguments(name: str, store: KVStore) -> dict[str, Any]:
 def _constants(name: str, store: KVStore) -> dict[str, Any]:
     spec = store.spec
     return {
-        f"{name}_LAYOUT": "fp8 by token" if spec.layout == "fp8" and spec.scale is None else spec.layout,
+        f"{name}_LAYOUT": spec.layout
+        + (" by token" if spec.layout == "fp8" and spec.scale is None else "")
+        + (" chosen" if spec.chooses else ""),
         f"{name}_BITS": spec.bits,
         f"{name}_GROUP": spec.group,
         f"{name}_R": spec.residual,
@@ -352,6 +355,8 @@ def _put(
         _token(x_ptr, at, keep, to, codes_ptr, scale_ptr, zero_ptr, DIM, BITS, GROUP)
     elif LAYOUT == "symmetric":
         _symmetric(x_ptr, at, keep, to, codes_ptr, scale_ptr, DIM, GROUP)
+    elif LAYOUT == "e2m1" or LAYOUT == "e2m1 chosen":
+        _e2m1(x_ptr, at, keep, to, codes_ptr, scale_ptr, fixed, DIM, GROUP, LAYOUT == "e2m1 chosen")
     elif LAYOUT == "levels":
         _levels(x_ptr, at, keep, to, codes_ptr, scale_ptr, DIM)
     elif LAYOUT == "channel":
@@ -446,6 +451,51 @@ def _symmetric(x_ptr, at, keep, to, codes_ptr, scale_ptr, DIM: tl.constexpr, GRO
     tl.store(codes_ptr + to[:, None, None] * DIM + channel, codes, mask=there[:, :, None])
     group = tl.arange(0, there.shape[1])[None, :]
     tl.store(scale_ptr + to[:, None] * (DIM // GROUP) + group, scale.to(tl.float16), mask=there)
+
+
+@triton.jit
+def _e2m1(
+    x_ptr, at, keep, to, codes_ptr, scale_ptr, fixed,
+    DIM: tl.constexpr, GROUP: tl.constexpr, CHOOSES: tl.constexpr,
+):  # fmt: skip
+    """Blocks of a token as E2M1, those of its first half in the low bits, and each one's e4m3 scale."""
+    low, channel, there = _blocks(x_ptr, at, keep, DIM // 2, GROUP)
+    high, _, _ = _blocks(x_ptr + DIM // 2, at, keep, DIM // 2, GROUP)
+    a, first = _floats(low, fixed, CHOOSES)
+    b, second = _floats(high, fixed, CHOOSES)
+    tl.store(codes_ptr + to[:, None, None] * (DIM // 2) + channel, (a | (b << 4)).to(tl.uint8), mask=there[:, :, None])
+    scale_ptr += to[:, None] * (DIM // GROUP) + tl.arange(0, there.shape[1])[None, :]
+    tl.store(scale_ptr, first, mask=there)
+    tl.store(scale_ptr + DIM // GROUP // 2, second, mask=there)
+
+
+@triton.jit
+def _floats(x, fixed, CHOOSES: tl.constexpr):
+    """int32 codes of blocks (T, groups, GROUP) and e4m3 scales (T, groups); which CHOOSES between 4 and 6."""
+    codes, scale, error = _floats_to(x, 6.0, fixed)
+    if CHOOSES:
+        others, other, smaller = _floats_to(x, 4.0, fixed)
+        better = smaller < error
+        codes, scale = tl.where(better[:, :, None], others, codes), tl.where(better, other, scale)
+    return codes, scale
+
+
+@triton.jit
+def _floats_to(x, FULL: tl.constexpr, fixed):
+    """Codes, scales and squared errors, float64, of blocks whose largest number becomes FULL."""
+    largest = tl.max(tl.abs(x), 2)
+    fixed = tl.zeros(largest.shape, tl.float32) + fixed
+    scale = _e4m3(tl.div_rn(largest, fixed * FULL))
+    step = _of_e4m3(scale).to(tl.float32) * fixed
+    y = tl.div_rn(x, tl.broadcast_to(tl.where(step == 0, float("inf"), step)[:, :, None], x.shape))
+    size = tl.abs(y)
+    codes = (y.to(tl.int32, bitcast=True) >> 28) & 8
+    for i in tl.static_range(7):  # on the edges to the even code, so up at every other
+        codes += (size > E2M1_EDGES[i]).to(tl.int32) if i % 2 == 0 else (size >= E2M1_EDGES[i]).to(tl.int32)
+    # float32 products by way of float64, so that no subtraction is fused with them
+    read = (_looked_up(codes, E2M1).to(tl.float64) * step.to(tl.float64)[:, :, None]).to(tl.float32)
+    off = (read - x).to(tl.float64)
+    return codes, scale, tl.sum(off * off, 2)
 
 
 @triton.jit
