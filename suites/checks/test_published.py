@@ -109,12 +109,16 @@ def test_a_report_shows_the_command_as_it_can_be_run_again(tmp_path):
     assert shlex.split(shown) == words
 
 
-@pytest.mark.parametrize("file", sorted(REPORTS.rglob("report.md")), ids=lambda file: file.parent.name)
+@pytest.mark.parametrize(
+    "file", sorted(REPORTS.rglob("report.md")), ids=lambda file: str(file.parent.relative_to(REPORTS))
+)
 def test_a_published_report_is_what_its_run_shows(file):
     assert file.read_text() == render(analyse(read(file.parent)))
 
 
-@pytest.mark.parametrize("file", sorted(REPORTS.rglob("report.html")), ids=lambda file: file.parent.name)
+@pytest.mark.parametrize(
+    "file", sorted(REPORTS.rglob("report.html")), ids=lambda file: str(file.parent.relative_to(REPORTS))
+)
 def test_a_published_page_is_what_its_run_shows(file):
     """But for what is packed: that depends on zlib."""
     pages = file.read_text(), html.render([analyse(read(file.parent))])
