@@ -11,6 +11,8 @@ import numpy as np
 from kvsuite.analysis.table import Note
 
 Drawn = Literal["points", "line", "steps", "dots", "bars"]
+MANY = 24
+"""Lone points with a name each: of more of them not all are named."""
 DOTS = 60
 """Points that stand for a distribution at most."""
 

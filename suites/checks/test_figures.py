@@ -3,7 +3,7 @@
 import math
 import re
 from dataclasses import replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -14,6 +14,7 @@ from kvsuite.analysis.figure import DOTS, Axis, Figure, Point, Series, thinned
 from kvsuite.analysis.figures import figures
 from kvsuite.analysis.report import analyse
 from kvsuite.analysis.speed import break_evens
+from kvsuite.analysis.table import Cell, Row, Table
 from kvsuite.records import Answer, Timing, read
 from kvsuite.report.html.labels import Box, place
 from kvsuite.report.html.scale import Scale, number
@@ -90,6 +91,23 @@ def test_documents_are_dots_and_positions_a_line():
     line = of(found["divergence:positions"], "m", "line")
     assert [p.x for p in line] == [4 * i + 2 for i in range(16)]
     assert line[3].y == pytest.approx(np.mean([r.kl[12:16] for r in mine]))
+
+
+def test_of_many_methods_those_that_no_other_beats_are_named_and_no_name_hides_another():
+    """Forty methods at the same place, and one that holds less and changes less than all of them."""
+    names = [f"one-of-many:budget=0.{i}" for i in range(10, 50)]
+    many = [forced(name, 0.2 + i / 1000, nbytes=50 + i % 3) for i, name in enumerate(names)]
+    methods = ["full", "jitter", *names, "best"]
+    run = partial.run(forced("full"), forced("jitter", 2e-4), *many, forced("best", 0.01, nbytes=20), methods=methods)
+    held = Table("decision", "", rows=[Row((r.method,), {"held": Cell(r.nbytes / 100)}) for r in run.records])
+    figure = {f.key: f for f in figures(run, {"decision": held})}["tradeoff:divergence"]
+    assert figure.series[0].arm == "best"
+    assert all(p.low is None for series in figure.series for p in series.points)
+    said = re.findall(r'x="([-\d.]+)" y="([-\d.]+)" text-anchor="start" class="label">([^<]*)', draw(figure, {}, "f"))
+    assert "best" in [name for *_, name in said]
+    assert 1 < len(said) < 41
+    boxes = [Box(float(x), float(y) - 11, float(x) + 7.2 * len(name), float(y) + 3) for x, y, name in said]
+    assert all(one.common(other) < 1 for one, other in combinations(boxes, 2))
 
 
 def test_a_distribution_of_many_keeps_its_shape():

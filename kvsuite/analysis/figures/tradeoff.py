@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from kvsuite.analysis.figure import Axis, Band, Figure, Point, Series
+from kvsuite.analysis.figure import MANY, Axis, Band, Figure, Point, Series
 from kvsuite.analysis.forced import divergences
 from kvsuite.analysis.length import named
 from kvsuite.analysis.serving import stored
@@ -30,8 +31,9 @@ def divergence(run: Run, tables: Mapping[str, Table]) -> list[Figure]:
         margin = Margins.of(run.facts).kl
         bands = [Band("noise", floors[0].low, floors[0].high), Band("margin", floors[0].mean + margin)]
     y = Axis("KL divergence from the uncompressed cache, nats", "nats", log=True)
-    notes = [Note(f"{BEST} Bars: 95 % intervals over documents. Noise: the control's interval.")]
-    return [Figure("tradeoff:divergence", "Drift against bytes", _bytes(run), y, series, bands, notes=notes)]
+    notes = [Note(f"{BEST} {_bars(series, '95 % intervals over documents')} Noise: the control's interval.")]
+    drawn = _drawn(series, -1)
+    return [Figure("tradeoff:divergence", "Drift against bytes", _bytes(run), y, drawn, bands, notes=notes)]
 
 
 def quality(run: Run, tables: Mapping[str, Table]) -> list[Figure]:
@@ -50,9 +52,10 @@ def quality(run: Run, tables: Mapping[str, Table]) -> list[Figure]:
     bands = [Band("noise", noise.low, noise.high)] if noise and noise.low is not None else []
     bands += [Band("margin", cell.limits[0]) for cell in list(judged.values())[:1] if cell.limits]
     y = Axis("change of the mean score, points of 100", "pt", shown=(0.0,))
-    how = "Methods towards the upper left hold less and lose less. Bars: the intervals of the verdicts"
-    notes = [Note(f"{how}.{' Noise: the interval of the control.' if noise else ''}")]
-    return [Figure("tradeoff:quality", "Task score against bytes", _bytes(run), y, series, bands, notes=notes)]
+    how = f"Methods towards the upper left hold less and lose less. {_bars(series, 'the intervals of the verdicts')}"
+    notes = [Note(f"{how}{' Noise: the interval of the control.' if noise else ''}")]
+    drawn = _drawn(series, 1)
+    return [Figure("tradeoff:quality", "Task score against bytes", _bytes(run), y, drawn, bands, notes=notes)]
 
 
 def length(run: Run, tables: Mapping[str, Table]) -> list[Figure]:
@@ -71,6 +74,27 @@ def length(run: Run, tables: Mapping[str, Table]) -> list[Figure]:
             title = f"Length of answers against bytes, {key.removeprefix('length:')}"
             found.append(Figure(f"tradeoff:{key}", title, _bytes(run), y, series, bands, notes=[Note(how)]))
     return found
+
+
+def _drawn(series: Sequence[Series], better: int) -> list[Series]:
+    """Series of one point. Of many those come first, and so are named, that no other beats in bytes and in y
+    (``better`` 1: more is better, -1: less is); their intervals, which would hide each other, are not drawn."""
+    if len(series) <= MANY:
+        return list(series)
+    lone = [replace(s, points=[replace(s.points[0], low=None, high=None)]) for s in series]
+
+    def beaten(one: Series) -> bool:
+        (mine,) = one.points
+        others = [s.points[0] for s in lone if s is not one]
+        return any(p.x <= mine.x and better * p.y >= better * mine.y and (p.x, p.y) != (mine.x, mine.y) for p in others)
+
+    return sorted(lone, key=beaten)
+
+
+def _bars(series: Sequence[Series], what: str) -> str:
+    if len(series) <= MANY:
+        return f"Bars: {what}."
+    return f"{len(series)} methods: {what} are in the tables. Those that no other beats in both are named first."
 
 
 def _bytes(run: Run) -> Axis:

@@ -42,8 +42,8 @@ SAID = {
     "length": "{:.2f}× as long",
     "truncation": "{:.0%} truncated",
 }
-MANY = 3
-"""Kinds of damage that are named."""
+MANY, NAMED = 3, 10
+"""Kinds of damage, and methods, that are named."""
 UNITS = {
     "kl": "documents", "perplexity": "documents", "reference": "reference answers", "quality": "samples",
     "broken": "samples", "length": "chats", "truncation": "chats",
@@ -84,11 +84,17 @@ def _headline(verdicts: Mapping[str, str], held: Mapping[str, float]) -> Table:
     if safe := named("within margin"):
         shares = " and ".join(", ".join(f"{held[m]:.2f}" for m in safe if m in held).rsplit(", ", 1))
         said.append(f"{', '.join(safe)}: no damage found" + (f", {shares} of the bytes" if shares else ""))
-    said += [f"{', '.join(who)}: {what}" for verdict, what in LATER.items() if (who := named(verdict))]
+    said += [f"{_some(who)}: {what}" for verdict, what in LATER.items() if (who := named(verdict))]
     return Table("headline", "; ".join(said))
 
 
 LATER = {"harmful": "damaged", "undecided": "cannot tell yet"}
+
+
+def _some(methods: Sequence[str]) -> str:
+    """Their names, or some of them: the table has them all."""
+    more = len(methods) - NAMED
+    return ", ".join(methods[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _damaged(effects: Iterable[Effect]) -> str:

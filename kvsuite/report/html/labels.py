@@ -32,12 +32,13 @@ class Box:
         return (self.right - self.left) * (self.bottom - self.top)
 
 
+def hidden(box: Box, taken: Sequence[Box], frame: Box) -> float:
+    """What a name hides of others and of points; what lies outside the frame counts three times."""
+    return sum(map(box.common, taken)) + 3 * (box.area - box.common(frame))
+
+
 def place(x: float, y: float, wide: float, taken: Sequence[Box], frame: Box) -> Box:
     """The box of a name ``wide`` units wide beside the point (x, y)."""
-
-    def hidden(box: Box) -> float:
-        return sum(map(box.common, taken)) + 3 * (box.area - box.common(frame))
-
     tried = []
     for away in AWAY:
         beside = [(x + away, y + off) for off in (0, -away, away)] + [
@@ -45,4 +46,4 @@ def place(x: float, y: float, wide: float, taken: Sequence[Box], frame: Box) -> 
         ]
         for left, middle in (*beside, (x - wide / 2, y - away - 4), (x - wide / 2, y + away + 4)):
             tried.append(Box(left, middle - TALL / 2, left + wide, middle + TALL / 2))
-    return min(tried, key=hidden)  # the first of equal ones, which are the nearest
+    return min(tried, key=lambda box: hidden(box, taken, frame))  # the first of equal ones, which are the nearest

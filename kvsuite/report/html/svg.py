@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from kvsuite.analysis.figure import Axis, Figure, Point, Series
-from kvsuite.report.html.labels import Box, place
+from kvsuite.analysis.figure import MANY, Axis, Figure, Point, Series
+from kvsuite.report.html.labels import Box, hidden, place
 from kvsuite.report.html.scale import Scale, number
 
 WIDTH, HEIGHT = 460, 320
@@ -214,7 +214,7 @@ class _Canvas:
         all_, mine = self.figure.series, self.figure.series[at]
         if mine.draws == "line" and any(p.low is not None for p in mine.points):
             return APART * (at - (len(all_) - 1) / 2)
-        if mine.draws != "points" or self.row:
+        if mine.draws != "points" or self.row or len(all_) > MANY:
             return 0.0
         here = self.x.at(mine.points[0].x)
         mates = [k for k, s in enumerate(all_) if s.draws == "points" and abs(self.x.at(s.points[0].x) - here) < APART]
@@ -266,7 +266,7 @@ class _Canvas:
             yield text(WIDTH - RIGHT - 2, self.foot - 4, self.figure.marked, "name", "end")
 
     def labels(self) -> Iterable[str]:
-        """Names beside lone points, where they hide as little as can be."""
+        """Names beside lone points, where they hide as little as can be; of many, those that hide nothing."""
         if self.row:
             return
         alone = [(at, s, s.points[0]) for at, s in enumerate(self.figure.series) if s.draws == "points"]
@@ -275,6 +275,8 @@ class _Canvas:
         taken = [Box(x - 6, min(y - 6, low), x + 6, max(y + 6, high)) for x, y, (low, high) in spots]
         for (_, series, _), (x, y, _) in zip(alone, spots, strict=True):
             box = place(x, y, 7.2 * len(short(series.name)), taken, frame)
+            if len(alone) > MANY and hidden(box, taken, frame) > 0:
+                continue
             taken.append(box)
             near_x, near_y = min(max(x, box.left), box.right), min(max(y, box.top + 3), box.bottom - 3)
             if math.dist((x, y), (near_x, near_y)) > LEADER:
