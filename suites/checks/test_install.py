@@ -63,7 +63,8 @@ def test_the_wheel_holds_what_is_imported_and_the_evaluations(wheel):
     wanted = [
         file
         for file in files
-        if "__pycache__" not in file.parts and file.parts[1] not in ("checks", "core", "findings", "peers")
+        if "__pycache__" not in file.parts
+        and file.parts[1] not in ("checks", "core", "findings", "peers", "robustness")
     ]
     assert found == {Path("kvsuite", file) if file.parts[0] == "suites" else file for file in wanted}
     assert not (ROOT / "kernels" / "__init__.py").exists(), "it would shadow a package that transformers imports"

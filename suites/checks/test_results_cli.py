@@ -142,7 +142,7 @@ BROKEN = {
     "words": (lambda: put("m", ["0.5"]), "s/m_trec_eval.json: sample 0 of trec has the score '0.5'"),
     "cut off": (lambda: file("m").write_text(file("m").read_text()[:-9]), "s/m_trec_eval.json cannot be read as JSON"),
     "empty": (lambda: put("m", []), "s/m_trec_eval.json is not a list of scores"),
-    "bytes": (lambda: file("m").write_bytes(b"\xff\xfe\x00"), "s/m_trec_eval.json cannot be read as JSON"),
+    "bytes": (lambda: file("m").write_bytes(b"\xff\xfe\x00"), "s/m_trec_eval.json", "cannot be read as UTF-8"),
     "control": (lambda: put("control", [1] * 39), "s/control_trec_eval.json has no sample 39 of trec"),
 }
 
