@@ -95,7 +95,7 @@ class _PrefillLayer(AttendingLayer):
             observed[observation] = self._observe(observation, q[0], k, params)
             _wait(out)
             self.seconds[observation] += time.perf_counter() - start
-        self._weights = None
+        self._weights = self.hidden = None  # of all layers at once they would take more than K and V
         self.seen = PrefilledLayer(self.layer.index, k, v, observed, params, self.layer.rope)
         return out[None]
 

@@ -99,6 +99,15 @@ def test_hidden_states_are_what_the_projections_are_given(seen):
     assert not torch.equal(second[:-1], inputs[0].T)
 
 
+def test_no_layer_keeps_its_hidden_states(seen):
+    model, _, _ = seen
+    cache = PrefillCache(adapter.contexts(model), [HIDDEN])
+    with torch.inference_mode():
+        adapter.forward(model, cache, IDS)
+    assert cache.prefilled[2][HIDDEN].shape == (65, 50)
+    assert [layer.hidden for layer in cache.layers] == [None] * 3
+
+
 def test_moments_are_those_of_queries_before_rope(seen):
     model, prompt, inputs = seen
     with torch.inference_mode():
