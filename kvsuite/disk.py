@@ -18,8 +18,6 @@ LARGEST = 1 << 29
 comma takes 64."""
 LONGEST = 1 << 26
 """Bytes of a line. The longest record of a published run has 10,215."""
-
-
 PATH = 4096
 """Characters of a path that a system takes; patterns are slower the longer they are."""
 

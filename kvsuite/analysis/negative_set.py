@@ -105,10 +105,10 @@ def write(folder: Path, benchmark: Benchmark, texts: Mapping[Key, Mapping[str, A
                 "fell": [name for name, fell in benchmark.votes.fell.items() if fell[at]],
             }
         )
-    (folder / ROWS).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    disk.write(folder / ROWS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     facts = {"version": VERSION, "jurors": list(benchmark.votes.fell), "quorum": benchmark.quorum, **benchmark.facts}
-    (folder / FACTS).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    disk.write(folder / FACTS, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+    disk.write(folder / "README.md", card)
 
 
 def read(folder: Path) -> Benchmark:

@@ -97,7 +97,9 @@ class StreamParser:
             pieces = _pieces(choice.get("delta") or {})
             self._use(event.get("usage") or {})
             prompt_ids, ids = _ids(event.get("prompt_token_ids")), _ids(choice.get("token_ids"))
-            finish = (choice.get("finish_reason") or "") + ""
+            finish = choice.get("finish_reason") or ""
+            if not isinstance(finish, str):
+                raise TypeError("this is no reason")
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise Failure(
                 f"the server sent what is no part of an answer: {error_message(data.decode(errors='replace'))}"

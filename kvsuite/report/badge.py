@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvsuite import disk
 from kvsuite.analysis.report import Report
 from kvsuite.analysis.sentences import Tone
 from kvsuite.analysis.table import Row
@@ -104,8 +105,8 @@ def write(report: Report, folder: Path) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, badge in names.items():
-            (folder / f"{name}.svg").write_text(badge.svg(), encoding="utf-8")
-            (folder / f"{name}.json").write_text(badge.endpoint(), encoding="utf-8")
+            disk.write(folder / f"{name}.svg", badge.svg())
+            disk.write(folder / f"{name}.json", badge.endpoint())
     except OSError as error:
         raise UsageError(f"badges cannot be written into {folder}: {error.strerror}") from error
     return [folder / f"{name}.svg" for name in names]
