@@ -663,9 +663,13 @@ def refusal(one: Run, other: Run) -> str:
 
 def changed(before: dict[str, Any], now: dict[str, Any]) -> str:
     """Why a run cannot go on, in a sentence; empty if it can: the same model, texts, settings, versions and machine.
-    What ``now`` does not say is not compared."""
+    Tasks may be added, with their texts. What ``now`` does not say is not compared."""
     for key in ("model", "texts", "plugins", "settings", "environment"):
         a, b = before.get(key), now.get(key)
+        if key == "settings" and a and b and set(a["tasks"]) <= set(b["tasks"]):
+            a = a | {"tasks": b["tasks"]}
+        if key == "texts" and a and b:
+            a = {name: b.get(name) for name in b.keys() - a.keys()} | a
         if isinstance(a, dict) and isinstance(b, dict) and key == "environment":
             a = {name: a.get(name) for name in b}
         if b is not None and a != b:

@@ -131,7 +131,21 @@ class Session:
         if "timings" in was:
             expected["timings"] = max(was["timings"], wanted.get("timings", 0))
         methods = dict.fromkeys([*before["methods"], *self.arms])
-        self.run.amend({"resumed": now, "finished": None, "methods": list(methods), "expected": expected})
+        known = self.known()
+        self.run.amend(
+            {
+                "resumed": now,
+                "finished": None,
+                "methods": list(methods),
+                "texts": before["texts"] | known["texts"],
+                "settings": before["settings"] | {"tasks": known["settings"]["tasks"]},
+                "expected": expected,
+                "fitted": before.get("fitted", {}) | self._fitted(),
+            }
+        )
+
+    def _fitted(self) -> dict[str, Any]:
+        return {name: dict(done) for name in self.chosen if (done := tasks.task(name).fitted)}
 
     def describe(self) -> None:
         """Write ``run.json``, or what is new in that of a run that goes on; once."""
@@ -152,7 +166,7 @@ class Session:
                 **known,
                 "margins": vars(o.margins),
                 "expected": self.expected(),
-                "fitted": {name: dict(done) for name in self.chosen if (done := tasks.task(name).fitted)},
+                "fitted": self._fitted(),
                 **own,
                 "environment": known["environment"] | own.get("environment", {}),
             }

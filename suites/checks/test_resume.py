@@ -155,6 +155,23 @@ def test_a_run_that_goes_on_may_measure_more(run):
     assert "partial" not in Path("left/report.md").read_text()
 
 
+def test_a_run_that_goes_on_may_have_more_tasks_but_the_same_texts(run):
+    assert run("samples", "--kv-tasks", "needle").ret == 0
+    before = results("left")
+    assert run("samples", "--kv-tasks", "document", "--kv-resume", "left").ret == pytest.ExitCode.USAGE_ERROR
+    assert run("samples", "--kv-tasks", "needle,document", "--kv-resume", "left").ret == 0
+    assert results("left").items() > before.items()
+    found = read(Path("left"))
+    assert found.facts["settings"]["tasks"] == ["needle", "document"]
+    assert found.facts["texts"].keys() == {"needle", "document"}
+    assert found.facts["expected"]["samples"] == {"needle": 3, "document": 3}
+    facts = found.facts | {"texts": found.facts["texts"] | {"needle": "others"}}
+    Path("left/run.json").write_text(json.dumps(facts))
+    result = run("samples", "--kv-tasks", "needle,document,json", "--kv-resume", "left")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*its texts differed (needle: 'others' and *"])
+
+
 def test_an_interrupted_run_says_how_to_go_on(run, pytester):
     pytester.makepyfile(interrupted=DIES.replace("os.kill(os.getpid(), signal.SIGKILL)", "raise KeyboardInterrupt"))
     result = run("samples", "-p", "interrupted")
