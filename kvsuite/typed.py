@@ -23,6 +23,9 @@ def fits(hint: Any) -> Callable[[Any], bool]:
         return lambda value: isinstance(value, str) and value in inner
     if origin is types.UnionType:
         some = [fits(one) for one in inner]
+        if len(some) == 2:  # several in a record
+            one, other = some
+            return lambda value: one(value) or other(value)
         return lambda value: any(one(value) for one in some)
     if origin is list and inner[0] in NUMBERS:  # hundreds in a record
         allowed, most = NUMBERS[inner[0]]

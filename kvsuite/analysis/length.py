@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -90,7 +90,9 @@ def named(method: str, control: bool) -> str:
 def beside(answers: Sequence[Answer], base: str = "full") -> list[Beside]:
     """One task's answers of all arms, in order of appearance; of a baseline that answered again, it and its control."""
     good: dict[str, dict[int, dict[str, Answer]]] = {}
+    arms: dict[str, list[Answer]] = {}
     for a in answers:
+        arms.setdefault(a.method, []).append(a)
         there = good.setdefault(a.method, {}).setdefault(a.repeat, {})
         if a.status == "ok":
             there[a.sample] = a
@@ -98,7 +100,7 @@ def beside(answers: Sequence[Answer], base: str = "full") -> list[Beside]:
     last = max(own, default=0)
     found = []
     for method, repeats in good.items():
-        mine = [a for a in answers if a.method == method]
+        mine = arms[method]
         alike = [pair for repeat, some in repeats.items() for pair in _paired(some, own.get(repeat, {}))]
         if method != base or not last:
             found.append(Beside(method, False, mine, alike, _apart(repeats, own) if last else alike))
@@ -130,26 +132,44 @@ def halves(base: list[T]) -> tuple[list[T], list[T]]:
 def length_rows(answers: Sequence[Answer], base: str = "full") -> list[LengthRow]:
     """A row for each of ``beside``. Errors and time-outs are failures, never short answers. Raises UsageError where
     two arms had different caps for a prompt."""
-    return [_row(arm, base) for arm in beside(answers, base)]
+    arms = beside(answers, base)
+    costs = _costs({arm.name: arm.pairs for arm in arms if arm.pairs and (arm.method != base or arm.control)})
+    return [_row(arm, costs.get(arm.name)) for arm in arms]
 
 
-def _row(arm: Beside, base: str) -> LengthRow:
+def _costs(arms: Mapping[str, Pairs]) -> dict[str, Interval]:
+    """`cost_interval` of each; those beside the same answers from the same draws, which take longer than all else."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    columns: dict[str, tuple[Floats, Floats, Floats]] = {}
+    for name, pairs in arms.items():
+        prompts = tuple(a.cluster or a.sample for a, _ in pairs)
+        mine, theirs, caps = np.array([(a.length, b.length, a.cap) for a, b in pairs], dtype=float).T
+        columns[name] = mine, theirs, caps
+        alike.setdefault(prompts, []).append(name)
+    found: dict[str, Interval] = {}
+    for prompts, names in alike.items():
+        asked = [_cost(*columns[name]) for name in names]
+        found |= zip(names, estimate(Design.of([""] * len(prompts), prompts), asked), strict=True)
+    return found
+
+
+def _row(arm: Beside, cost: Interval | None) -> LengthRow:
+    """``cost`` is that of every arm but the baseline, which costs what it costs."""
     errors = [a.error for a in arm.answers if a.status == "failed"]
     counts = (arm.method, arm.control, len(arm.answers), len(errors), errors[0] if errors else "")
-    pairs, itself = arm.pairs, arm.method == base and not arm.control
+    pairs = arm.pairs
     for a, b in pairs:
         if a.cap != b.cap:
             raise UsageError(f"sample {a.sample}: {a.method} had a cap of {a.cap} tokens, the baseline {b.cap}")
     if not pairs:
         return LengthRow(*counts)
-    mine, theirs = [a.length for a, _ in pairs], [b.length for _, b in pairs]
+    mine = [a.length for a, _ in pairs]
     held, whole = (_held(answers) for answers in zip(*pairs, strict=True))
     lengths = [(a.length, b.length) for a, b in arm.apart]
-    caps, prompts = [a.cap for a, _ in pairs], [a.cluster or a.sample for a, _ in pairs]
     return LengthRow(
         *counts,
         pairs=len(pairs),
-        cost=Interval(1, 1, 1) if itself else cost_interval(mine, theirs, caps, prompts),
+        cost=cost or Interval(1, 1, 1),
         tokens=sum(mine) / len(mine),
         capped=sum(a.finish == "length" for a, _ in pairs),
         baseline_capped=sum(b.finish == "length" for _, b in pairs),
@@ -159,7 +179,7 @@ def _row(arm: Beside, base: str) -> LengthRow:
         d=d_shares(*np.array([(t, m) for m, t in lengths], dtype=float).T)
         if lengths and all(t for _, t in lengths)
         else None,
-        parted=None if itself else parted([(a, b) for a, b in pairs if a.repeat == pairs[0][0].repeat]),
+        parted=cost and parted([(a, b) for a, b in pairs if a.repeat == pairs[0][0].repeat]),
         ratio=held / whole if held is not None and whole else None,
     )
 

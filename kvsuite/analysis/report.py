@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
 
+from kvsuite import collector
 from kvsuite.analysis import validity
 from kvsuite.analysis.cost import Throughput, throughput
 from kvsuite.analysis.figure import Figure, Map
@@ -81,6 +82,7 @@ class Report:
         return next((table for table in self.tables if table.key == "shortfall"), None)
 
 
+@collector.off()
 def analyse(run: Run, held: Gates = NO_GATES, today: date | None = None) -> Report:
     """Everything that is shown of a run, and of the gates it is held against; ``today`` is when they were."""
     judged, effects = verdicts(run)

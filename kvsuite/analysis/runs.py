@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from kvsuite.analysis.answered import Answered, apart, shared
 from kvsuite.analysis.effects import Part
@@ -35,6 +36,7 @@ class Known:
     """Samples that every arm was to answer; 0 where that is not known."""
 
 
+@lru_cache(maxsize=2)
 def parts(run: Run) -> list[Part]:
     """The run's methods against ``full``: scored tasks, and chats, without arms whose answers are none, or to other
     prompts."""
@@ -44,6 +46,7 @@ def parts(run: Run) -> list[Part]:
     return [part for part in kept if part.methods]
 
 
+@lru_cache(maxsize=2)
 def noise(run: Run) -> list[Part]:
     """The run's controls against ``full`` as if they were methods: what no effect looks like here."""
     found = []
@@ -55,6 +58,7 @@ def noise(run: Run) -> list[Part]:
     return found
 
 
+@lru_cache(maxsize=2)
 def _known(run: Run) -> list[Known]:
     """Scored tasks, and chats."""
     found = []

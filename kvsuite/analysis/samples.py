@@ -11,7 +11,7 @@ import numpy as np
 from kvsuite.analysis.divergence import parting
 from kvsuite.analysis.endpoints import Endpoints
 from kvsuite.analysis.resample import ROUNDING, Design, Floats, Mask, Places, Rule, eligible
-from kvsuite.analysis.stats import Interval, Ratio, mean_interval
+from kvsuite.analysis.stats import Interval, Ratio, mean_intervals
 from kvsuite.columns import Arm
 from kvsuite.errors import UsageError
 from kvsuite.records import Answer
@@ -51,23 +51,29 @@ class SampleRow:
 
 def sample_rows(answers: Sequence[Answer], base: str = "full") -> list[SampleRow]:
     """One task's answers of all methods, in order of appearance. Failures count as failures, never as scores."""
-    methods = dict.fromkeys(a.method for a in answers)
-    good = {m: {a.sample: a for a in answers if a.method == m and a.status == "ok"} for m in methods}
+    arms: dict[str, list[Answer]] = {}
+    for a in answers:
+        arms.setdefault(a.method, []).append(a)
+    good = {method: {a.sample: a for a in arm if a.status == "ok"} for method, arm in arms.items()}
+    scores = {method: [a.score for a in arm.values() if a.score is not None] for method, arm in good.items()}
+    scored = [method for method, some in scores.items() if some]
+    means = dict(zip(scored, mean_intervals([scores[method] for method in scored]), strict=True))
     baseline = good.get(base, {})
-    return [_row(m, [a for a in answers if a.method == m], good[m], baseline) for m in methods]
+    return [_row(method, arm, good[method], baseline, means.get(method)) for method, arm in arms.items()]
 
 
-def _row(method: str, answers: list[Answer], good: dict[str, Answer], baseline: dict[str, Answer]) -> SampleRow:
+def _row(
+    method: str, answers: list[Answer], good: dict[str, Answer], baseline: dict[str, Answer], score: Interval | None
+) -> SampleRow:
     errors = [a.error for a in answers if a.status == "failed"]
     counts = (method, len(answers), len(errors), errors[0] if errors else "")
     if not good:
         return SampleRow(*counts)
     mine = list(good.values())
     paired = [(a, baseline[a.sample]) for a in mine if a.sample in baseline]
-    scores = [a.score for a in mine if a.score is not None]
     return SampleRow(
         *counts,
-        score=mean_interval(scores) if scores else None,
+        score=score,
         chance=sum(a.chance for a in mine) / len(mine),
         pairs=len(paired),
         same=sum(a.output_key == b.output_key for a, b in paired),

@@ -257,13 +257,20 @@ def wilson(count: int, n: int) -> Interval:
     return Interval(count / n, float(found.low), float(found.high))
 
 
-def mean_interval(scores: Sequence[float]) -> Interval:
+def mean_interval(scores: Sequence[float] | Floats) -> Interval:
     """The mean of scores from 0 to 1: Wilson's interval where all are 0 or 1, else from the bootstrap. One score that
     is not binary can be anywhere."""
-    x = np.asarray(scores, dtype=float)
-    if np.isin(x, (0.0, 1.0)).all():
-        return wilson(int(x.sum()), len(x))
-    return estimate(Design.alone(len(x)), [Ratio(x, bounds=(0, 1))])[0]
+    return mean_intervals([scores])[0]
+
+
+def mean_intervals(several: Sequence[Sequence[float] | Floats]) -> list[Interval]:
+    """`mean_interval` of each; those of as many scores from the same draws, which take longer than all else."""
+    arrays = [np.asarray(scores, dtype=float) for scores in several]
+    found = {i: wilson(int(x.sum()), len(x)) for i, x in enumerate(arrays) if np.isin(x, (0.0, 1.0)).all()}
+    for n in {len(x) for i, x in enumerate(arrays) if i not in found}:
+        alike = [i for i, x in enumerate(arrays) if i not in found and len(x) == n]
+        found |= zip(alike, estimate(Design.alone(n), [Ratio(arrays[i], bounds=(0, 1)) for i in alike]), strict=True)
+    return [found[i] for i in range(len(arrays))]
 
 
 def counts(pairs: Floats) -> tuple[int, int]:

@@ -3,7 +3,8 @@ other noise of sampling (repeat 1)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,20 @@ def read(spec: str, path: str, which: str) -> Arm:
     return found[method, int(repeat or 0)]
 
 
+@lru_cache(maxsize=12)  # every table asks for them
 def arms(run: Run, evaluation: str = "", failed: bool = False) -> dict[tuple[str, int], Arm]:
     """All answers of a run but forced documents – or those to tasks of one evaluation – by method and repeat. A failed
     answer is missing from its arm, or an entry without figures: it is neither wrong nor short."""
     gathered: dict[tuple[str, int], ArmBuilder] = {}
     known: set[tuple[object, ...]] = set()
     folder, file = str(run.folder), str(run.folder / "records.jsonl")  # paths are slow to spell
-    given = (a for a in answers(run, evaluation) if not isinstance(a, Forced))
+    given = [a for a in answers(run, evaluation) if not isinstance(a, Forced)]
+    if failed and all(a.status == "ok" for a in given):
+        return arms(run, evaluation)
     for a in sorted(given, key=lambda a: a.status != "ok" and failed):  # asked again, it may succeed
-        arm = gathered.setdefault((a.method, a.repeat), ArmBuilder(f"{folder}#{a.method}"))
+        if (a.method, a.repeat) not in gathered:
+            gathered[a.method, a.repeat] = ArmBuilder(f"{folder}#{a.method}")
+        arm = gathered[a.method, a.repeat]
         figures: dict[str, Any] = {}
         if a.status == "ok":
             figures = {"score": a.score, "capped": a.finish == "length", "text": a.text}
@@ -76,8 +82,10 @@ def by_task(run: Run, evaluation: str = "") -> dict[str, list[Answer]]:
     return found
 
 
-def answers(run: Run, evaluation: str = "", references: bool = False) -> Iterable[Answer]:
+@lru_cache(maxsize=12)  # every table asks for them
+def answers(run: Run, evaluation: str = "", references: bool = False) -> Sequence[Answer]:
     """A run's answers to tasks, or to those of one evaluation; those at other temperatures only where ``references``
     are asked for."""
-    found = (r for r in run.records if isinstance(r, Answer) and r.task and (references or not is_reference(r.method)))
-    return (a for a in found if evaluation in ("", a.evaluation))
+    hidden = {method for method in {r.method for r in run.records} if is_reference(method) and not references}
+    found = (r for r in run.records if isinstance(r, Answer) and r.task and r.method not in hidden)
+    return tuple(a for a in found if evaluation in ("", a.evaluation))

@@ -132,11 +132,12 @@ class Here:
         for found in forcing.run({(job.item, job.arm) for job in jobs}):
             sample = named[found.response.id]
             answer = record(task, sample, found.response, sample.max_new_tokens)
+            known = {field.name: getattr(answer, field.name) for field in fields(answer)}
             if answer.status == "ok":
                 kl, logs = ([float(f"{x:.6g}") for x in column[-answer.cap :]] for column in (found.kl, found.logs))
-                yield Forced(**vars(answer), kl=kl, flips=found.flips[-answer.cap :], logs=logs)
+                yield Forced(**known, kl=kl, flips=found.flips[-answer.cap :], logs=logs)
             else:
-                yield Forced(**vars(answer))
+                yield Forced(**known)
 
     def _continued(self, task: Task, sample: Sample) -> Continued:
         """A document and how it goes on; or a prompt as it is asked elsewhere and its reference. Of that every token is

@@ -118,7 +118,7 @@ def drawn(there: Known, fault: str, share: float, seed: int) -> Run:
         for arm, k in zip((BASE, AGAIN, M), roles, strict=True):
             r, logs = there[fault if arm == M and at in hit else f"sane {k}"][at]
             more = {"method": arm, "evaluation": "length", "task": "chat", "type": "chat"}
-            records += [Served(**vars(r) | more), Scored(arm, task="chat", sample=r.sample, logs=logs)]
+            records += [replace(r, **more), Scored(arm, task="chat", sample=r.sample, logs=logs)]
     return run(records)
 
 
