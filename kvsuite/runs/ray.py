@@ -74,7 +74,10 @@ class OnRay:
         self, task: Task, samples: Sequence[Sample], jobs: Collection[Job], before: Mapping[Job, float]
     ) -> Iterator[Answer]:
         """See `Executor.answers`. A timeout counts for each sample by itself."""
-        waiting = [(s, own) for s in samples if (own := {job for job in jobs if job.item == s.id})]
+        missing: dict[str, set[Job]] = {}
+        for job in jobs:
+            missing.setdefault(job.item, set()).add(job)
+        waiting = [(s, missing[s.id]) for s in samples if s.id in missing]
         free, running = list(self.workers), dict[Any, tuple[Any, Sample, set[Job]]]()
         while waiting or running:
             while free and waiting:
