@@ -66,6 +66,15 @@ def test_what_workflows_run_is_in_tox():
     assert named <= environments
 
 
+def test_what_runs_on_macos_and_windows_is_there():
+    section = (ROOT / "tox.ini").read_text().partition("[testenv:portable]")[2].partition("[testenv:")[0]
+    files = re.findall(r"suites/\S+", section)
+    assert {"suites/checks/test_readers.py", "suites/checks/test_client.py", "suites/checks/test_portable.py"} <= {
+        *files
+    }
+    assert [file for file in files if not (ROOT / file).is_file()] == []
+
+
 def test_an_sdist_does_not_tell_when_and_by_whom_it_was_packed(tmp_path):
     made, when = [], 1_000_000_000
     for at, (owner, order) in enumerate([("one", "xy"), ("another", "yx")]):
