@@ -1,3 +1,3 @@
 """kvsuite: is a KV-cache compression method worth deploying? One cache is both scored and timed."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

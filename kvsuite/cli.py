@@ -359,9 +359,9 @@ def _crossover(asked: argparse.Namespace) -> None:
     tables, maps, title = crossover.tables(found, cells), crossover.maps(cells), crossover.title(found)
     try:
         if asked.html:
-            asked.html.write_text(html.board(title, tables, maps), encoding="utf-8")
+            asked.html.write_text(html.board(title, tables, maps), encoding="utf-8", newline="\n")
         if asked.svg:
-            asked.svg.write_text(html.picture(title, maps), encoding="utf-8")
+            asked.svg.write_text(html.picture(title, maps), encoding="utf-8", newline="\n")
     except OSError as error:
         raise UsageError(f"{error.filename} cannot be written: {error.strerror}") from error
     if asked.json:

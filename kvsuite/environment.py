@@ -70,10 +70,10 @@ def free_memory() -> float:
     """GiB that can still be had, of this machine or of the control group it runs in; infinite where neither says."""
     found = [math.inf]
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         found += [int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemAvailable")]
         group = Path("/sys/fs/cgroup")
-        most, held = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        most, held = ((group / f"memory.{name}").read_text(encoding="utf-8").strip() for name in ("max", "current"))
         found += [(int(most) - int(held)) / 2**30] if most != "max" else []
     except (OSError, ValueError):  # another system, or no such group
         pass
@@ -139,7 +139,7 @@ def _git(folder: Path) -> dict[str, Any] | None:
 
     def ask(*words: str) -> str:
         command = ["git", "-C", str(folder), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return subprocess.run(command, capture_output=True, encoding="utf-8", check=True, timeout=10).stdout.strip()
 
     try:
         return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain", "-uno"))}
@@ -149,7 +149,7 @@ def _git(folder: Path) -> dict[str, Any] | None:
 
 def _cpu() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return platform.processor()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")

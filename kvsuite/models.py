@@ -287,7 +287,11 @@ def _download(package: Package, target: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
         done = subprocess.run(
-            [*command, "--retries", "1", "--dest", folder, wish], capture_output=True, text=True, check=False
+            [*command, "--retries", "1", "--dest", folder, wish],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
         )
         wheel = next(Path(folder).glob("*.whl"), None)
         if done.returncode or wheel is None:

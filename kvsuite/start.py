@@ -47,7 +47,7 @@ def _write(folder: Path, name: str, text: str) -> str:
     file = folder / name
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
+        file.write_text(text, encoding="utf-8", newline="\n")
     except OSError as error:
         raise UsageError(f"{name} cannot be written: {error.strerror}") from error
     return f"wrote {name}"

@@ -66,6 +66,6 @@ class Shipped:
 
 def shipped() -> Shipped:
     """As it was measured last (``python -m suites.checks.shipped``)."""
-    known = json.loads((files("kvsuite.analysis") / FILE).read_text())
+    known = json.loads((files("kvsuite.analysis") / FILE).read_text(encoding="utf-8"))
     spreads = {endpoint: Spread(**spread) for endpoint, spread in known.pop("spreads").items()}
     return Shipped(speeds=Speeds(**known.pop("speeds")), spreads=spreads, **known)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 PROCESS = Path("/proc/self")
-RESET = "5"
+RESET = b"5"
 """What resets the peak of a process's resident memory: proc(5), clear_refs."""
 
 
@@ -35,7 +35,7 @@ class PeakMemory:
         else:
             with contextlib.suppress(OSError, AttributeError):  # another system, or another libc
                 ctypes.CDLL("libc.so.6").malloc_trim(0)
-                (PROCESS / "clear_refs").write_text(RESET)
+                (PROCESS / "clear_refs").write_bytes(RESET)
                 self._before = _resident("VmRSS")
         return self
 
@@ -49,5 +49,5 @@ class PeakMemory:
 
 def _resident(name: str) -> int:
     """Bytes, of one line of /proc/self/status."""
-    [line] = [x for x in (PROCESS / "status").read_text().splitlines() if x.startswith(name)]
+    [line] = [x for x in (PROCESS / "status").read_text(encoding="utf-8").splitlines() if x.startswith(name)]
     return 1024 * int(line.split()[1])

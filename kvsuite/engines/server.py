@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -65,6 +66,8 @@ class Spec:
             raise UsageError(f"{text!r} is no server: write a URL, openvino:kv=…, or a command that contains {{port}}")
         if shutil.which(words[0], path=dict(own).get("PATH", os.environ.get("PATH"))) is None:
             raise UsageError(f"the program {words[0]!r} of the command {text!r} is not there")
+        if sys.platform == "win32":  # the keeper needs process groups and signals
+            raise UsageError(f"on Windows kvsuite starts no server: start {text!r} yourself and name its URL")
         return cls("command", text, tuple(words), tuple(own))
 
     @property

@@ -33,7 +33,9 @@ answers, and single samples that break. None is reproduced here.
 
 def rows() -> list[Row]:
     """The data file's."""
-    return list(csv.DictReader(files("kvsuite.methods").joinpath("survey.csv").read_text("utf-8").splitlines()))
+    return list(
+        csv.DictReader(files("kvsuite.methods").joinpath("survey.csv").read_text(encoding="utf-8").splitlines())
+    )
 
 
 def markdown(parts: Collection[str]) -> str:

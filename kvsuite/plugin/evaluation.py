@@ -45,7 +45,7 @@ def begin(config: pytest.Config) -> None:
     """Read and check all options, and register the reports and the hooks of this module."""
     worker: dict[str, Any] = getattr(config, "workerinput", {})
     if ranks.rank():  # pytest's terminal is configured later, and writes there
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (to the end of this process)
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (to the end of this process)
     try:
         asked = options.read(config)
         reports = {name: REPORTS.module(name) for name in REPORTS.names()}

@@ -77,7 +77,7 @@ class Here:
         if length not in self._texts:
             ids: list[int] = []
             for file in sorted(models.messages().glob("*.txt")):
-                ids += self.tokenizer(file.read_text(), add_special_tokens=False)["input_ids"]
+                ids += self.tokenizer(file.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
                 if len(ids) >= length:
                     break
             self._texts[length] = ids[:length]

@@ -42,7 +42,7 @@ def _id(row: dict[str, Any]) -> str:
 
 def read(file: Path) -> list[dict[str, Any]]:
     """The rows of MT-Bench's files."""
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def answered() -> dict[int, list[str]]:

@@ -31,7 +31,7 @@ class Digest(MessageTask):
             if len(found) == count:
                 return found
             text, length = order.choice(files), lengths[len(found) % len(lengths)]
-            words = text.read_text().split()
+            words = text.read_text(encoding="utf-8").split()
             start = order.randrange(max(1, len(words) - length // 2))  # a token is a part of a word
             if (text.stem, start) in begun:
                 continue

@@ -30,7 +30,7 @@ class Document(MessageTask):
         for text in files * (1 + count):  # from another place of a message only where there are too few
             if len(found) == count:
                 return found
-            length, words = lengths[len(found) % len(lengths)], text.read_text().split()
+            length, words = lengths[len(found) % len(lengths)], text.read_text(encoding="utf-8").split()
             start = order.randrange(max(1, len(words) - length - POSITIONS))  # a word is a token or more
             context = first_sentences(" ".join(words[start:]), length, tokens)
             if not context or (text.stem, start) in begun:

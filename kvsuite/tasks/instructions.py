@@ -55,7 +55,7 @@ class Instructions(MessageTask):
             asked = (("system", head), ("user", FIRST)) if where == "system" else (("user", f"{head}\n\n{FIRST}"),)
             before = (*asked, ("assistant", _kept(dict(rules))))
             frame = tokens(" ".join(said for _, said in before) + QUESTION)
-            taken = first_sentences(text.read_text(), length - frame, tokens)
+            taken = first_sentences(text.read_text(encoding="utf-8"), length - frame, tokens)
             if not taken:
                 continue
             name = f"instructions-l{length}-{where}-{len(found)}"

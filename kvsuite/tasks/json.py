@@ -52,7 +52,9 @@ class Json(MessageTask):
             }
             said = [fact.format(ship=ship, **facts) for fact in FACTS]
             question = QUESTION.format(ship=ship)
-            taken = first_sentences(text.read_text(), length - frame - tokens(" ".join(said) + question), tokens)
+            taken = first_sentences(
+                text.read_text(encoding="utf-8"), length - frame - tokens(" ".join(said) + question), tokens
+            )
             if not taken:
                 continue
             for fact in said:

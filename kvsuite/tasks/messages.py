@@ -33,7 +33,7 @@ def first_sentences(text: str, length: int, tokens: Tokens) -> list[str] | None:
 def excerpt(file: Path, order: random.Random, length: int, tokens: Tokens) -> list[str]:
     """Consecutive sentences of a message from a random one on, ``length`` tokens at most; empty where that is shorter
     than its first sentence, or the message ends before."""
-    text = sentences(file.read_text())
+    text = sentences(file.read_text(encoding="utf-8"))
     return _filled(text[order.randrange(len(text)) :], length, tokens) or []
 
 

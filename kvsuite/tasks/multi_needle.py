@@ -43,7 +43,9 @@ class MultiNeedle(MessageTask):
             else:
                 named = f"{', '.join(cities[:-1])} and {cities[-1]}"
                 question, wanted = ALL.format(cities=named, count=HIDDEN), numbers
-            taken = first_sentences(text.read_text(), length - tokens(" ".join(needles) + question), tokens)
+            taken = first_sentences(
+                text.read_text(encoding="utf-8"), length - tokens(" ".join(needles) + question), tokens
+            )
             if taken is None or len(taken) < HIDDEN:
                 continue
             for at in reversed(range(HIDDEN)):

@@ -35,7 +35,7 @@ class Needle(MessageTask):
             text = next(texts, None)
             if text is None:
                 raise UsageError(f"no presidential message is long enough for --kv-length {length}")
-            sentences = first_sentences(text.read_text(), length - tokens(needle + question), tokens)
+            sentences = first_sentences(text.read_text(encoding="utf-8"), length - tokens(needle + question), tokens)
             if sentences is None:  # a message shorter than asked for
                 continue
             sentences.insert(round(depth * len(sentences)), needle)

@@ -11,7 +11,9 @@ import pytest
 
 from kvsuite import registry
 
-SERVER = multiprocessing.get_context("forkserver")
+SERVER = multiprocessing.get_context(
+    "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+)
 MODELS = ("auto.modeling_auto", "auto.tokenization_auto", "llama.modeling_llama")
 PLUGINS = ("anyio.pytest_plugin", "hypothesis", "pytest_benchmark.plugin", "xdist.plugin")
 OWN = ("kvsuite.plugin.evaluation", "rich.console")  # what `test_plugin` knows to need no torch

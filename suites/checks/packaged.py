@@ -1,12 +1,12 @@
 """kvsuite as a wheel, built and installed once for all workers of a run."""
 
-import fcntl
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
 
@@ -16,8 +16,7 @@ def wheel(tmp_path_factory, testrun_uid):
     """The wheel's file."""
     folder = tmp_path_factory.getbasetemp().parent / f"wheel-{testrun_uid}"
     folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(folder / "lock"):
         if not (folder / "done").exists():
             _build(folder)
             (folder / "done").touch()

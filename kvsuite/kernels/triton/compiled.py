@@ -139,7 +139,7 @@ def _count(things: Iterable[Node]) -> dict[Node, int]:
 
 
 def _output(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout
 
 
 class _Line(NamedTuple):
