@@ -79,12 +79,15 @@ class Call:
             yield END
 
 
-KINDS: dict[str, tuple[str, Kind]] = {}
+Error = str | tuple[str, ...]
+KINDS: dict[str, tuple[Error, Kind]] = {}
 """Name → how the error begins that an answer is to end with, empty where it is right; and its steps: bytes, seconds to
 wait, an end of the connection."""
+LIMITS = "no token within", "not finished within"
+"""What ends an answer of any size where bytes come slowly."""
 
 
-def kind(error: str = "") -> Callable[[Kind], Kind]:
+def kind(error: Error = "") -> Callable[[Kind], Kind]:
     def add(made: Kind) -> Kind:
         KINDS[made.__name__.replace("_", "-")] = (error, made)
         return made
@@ -302,14 +305,14 @@ def gigantic_chunk(call: Call) -> Iterator[Step]:
     yield CLOSE
 
 
-@kind("the server sent an event of more than")
+@kind(("the server sent an event of more than", *LIMITS))
 def gigantic_event(call: Call) -> Iterator[Step]:
     yield from call.spoken(3)
     yield chunk(b"data: ")
     yield from _much(b"x" * (1 << 16))
 
 
-@kind("the server sent an answer of more than")
+@kind(("the server sent an answer of more than", *LIMITS))
 def endless(call: Call) -> Iterator[Step]:
     yield HEAD
     yield from _much(event(" x" * (1 << 15)))
