@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -464,11 +465,13 @@ class RunFolder:
         self._file = folder / (f"records-{worker}.jsonl" if worker else "records.jsonl")
 
     def describe(self, facts: dict[str, Any]) -> None:
-        """Write ``run.json``: what, where, versions, seeds, hardware. A later call replaces it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Write ``run.json``: what, where, versions, seeds, hardware. A later call replaces it. Raises UsageError where
+        that cannot be done, as all here do."""
         facts = facts | {key: scrub(facts[key]) for key in ("command", "servers") if key in facts}
         text = json.dumps({"schema": SCHEMA, **facts}, indent=2, ensure_ascii=False, allow_nan=False)
-        disk.write(self.folder / "run.json", text + "\n")
+        with self._writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            disk.write(self.folder / "run.json", text + "\n")
 
     def amend(self, facts: dict[str, Any]) -> None:
         """Add facts to ``run.json``, where there is one."""
@@ -494,8 +497,19 @@ class RunFolder:
             self._write([line for _, line in disk.lines(part) if line not in known])
             part.unlink()
 
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UsageError(f"{str(self.folder)!r} cannot be written: {error.strerror or error}") from error
+
     def _write(self, lines: Iterable[bytes]) -> None:
         """Append lines; a line that was cut off before them ends where it was cut."""
+        with self._writing():
+            self._append(lines)
+
+    def _append(self, lines: Iterable[bytes]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._file.open("a+b") as file:
             if file.tell():

@@ -49,3 +49,5 @@ def test_what_is_wrong_is_told():
     assert judged(whole(8)) == judged(whole(7)[:-6] + whole(8)[-6:]) == "mixed"
     assert judged(whole(7), "broke") == judged(whole(7), kind="reset") == "another end"
     assert judged(" 7·0 7·1", "the connection broke", "reset") == ""
+    late = "no token within 60 s, and this client was 3.0 s late itself"
+    assert (judged(" 7·0", late), judged(" 7·0", late, "stops")) == (streams.SHORT, "")

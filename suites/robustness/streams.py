@@ -32,6 +32,11 @@ RARE = {"gigantic-event": 0.02, "endless": 0.02, "one-chunk": 0.2}
 """How often a kind is asked for that costs the client 16 MiB, or one; the others 1."""
 OTHERS = 64
 """Descriptors beside the streams'."""
+OWN, SHORT = "late itself", "short of time"
+"""Where a right answer was cut off because this process had no time to read it, which happens where others need the
+cores."""
+SHARE = 0.01
+"""Of the answers that may be."""
 GROWTH = 0.1
 """Of the memory, in the second half, that is still flat."""
 
@@ -72,6 +77,8 @@ def judged(kind: str, number: int, reply: Reply) -> str:
             return "doubled"
         if not right.startswith(reply.text) or (not reply.error and reply.text != right):
             return "lost"
+    if OWN in reply.error and not error:
+        return SHORT
     if reply.error.startswith(error) and bool(reply.error) == bool(error) and reply.id == str(number):
         return ""
     return "another end"
@@ -152,7 +159,8 @@ def main(argv: Sequence[str]) -> int:
         f"memory: {memory[0]:.0f} MB at first, {memory[-1]:.0f} MB at last, {memory.max():.0f} MB at most, "
         f"{slope:+.2f} MB a minute; {int(files.max())} files open at most"
     )
-    return int(any(held.wrong.values()) or grown > GROWTH * float(np.median(memory)))
+    short = held.wrong.pop(SHORT, 0) > SHARE * held.asked
+    return int(any(held.wrong.values()) or short or grown > GROWTH * float(np.median(memory)))
 
 
 if __name__ == "__main__":
