@@ -23,7 +23,7 @@ import pytest
 
 from kvsuite.records import Answer, Job, Record, read
 from suites.checks import forked, tiny
-from suites.checks.test_resume import results
+from suites.checks.test_resume import results, without_times
 
 BEFORE = 4
 """Records that are made before something is missing."""
@@ -105,15 +105,15 @@ class Fault:
 
 FAULTS = {
     "disk": Fault(
-        "the run's folder is on a disk of 20 KB", 4, "No space left on device",
+        "the run's folder is on a disk of 20 KB", 4, "cannot be written: No space left on device",
         around=lambda world, folder: mounted(folder / "left", "-o", "size=20k"),
     ),
     "file-size": Fault(
-        "no file may have more than 6,000 bytes any more", 4, "File too large",
+        "no file may have more than 6,000 bytes any more", 4, "cannot be written: File too large",
         LOSES.replace("NAME", "RLIMIT_FSIZE").replace("VALUE", "6000"),
     ),
     "descriptors": Fault(
-        "no more files may be opened", 4, "Too many open files",
+        "no more files may be opened", 4, "cannot be written: Too many open files",
         LOSES.replace("NAME", "RLIMIT_NOFILE").replace("VALUE", "3"),
     ),
     "memory": Fault(
@@ -129,7 +129,7 @@ FAULTS = {
         "the cache folder is read-only, and filled", 0, around=lambda world, folder: frozen(world / "cache")
     ),
     "read-only-empty": Fault(
-        "the cache folder is read-only, and empty", 4, "Read-only file system",
+        "the cache folder is read-only, and empty", 4, "cannot be made: Read-only file system",
         around=lambda world, folder: frozen(world / "empty"), cache="empty",
     ),
 }  # fmt: skip
@@ -138,14 +138,15 @@ FAULTS = {
 def tried(world: Path, folder: Path, fault: Fault, wanted: dict[Job, Record]) -> tuple[str, str]:
     """What was said of a fault, and what is wrong with that; empty where nothing is."""
     folder.mkdir()
+    (world / fault.cache).mkdir(exist_ok=True)
     (folder / "fault.py").write_text(fault.plugin)
     with fault.around(world, folder):
         done = _run(world, folder, "-p", "fault", cache=fault.cache)
     there = [record for _, record in sorted(results(folder / "left").items())] if (folder / "left").is_dir() else []
     lost = [record for record in there if record.status == "failed"]
-    said = next((line for line in done.errlines if fault.says in line), "") if fault.code == 4 else ""
-    said = said or (lost[0].error if lost else "nothing")
-    every = "\n".join([*done.outlines, *done.errlines])
+    lines = [*done.outlines, *done.errlines]
+    said = next((line.strip("! ") for line in lines if fault.says in line), "") if fault.code == 4 else ""
+    said, every = said or (lost[0].error if lost else "nothing"), "\n".join(lines)
     checks = {
         f"exit code {done.ret}": done.ret == fault.code,
         "not said": fault.says in said,
@@ -155,21 +156,15 @@ def tried(world: Path, folder: Path, fault: Fault, wanted: dict[Job, Record]) ->
         "nothing stayed": len(there) >= BEFORE or fault.cache != "cache",
         "a time that cannot be": _timely(folder / "left") if fault.plugin == JUMPS else True,
     }
-    if not (wrong := "; ".join(name for name, right in checks.items() if not right)):
-        go_on = "--kv-resume" if (folder / "left/run.json").is_file() else "--kv-run"
-        again = _run(world, folder, how=go_on)
-        lines = (folder / "left/records.jsonl").read_text().splitlines()
-        kept = [record for record in there if record.status == "ok"]
-        whole = {record.job: record for record in map(_bare, read(folder / "left").records)} == wanted
-        wrong = "" if again.ret == 0 and whole else f"not gone on with: exit code {again.ret}"
-        wrong = wrong or ("" if len(lines) >= len(kept) else "records are gone")
-    return said, wrong
-
-
-def _bare(record: Record) -> Record:
-    from suites.checks.test_resume import without_times
-
-    return without_times(record)
+    if wrong := "; ".join(name for name, right in checks.items() if not right):
+        return said, wrong
+    file, left = folder / "left/records.jsonl", folder / "left"
+    before = file.read_bytes() if file.is_file() else b""
+    again = _run(world, folder, how="--kv-resume" if (left / "run.json").is_file() else "--kv-run")
+    if again.ret or not file.read_bytes().startswith(before):
+        return said, f"not gone on with: exit code {again.ret}"
+    whole = {record.job: without_times(record) for record in read(left).records} == wanted
+    return said, "" if whole else "in the end there are other records than undisturbed"
 
 
 def _timely(folder: Path) -> bool:
@@ -292,7 +287,7 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as name:
         world, asked = Path(name) / "world", [*argv] or [*FAULTS, *CACHES]
         if FAULTS.keys() & {*asked}:
-            (world / "empty").mkdir(parents=True)
+            world.mkdir()
             tiny.made(world)
             (Path(name) / "undisturbed").mkdir()
             assert _run(world, Path(name) / "undisturbed").ret == 0
