@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -449,11 +449,23 @@ def decode(line: str) -> Record:
     return kind(**found)
 
 
+SIGNED = {"kl", "logs", "value", "low", "high", "nulls", "reference", "baseline", "start"}
+"""Fields whose numbers can be below 0; all others count or measure."""
+SOME = {"width", "scale", "seconds", "baseline_seconds", "rest_seconds"}
+"""Fields whose numbers are above 0."""
+LEAST, MOST = 1e-12, 1e18
+"""Of what is above 0, and of all: bytes a second, operations, seconds."""
+
+
+def _least(name: str) -> float:
+    return LEAST if name in SOME else -MOST if name in SIGNED else 0.0
+
+
 TYPES: dict[str, dict[str, Callable[[Any], bool]]] = {
-    name: {key: fits(typing.get_type_hints(kind)[key]) for key in kind.__dataclass_fields__}
+    name: {key: fits(typing.get_type_hints(kind)[key], _least(key), MOST) for key in kind.__dataclass_fields__}
     for name, kind in KINDS.items()
 }
-"""By kind and field, whether a value from JSON is one of its type."""
+"""By kind and field, whether a value from JSON is one of its type, and can be."""
 
 
 class RunFolder:
@@ -480,12 +492,17 @@ class RunFolder:
             self.describe({**disk.parsed(disk.text(file)), **facts})
 
     def append(self, record: Record) -> None:
-        """Write one record and flush it. A figure that is not finite makes it a failed record, which is kept."""
+        """Write one record and flush it. A figure that is not finite, or that none can be, makes it a failed record,
+        which is kept."""
         record = _published(record)
         try:
             line = encode(record)
         except ValueError:
-            line = encode(failed(record, "a figure is not finite"))
+            record = failed(record, "a figure is not finite")
+            line = encode(record)
+        found, known = json.loads(line), TYPES[record.kind]
+        if wrong := [f.name for f in dataclasses.fields(record) if not known[f.name](found[f.name])]:
+            line = encode(failed(record, f"{wrong[0]} cannot be {repr(found[wrong[0]])[:40]}", wrong))
         self._write([line.encode(errors="backslashreplace")])  # of a lone surrogate: its escape in JSON
 
     def join(self) -> None:
@@ -527,14 +544,13 @@ def _published(record: Record) -> Record:
     return dataclasses.replace(record, **{**said, "error": printable(said["error"])})
 
 
-def failed(record: Record, error: str) -> Record:
-    """The same cell as a failure; figures that are not finite are dropped."""
-    values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
-    broken: dict[str, Any] = {
-        name: type(value)() if isinstance(value, (dict, list)) else None
-        for name, value in values.items()
-        if not finite(value)
-    }
+def failed(record: Record, error: str, wrong: Collection[str] = ()) -> Record:
+    """The same cell as a failure, without figures that are not finite and those that are ``wrong``."""
+    broken: dict[str, Any] = {}
+    for f in dataclasses.fields(record):
+        if not finite(getattr(record, f.name)) or f.name in wrong:
+            made = f.default_factory
+            broken[f.name] = f.default if made is dataclasses.MISSING else made()
     return dataclasses.replace(record, status="failed", error=error, **broken)
 
 
