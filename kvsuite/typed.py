@@ -15,32 +15,34 @@ NUMBERS: dict[Any, tuple[set[type], float]] = {int: ({int}, 2**63 - 1), float: (
 
 
 @functools.cache
-def fits(hint: Any) -> Callable[[Any], bool]:
+def fits(hint: Any, least: float = -math.inf, top: float = math.inf) -> Callable[[Any], bool]:
     """The check for a type: str, bool, int, float, None, a Literal, a list, a dict by text, or a union of these.
-    Numbers are finite, in dicts and lists of anything, too."""
+    Numbers are finite, in dicts and lists of anything, too, and ``least`` to ``top``."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return lambda value: isinstance(value, str) and value in inner
     if origin is types.UnionType:
-        some = [fits(one) for one in inner]
+        some = [fits(one, least, top) for one in inner]
         if len(some) == 2:  # several in a record
             one, other = some
             return lambda value: one(value) or other(value)
         return lambda value: any(one(value) for one in some)
     if origin is list and inner[0] in NUMBERS:  # hundreds in a record
         allowed, most = NUMBERS[inner[0]]
+        low, high = max(-most, least), min(most, top)
         return lambda value: (
             type(value) is list
             and allowed.issuperset(map(type, value))
-            and (not value or -most <= min(value) <= max(value) <= most)
+            and (not value or low <= min(value) <= max(value) <= high)
         )
     if origin is list:
-        return lambda value: type(value) is list and all(map(fits(inner[0]), value))
+        return lambda value: type(value) is list and all(map(fits(inner[0], least, top), value))
     if origin is dict and inner[1] is not Any:
-        return lambda value: type(value) is dict and all(map(fits(inner[1]), value.values()))
+        return lambda value: type(value) is dict and all(map(fits(inner[1], least, top), value.values()))
     if hint in NUMBERS:
         kinds, limit = NUMBERS[hint]
-        return lambda value: type(value) in kinds and -limit <= value <= limit
+        low, high = max(-limit, least), min(limit, top)
+        return lambda value: type(value) in kinds and low <= value <= high
     kind = origin or hint
     if kind in (dict, list):
         return lambda value: type(value) is kind and finite(value)

@@ -32,6 +32,8 @@ JSON = {"Content-Type": "application/json"}
 APART, BESIDE = 1.2, 4
 """How many times as many tokens usage may count as a tokenizer does that reads the text once more, and how many beside:
 special tokens, and pieces that are put together otherwise."""
+LATE = 1.0
+"""Seconds by which a timeout may come too late before that is told: who had no time to read may have missed a token."""
 LINGER = 0.5
 """Seconds that a stream has to end after [DONE]; then its connection can be used again."""
 
@@ -183,9 +185,11 @@ class Client:
         except TimeoutError:
             if heard.whole:
                 return
+            late = clock() - (limit.when() or end)
+            said = f", and this client was {late:.1f} s late itself" if late > LATE else ""
             if limit.when() == end:
-                raise Failure(f"not finished within {self.total:g} s") from None
-            raise Failure(f"no token within {self.between if heard.chunks else self.first:g} s") from None
+                raise Failure(f"not finished within {self.total:g} s{said}") from None
+            raise Failure(f"no token within {self.between if heard.chunks else self.first:g} s{said}") from None
 
     async def _attempt(self, body: bytes, heard: StreamParser, limit: asyncio.Timeout, end: float) -> None:
         """Send it once and listen to the end, moving the limit on with every token."""
@@ -194,6 +198,7 @@ class Client:
                 if response.status_code != 200 or "json" in response.headers.get("content-type", ""):
                     raise await _refusal(response)
                 await self._listen(response, heard, limit, end)
+                packing = response.headers.get("content-encoding", "")
         except httpx.ConnectTimeout:
             raise Failure(f"no connection within {self.connect:g} s") from None
         except httpx.ConnectError as error:
@@ -202,7 +207,7 @@ class Client:
             if not heard.whole:
                 raise Failure(f"the connection broke ({_reason(error)})") from error
         if not heard.whole:
-            raise Failure("the stream ended before the answer did")
+            raise Failure("the stream ended before the answer did" + f" (it came packed: {packing})" * bool(packing))
 
     async def _listen(self, response: httpx.Response, heard: StreamParser, limit: asyncio.Timeout, end: float) -> None:
         clock, events = asyncio.get_running_loop().time, Events()

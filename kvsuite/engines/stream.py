@@ -13,7 +13,7 @@ from kvsuite.errors import sentence
 LONGEST = 300
 """Characters of a server's message that are kept."""
 LARGEST = 1 << 24
-"""Bytes of one event, and of an answer that is no stream."""
+"""Bytes of one event, and of an answer that is no stream; characters and token ids of an answer."""
 MOST = 1 << 53
 """What is no count of tokens and no token's id any more."""
 
@@ -75,6 +75,8 @@ class StreamParser:
         self.chunks = 0
         """That brought something."""
         self._last = 0.0
+        self._size = 0
+        """Of all that is kept."""
         self._parts: tuple[list[str], list[str], list[str]] = ([], [], [])
 
     @property
@@ -84,7 +86,8 @@ class StreamParser:
 
     def hear(self, data: bytes, at: float) -> bool:
         """Take in one event that arrived at ``at``, ``time.perf_counter()``; whether it brought something or ended all.
-        Raises Failure for one that reports an error and for one that cannot be read."""
+        Raises Failure for one that reports an error, for one that cannot be read, and where the answer has more than
+        `LARGEST` characters or token ids."""
         self.end = at
         if data.strip() == b"[DONE]":
             self.done = True
@@ -104,6 +107,9 @@ class StreamParser:
             raise Failure(
                 f"the server sent what is no part of an answer: {error_message(data.decode(errors='replace'))}"
             ) from error
+        self._size += sum(map(len, (*pieces, prompt_ids, ids)))
+        if self._size > LARGEST:
+            raise Failure(f"the server sent an answer of more than {LARGEST:,} characters")
         self.reply.prompt_ids += prompt_ids
         self.reply.ids += ids
         self.reply.finish = finish or self.reply.finish

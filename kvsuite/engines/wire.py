@@ -9,6 +9,7 @@ the socket, and a request costs the same however many there are. HTTP itself is 
 from __future__ import annotations
 
 import asyncio
+import select
 import time
 from collections import deque
 from collections.abc import AsyncIterator
@@ -102,9 +103,10 @@ class Connection:
 
     @property
     def stale(self) -> bool:
-        """Whether it was idle for too long, or the server closed it."""
-        gone = self._reader.at_eof() or self._reader.exception() is not None
-        return gone or time.monotonic() > self._since + IDLE
+        """Whether it was idle for too long, the server closed it, or sent what nobody asked for. The socket is asked,
+        too: the event loop may not have come to it yet."""
+        gone = self._reader.at_eof() or self._reader.exception() is not None or self._reader.unread
+        return bool(gone) or time.monotonic() > self._since + IDLE or self._readable()
 
     async def send(self, request: httpx.Request) -> h11.Response:
         """All of it; the head of the answer."""
@@ -129,8 +131,11 @@ class Connection:
             yield bytes(event.data)
 
     def renew(self) -> bool:
-        """Make ready for another request. False where the last one is not over or the server wants no other."""
+        """Make ready for another request. False where the last one is not over, the server wants no other, or sent more
+        than its answer: that would be taken for the next one."""
         if self._http.our_state is not h11.DONE or self._http.their_state is not h11.DONE:
+            return False
+        if self._http.trailing_data[0] or self._reader.unread:
             return False
         self._http.start_next_cycle()
         self._since = time.monotonic()
@@ -139,6 +144,14 @@ class Connection:
     def close(self) -> None:
         """At once: what was not sent yet is not worth waiting for."""
         self._writer.transport.abort()
+
+    def _readable(self) -> bool:
+        at = self._writer.get_extra_info("socket")
+        if not hasattr(select, "poll"):  # Windows
+            return bool(select.select([at], [], [], 0)[0])
+        look = select.poll()
+        look.register(at, select.POLLIN)
+        return bool(look.poll(0))
 
     async def _next(self) -> Any:
         while True:
@@ -154,14 +167,18 @@ class Connection:
             if not data and self._http.their_state is h11.SEND_RESPONSE:
                 raise httpx.RemoteProtocolError("the server closed it without an answer")
             self.arrived = self._reader.arrived
+            self._reader.unread -= len(data)
             self._http.receive_data(data)
 
 
 class _Reader(asyncio.StreamReader):
     arrived = 0.0
+    unread = 0
+    """Bytes."""
 
     def feed_data(self, data: Any) -> None:
         self.arrived = time.perf_counter()
+        self.unread += len(data)
         super().feed_data(data)
 
 

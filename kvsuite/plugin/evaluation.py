@@ -20,7 +20,7 @@ from kvsuite import environment
 from kvsuite.analysis.report import Report, analyse
 from kvsuite.analysis.shortfall import interrupted
 from kvsuite.engines import ranks
-from kvsuite.errors import UsageError
+from kvsuite.errors import UsageError, printable
 from kvsuite.modes import PAGED
 from kvsuite.plugin import EVALUATIONS, SESSION, chosen_by, evaluates, options, untold
 from kvsuite.plugin.local import Local
@@ -268,7 +268,11 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     run = session.config.stash[SESSION]
     ended = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
     if ended and not (run.worker or ranks.rank() or session.shouldstop or session.shouldfail):
-        run.run.amend({"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+        try:
+            run.run.amend({"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+        except UsageError as error:
+            session.exitstatus = pytest.ExitCode.USAGE_ERROR
+            session.config.get_terminal_writer().line(f"\n{error}", red=True, bold=True)
 
 
 def _again(config: pytest.Config, folder: Path) -> str:
@@ -309,13 +313,14 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(ALONE, red=True, bold=True)
     if session.worker or ranks.rank() or not (session.folder / "run.json").is_file():
         return
-    session.run.join()
     try:
+        session.run.join()
         with _lenient():
             report = analyse(read(session.folder), session.options.gates)
             config.hook.pytest_kv_report(report=report, terminalreporter=terminalreporter)
         _hold(config, report, session.options.strict)
         if isinstance(session, Local) and interrupted(report.run):
             terminalreporter.write_line(f"interrupted; go on with: {_again(config, session.folder)}", bold=True)
-    except UsageError as error:
-        terminalreporter.write_line(f"no report of {session.folder}: {error}", red=True, bold=True)
+    except (UsageError, OSError) as error:  # of a disk that is full, too
+        said = f"no report of {session.folder}: {printable(str(error))}"
+        terminalreporter.write_line(said, red=True, bold=True)

@@ -190,9 +190,7 @@ class Local(Session):
         except Exception as error:
             said = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
             self._unusable = f"the model cannot be loaded: {ranks.failed(error, said)[0]}"
-            if self.worker:  # pytest-xdist takes a worker that exits for one that crashed
-                pytest.fail(self._unusable, pytrace=False)
-            pytest.exit(self._unusable, returncode=pytest.ExitCode.USAGE_ERROR)
+            self.give_up(self._unusable)
 
     @property
     def elsewhere(self) -> bool:

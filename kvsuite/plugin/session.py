@@ -8,7 +8,9 @@ import time
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
+
+import pytest
 
 from kvsuite import environment, registry, shapes, tasks
 from kvsuite.engines import ranks
@@ -17,9 +19,6 @@ from kvsuite.plugin.options import Options
 from kvsuite.plugin.progress import Progress
 from kvsuite.records import Answer, Job, Record, RunFolder, changed, read
 from kvsuite.tasks import Sample, Task
-
-if TYPE_CHECKING:
-    import pytest
 
 
 class Session:
@@ -112,10 +111,21 @@ class Session:
         }
 
     def record(self, record: Record) -> None:
-        """Write one record; the first one is preceded by ``run.json``. The first rank writes for all."""
+        """Write one record; the first one is preceded by ``run.json``. The first rank writes for all. Where that cannot
+        be, the run ends."""
         if ranks.rank() == 0:
-            self.describe()
-            self.run.append(record)
+            try:
+                self.describe()
+                self.run.append(record)
+            except UsageError as error:
+                self.give_up(f"{error}; what was recorded stays, and --kv-resume {self.folder} goes on")
+
+    def give_up(self, said: str) -> NoReturn:
+        """End the run with exit code 4 and a sentence. A worker of pytest-xdist fails its test with it: one that exits
+        is taken for one that crashed."""
+        if self.worker:
+            pytest.fail(said, pytrace=False)
+        pytest.exit(said, returncode=pytest.ExitCode.USAGE_ERROR)
 
     def check_resumed(self) -> None:
         """Raises UsageError where the run that is to go on is another one than this."""

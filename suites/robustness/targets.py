@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import struct
+import typing
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -177,7 +178,7 @@ def _run(content: bytes, folder: Path, file: str) -> None:
 
 @st.composite
 def _measured(draw: Any) -> bytes:
-    """Those records, some with strange texts. (What the figures say is believed: they are numbers that can be any.)"""
+    """Those records, some with strange texts."""
     found = [dict(record) for record in SMALL]
     for _ in range(draw(st.integers(1, 4))):
         record = draw(st.sampled_from(found))
@@ -185,6 +186,33 @@ def _measured(draw: Any) -> bytes:
         right = records.TYPES[record["kind"]][name]
         record[name] = draw(st.sampled_from([text for text in (record[name], *mutated.STRANGE) if right(text)]))
     return "".join(json.dumps(record) + "\n" for record in found).encode()
+
+
+ODD = (0, 1, 3, 1000, 2**62, -1), (0.0, 0.5, 1.5, 1e-300, 1e300, -0.001)
+"""Numbers that fit the type of a figure, and not always its sense."""
+
+
+@st.composite
+def _figures(draw: Any) -> bytes:
+    """Those records, some with odd numbers, alone and in lists, and with lists of other lengths."""
+    found = [dict(record) for record in SMALL]
+    for _ in range(draw(st.integers(1, 4))):
+        record = draw(st.sampled_from(found))
+        name = draw(st.sampled_from(sorted(key for key in record if key != "schema" and _numbers(record[key]))))
+        kind = typing.get_type_hints(records.KINDS[record["kind"]])[name]
+        number = draw(st.sampled_from(ODD["float" in str(kind)]))
+        if isinstance(record[name], list):
+            at = draw(st.integers(0, len(record[name]) - 1))
+            record[name] = [number if k == at else x for k, x in enumerate(record[name])]
+            record[name] = draw(st.sampled_from((record[name], record[name][:at], [number] * 3)))
+        else:
+            record[name] = number
+    return "".join(json.dumps(record) + "\n" for record in found).encode()
+
+
+def _numbers(found: Any) -> bool:
+    some = found if isinstance(found, list) else [found]
+    return bool(some) and all(type(x) in (int, float) for x in some)
 
 
 def _report(file: str) -> Callable[[bytes, Path], None]:
@@ -489,6 +517,7 @@ def targets() -> list[Target]:
         Target("records", line(RECORDS), lambda content, folder: _run(content, folder, "records.jsonl")),
         Target("run.json", mutated.texts((FACTS,)), lambda content, folder: _run(content, folder, "run.json")),
         Target("report of records", _measured(), _report("records.jsonl"), 50),
+        Target("figures of a report", _figures(), _report("records.jsonl"), 50),
         Target("report of run.json", mutated.texts((FACTS,)), _report("run.json"), 50),
         Target("artifact", mutated.texts(([{"id": 0, "score": 0.5}, {"id": "b", "score": 1}],)), _artifact),
         Target("kvpress", mutated.data(PREDICTIONS, (b"dataset: longbench\0\0", b"'\\x'", b"['a' 'b']")), _kvpress),

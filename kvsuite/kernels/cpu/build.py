@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from subprocess import PIPE, CompletedProcess, Popen, TimeoutExpired
 
+from kvsuite import disk
 from kvsuite.models import cache_folder
 
 SOURCES = Path(__file__).parent
@@ -121,7 +122,10 @@ def _load(path: Path, command: list[str], arguments: list[str]) -> ctypes.CDLL:
     except PermissionError:
         raise
     except OSError:  # absent, damaged or of another architecture
-        _compile(path, command, arguments)
+        with disk.making(path.parent) as temporary:
+            with contextlib.suppress(OSError):  # another process was faster
+                return _open(path)
+            _compile(path, temporary, command, arguments)
         return _open(path)
 
 
@@ -138,20 +142,18 @@ def _open(path: Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
-def _compile(path: Path, command: list[str], arguments: list[str]) -> None:
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".making-", ignore_cleanup_errors=True) as temporary:
-        made = Path(temporary) / path.name
-        for native in NATIVE:
-            done = _run([*command, *native.split(), *arguments, "-o", str(made)], TMPDIR=temporary)
-            if not done.returncode or not re.search("native|no such instruction", done.stderr):
-                break
-        if done.returncode:
-            _explain(done)
-        content = made.read_bytes()
-        made.write_bytes(content + hashlib.sha256(content).digest())
-        made.chmod(0o700)
-        os.replace(made, path)
+def _compile(path: Path, temporary: Path, command: list[str], arguments: list[str]) -> None:
+    start, made = time.perf_counter(), temporary / path.name
+    for native in NATIVE:
+        done = _run([*command, *native.split(), *arguments, "-o", str(made)], TMPDIR=str(temporary))
+        if not done.returncode or not re.search("native|no such instruction", done.stderr):
+            break
+    if done.returncode:
+        _explain(done)
+    content = made.read_bytes()
+    made.write_bytes(content + hashlib.sha256(content).digest())
+    made.chmod(0o700)
+    os.replace(made, path)
     LOG.info("compiled %s in %.1f s", path, time.perf_counter() - start)
 
 

