@@ -446,7 +446,10 @@ def decode(line: str) -> Record:
             raise UsageError(f"this record has a field {name!r}, which this version does not know")
         if not known[name](value):
             raise UsageError(f"{name} of this record cannot be {repr(value)[:40]}")
-    return _made(kind, found)
+    record = _made(kind, found)
+    if said := _unpaired(record):
+        raise UsageError(f"of this record {said}")
+    return record
 
 
 def _made(kind: type[Record], values: dict[str, Any]) -> Record:
@@ -465,6 +468,18 @@ SETTERS = {
     for name, kind in KINDS.items()
 }
 """By kind and field, what a frozen record's constructor sets it by."""
+
+
+def _unpaired(record: Record) -> str:
+    """Which figures of a timed cell do not belong together; empty where all do."""
+    if not isinstance(record, Timing) or record.status != "ok":
+        return ""
+    rounds = len(record.seconds)
+    for name in ("baseline_seconds", "rest_seconds", "attention_seconds", "baseline_attention_seconds"):
+        other = len(getattr(record, name))
+        if other != rounds and (other or name == "baseline_seconds"):
+            return f"{name} are of {other} rounds, seconds of {rounds}"
+    return "tokens are 0, of rounds that took time" if rounds and not record.tokens else ""
 
 
 SIGNED = {"kl", "logs", "value", "low", "high", "nulls", "reference", "baseline", "start"}
@@ -521,6 +536,8 @@ class RunFolder:
         found, known = json.loads(line), TYPES[record.kind]
         if wrong := [f.name for f in dataclasses.fields(record) if not known[f.name](found[f.name])]:
             line = encode(failed(record, f"{wrong[0]} cannot be {repr(found[wrong[0]])[:40]}", wrong))
+        elif said := _unpaired(record):
+            line = encode(failed(record, said))
         self._write([line.encode(errors="backslashreplace")])  # of a lone surrogate: its escape in JSON
 
     def join(self) -> None:

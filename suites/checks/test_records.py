@@ -20,7 +20,16 @@ whole = st.integers(0, 10**18)
 
 @given(
     st.builds(Answer, method=st.text(), tokens=st.lists(whole), text=st.text(), score=finite | st.none())
-    | st.builds(Timing, method=st.text(), seconds=st.lists(some), checked=finite | st.none())
+    | st.lists(some).flatmap(
+        lambda seconds: st.builds(
+            Timing,
+            method=st.text(),
+            tokens=st.just(8),
+            seconds=st.just(seconds),
+            baseline_seconds=st.just(seconds),
+            checked=finite | st.none(),
+        )
+    )
     | st.builds(Agreement, method=st.text(), other=st.text(), n=whole)
 )
 def test_a_line_is_a_record_again(record):
@@ -53,6 +62,24 @@ def test_a_figure_that_none_can_be_is_a_failure_where_it_is_written_and_refused_
     (tmp_path / "records.jsonl").write_text("\n" + encode(Timing("m", **{field: value})) + "\n")
     with pytest.raises(UsageError, match=rf"records.jsonl line 2: {field} of this record cannot be {re.escape(said)}$"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("figures", "said"),
+    [
+        ({"baseline_seconds": [0.1]}, "baseline_seconds are of 1 rounds, seconds of 2"),
+        ({"rest_seconds": [0.1]}, "rest_seconds are of 1 rounds, seconds of 2"),
+        ({"tokens": 0}, "tokens are 0, of rounds that took time"),
+    ],
+)
+def test_rounds_that_do_not_belong_together_are_a_failure_and_refused(tmp_path, figures, said):
+    timing = Timing("m", **{"tokens": 8, "seconds": [0.1, 0.2], "baseline_seconds": [0.1, 0.2], **figures})
+    RunFolder(tmp_path).describe({})
+    RunFolder(tmp_path).append(timing)
+    [found] = read(tmp_path).records
+    assert (found.status, found.error) == ("failed", said)
+    with pytest.raises(UsageError, match=f"^of this record {said}$"):
+        decode(encode(timing))
 
 
 def test_a_line_is_there_at_once(tmp_path):
