@@ -198,6 +198,23 @@ def test_a_prompt_that_is_not_read_yet_is_not_taken_for_evicted(fake):
     assert "proof" not in engine.facts()
 
 
+def test_answers_that_go_without_a_token_in_a_step_are_counted(fake):
+    """Once each, however many steps they wait; who is new, or ends, does not wait."""
+    engine = fake()
+    answers(engine, *(ask(i, f"go {i}") for i in range(4)), ask(4, "word " * 120, 5))
+    assert engine.counters() == {"preemptions": 0}
+    replies = answers(engine, ask(0, "it waits"), ask(1, "go on"), ask(2, "that waits"))
+    assert [len(reply.gaps) for reply in replies] == [19, 19, 19]
+    assert engine.counters() == {"preemptions": 2}
+    answers(engine, ask(0, "it waits"))
+    assert engine.counters() == {"preemptions": 3}
+    engine.start()
+    assert engine.counters() == {"preemptions": 0}
+    engine = fake("batched_tokens=32")
+    answers(engine, ask(0, "it waits"), *(ask(i, "go on", 100) for i in range(1, 33)))
+    assert engine.counters() == {"preemptions": 0}, "33 wait for a step that has 32 tokens"
+
+
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
