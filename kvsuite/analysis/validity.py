@@ -476,7 +476,7 @@ def _pressure(run: Run) -> Iterator[Outcome]:
         elif base and p.adjusted <= NOISE:
             text = (
                 f"with a full pool {p.changed} of {p.n} answers are others than without, of the baseline's "
-                f"{base.changed} of {base.n}: what is preempted does not come back as it was"
+                f"{base.changed} of {base.n}: what is preempted, or asked beside so many, is answered otherwise"
             )
             yield Outcome(p.arm, "pressure", "DIFFERS", text, ANSWERS)
         else:

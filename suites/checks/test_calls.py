@@ -90,6 +90,7 @@ def test_answers_that_a_full_pool_changes_differ():
     assert any(
         line.startswith("DIFFERS m: with a full pool 24 of 24 answers are others than without") for line in said(found)
     )
+    assert any("what is preempted, or asked beside so many, is answered otherwise" in line for line in said(found))
     second = pressure(lambda r: r.method == M and r.leg % 6 >= 3)
     assert of(second, "pressure") == "DIFFERS", "in the second legs alone"
 
