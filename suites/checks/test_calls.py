@@ -1,15 +1,17 @@
 """Tool calls and full pools: what counts, and what that says of an arm beside the baseline and the A/A arm."""
 
 import json
+import re
 from dataclasses import replace
 
+import jinja2
 import pytest
 
 from kvsuite.analysis.calls import called
 from kvsuite.analysis.pressure import pressed
 from kvsuite.analysis.validity import outcomes
-from kvsuite.calls import NAME, valid
-from suites.checks.planted import AGAIN, BASE, M, loads, probes, run, said
+from kvsuite.calls import ASKED, NAME, TOOL, valid
+from suites.checks.planted import AGAIN, BASE, ROOT, M, loads, probes, run, said
 
 GOOD = {"summary": "It speaks.", "topics": ["war"], "year": 1812}
 
@@ -36,6 +38,23 @@ GOOD = {"summary": "It speaks.", "topics": ["war"], "year": 1812}
 )
 def test_what_is_a_call(calls, expected):
     assert valid(calls) is expected
+
+
+def test_the_template_shows_calls_of_our_tool():
+    """docs/examples/tools.jinja, rendered as transformers and vLLM do."""
+    text = (ROOT / "docs" / "examples" / "tools.jinja").read_text()
+    template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(text)
+    said = [{"role": "user", "content": "a" * 500 + ASKED}]
+    shown = template.render(messages=said, tools=[TOOL], add_generation_prompt=True)
+    calls = [json.loads(call) for call in re.findall(r"<tool_call>\n(.*)\n</tool_call><\|im_end\|>\n", shown)]
+    assert len(calls) == 3
+    assert all(valid(call["name"] + json.dumps(call["arguments"])) for call in calls)
+    assert shown.count(ASKED) == 4
+    assert "a" * 250 in shown
+    assert "a" * 300 not in shown
+    assert shown.endswith(f"{ASKED}<|im_end|>\n<|im_start|>assistant\n")
+    plain = template.render(messages=said, add_generation_prompt=False)
+    assert plain == f"<|im_start|>user\n{said[0]['content']}<|im_end|>\n"
 
 
 def tools(bad, finish="tool_calls", arm=M, share=lambda r: True):
