@@ -153,8 +153,8 @@ def calls(run: Run) -> list[Table]:
     columns = [Column("called", "called"), Column("valid", "valid"), Column("p", "p")]
     note = (
         "Prompts that were answered by a tool call, and by valid ones: a tool that there is, with a JSON object "
-        "that has all its arguments, each of its kind; in every leg. Prompts that the baseline answers up to its cap "
-        "are left out. p: of no fewer than the baseline's, one-sided, after Holm."
+        "that has all its arguments, each of its kind; in every leg. One that its cap cut off is none. "
+        "p: of no fewer than the baseline's, one-sided, after Holm."
     )
     return [Table("calls", "tool calls", ("arm",), columns, rows, [Note(note)])]
 
