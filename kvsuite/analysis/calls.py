@@ -14,8 +14,8 @@ from kvsuite.records import Run, Served
 
 @dataclass(frozen=True)
 class Called:
-    """One arm. Prompts count once, whatever they were asked for; one whose answer the cap ended in any leg of the
-    baseline's is left out."""
+    """One arm. Prompts count once, in whatever legs they were asked; a call that its cap cut off is none. All prompts
+    count: of those that the baseline answers by valid calls alone, an arm that answers otherwise could only lose."""
 
     arm: str
     n: int
@@ -36,10 +36,8 @@ def called(run: Run) -> tuple[Called, ...]:
     for r in timed(run):
         if r.status == "ok":
             arms.setdefault(r.method, {}).setdefault((r.cell, r.block, r.sample), []).append(r)
-    cut = {place for place, legs in arms.get(run.baseline, {}).items() if any(r.finish == "length" for r in legs)}
-    whole = {arm: {place: legs for place, legs in found.items() if place not in cut} for arm, found in arms.items()}
     bad = {
-        arm: {at: not all(valid(r.calls) for r in legs) for at, legs in found.items()} for arm, found in whole.items()
+        arm: {at: not all(valid(r.calls) for r in legs) for at, legs in found.items()} for arm, found in arms.items()
     }
     p = beyond(run, bad)
     return tuple(
@@ -47,5 +45,5 @@ def called(run: Run) -> tuple[Called, ...]:
             arm, len(found), sum(all(r.calls for r in legs) for legs in found.values()),
             len(found) - sum(bad[arm].values()), p.get(arm, 1.0),
         )
-        for arm, found in whole.items()
+        for arm, found in arms.items()
     )  # fmt: skip

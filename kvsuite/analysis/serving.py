@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from kvsuite.analysis import pools
 from kvsuite.analysis.garbled import Check, check, senseless
 from kvsuite.analysis.speed import Goodput, goodput, p95
 from kvsuite.analysis.stats import Estimate
@@ -249,7 +250,7 @@ class ServerReport:
     profile: str
     command: str
     facts: Mapping[str, Any]
-    """Of its last leg."""
+    """Of its last leg; ``kv_bytes_per_token`` of a line where the server itself does not say it."""
     counters: Mapping[str, float]
     """Summed over its legs."""
     failures: tuple[str, ...]
@@ -261,6 +262,8 @@ class ServerReport:
     """Of the tokens of prompts that were to be cold, the share that the server had in its prefix cache."""
     perhaps_warm: bool = False
     """Whether nothing kept them from it, and nothing says how many it had."""
+    line: pools.Line | None = None
+    """What its pools take, where the run has two sizes of them."""
 
 
 @lru_cache(maxsize=2)
@@ -270,12 +273,14 @@ def told(run: Run) -> list[ServerReport]:
     for r in run.records:
         if isinstance(r, Probe):
             probes.setdefault(r.method, []).append(r)
-    base, found = _facts(probes.get(run.baseline, [])), []
+    lines, found = pools.lines(p for mine in probes.values() for p in mine), []
     warm = _warm(run)
     if run.baseline not in probes:
         return []
+    said = {method: _facts(mine, lines.get(method)) for method, mine in probes.items()}
+    base = said[run.baseline]
     for method, mine in probes.items():
-        facts, plain = _facts(mine), method == run.baseline or run.is_control(method)
+        facts, plain = said[method], method == run.baseline or run.is_control(method)
         last = next((p for p in reversed(mine) if p.status == "ok"), mine[-1])
         sums: dict[str, float] = {}
         for p in mine:
@@ -287,8 +292,11 @@ def told(run: Run) -> list[ServerReport]:
         perhaps = bool(sums.get("perhaps_warm")) and method not in warm and not off
         share = warm.get(method, 0.0)
         found.append(
-            ServerReport(method, last.profile, last.command, facts, sums, failures, proof, apart, share, perhaps)
-        )
+            ServerReport(
+                method, last.profile, last.command, facts, sums, failures, proof, apart, share, perhaps,
+                lines.get(method),
+            )
+        )  # fmt: skip
     return found
 
 
@@ -315,8 +323,9 @@ def _warm(run: Run) -> dict[str, float]:
     return {method: cached / asked for method, (cached, asked) in sums.items() if asked}
 
 
-def _facts(probes: Sequence[Probe]) -> Mapping[str, Any]:
-    return next((p.facts for p in reversed(probes) if p.status == "ok"), {})
+def _facts(probes: Sequence[Probe], line: pools.Line | None) -> Mapping[str, Any]:
+    facts = next((p.facts for p in reversed(probes) if p.status == "ok"), {})
+    return {"kv_bytes_per_token": line.slope} | facts if line else facts
 
 
 ENOUGH = 1.05
@@ -340,12 +349,10 @@ def proven(facts: Mapping[str, Any], base: Mapping[str, Any]) -> str:
 
 
 def _per_token(facts: Mapping[str, Any]) -> float | None:
-    given, size, tokens = (facts.get(name) for name in ("kv_bytes_per_token", "kv_bytes", "kv_tokens"))
-    if given:
+    if given := facts.get("kv_bytes_per_token"):
         return float(given)
-    if facts.get("blocks_set"):  # its user chose how many tokens fit, in whatever bytes
-        tokens = facts.get("blocks_fit", 0) * facts.get("block_size", 0)
-    return size / tokens if size and tokens else None
+    tokens, size = pools.pool(facts) or (0, 0)
+    return size / tokens if tokens else None
 
 
 def differing(facts: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, tuple[str | None, str | None]]:

@@ -454,10 +454,8 @@ def _cold(s: ServerReport, all_of_them: Sequence[ServerReport]) -> Outcome:
 
 NOISE = 0.01
 """How often noise alone may look like damage, in answers under pressure and in tool calls."""
-CALLING = 0.5
-"""Of the prompts, the share that the baseline must answer by valid tool calls before any can be missed."""
 FEW = 8
-"""And how many."""
+"""How many prompts the baseline must answer by valid tool calls: that all of these are lost can just be told."""
 
 
 def _pressure(run: Run) -> Iterator[Outcome]:
@@ -476,7 +474,7 @@ def _pressure(run: Run) -> Iterator[Outcome]:
         elif base and p.adjusted <= NOISE:
             text = (
                 f"with a full pool {p.changed} of {p.n} answers are others than without, of the baseline's "
-                f"{base.changed} of {base.n}: what is preempted does not come back as it was"
+                f"{base.changed} of {base.n}: what is preempted, or asked beside so many, is answered otherwise"
             )
             yield Outcome(p.arm, "pressure", "DIFFERS", text, ANSWERS)
         else:
@@ -489,11 +487,10 @@ def _calls(run: Run) -> Iterator[Outcome]:
     base = next((c for c in arms if c.arm == run.baseline), None)
     if base is None:
         return
-    if base.valid < max(CALLING * base.n, FEW):
+    if base.valid < FEW:
         text = (
-            f"tool calls: its own are valid for {base.valid} of {base.n} prompts that it answered below the cap; serve "
-            "a model that calls tools (vLLM: --enable-auto-tool-choice --tool-call-parser), raise --kv-cap or "
-            "--kv-requests"
+            f"tool calls: its own are valid for {base.valid} of {base.n} prompts; serve a model that calls tools "
+            "(vLLM: --enable-auto-tool-choice --tool-call-parser), raise --kv-cap or --kv-requests"
         )
         yield Outcome(base.arm, "calls", "COULD NOT TELL", text)
         return

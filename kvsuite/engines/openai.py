@@ -94,7 +94,8 @@ class Client:
         if self.count is not None:
             async with self._counting:  # in a thread, as other streams run on; one at a time, as tokenizers have state
                 read = await asyncio.to_thread(self.count, text) if text else 0
-        if said is not None and (read is None or reply.error or _alike(said, read)):
+        parsed = bool(reply.tool_calls)  # a call's tags, name and brackets are tokens that the server took out
+        if said is not None and (read is None or reply.error or _alike(said, read) or (parsed and said > read)):
             reply.tokens = said
         elif read is not None:
             reply.tokens, reply.counted, reply.usage_tokens = read, "tokenizer", said

@@ -188,6 +188,13 @@ class OpenVino:
         about what is stored and read, whatever the options say. ``proof`` is there once eviction was seen."""
         return dict(self._facts)
 
+    def counters(self) -> dict[str, float]:
+        """``preemptions`` since it was started, which GenAI does not count itself: how often an answer that had begun
+        got no token in a step. Its scheduler gives each one before it reads any prompt, unless the cache is full and
+        blocks are taken from the youngest, or are computed again (scheduler.hpp of openvino.genai at da1db864). One
+        that loses its place before its first token is not seen."""
+        return {"preemptions": float(self._facts.get("preemptions", 0))}
+
     async def ask(self, ask: Ask) -> Reply:
         """The whole answer. Seconds are wall time; they begin here and end when the engine has the token."""
         start, number = time.perf_counter(), next(self._numbers)

@@ -29,11 +29,12 @@ LONGEST, MOST = 1 << 24, 1 << 53
 
 class Model:
     """A running pipeline. ``facts``: what runs; ``limit``: tokens that one request can have, its prompt included;
-    ``fatal``: lengths of prompts that would end the engine."""
+    ``fatal``: lengths of prompts that would end the engine; ``batched``: most tokens in one step."""
 
     def __init__(self, path: Path, options: Mapping[str, str]) -> None:
         self.genai = importlib.import_module("openvino_genai")
         scheduler = self._scheduler(options)
+        self.batched = scheduler.max_num_batched_tokens
         with _printed() as log:
             self.pipeline = self.genai.ContinuousBatchingPipeline(str(path), scheduler, "CPU", _properties(options))
         self.tokenizer = self.pipeline.get_tokenizer()

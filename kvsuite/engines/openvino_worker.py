@@ -84,6 +84,8 @@ class Job:
     stamps: list[float] = field(default_factory=list)
     """Seconds after ``start`` at which a token came that is text."""
     finish: str = ""
+    went_on: bool = False
+    """Whether it got a token in the last step."""
 
 
 class Worker:
@@ -91,7 +93,7 @@ class Worker:
 
     def __init__(self, model: Model) -> None:
         self.model, self.jobs = model, dict[int, Job]()
-        self.seen: dict[str, Any] = {}
+        self.seen: dict[str, Any] = {"preemptions": 0}
 
     @property
     def busy(self) -> bool:
@@ -141,9 +143,14 @@ class Worker:
         """One step of the whole batch, and the requests that ended with it."""
         self.model.pipeline.step()
         now = time.perf_counter()
-        went_on = [self._read(job, now) for job in self.jobs.values()]
+        before = [job.went_on for job in self.jobs.values()]
+        for job in self.jobs.values():
+            job.went_on = self._read(job, now)
+        went_on = [job.went_on for job in self.jobs.values()]
         if went_on and all(went_on):  # nobody's prompt is being read, for the first time or again
             self._watch()
+        if len(went_on) <= self.model.batched:  # a step has a token for each
+            self.seen["preemptions"] += sum(a and not b for a, b in zip(before, went_on, strict=True))
         for number, job in list(self.jobs.items()):
             if (status := job.handle.get_status().name) != "RUNNING":
                 del self.jobs[number]
@@ -176,7 +183,7 @@ class Worker:
         share = self.model.pipeline.get_metrics().cache_usage / 100
         held = round(share * self.model.blocks) * self.model.block
         if there - held > self.seen.get("evicted_tokens", 0):
-            self.seen = {"evicted_tokens": there - held, "proof": f"{held:,} tokens of {there:,}"}
+            self.seen |= {"evicted_tokens": there - held, "proof": f"{held:,} tokens of {there:,}"}
 
 
 def _waiting(asks: Any, idle: bool) -> Iterator[tuple[int, Ask | None, float]]:

@@ -224,6 +224,7 @@ class Server:
         """What it counted since it started, and whether others than ``start`` started it again since it was last
         looked at."""
         found = {} if self._client is None else await probe.counters(self.profile, self._page)
+        found = found if self._engine is None else self._engine.counters()
         again = any(found.get(name, value) < value for name, value in self.counted.items())
         self.counted = found
         return found, again

@@ -1,7 +1,8 @@
 """What kvsuite uses of openvino_genai 2026.4, without a model: a prompt's tokens are its words, an answer counts up.
 
 The last word of a prompt says what happens: a number is how many tokens come before the end; "crash", "raise" and
-"ignored" are ways in which an engine fails, in the second step; "late" is one in the hundredth. A block has 4 tokens;
+"ignored" are ways in which an engine fails, in the second step; "late" is one in the hundredth; "waits" gets no token
+after its second for two steps, as if it was preempted. A block has 4 tokens;
 a step reads 50 of a prompt. 13 threads crash it at once; 14 make it hang, with its id in the model's ``pid``."""
 
 import math
@@ -74,7 +75,7 @@ class Tokenizer:
 class Handle:
     def __init__(self, words, config):
         self.words, self.config, self.status = words, config, "RUNNING"
-        self.made, self.known, self.unread = 0, 0, []
+        self.made, self.known, self.unread, self.waited = 0, 0, [], 0
 
     def can_read(self):
         return bool(self.unread)
@@ -92,8 +93,11 @@ class Handle:
         self.known = min(len(self.words), self.known + CHUNK)
         if self.known < len(self.words):
             return
-        self.made += 1
         word = self.words[-1]
+        if word == "waits" and self.made == 2 and self.waited < 2:
+            self.waited += 1
+            return
+        self.made += 1
         if self.made > 1 and word == "crash":
             os._exit(3)
         if (self.made > 1 and word == "raise") or (self.made == 100 and word == "late"):

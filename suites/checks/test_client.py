@@ -14,7 +14,7 @@ from kvsuite.engines.openai import Client
 from kvsuite.engines.request import Ask
 from suites.checks import client_overhead
 from suites.checks.asking import ask, user, words
-from suites.checks.scripted import TOKENS, Server
+from suites.checks.scripted import CALL, TOKENS, Server
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +157,15 @@ def test_without_usage_somebody_else_counts(server):
     assert (reply.tokens, reply.counted, reply.usage_tokens) == (TOKENS, "usage", None), "it finds much the same"
     reply = ask(server, "no-usage-but-normal", count=lambda text: 99)
     assert (reply.tokens, reply.counted, reply.usage_tokens) == (99, "tokenizer", TOKENS), "it decides"
+
+
+def test_a_call_has_more_tokens_than_are_seen_of_it(server):
+    """vLLM's parsers take out the tags and names around its arguments, 21 tokens of 56: usage was overruled then."""
+    reply = ask(server, "calls", count=lambda text: CALL - 21)
+    assert reply.tool_calls
+    assert (reply.tokens, reply.counted, reply.usage_tokens) == (CALL, "usage", None)
+    reply = ask(server, "calls", count=lambda text: 99)
+    assert (reply.tokens, reply.counted, reply.usage_tokens) == (99, "tokenizer", CALL), "fewer than are seen"
 
 
 def test_a_server_without_stream_options():

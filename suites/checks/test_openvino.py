@@ -19,6 +19,7 @@ from kvsuite import models
 from kvsuite.engines.openvino import OpenVino, check, parse
 from kvsuite.engines.openvino_model import shape
 from kvsuite.engines.request import Ask
+from kvsuite.engines.server import Server, Spec
 from kvsuite.errors import UsageError
 
 FAKE = Path(__file__).with_name("fake_genai.py")
@@ -198,6 +199,39 @@ def test_a_prompt_that_is_not_read_yet_is_not_taken_for_evicted(fake):
     assert "proof" not in engine.facts()
 
 
+def test_answers_that_go_without_a_token_in_a_step_are_counted(fake):
+    """Once each, however many steps they wait; who is new, or ends, does not wait."""
+    engine = fake()
+    answers(engine, *(ask(i, f"go {i}") for i in range(4)), ask(4, "word " * 120, 5))
+    assert engine.counters() == {"preemptions": 0}
+    replies = answers(engine, ask(0, "it waits"), ask(1, "go on"), ask(2, "that waits"))
+    assert [len(reply.gaps) for reply in replies] == [19, 19, 19]
+    assert engine.counters() == {"preemptions": 2}
+    answers(engine, ask(0, "it waits"))
+    assert engine.counters() == {"preemptions": 3}
+    engine.start()
+    assert engine.counters() == {"preemptions": 0}
+    engine = fake("batched_tokens=32")
+    answers(engine, ask(0, "it waits"), *(ask(i, "go on", 100) for i in range(1, 33)))
+    assert engine.counters() == {"preemptions": 0}, "33 wait for a step that has 32 tokens"
+
+
+def test_what_an_engine_counts_its_server_counts(fake, tmp_path):
+    fake()
+    server = Server("m", Spec.parse("openvino:kv=f16"), tmp_path / "log", lambda: tmp_path / "model")
+
+    async def counted():
+        await server.start()
+        first = await server.counters()
+        await server.ask(ask(0, "it waits"))
+        try:
+            return first, await server.counters()
+        finally:
+            await server.stop()
+
+    assert asyncio.run(counted()) == (({"preemptions": 0}, False), ({"preemptions": 1}, False))
+
+
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
@@ -353,6 +387,22 @@ def test_real_sixteen_bits(plain):
     assert (story.finish, story.tokens, len(story.gaps)) == ("length", 25, 24)
     same = [reply.text for reply in (answers(plain, capital)[0], answers(plain, capital)[0])]
     assert same[0] == same[1]
+
+
+def test_real_preemptions_are_seen(gguf, plain):
+    """Five answers with their prompts need some 770 tokens: of 3,200, and of 384."""
+    asks = [ask(i, f"{'Count. ' * 20} Begin at {i}.", 100, extra={"ignore_eos": True}) for i in range(5)]
+    before = plain.counters()
+    roomy = answers(plain, *asks)
+    assert plain.counters() == before == {"preemptions": 0}
+    engine = OpenVino(gguf, parse("kv=f16,blocks=12,threads=1"))
+    engine.start()
+    try:
+        tight = answers(engine, *asks)
+        assert engine.counters()["preemptions"] > 0
+    finally:
+        engine.stop()
+    assert [reply.tokens for reply in (*roomy, *tight)] == [100] * 10
 
 
 def test_real_sampling_follows_its_seed(plain):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvsuite.analysis.calls import Called, called
+from kvsuite.analysis.pools import Line
 from kvsuite.analysis.pressure import Pressed, pressed
 from kvsuite.analysis.serving import FIGURES, ServedRow, ServerReport, blocks, goodputs, served_rows, told
 from kvsuite.analysis.shortfall import interrupted
@@ -152,8 +153,8 @@ def calls(run: Run) -> list[Table]:
     columns = [Column("called", "called"), Column("valid", "valid"), Column("p", "p")]
     note = (
         "Prompts that were answered by a tool call, and by valid ones: a tool that there is, with a JSON object "
-        "that has all its arguments, each of its kind; in every leg. Prompts that the baseline answers up to its cap "
-        "are left out. p: of no fewer than the baseline's, one-sided, after Holm."
+        "that has all its arguments, each of its kind; in every leg. One that its cap cut off is none. "
+        "p: of no fewer than the baseline's, one-sided, after Holm."
     )
     return [Table("calls", "tool calls", ("arm",), columns, rows, [Note(note)])]
 
@@ -168,6 +169,8 @@ def served(run: Run) -> list[Table]:
     columns.append(Column("compression", "compression"))
     late = max((s.counters.get("late", 0.0) for s in found), default=0.0)
     notes = [f"{s.method} stores {s.proof}." for s in found if s.proof]
+    alike = {line: [s.method for s in found if s.line == line] for line in (s.line for s in found) if line}
+    notes += [f"{', '.join(methods)}: {_line(line)}." for line, methods in alike.items()]
     for s in found:
         if s.counters.get("drafted"):
             notes.append(
@@ -182,6 +185,17 @@ def served(run: Run) -> list[Table]:
     notes += _read(run)
     rows = [Row((server.method,), _said(server)) for server in found]
     return [Table("servers", "what was served", ("arm",), columns, rows, infos(notes))]
+
+
+def _line(line: Line) -> str:
+    (small, _), (large, _) = line.pools
+    slopes, fixed = line.open
+    mib = [f"{size / 2**20:,.1f}" for size in (line.fixed, *fixed)]
+    return (
+        f"{line.slope:,.0f} bytes a token ({slopes[0]:,.0f} to {slopes[1]:,.0f}) and {mib[0]} MiB besides ({mib[1]} to "
+        f"{mib[2]}), by the line through pools of {small:,.0f} and {large:,.0f} tokens; in brackets what blocks of "
+        f"{line.block:,.0f} tokens leave open"
+    )
 
 
 def _read(run: Run) -> list[str]:
