@@ -60,10 +60,16 @@ def arms(run: Run, evaluation: str = "", failed: bool = False) -> dict[tuple[str
 
 
 def documents(run: Run) -> dict[str, Documents]:
-    """By method, the documents whose continuations were forced through its cache; not those that failed."""
+    """By method, the documents whose continuations were forced through its cache; not those that failed. Raises
+    UsageError where a document has figures of other numbers of tokens than another method's."""
     found: dict[str, Documents] = {}
+    tokens: dict[tuple[str, str], int] = {}
     for r in run.records:
         if isinstance(r, Forced) and r.status == "ok":
+            forced = tokens.setdefault((r.task, r.sample), len(r.kl))
+            if {len(r.kl), len(r.flips), len(r.logs)} != {forced}:
+                said = f"{len(r.kl)} kl, {len(r.flips)} flips and {len(r.logs)} logs of {r.method}, not {forced} each"
+                raise UsageError(f"{run.folder}: document {r.sample} of {r.task} has {said}")
             found.setdefault(r.method, {})[r.task, r.sample] = r
     return found
 

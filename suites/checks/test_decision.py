@@ -8,6 +8,7 @@ import pytest
 
 from kvsuite.analysis.forced import acted, divergences
 from kvsuite.analysis.report import analyse
+from kvsuite.errors import UsageError
 from kvsuite.records import Answer, Forced, Timing, decode, encode
 from kvsuite.report import terminal
 from suites.checks.test_partial import run
@@ -213,3 +214,12 @@ def test_a_record_survives():
     (record,) = forced("m", 0.1, n=1)
     assert decode(encode(record)) == record
     assert record.job == ("divergence", "m", "document", "d0", 0)
+
+
+def test_documents_of_other_numbers_of_tokens_are_refused():
+    for columns in ({"kl": [0.1], "flips": [0], "logs": [-1.0]}, {"logs": [-1.0]}):
+        lost = [replace(document, **columns) for document in forced("m")]
+        with pytest.raises(
+            UsageError, match=r"document d0 of document has \d+ kl, \d+ flips and 1 logs of m, not 64 each"
+        ):
+            analyse(run(forced("full"), lost, methods=["full", "m"]))
