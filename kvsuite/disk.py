@@ -122,8 +122,10 @@ def write(file: Path, said: str) -> None:
             opened.flush()
             os.fsync(opened.fileno())
         unfinished.replace(file)
-    except BaseException:
+    except BaseException as error:
         unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(file)  # which is what was asked for
         raise
     sync(file.parent)
 

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("target", targets(), ids=lambda target: target.name)
 def test_hostile_input_ends_well_or_in_a_sentence(target):
-    inputs = max(8, depth(25, 1000) // target.dear)
+    inputs = max(4, depth(25, 1000) // target.dear)
     found = attempt(target, inputs)
     assert found.inputs >= 1
     assert found.refused < found.inputs or not target.taken, "a valid input is taken"
