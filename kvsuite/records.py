@@ -707,8 +707,9 @@ def whole(folder: Path) -> Run:
 
 def _once(records: list[Record]) -> list[Record]:
     """Without the failures of jobs that were done again."""
-    again = {record.job: at for at, record in enumerate(records)}
-    return [r for at, r in enumerate(records) if r.job is None or r.status == "ok" or again[r.job] == at]
+    lost = {record.job for record in records if record.status != "ok"}
+    again = {record.job: at for at, record in enumerate(records) if record.job in lost} if lost else {}
+    return [r for at, r in enumerate(records) if r.status == "ok" or r.job is None or again[r.job] == at]
 
 
 LATER = {"end": "natural", "repeats": 1}
