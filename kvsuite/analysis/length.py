@@ -138,7 +138,7 @@ def length_rows(answers: Sequence[Answer], base: str = "full") -> list[LengthRow
 
 
 def _costs(arms: Mapping[str, Pairs]) -> dict[str, Interval]:
-    """`cost_interval` of each; those beside the same answers from the same draws, which take longer than all else."""
+    """`cost_interval` of each; those of the same prompts from the same draws, which take longer than all else."""
     alike: dict[tuple[str, ...], list[str]] = {}
     columns: dict[str, tuple[Floats, Floats, Floats]] = {}
     for name, pairs in arms.items():
