@@ -21,13 +21,16 @@ from kvsuite.errors import UsageError, sentence
 try:
     import httpx
 
-    from kvsuite.engines.wire import IDLE, Connection, Wire
+    from kvsuite.engines.wire import Connection, Wire
 except ImportError as error:
     raise UsageError("asking a server needs httpx: pip install 'kvsuite[client]'") from error
 
 BACKOFF = 0.5
 """Seconds before the first retry, twice as many before the next; by chance half as many up to 1.5 times, so that those
 who were refused together do not return together."""
+IDLE = 2.0
+"""Seconds that an unused connection over TLS or a proxy is kept, so that few requests wait for its handshakes; servers
+drop theirs after 5. Others are used once."""
 JSON = {"Content-Type": "application/json"}
 APART, BESIDE = 1.2, 4
 """How many times as many tokens usage may count as a tokenizer does that reads the text once more, and how many beside:
@@ -35,7 +38,7 @@ special tokens, and pieces that are put together otherwise."""
 LATE = 1.0
 """Seconds by which a timeout may come too late before that is told: who had no time to read may have missed a token."""
 LINGER = 0.5
-"""Seconds that a stream has to end after [DONE]; then its connection can be used again."""
+"""Seconds that a stream has to end after [DONE]; a server that is left sooner takes it for an answer broken off."""
 
 
 class Client:
@@ -74,7 +77,8 @@ class Client:
 
     async def ask(self, ask: Ask) -> Reply:
         """The answer; where it fails, what came of it and the ``error``. Asks again only where nothing was done yet: no
-        connection, 429 and 503. Its clock starts with the first attempt."""
+        connection, 429 and 503. Its clock starts when the first attempt is written, which is after connecting; over TLS or
+        a proxy when that begins."""
         heard = StreamParser(reply := Reply(ask.id, start=time.perf_counter()))
         try:
             self.model = self.model or await self._name()
@@ -196,6 +200,9 @@ class Client:
         """Send it once and listen to the end, moving the limit on with every token."""
         try:
             async with self._http.stream("POST", "/v1/chat/completions", content=body, headers=JSON) as response:
+                wire = response.extensions.get("connection")
+                if isinstance(wire, Connection) and not heard.reply.retries:
+                    heard.reply.start = wire.sent
                 if response.status_code != 200 or "json" in response.headers.get("content-type", ""):
                     raise await _refusal(response)
                 await self._listen(response, heard, limit, end)
@@ -260,9 +267,10 @@ def _http(url: str, key: str | None, connect: float) -> httpx.AsyncClient:
         raise UsageError("a server's key is made of printable ASCII characters")
     here = _loopback(at.host)
     direct = at.scheme == "http" and (here or not urllib.request.getproxies())
+    headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
     return httpx.AsyncClient(
         base_url=at,
-        headers={"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {}),
+        headers=headers | ({"Connection": "close"} if direct else {}),
         timeout=httpx.Timeout(None, connect=connect),
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=20, keepalive_expiry=IDLE),
         trust_env=not here,  # a proxy for the world outside has no business here

@@ -262,7 +262,7 @@ def test_who_gives_up_can_go_on(server):
     assert asyncio.run(go()) == words("hi")
 
 
-def test_a_connection_is_used_again_unless_it_broke():
+def test_no_request_is_sent_where_another_one_was():
     with Server() as server:
 
         async def go():
@@ -274,4 +274,22 @@ def test_a_connection_is_used_again_unless_it_broke():
         async def counts():
             return [count async for count in go()]
 
-        assert asyncio.run(counts()) == [1, 1, 1, 1, 2]
+        assert asyncio.run(counts()) == [2, 3, 4, 5, 6]  # the first names the model
+
+
+def test_connecting_is_no_part_of_the_times(monkeypatch):
+    async def go(server):
+        loop = asyncio.get_running_loop()
+        connect = loop.create_connection
+
+        async def slowly(*args):
+            await asyncio.sleep(0.5)
+            return await connect(*args)
+
+        monkeypatch.setattr(loop, "create_connection", slowly)
+        async with Client(server.url, "scripted") as client:
+            return await client.ask(Ask("a", user("hi")))
+
+    with Server() as server:
+        reply = asyncio.run(go(server))
+    assert 0 < reply.ttft <= reply.seconds < 0.5

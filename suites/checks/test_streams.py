@@ -18,7 +18,7 @@ OTHERS = sorted({*KINDS} - {*LATE, "gigantic-event", "endless"})
     ids=["others", "late"],
 )
 def test_no_answer_is_mixed_lost_or_doubled(kinds, streams_at_once, patience):
-    """All kinds, one after the other on the connections that those before have left."""
+    """All kinds, one after the other: no rest of one reaches the next."""
     with streams.server(pace=0.001) as url:
         held = asyncio.run(streams.hold(url, iter(kinds), streams_at_once, patience))
     assert held.examples == []

@@ -169,6 +169,14 @@ def says_more(call: Call) -> Iterator[Step]:
     yield end + b"".join(step for step in other.spoken() if isinstance(step, bytes))
 
 
+@kind()
+def says_more_later(call: Call) -> Iterator[Step]:
+    """The same, when another request may have been sent on that connection."""
+    yield from call.spoken()
+    yield 2 * call.pace
+    yield from (step for step in Call(-1 - call.number, 1, 0.0, call.dice).spoken() if isinstance(step, bytes))
+
+
 @kind("the stream ended before the answer did after 3 chunks")
 def short_length(call: Call) -> Iterator[Step]:
     """What the header does not count follows, and begins as another answer would."""
