@@ -77,8 +77,8 @@ class Client:
 
     async def ask(self, ask: Ask) -> Reply:
         """The answer; where it fails, what came of it and the ``error``. Asks again only where nothing was done yet: no
-        connection, 429 and 503. Its clock starts when the first attempt is written, which is after connecting; over TLS or
-        a proxy when that begins."""
+        connection, 429 and 503. Its clock starts when the first attempt is written, which is after connecting; over TLS
+        or a proxy when that begins."""
         heard = StreamParser(reply := Reply(ask.id, start=time.perf_counter()))
         try:
             self.model = self.model or await self._name()

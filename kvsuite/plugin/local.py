@@ -266,32 +266,30 @@ class Local(Session):
         return [Job(task.evaluation, arm, task.name, s.id, repeat) for arm, repeat in who for s in self.samples(task)]
 
     def answers(self, name: str) -> list[Answer]:
-        """The answers of all jobs of a task; the first call does those that are not recorded."""
+        """The answers of all jobs of a task, as recorded; the first call does those that are not. They are read once
+        all are there: while samples are answered, memory does not grow with them."""
         if name not in self._answers:
             if self.worker:  # another one may have died over this task since its records were read
                 vars(self).pop("recorded", None)
-            task = tasks.task(name)
-            jobs, start = self.jobs(task), time.perf_counter()
+            task, start = tasks.task(name), time.perf_counter()
+            jobs = {*self.jobs(task)}
             there = {job: r for job in jobs if isinstance(r := self.recorded.get(job), Answer)}
-            self._answers[name] = [*there.values(), *self._missing(task, jobs, there)]
+            self._answer(task, jobs - there.keys(), {job: answer.seconds for job, answer in there.items()})
+            self._answers[name] = [r for r in read(self.folder).records if isinstance(r, Answer) and r.job in jobs]
             self.sharing += time.perf_counter() - start
         return self._answers[name]
 
-    def _missing(self, task: Task, jobs: Sequence[Job], there: dict[Job, Answer]) -> list[Answer]:
-        missing, found = {job for job in jobs if job not in there}, list[Answer]()
+    def _answer(self, task: Task, missing: set[Job], before: dict[Job, float]) -> None:
         if not missing:
-            return []
-        before = {job: answer.seconds for job, answer in there.items()}
+            return
         with self.progress.over(task.name, len(missing)) as done:
             for answer in self.executor.answers(task, self.samples(task), missing, before):
                 self.record(answer)
-                found.append(answer)
                 done(len(answer.tokens))
                 who = answer.method, task.name
                 self.took[who] = self.took.get(who, 0.0) + answer.seconds
                 if answer.method == BASELINE.name:
                     self.baseline(answer.error)
-        return found
 
     def skip_recorded(self, job: Job) -> None:
         """End the running test as skipped where its job was done before the run was resumed."""
