@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from kvsuite import benchmarks, ci, disk, predicting, records, registry, routing, shapes
 from kvsuite.arguments import whole_numbers
-from kvsuite.errors import UsageError
+from kvsuite.errors import UsageError, sentence
 from kvsuite.margins import Margins
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code or 0
     except BrokenPipeError:  # the reader has seen enough: head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except UsageError as error:
-        print(f"kvsuite: {error}", file=sys.stderr)
+    except (UsageError, OSError) as error:
+        print(f"kvsuite: {sentence(str(error))}", file=sys.stderr)
         return 2
     return 0
 
@@ -276,7 +276,7 @@ def _report(asked: argparse.Namespace) -> None:
     reports = [analyse(records.whole(Path(folder))) for folder in asked.folders]
     report = reports[0]
     if asked.html:
-        sys.stdout.buffer.write(html.render(reports).encode(errors="replace"))
+        sys.stdout.buffer.write(html.render(reports).encode())
     elif asked.markdown or asked.json:
         print((markdown if asked.markdown else as_json).render(report), end="")
     else:

@@ -101,6 +101,11 @@ def is_there(file: Path) -> bool:
         return False
 
 
+def is_file(file: Path) -> bool:
+    """The same of a file."""
+    return is_there(file) and file.is_file()
+
+
 def matching(pattern: str) -> list[Path]:
     """What a path or a pattern with ``*``, ``?`` and ``[]`` names, sorted; a name that is there is no pattern."""
     if is_there(Path(pattern)):

@@ -219,9 +219,9 @@ def model_config(model: Path) -> dict[str, Any]:
         shapes.shaped(model)
         return {}
     folder = located(model, "config.json")
-    if folder.is_file():
+    if disk.is_file(folder):
         raise UsageError(f"{folder.as_posix()!r} is a file: only a server reads it, kvsuite itself a model folder")
-    if not folder.is_dir():
+    if not disk.is_there(folder):
         raise UsageError(f"model folder {folder.as_posix()!r} does not exist")
     config = folder / "config.json"
     if not config.is_file() or (folder == model and not _weights(folder)):

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+from kvsuite import disk
 from kvsuite.errors import UsageError, unknown
 
 _FILES: dict[Path, str] = {}
@@ -92,7 +93,7 @@ def load(file: Path) -> None:
     path = file.resolve()
     if path in _FILES:
         return
-    if not path.is_file() or path.suffix != ".py":
+    if not disk.is_file(path) or path.suffix != ".py":
         raise UsageError(f"--kv-plugin {str(file)!r} is no Python file")
     name = f"kvsuite_plugin_{len(_FILES)}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)

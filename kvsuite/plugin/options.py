@@ -245,17 +245,17 @@ def _check_flash(options: Options) -> None:
 
 
 def _check_folders(options: Options) -> None:
-    if options.run is not None and any(options.run.glob("records*.jsonl")):
+    if options.run is not None and disk.is_there(options.run) and any(options.run.glob("records*.jsonl")):
         raise UsageError(f"--kv-run {str(options.run)!r} already holds a run; name another folder, or --kv-resume it")
     for folder in options.learn:
-        if not (folder / "run.json").is_file():
+        if not disk.is_file(folder / "run.json"):
             raise UsageError(f"--kv-learn {str(folder)!r} is not a run folder")
     if options.resume is not None:
         if options.run is not None:
             raise UsageError("--kv-run names a new run's folder, --kv-resume an old one's: give one of them")
         if options.servers is not None:
             raise UsageError("--kv-resume: a comparison of servers cannot be resumed, since its legs belong together")
-        if not (options.resume / "run.json").is_file():
+        if not disk.is_file(options.resume / "run.json"):
             raise UsageError(f"--kv-resume {str(options.resume)!r} is not a run folder")
 
 

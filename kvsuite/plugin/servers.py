@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from kvsuite import disk
 from kvsuite.engines import profile
 from kvsuite.engines.server import Spec
 from kvsuite.errors import UsageError
@@ -82,7 +83,7 @@ def check(raw: Mapping[str, Any], number: Any) -> Servers | None:
         profile.choose(str(raw["profile"]))
     ours: Ours = next((name for name in get_args(Ours) if name == raw["workload"]), "")
     workload = Path(str(raw["workload"])) if raw["workload"] and not ours else None
-    if workload is not None and not workload.is_file():
+    if workload is not None and not disk.is_file(workload):
         raise UsageError(f"--kv-workload {str(workload)!r} does not exist")
     if str(raw["arrivals"]).strip() == "trace" and (workload is None or workload.suffix != ".jsonl"):
         raise UsageError("--kv-arrivals trace needs a trace: --kv-workload FILE.jsonl")

@@ -39,7 +39,9 @@ def read(spec: str, path: str, which: str) -> Load:
     benchmark = _chosen(file, load_json(file), which)
     try:
         return _load(spec, file, benchmark)
-    except (AttributeError, IndexError, KeyError, OverflowError, TypeError) as error:
+    except UsageError:
+        raise
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise UsageError(
             f"{file} is not a report of guidellm as known here ({type(error).__name__}: {error})"
         ) from error

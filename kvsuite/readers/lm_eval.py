@@ -94,8 +94,8 @@ def _metric(file: Path, lines: list[Line], wanted: str) -> str:
     if not isinstance(known, list):
         raise UsageError(f"{file} does not list its metrics; name one, lm-eval:PATH#METRIC")
     for name in known:
-        if any(isinstance(row.get(name), (bool, int, float)) for _, row in lines):
-            return str(name)
+        if isinstance(name, str) and any(isinstance(row.get(name), (bool, int, float)) for _, row in lines):
+            return name
     raise UsageError(f"{file} has no metric that is a number{_others(known)}")
 
 

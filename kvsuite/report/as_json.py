@@ -27,8 +27,8 @@ from kvsuite.analysis.table import Cell, Note, Row, Table
 SCHEMA = 2
 """Version of the document's shape; grows when a reader would have to change."""
 
-CONTROLS = {code: f"\\u{code:04x}" for code in range(127, 160)}
-"""Characters that JSON holds as they are and terminals take for commands."""
+CONTROLS = {code: f"\\u{code:04x}" for code in (*range(127, 160), *range(0xD800, 0xE000))}
+"""Characters that JSON holds as they are, and that terminals take for commands or UTF-8 cannot hold."""
 
 
 def render(report: Report) -> str:

@@ -75,7 +75,7 @@ def fingerprint(rows: Rows) -> str:
 
 
 def _copy(where: Where, place: Path) -> Rows:
-    if not place.exists():
+    if not disk.is_there(place):
         raise UsageError(f"{where.place!r} does not exist")
     if place.is_dir() and where.file:
         place /= where.file

@@ -1,5 +1,7 @@
 """What others wrote cannot harm whoever reads it: `suites.robustness.hostile` in short, and what none of ours does."""
 
+import contextlib
+import json
 import re
 import struct
 import subprocess
@@ -15,7 +17,7 @@ from kvsuite.engines.stream import LARGEST, Events, Failure
 from kvsuite.errors import UsageError, printable
 from suites.checks.depth import depth
 from suites.robustness.hostile import attempt
-from suites.robustness.targets import targets
+from suites.robustness.targets import GUIDELLM, OURS, SMALL, targets
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,6 +29,22 @@ def test_hostile_input_ends_well_or_in_a_sentence(target):
     found = attempt(target, inputs)
     assert found.inputs >= 1
     assert found.refused < found.inputs or not target.taken, "a valid input is taken"
+
+
+FOUND = {
+    "options": {"baseline": "openvino:kv=f16", "variant": ["a=openvino"], "workload": "x" * 5000},
+    "lm-eval": b'{"doc_id": 0, "target": "x", "filter": "none", "metrics": [[]], "acc": 0}\n',
+    "guidellm": json.dumps({"benchmarks": [GUIDELLM[0]["benchmarks"][0] | {"start_time": [1.0, 2.0]}]}).encode(),
+    "report of records": json.dumps(next(x for x in SMALL if x["kind"] == "answer") | {"task": "\ud800"}).encode(),
+}
+"""By place, an input of the long run's that was let through once."""
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_was_let_through_once_is_not_any_more(name, tmp_path):
+    [target] = [target for target in targets() if target.name == name]
+    with contextlib.suppress(*OURS):
+        target.read(FOUND[name], tmp_path)
 
 
 NEVER = re.compile(r"trust_remote_code(?!=False)|allow_pickle|torch\.load\(")

@@ -4,6 +4,7 @@ take for a command, within `SECONDS` of one core and `MEMORY` of address space."
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import tempfile
@@ -60,11 +61,11 @@ def main(argv: Sequence[str]) -> int:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     warnings.simplefilter("ignore")
     chosen = [target for target in targets() if not argv[1:] or target.name in argv[1:]]
-    each = -(-(int(argv[0]) if argv else INPUTS) // len(chosen))
+    each = math.ceil((int(argv[0]) if argv else INPUTS) / sum(1 / target.dear for target in chosen))
     total = wrong = 0
     for target in chosen:
         try:
-            found = attempt(target, max(1, each // target.dear))
+            found = attempt(target, math.ceil(each / target.dear))
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 raise

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvsuite import disk
 from kvsuite.cache.observations import HiddenStates, Observation
 from kvsuite.errors import UsageError
 from kvsuite.methods.artifact import Artifact
@@ -39,7 +40,7 @@ class KVzap(BudgetSelector):
     def check(self) -> None:
         if not self.weights:
             raise UsageError(f"{self.name}: name the file of its weights for this model, weights=FILE.safetensors")
-        if not Path(self.weights).is_file():
+        if not disk.is_file(Path(self.weights)):
             raise UsageError(f"{self.name}: there is no file {self.weights!r}")
         if self.recent < 0:
             raise UsageError(f"{self.name}: recent={self.recent} must not be negative")

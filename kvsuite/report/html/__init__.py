@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from kvsuite.report.html.view import Grid
 
 HERE = Path(__file__).parent
-CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-"""Characters that HTML cannot hold."""
+CONTROLS = {
+    code: "\ufffd" for code in (*range(32), *range(127, 160), *range(0xD800, 0xE000)) if chr(code) not in "\n\t"
+}
+"""Characters that HTML or UTF-8 cannot hold."""
 
 
 def pytest_kv_report(report: Report, terminalreporter: Any) -> None:
