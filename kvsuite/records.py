@@ -6,20 +6,30 @@ import contextlib
 import dataclasses
 import json
 import os
-import typing
-from collections.abc import Callable, Collection, Iterable, Iterator
+import re
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+import msgspec
+from msgspec import Meta
 
 from kvsuite import collector, disk
 from kvsuite.environment import scrub
 from kvsuite.errors import UsageError, printable
 from kvsuite.margins import Margins
-from kvsuite.typed import Shape, amiss, finite, fits
+from kvsuite.typed import Shape, amiss, finite
 
 SCHEMA = 1
 """Version of the record lines; a reader refuses others."""
+MOST = 10**18
+"""Of any figure: bytes a second, operations, seconds."""
+Count = Annotated[int, Meta(ge=0, le=MOST)]
+Rows = Annotated[int, Meta(ge=1, le=MOST)]
+Amount = Annotated[float, Meta(ge=0, le=MOST)]
+Positive = Annotated[float, Meta(ge=1e-12, le=MOST)]
+Signed = Annotated[float, Meta(ge=-MOST, le=MOST)]
 
 
 class Job(NamedTuple):
@@ -53,7 +63,7 @@ class Record:
     """Why another backend was not taken."""
     artifact: str = ""
     """The hash of what the codec had learned of the model before."""
-    width: int = 1
+    width: Rows = 1
     """Rows of the matrix products it was decoded in, idle ones included."""
 
     @property
@@ -79,36 +89,36 @@ class Answer(Record):
     """The end of the user's message; earlier runs did not record it."""
     prompt_hash: str = ""
     """Of all its messages, see `kvsuite.tasks.Sample`; empty in earlier runs and where there is no task."""
-    chance: float = 0.0
+    chance: Amount = 0.0
     """What guessing scores on this sample; earlier runs did not record it."""
-    repeat: int = 0
-    score: float | None = None
+    repeat: Count = 0
+    score: Amount | None = None
     """0 to 1; None where the task has no reference."""
-    tokens: list[int] = field(default_factory=list)
+    tokens: list[Count] = field(default_factory=list)
     text: str = ""
     finish: str = ""
     """stop, or length where the cap ended it."""
-    cap: int = 0
-    prompt_tokens: int = 0
-    context_tokens: int = 0
-    prefill_seconds: float = 0.0
-    shared_seconds: float = 0.0
+    cap: Count = 0
+    prompt_tokens: Count = 0
+    context_tokens: Count = 0
+    prefill_seconds: Amount = 0.0
+    shared_seconds: Amount = 0.0
     """Its part that is every arm's alike: the prefill of a sample is run once. Earlier versions did not record it."""
-    decode_seconds: float = 0.0
+    decode_seconds: Amount = 0.0
     """The steps it took part in: what its reader waited."""
-    decode_share: float = 0.0
+    decode_share: Amount = 0.0
     """Its part of those, each step divided by its sequences: adds up over a method's answers."""
-    nbytes: int = 0
+    nbytes: Count = 0
     """Held after the prompt, all layers."""
-    nbytes_end: int = 0
+    nbytes_end: Count = 0
     """Held when the answer ended, and what K and V of all its tokens would take uncompressed."""
-    dense_end: int = 0
-    read_end: int = 0
+    dense_end: Count = 0
+    read_end: Count = 0
     """Bytes that the last step read: less than held where a reader chooses pages."""
-    fragmentation: float = 0.0
+    fragmentation: Amount = 0.0
     """The share of the slots in use at the end that held no token, mean over layers."""
-    kept: int = 0
-    margins: list[float] = field(default_factory=list)
+    kept: Count = 0
+    margins: list[Amount] = field(default_factory=list)
     """Gap between the two highest logits at every token."""
 
     @property
@@ -140,31 +150,31 @@ class Served(Answer):
 
     cell: str = ""
     """What was timed: arrivals and tokens of the prompts. Empty for an answer to a task."""
-    block: int = 0
+    block: Count = 0
     """All arms take the same requests in a block, each in two of its legs (A B B A)."""
-    leg: int = 0
+    leg: Count = 0
     """In the order of time."""
-    test: int = 0
+    test: Count = 0
     """Which load test of a leg's search for goodput it belongs to."""
     reasoning: str = ""
     calls: str = ""
     """Names and arguments of the tools it called."""
-    count: int = 0
+    count: Count = 0
     """Tokens, reasoning and calls included."""
     counted: str = ""
     """Who counted them: the server's usage, a tokenizer, or one for each chunk."""
-    usage_tokens: int | None = None
+    usage_tokens: Count | None = None
     """What the server's usage said, where the tokenizer did not find it so."""
-    cached_tokens: int | None = None
+    cached_tokens: Count | None = None
     """Of the prompt, those found in the server's prefix cache."""
-    start: float = 0.0
+    start: Signed = 0.0
     """When it was sent, on the client's clock."""
-    ttft: float = 0.0
+    ttft: Amount = 0.0
     """0 where nothing came before the end."""
-    gaps: list[float] = field(default_factory=list)
+    gaps: list[Amount] = field(default_factory=list)
     """Between chunks."""
-    e2e: float = 0.0
-    retries: int = 0
+    e2e: Amount = 0.0
+    retries: Count = 0
 
     @property
     def job(self) -> Job | None:
@@ -200,11 +210,11 @@ class Forced(Answer):
     kind: ClassVar[str] = "forced"
 
     evaluation: str = "divergence"
-    kl: list[float] = field(default_factory=list)
+    kl: list[Signed] = field(default_factory=list)
     """KL of the baseline's distribution against this arm's at each position, nats."""
-    flips: list[int] = field(default_factory=list)
+    flips: list[Count] = field(default_factory=list)
     """1 where the most likely token is another than the baseline's."""
-    logs: list[float] = field(default_factory=list)
+    logs: list[Signed] = field(default_factory=list)
     """Log probability of the token that follows, nats."""
 
 
@@ -217,32 +227,32 @@ class Loss(Record):
 
     task: str = ""
     sample: str = ""
-    repeat: int = 0
-    kept: float = 0.0
+    repeat: Count = 0
+    kept: Amount = 0.0
     """Of the prompt's tokens, the share that was held when the answer began."""
     span: str = ""
     """The sentence of the context in which the reference stands; empty where it stands nowhere, or several times."""
-    span_tokens: int = 0
-    span_kept: float | None = None
+    span_tokens: Count = 0
+    span_kept: Amount | None = None
     """Of the span's tokens, the share that was held then."""
-    span_gone: float | None = None
+    span_gone: Amount | None = None
     """The share of heads that held none of them."""
-    layers: list[float] = field(default_factory=list)
+    layers: list[Amount] = field(default_factory=list)
     """``span_kept`` layer by layer."""
-    positions: int = 0
+    positions: Count = 0
     """Tokens of the baseline's answer, spread evenly, at which attention was looked at."""
-    attention: float | None = None
+    attention: Amount | None = None
     """The share of the uncompressed cache's attention there that goes to tokens which the method's no longer held, mean
     over these positions. The method's cache was fed the baseline's answer."""
-    parting: float | None = None
+    parting: Amount | None = None
     """The same at the token at which the answers part; None where they do not, or where that was decided by the
     uncompressed prefill."""
-    k_error: float | None = None
+    k_error: Amount | None = None
     """Of the prompt's tokens that were held then: √(Σ(K̂ - K)² / ΣK²), K̂ as attention reads it."""
-    v_error: float | None = None
-    span_k_error: float | None = None
+    v_error: Amount | None = None
+    span_k_error: Amount | None = None
     """Of the span's tokens alone."""
-    span_v_error: float | None = None
+    span_v_error: Amount | None = None
 
     @property
     def job(self) -> Job | None:
@@ -259,14 +269,14 @@ class Similarity(Record):
 
     task: str = ""
     sample: str = ""
-    repeat: int = 0
+    repeat: Count = 0
     embedder: str = ""
     """The model that embedded."""
-    pieces: int = 0
+    pieces: Count = 0
     """Word pieces of the answer; the embedder may have seen the first of them alone."""
-    reference: float | None = None
+    reference: Signed | None = None
     """With the task's reference answer; None where it has none to this sample."""
-    baseline: float | None = None
+    baseline: Signed | None = None
     """With the baseline's last answer; None for that answer itself."""
 
     @property
@@ -288,12 +298,12 @@ class Predicted(Record):
     measure: str = ""
     """An error or loss, of which less is better, or a share of right answers."""
     unit: str = ""
-    n: int = 0
-    value: float = 0.0
-    low: float | None = None
-    high: float | None = None
+    n: Count = 0
+    value: Signed = 0.0
+    low: Signed | None = None
+    high: Signed | None = None
     """The ends of the 95 % interval, where it has one."""
-    nulls: dict[str, float] = field(default_factory=dict)
+    nulls: dict[str, Signed] = field(default_factory=dict)
     """The same measure of others, by name."""
     better: bool | None = None
     """Whether it surely does better than they do; None where nothing was compared."""
@@ -310,14 +320,14 @@ class Probe(Record):
 
     kind: ClassVar[str] = "probe"
 
-    leg: int = 0
-    block: int = 0
+    leg: Count = 0
+    block: Count = 0
     profile: str = ""
     command: str = ""
     """What started it, or its address."""
     facts: dict[str, Any] = field(default_factory=dict)
     """kv_dtype, kv_tokens, kv_bytes, prefix_caching …: what it runs with."""
-    counters: dict[str, float] = field(default_factory=dict)
+    counters: dict[str, Amount] = field(default_factory=dict)
     """What happened during the leg: preemptions, prefix hits …"""
 
 
@@ -329,7 +339,7 @@ class Scored(Record):
 
     task: str = ""
     sample: str = ""
-    logs: list[float] = field(default_factory=list)
+    logs: list[Signed] = field(default_factory=list)
     """Log-probability of every token of the answer, nats, at temperature 1."""
 
 
@@ -341,8 +351,8 @@ class Agreement(Record):
 
     other: str = ""
     task: str = ""
-    n: int = 0
-    same: int = 0
+    n: Count = 0
+    same: Count = 0
 
     @property
     def job(self) -> Job | None:
@@ -362,41 +372,41 @@ class Timing(Record):
     ] = "decode"  # fmt: skip
     """Then the core's promises: many methods against one prefill, a wide step against a narrow one. The last are steps
     and prefills with transformers' attention of that name, both sides alike: see `kvsuite.modes`."""
-    length: int = 0
+    length: Count = 0
     """Tokens of context per sequence at the first round."""
-    tokens: int = 0
+    tokens: Count = 0
     """Tokens a round yields, all sequences. A round is a block of A B B A, with two turns of either side; earlier runs
     timed A B."""
-    seconds: list[float] = field(default_factory=list)
-    baseline_seconds: list[float] = field(default_factory=list)
+    seconds: list[Positive] = field(default_factory=list)
+    baseline_seconds: list[Positive] = field(default_factory=list)
     """Of the same rounds."""
-    nbytes: int = 0
+    nbytes: Count = 0
     """Held by all sequences, all layers."""
-    nbytes_read: int = 0
+    nbytes_read: Count = 0
     """Read by one step of all sequences."""
-    allocated: int = 0
+    allocated: Count = 0
     """Bytes that the caches have reserved on the device: what is held, and free pages and slots. Earlier runs did not
     record it."""
-    peak: int | None = None
+    peak: Count | None = None
     """The most memory that the device had given out while the cell was made, filled and checked, above what it had
     before: for a prefill that is activations, K and V in full precision, observations and the caches. None where the
     system does not tell."""
-    checked: float | None = None
+    checked: Amount | None = None
     """How far its attention was from the reference over what it holds, in units of the tolerance; None: not checked."""
-    rest_seconds: list[float] = field(default_factory=list)
+    rest_seconds: list[Positive] = field(default_factory=list)
     """Of the same rounds with no layer at all, where the model has fewer layers than the one it stands for."""
-    scale: float = 1.0
+    scale: Positive = 1.0
     """Layers of the model it stands for over layers that ran."""
-    moved: int = 0
+    moved: Count = 0
     """Bytes that a round must read from memory at least: weights, and what is held. Earlier runs did not record it."""
-    operations: int = 0
+    operations: Count = 0
     """Multiplications and additions of a round, those of products of matrices."""
-    bandwidth: float = 0.0
+    bandwidth: Amount = 0.0
     """Bytes a second that this machine read, measured before the run's first cell."""
-    rate: float = 0.0
+    rate: Amount = 0.0
     """Operations a second of a large product in the compute dtype, then."""
-    attention_seconds: list[float] = field(default_factory=list)
-    baseline_attention_seconds: list[float] = field(default_factory=list)
+    attention_seconds: list[Amount] = field(default_factory=list)
+    baseline_attention_seconds: list[Amount] = field(default_factory=list)
     """What the caches took of either side's rounds: storing new tokens and attending, all layers. Empty on a GPU, which
     works while the clock reads."""
 
@@ -426,10 +436,18 @@ def encode(record: Record) -> str:
     return json.dumps(line, allow_nan=False, ensure_ascii=False)
 
 
-def decode(line: str) -> Record:
+class Unfit(UsageError):
+    """A figure that a record cannot have, and its field; none where several do not belong together."""
+
+    def __init__(self, said: str, field: str = "") -> None:
+        super().__init__(said)
+        self.field = field
+
+
+def decode(line: str | bytes) -> Record:
     """The record of one line. Raises UsageError for another schema or kind and for a value of the wrong type,
     ValueError for what is no JSON object."""
-    found = disk.parsed(line, finite=True)
+    found = _parsed(line)
     if not isinstance(found, dict):
         raise ValueError("this line is no record")
     if found.pop("schema", None) != SCHEMA:
@@ -438,36 +456,33 @@ def decode(line: str) -> Record:
     kind = KINDS.get(name) if isinstance(name, str) else None
     if kind is None:
         raise UsageError("this record is of a kind this version does not know")
-    known = TYPES[kind.kind]
     if "method" not in found:
         raise UsageError("this record has no method")
-    for name, value in found.items():
-        if name not in known:
-            raise UsageError(f"this record has a field {name!r}, which this version does not know")
-        if not known[name](value):
-            raise UsageError(f"{name} of this record cannot be {repr(value)[:40]}")
-    record = _made(kind, found)
+    if not found.keys() <= FIELDS[kind.kind]:
+        name = next(name for name in found if name not in FIELDS[kind.kind])
+        raise UsageError(f"this record has a field {name!r}, which this version does not know")
+    try:
+        record = msgspec.convert(found, kind)
+    except msgspec.ValidationError as error:
+        name = re.findall(r"`\$\.(\w+)", str(error))[-1]
+        raise Unfit(f"{name} cannot be {repr(found[name])[:40]}", name) from error
     if said := _unpaired(record):
-        raise UsageError(f"of this record {said}")
+        raise Unfit(said)
     return record
 
 
-def _made(kind: type[Record], values: dict[str, Any]) -> Record:
-    """``kind(**values)``, in a sixth of the time, which is most of what reading a run takes."""
-    setters = SETTERS[kind.kind]
-    if len(values) < len(setters):  # an earlier version's
-        return kind(**values)
-    made = object.__new__(kind)
-    for name, value in values.items():
-        setters[name](made, value)
-    return made
+_JSON = msgspec.json.Decoder()
 
 
-SETTERS = {
-    name: {field.name: getattr(kind, field.name).__set__ for field in dataclasses.fields(kind)}
-    for name, kind in KINDS.items()
-}
-"""By kind and field, what a frozen record's constructor sets it by."""
+def _parsed(line: str | bytes) -> Any:
+    try:
+        return _JSON.decode(line)
+    except (msgspec.DecodeError, RecursionError, UnicodeEncodeError):  # no JSON, or lone surrogates
+        return disk.parsed(line if isinstance(line, str) else line.decode(), finite=True)
+
+
+FIELDS = {name: {field.name for field in dataclasses.fields(kind)} for name, kind in KINDS.items()}
+"""By kind, the names of its fields."""
 
 
 def _unpaired(record: Record) -> str:
@@ -480,25 +495,6 @@ def _unpaired(record: Record) -> str:
         if other != rounds and (other or name == "baseline_seconds"):
             return f"{name} are of {other} rounds, seconds of {rounds}"
     return "tokens are 0, of rounds that took time" if rounds and not record.tokens else ""
-
-
-SIGNED = {"kl", "logs", "value", "low", "high", "nulls", "reference", "baseline", "start"}
-"""Fields whose numbers can be below 0; all others count or measure."""
-SOME = {"width", "scale", "seconds", "baseline_seconds", "rest_seconds"}
-"""Fields whose numbers are above 0."""
-LEAST, MOST = 1e-12, 1e18
-"""Of what is above 0, and of all: bytes a second, operations, seconds."""
-
-
-def _least(name: str) -> float:
-    return LEAST if name in SOME else -MOST if name in SIGNED else 0.0
-
-
-TYPES: dict[str, dict[str, Callable[[Any], bool]]] = {
-    name: {f.name: fits(typing.get_type_hints(kind)[f.name], _least(f.name), MOST) for f in dataclasses.fields(kind)}
-    for name, kind in KINDS.items()
-}
-"""By kind and field, whether a value from JSON is one of its type, and can be."""
 
 
 class RunFolder:
@@ -527,17 +523,16 @@ class RunFolder:
     def append(self, record: Record) -> None:
         """Write one record and flush it. A figure that is not finite, or that none can be, makes it a failed record,
         which is kept."""
-        record = _published(record)
+        record, wrong = _published(record), list[str]()
         try:
             line = encode(record)
         except ValueError:
             record = failed(record, "a figure is not finite")
             line = encode(record)
-        found, known = json.loads(line), TYPES[record.kind]
-        if wrong := [f.name for f in dataclasses.fields(record) if not known[f.name](found[f.name])]:
-            line = encode(failed(record, f"{wrong[0]} cannot be {repr(found[wrong[0]])[:40]}", wrong))
-        elif said := _unpaired(record):
-            line = encode(failed(record, said))
+        while said := _amiss(line):
+            wrong.append(said.field)
+            record = failed(record, record.error if wrong[1:] else str(said), wrong)
+            line = encode(record)
         self._write([line.encode(errors="backslashreplace")])  # of a lone surrogate: its escape in JSON
 
     def join(self) -> None:
@@ -570,6 +565,14 @@ class RunFolder:
                     file.write(b"\n")
             for line in lines:
                 file.write(line + b"\n")
+
+
+def _amiss(line: str) -> Unfit | None:
+    try:
+        decode(line)
+    except Unfit as error:
+        return error
+    return None
 
 
 def _published(record: Record) -> Record:
@@ -644,7 +647,7 @@ def read(folder: Path) -> Run:
     records, torn = list[Record](), 0
     for file, at, line in _lines(folder):
         try:
-            records.append(decode(line.decode()))
+            records.append(decode(line))
         except UsageError as error:
             raise UsageError(f"{file} line {at}: {error}") from error
         except ValueError:  # cut off: the beginning of a line is never JSON

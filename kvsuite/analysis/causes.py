@@ -76,7 +76,7 @@ def looked_at(run: Run) -> list[Looked]:
                 if sample not in arm or not benign or method == run.baseline or run.is_control(method):
                     continue
                 a = arm[sample]
-                fell = bool(RULE.fell(np.array([b.score]), np.array([a.score]))[0])
+                fell = bool(RULE.fell(float(b.score or 0), float(a.score or 0)))
                 place = first_difference(a.tokens, b.tokens)
                 found.append(Looked(method, task, sample, a.repeat, b, a.cluster or sample, fell, place))
     return found

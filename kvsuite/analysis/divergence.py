@@ -8,6 +8,7 @@ from one prompt. KL is of the baseline against the method, in nats, as in llama.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -180,7 +181,9 @@ def _percentile(column: Floats, share: float, below: Estimate) -> Interval:
 def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
     """t_div, the place of the first differing token, from 0. None where the answers are equal or one begins with the
     other: as a stop token belongs to its answer, the shorter one was then cut off, and no difference was seen."""
-    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
+    if one == other:
+        return None
+    return next((at for at, differs in enumerate(map(operator.ne, one, other)) if differs), None)
 
 
 @dataclass(frozen=True)

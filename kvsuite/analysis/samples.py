@@ -120,8 +120,8 @@ class Broken:
         if not 0 < self.theta < 1:
             raise UsageError(f"theta must be a number between 0 and 1, not {self.theta:g}")
 
-    def fell(self, base: Floats, score: Floats) -> Mask:
-        """(n,): whether the score is that far below the baseline's."""
+    def fell(self, base: Floats | float, score: Floats | float) -> Mask:
+        """(n,), or of one sample: whether the score is that far below the baseline's."""
         edge = base - self.theta if self.absolute else (1 - self.theta) * base
         return np.asarray(score <= edge + ROUNDING if self.inclusive else score < edge - ROUNDING)
 

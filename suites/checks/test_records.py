@@ -14,7 +14,7 @@ from kvsuite.errors import UsageError
 from kvsuite.records import Agreement, Answer, RunFolder, Timing, decode, encode, read, refusal
 
 finite = st.floats(0, records.MOST)
-some = st.floats(records.LEAST, records.MOST)
+some = st.floats(1e-12, records.MOST)
 whole = st.integers(0, 10**18)
 
 
@@ -60,7 +60,7 @@ def test_a_figure_that_none_can_be_is_a_failure_where_it_is_written_and_refused_
     assert (found.status, found.error) == ("failed", f"{field} cannot be {said}")
     assert dataclasses.replace(found, status="ok", error="") == Timing("m", length=512)
     (tmp_path / "records.jsonl").write_text("\n" + encode(Timing("m", **{field: value})) + "\n")
-    with pytest.raises(UsageError, match=rf"records.jsonl line 2: {field} of this record cannot be {re.escape(said)}$"):
+    with pytest.raises(UsageError, match=rf"records.jsonl line 2: {field} cannot be {re.escape(said)}$"):
         read(tmp_path)
 
 
@@ -78,7 +78,7 @@ def test_rounds_that_do_not_belong_together_are_a_failure_and_refused(tmp_path, 
     RunFolder(tmp_path).append(timing)
     [found] = read(tmp_path).records
     assert (found.status, found.error) == ("failed", said)
-    with pytest.raises(UsageError, match=f"^of this record {said}$"):
+    with pytest.raises(UsageError, match=f"^{said}$"):
         decode(encode(timing))
 
 

@@ -183,8 +183,9 @@ def _measured(draw: Any) -> bytes:
     for _ in range(draw(st.integers(0, 4))):
         record = draw(st.sampled_from(found))
         name = draw(st.sampled_from(sorted(key for key in record if isinstance(record[key], str) and key != "kind")))
-        right = records.TYPES[record["kind"]][name]
-        record[name] = draw(st.sampled_from([text for text in (record[name], *mutated.STRANGE) if right(text)]))
+        known = typing.get_args(typing.get_type_hints(records.KINDS[record["kind"]])[name])  # of a Literal
+        texts = [text for text in mutated.STRANGE if isinstance(text, str)]
+        record[name] = draw(st.sampled_from(known or [record[name], *texts]))
     return "".join(json.dumps(record) + "\n" for record in found).encode()
 
 
