@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -120,8 +119,7 @@ class ArmBuilder:
         self._files.setdefault(dataset, str(file))
         if type:
             self._types[dataset] = type
-        known = (math.nan if x is None else float(x) for x in (score, tokens, cap, capped))
-        self._rows[key] = (cluster or f"{dataset} {sample}", text, *known)
+        self._rows[key] = (cluster or f"{dataset} {sample}", text, score, tokens, cap, capped)
 
     def __len__(self) -> int:
         return len(self._rows)

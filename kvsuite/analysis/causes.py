@@ -71,14 +71,13 @@ def looked_at(run: Run) -> list[Looked]:
             continue
         scores = np.array([b.score for b in base.values()], dtype=float)
         allowed = eligible(Design.alone(len(scores)), scores, RULE.benign)
+        methods = [method for method in arms if method != run.baseline and not run.is_control(method)]
         for (sample, b), benign in zip(base.items(), allowed, strict=True):
-            for method, arm in arms.items():
-                if sample not in arm or not benign or method == run.baseline or run.is_control(method):
-                    continue
-                a = arm[sample]
-                fell = bool(RULE.fell(float(b.score or 0), float(a.score or 0)))
-                place = first_difference(a.tokens, b.tokens)
-                found.append(Looked(method, task, sample, a.repeat, b, a.cluster or sample, fell, place))
+            for method in methods if benign else ():
+                if (mine := arms[method].get(sample)) is not None:
+                    fell = bool(RULE.fell(float(b.score or 0), float(mine.score or 0)))
+                    place = first_difference(mine.tokens, b.tokens)
+                    found.append(Looked(method, task, sample, mine.repeat, b, mine.cluster or sample, fell, place))
     return found
 
 
