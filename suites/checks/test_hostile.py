@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import os
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -16,8 +18,9 @@ from kvsuite.engines import openvino_model
 from kvsuite.engines.stream import LARGEST, Events, Failure
 from kvsuite.errors import UsageError, printable
 from suites.checks.depth import depth
+from suites.robustness import large
 from suites.robustness.hostile import attempt
-from suites.robustness.targets import GUIDELLM, OURS, SMALL, targets
+from suites.robustness.targets import GUIDELLM, OURS, SMALL, Target, targets
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,6 +48,24 @@ def test_what_was_let_through_once_is_not_any_more(name, tmp_path):
     [target] = [target for target in targets() if target.name == name]
     with contextlib.suppress(*OURS):
         target.read(FOUND[name], tmp_path)
+
+
+LARGE = large.inputs(most=1 << 20, many=10_000)
+
+
+@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("target", [t for t in targets() if t.name not in large.TEXTS], ids=lambda target: target.name)
+def test_large_input_is_taken_or_refused(target, name):
+    assert large.tried(target, LARGE[name])[0] in ("taken", "refused")
+
+
+def test_what_large_input_does_is_told():
+    def read(content, _):
+        return os.kill(os.getpid(), signal.SIGKILL) if content else {}["none"]
+
+    one = Target("one", targets()[0].inputs, read)
+    assert large.tried(one, b"")[0] == "let through KeyError: 'none'"
+    assert large.tried(one, b"a")[0] == f"ended with {-signal.SIGKILL}"
 
 
 NEVER = re.compile(r"trust_remote_code(?!=False)|allow_pickle|torch\.load\(")
