@@ -102,7 +102,7 @@ def is_there(file: Path) -> bool:
 
 
 def is_file(file: Path) -> bool:
-    """The same of a file."""
+    """Whether there is such a file; as `is_there`."""
     return is_there(file) and file.is_file()
 
 

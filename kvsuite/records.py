@@ -437,11 +437,11 @@ def encode(record: Record) -> str:
 
 
 class Unfit(UsageError):
-    """A figure that a record cannot have, and its field; none where several do not belong together."""
+    """A figure that a record cannot have, and its field's name; empty where several do not belong together."""
 
-    def __init__(self, said: str, field: str = "") -> None:
+    def __init__(self, said: str, name: str = "") -> None:
         super().__init__(said)
-        self.field = field
+        self.name = name
 
 
 def decode(line: str | bytes) -> Record:
@@ -464,8 +464,8 @@ def decode(line: str | bytes) -> Record:
     try:
         record = msgspec.convert(found, kind)
     except msgspec.ValidationError as error:
-        name = re.findall(r"`\$\.(\w+)", str(error))[-1]
-        raise Unfit(f"{name} cannot be {repr(found[name])[:40]}", name) from error
+        name = next(iter(re.findall(r"`\$\.(\w+)", str(error))[-1:]), "")
+        raise Unfit(f"{name} cannot be {repr(found.get(name))[:40]}", name) from error
     if said := _unpaired(record):
         raise Unfit(said)
     return record
@@ -477,8 +477,11 @@ _JSON = msgspec.json.Decoder()
 def _parsed(line: str | bytes) -> Any:
     try:
         return _JSON.decode(line)
-    except (msgspec.DecodeError, RecursionError, UnicodeEncodeError):  # no JSON, or lone surrogates
-        return disk.parsed(line if isinstance(line, str) else line.decode(), finite=True)
+    except (msgspec.DecodeError, RecursionError, UnicodeEncodeError):  # no JSON, lone surrogates, or beyond a float
+        found = disk.parsed(line if isinstance(line, str) else line.decode(), finite=True)
+        if not finite(found):
+            raise UsageError("this record has a number beyond what a float can hold") from None
+        return found
 
 
 FIELDS = {name: {field.name for field in dataclasses.fields(kind)} for name, kind in KINDS.items()}
@@ -529,8 +532,8 @@ class RunFolder:
         except ValueError:
             record = failed(record, "a figure is not finite")
             line = encode(record)
-        while said := _amiss(line):
-            wrong.append(said.field)
+        while (said := _amiss(line)) and len(wrong) < len(FIELDS[record.kind]):
+            wrong.append(said.name)
             record = failed(record, record.error if wrong[1:] else str(said), wrong)
             line = encode(record)
         self._write([line.encode(errors="backslashreplace")])  # of a lone surrogate: its escape in JSON
@@ -644,16 +647,28 @@ def read(folder: Path) -> Run:
             raise UsageError(said)
     except ValueError as error:  # a UsageError is one
         raise UsageError(f"{str(folder)!r} is not a run folder: {error}") from error
-    records, torn = list[Record](), 0
+    records = list(_decoded(folder))
+    there = [record for record in records if record is not None]
+    order = {method: at for at, method in enumerate(facts.get("methods", ()))}
+    there = sorted(_once(there), key=lambda record: order.get(record.method, len(order)))
+    return Run(folder, facts, there, len(records) - sum(record is not None for record in records))
+
+
+@collector.off()
+def results(folder: Path, jobs: Collection[Job]) -> list[Record]:
+    """The records of some jobs in a run folder, in the order of time; others are not held. Raises as `read`."""
+    return _once([record for record in _decoded(folder) if record is not None and record.job in jobs])
+
+
+def _decoded(folder: Path) -> Iterator[Record | None]:
+    """All records; None for a line that was cut off."""
     for file, at, line in _lines(folder):
         try:
-            records.append(decode(line))
+            yield decode(line)
         except UsageError as error:
             raise UsageError(f"{file} line {at}: {error}") from error
         except ValueError:  # cut off: the beginning of a line is never JSON
-            torn += 1
-    order = {method: at for at, method in enumerate(facts.get("methods", ()))}
-    return Run(folder, facts, sorted(_once(records), key=lambda record: order.get(record.method, len(order))), torn)
+            yield None
 
 
 def _lines(folder: Path) -> Iterator[tuple[Path, int, bytes]]:

@@ -41,6 +41,12 @@ LINGER = 0.5
 """Seconds that a stream has to end after [DONE]; a server that is left sooner takes it for an answer broken off."""
 
 
+PROMPT = 0.5
+"""Seconds. Connecting that takes less is no part of the times: a client that keeps connections would not wait for it. A
+server without room for another one lets its clients try again after 1 s, and that is counted. So is all connecting over
+TLS or through a proxy."""
+
+
 class Client:
     """Asks one server, any number of things at a time. It belongs to the event loop that uses it first.
 
@@ -77,8 +83,7 @@ class Client:
 
     async def ask(self, ask: Ask) -> Reply:
         """The answer; where it fails, what came of it and the ``error``. Asks again only where nothing was done yet: no
-        connection, 429 and 503. Its clock starts when the first attempt is written, which is after connecting; over TLS
-        or a proxy when that begins."""
+        connection, 429 and 503. Its clock starts with the first attempt; see `PROMPT`."""
         heard = StreamParser(reply := Reply(ask.id, start=time.perf_counter()))
         try:
             self.model = self.model or await self._name()
@@ -172,13 +177,13 @@ class Client:
         """Until there is an answer. Raises Failure where there is none."""
         clock, usage = asyncio.get_running_loop().time, self._usage is not False
         body = self._body(ask, usage)  # before the clock starts: a long prompt takes milliseconds
-        begin, heard.reply.start = clock(), time.perf_counter()
+        begin, heard.reply.start = clock(), (begun := time.perf_counter())
         end = begin + self.total
         try:
             async with asyncio.timeout_at(min(begin + self.first, end)) as limit:
                 while True:
                     try:
-                        await self._attempt(body, heard, limit, end)
+                        await self._attempt(body, heard, limit, end, begun)
                     except Failure as failure:
                         if usage and not self._usage and failure.status in (400, 422):
                             usage, body = False, self._body(ask, False)  # if it was not that, the server says so again
@@ -196,12 +201,16 @@ class Client:
                 raise Failure(f"not finished within {self.total:g} s{said}") from None
             raise Failure(f"no token within {self.between if heard.chunks else self.first:g} s{said}") from None
 
-    async def _attempt(self, body: bytes, heard: StreamParser, limit: asyncio.Timeout, end: float) -> None:
-        """Send it once and listen to the end, moving the limit on with every token."""
+    async def _attempt(
+        self, body: bytes, heard: StreamParser, limit: asyncio.Timeout, end: float, begun: float
+    ) -> None:
+        """Send it once and listen to the end, moving the limit on with every token. ``begun``: when the first attempt
+        was; connecting is left out of the times where that took no longer than it must."""
         try:
             async with self._http.stream("POST", "/v1/chat/completions", content=body, headers=JSON) as response:
                 wire = response.extensions.get("connection")
-                if isinstance(wire, Connection) and not heard.reply.retries:
+                first = heard.reply.start == begun and not heard.reply.retries
+                if first and isinstance(wire, Connection) and wire.sent - begun < PROMPT:
                     heard.reply.start = wire.sent
                 if response.status_code != 200 or "json" in response.headers.get("content-type", ""):
                     raise await _refusal(response)

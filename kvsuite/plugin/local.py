@@ -20,7 +20,7 @@ from kvsuite.methods import Method, parse
 from kvsuite.plugin.options import BASELINE, Options
 from kvsuite.plugin.plan import duration, plan
 from kvsuite.plugin.session import Session
-from kvsuite.records import REFERENCE, Answer, Job, is_control, read
+from kvsuite.records import REFERENCE, Answer, Job, is_control, read, results
 from kvsuite.runs.here import Here
 from kvsuite.runs.setting import Executor, Setting
 from kvsuite.tasks import Sample, Task
@@ -275,7 +275,7 @@ class Local(Session):
             jobs = {*self.jobs(task)}
             there = {job: r for job in jobs if isinstance(r := self.recorded.get(job), Answer)}
             self._answer(task, jobs - there.keys(), {job: answer.seconds for job, answer in there.items()})
-            self._answers[name] = [r for r in read(self.folder).records if isinstance(r, Answer) and r.job in jobs]
+            self._answers[name] = [r for r in results(self.folder, jobs) if isinstance(r, Answer)]
             self.sharing += time.perf_counter() - start
         return self._answers[name]
 

@@ -8,6 +8,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -56,14 +57,21 @@ LARGE = large.inputs(most=1 << 20, many=10_000)
 @pytest.mark.parametrize("name", LARGE)
 @pytest.mark.parametrize("target", [t for t in targets() if t.name not in large.TEXTS], ids=lambda target: target.name)
 def test_large_input_is_taken_or_refused(target, name):
-    assert large.tried(target, LARGE[name])[0] in ("taken", "refused")
+    said, seconds, gb = large.tried(target, LARGE[name])
+    assert said in ("taken", "refused")
+    assert seconds < 5
+    assert gb < 0.5
 
 
-def test_what_large_input_does_is_told():
+def test_what_large_input_does_is_told(monkeypatch):
+    monkeypatch.setattr(large, "SECONDS", 0.1)
+
     def read(content, _):
-        return os.kill(os.getpid(), signal.SIGKILL) if content else {}["none"]
+        return time.sleep(9) if content == b"slow" else os.kill(os.getpid(), signal.SIGKILL) if content else {}["none"]
 
     one = Target("one", targets()[0].inputs, read)
+    assert large.tried(one, b"slow")[0] == "did not end within 0.2 s"
+    monkeypatch.undo()
     assert large.tried(one, b"")[0] == "let through KeyError: 'none'"
     assert large.tried(one, b"a")[0] == f"ended with {-signal.SIGKILL}"
 

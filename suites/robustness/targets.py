@@ -141,8 +141,10 @@ def _records() -> tuple[dict[str, Any], ...]:
     for line in (ROOT / "reports/cpu/smoke/records.jsonl").read_text().split("\n")[:-1]:
         found = json.loads(line)
         kinds.setdefault(found["kind"], []).append(found)
-    served = json.loads(records.encode(records.Served("fp8", task="chat", sample="1", text="a", count=3, gaps=[0.1])))
-    return (*(line for kind in kinds.values() for line in kind[:3]), served)
+    served = records.Served("fp8", task="chat", sample="1", text="a", count=3, gaps=[0.1])
+    probe = records.Probe("fp8", profile="vllm", facts={"kv_tokens": 8}, counters={"preemptions": 0.0})
+    more = (json.loads(records.encode(record)) for record in (served, probe))
+    return (*(line for kind in kinds.values() for line in kind[:3]), *more)
 
 
 def _small() -> list[dict[str, Any]]:
