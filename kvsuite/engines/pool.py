@@ -25,7 +25,7 @@ class DecoderPool:
         self,
         engine: TransformersEngine,
         methods: Sequence[Method],
-        asked: Sequence[tuple[Request, list[int], list[int]]],
+        asked: Sequence[tuple[Request, Sequence[int], Sequence[int]]],
         width: int,
         sampling: Sampling,
         again: Mapping[str, Sampling],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -237,7 +238,7 @@ class TransformersEngine:
         method's name) → seconds of answers that are there: they are not made again, and count for timeouts. ``again``:
         name → how the baseline's tokens are drawn when it answers once more, as another arm of that name.
         """
-        asked = [(request, *self.encode(request, compress)) for request in requests]
+        asked = [(request, *self._packed(request, compress)) for request in requests]
         if not asked:
             return
         self._refuse_long(asked, methods)
@@ -249,7 +250,7 @@ class TransformersEngine:
                 continue
             observes = [observation for name in missing for observation in pool.arms[name][0].observes]
             try:
-                prompt = self.prefill(request, context, suffix, observes)
+                prompt = self.prefill(request, context.tolist(), suffix.tolist(), observes)
             except Exception as error:  # a prompt too large for this machine costs its own answers
                 for name in missing:
                     yield pool.lost(name, request, say(error))
@@ -259,12 +260,19 @@ class TransformersEngine:
         for response in pool.drain():
             yield self._finished(response)
 
+    def _packed(self, request: Request, compress: Compress) -> tuple[array[int], array[int]]:
+        """`encode` in 4 bytes a token, a ninth of a list's: those of a whole task's prompts are held at once."""
+        context, suffix = self.encode(request, compress)
+        return array("i", context), array("i", suffix)
+
     def _finished(self, response: Response) -> Response:
         if self.tokenizer is not None:
             response.text = self.tokenizer.decode(response.tokens, skip_special_tokens=True).strip()
         return response
 
-    def _refuse_long(self, asked: Sequence[tuple[Request, list[int], list[int]]], methods: Sequence[Method]) -> None:
+    def _refuse_long(
+        self, asked: Sequence[tuple[Request, Sequence[int], Sequence[int]]], methods: Sequence[Method]
+    ) -> None:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         again = [(o.chunk, method.name) for method in methods for o in method.observes if isinstance(o, ExtraPass)]
         for request, context, suffix in asked:
