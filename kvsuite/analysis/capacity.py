@@ -14,6 +14,10 @@ STRAIGHT = 0.02
 """What is held may be this part of itself away from the line at most; else the shortest length is left out."""
 
 
+ROUNDING = 1e-6
+"""Sequences: by how much rounding of a line through bytes may carry what just fits below a whole number."""
+
+
 @dataclass(frozen=True)
 class SequenceBytes:
     """Bytes that one sequence holds over its tokens, a line through what was measured."""
@@ -25,7 +29,7 @@ class SequenceBytes:
 
     def sequences(self, nbytes: float, length: int) -> int:
         """How many sequences of ``length`` tokens fit into ``nbytes``."""
-        return int(nbytes // (self.fixed + self.token * length))
+        return int(nbytes / (self.fixed + self.token * length) + ROUNDING)
 
 
 def sequence_bytes(timings: Sequence[Timing]) -> dict[str, SequenceBytes]:
