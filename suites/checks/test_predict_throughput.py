@@ -17,6 +17,7 @@ from kvsuite.predict import cells, scores
 from kvsuite.predict.cells import Cell
 from kvsuite.predict.throughput import Predictor, fitted, held, terms
 from kvsuite.records import RunFolder, Timing
+from suites.checks.depth import depth
 
 pytest.importorskip("sklearn")
 A6000 = Path(__file__).parents[3] / "shared/data/rethink/throughput/a6000.csv"
@@ -75,7 +76,7 @@ def test_another_model_is_predicted_from_its_uncompressed_cells_alone():
     assert "carried over from small" in rows["int8"].basis
 
 
-@pytest.mark.parametrize("by", ["batch", "length", "model"])
+@pytest.mark.parametrize("by", depth(["length", "model"], ["batch", "length", "model"]))
 def test_what_is_left_out_is_predicted_and_intervals_hold_it(by):
     found, refused = scores.left_out(world(noise=0.03), by)
     assert len(found) == {"batch": 120, "length": 120, "model": 150}[by], "batches and lengths between others"
