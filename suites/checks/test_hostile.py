@@ -76,6 +76,23 @@ def test_what_large_input_does_is_told(monkeypatch):
     assert large.tried(one, b"a")[0] == f"ended with {-signal.SIGKILL}"
 
 
+BROKEN = """
+from suites.robustness import guided, targets
+from hypothesis import strategies as st
+targets.targets = lambda: [targets.Target("broken", st.integers(0, 3), lambda given, _: 1 // (given - 2))]
+guided.place("broken", 100)
+"""
+
+
+def test_input_that_looks_for_new_code_ends_well_or_in_a_sentence(capsys):
+    guided = pytest.importorskip("suites.robustness.guided", exc_type=ImportError)
+    assert guided.main(["40", "margins"]) == 0
+    assert "40 inputs at 1 places, 0 places wrong" in capsys.readouterr().out
+    done = subprocess.run([sys.executable, "-c", BROKEN], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode != 0
+    assert "ZeroDivisionError" in done.stdout + done.stderr
+
+
 NEVER = re.compile(r"trust_remote_code(?!=False)|allow_pickle|torch\.load\(")
 """Libraries' ways to run what is read; ruff knows the others (S in pyproject.toml)."""
 

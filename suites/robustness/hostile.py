@@ -31,29 +31,34 @@ class Tried:
         self.longest = 0.0
 
 
-def attempt(target: Target, inputs: int, seed: int = 0) -> Tried:
-    """So many inputs, the same for one seed. Raises what was raised by an input, with the input."""
+def attempt(target: Target, inputs: int) -> Tried:
+    """So many inputs, always the same. Raises what was raised by an input, with the input."""
     found = Tried()
     with tempfile.TemporaryDirectory() as name:
-
-        @settings(
-            max_examples=inputs, deadline=None, database=None, derandomize=True,
-            suppress_health_check=list(HealthCheck), phases=(Phase.generate, Phase.shrink), report_multiple_bugs=False,
-        )  # fmt: skip
-        @given(target.inputs)
-        def one(given: Any) -> None:
-            begin = time.process_time()
-            try:
-                target.read(given, Path(name))
-            except OURS as error:
-                found.refused += 1
-                if not str(error).isprintable():
-                    raise AssertionError(f"not one printable line: {error!r}") from error
-            found.inputs += 1
-            found.longest = max(found.longest, time.process_time() - begin)
-
-        one()
+        trial(target, inputs, Path(name), found)()
     return found
+
+
+def trial(target: Target, inputs: int, folder: Path, found: Tried) -> Any:
+    """Hypothesis' test of so many inputs, which leaves files in a folder and notes what became of each."""
+
+    @settings(
+        max_examples=inputs, deadline=None, database=None, derandomize=True,
+        suppress_health_check=list(HealthCheck), phases=(Phase.generate, Phase.shrink), report_multiple_bugs=False,
+    )  # fmt: skip
+    @given(target.inputs)
+    def one(given: Any) -> None:
+        begin = time.process_time()
+        try:
+            target.read(given, folder)
+        except OURS as error:
+            found.refused += 1
+            if not str(error).isprintable():
+                raise AssertionError(f"not one printable line: {error!r}") from error
+        found.inputs += 1
+        found.longest = max(found.longest, time.process_time() - begin)
+
+    return one
 
 
 def main(argv: Sequence[str]) -> int:
