@@ -112,6 +112,21 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             named = f"-{parameters.rstrip(']')}-"
             return next((task for task in session.options.tasks if f"-{task}-" in named), nodeid)
 
+        # A worker waits while it knows of fewer than two tests and more may come. xdist 3.8 gives one that replaces a
+        # dead one a single group of its tests, of which none or one may be left: the run would never end.
+        def remove_node(self, node: Any) -> Any:
+            work = self.assigned_work.get(node, {})
+            for group in [group for group, tests in work.items() if all(tests.values())]:
+                del work[group]
+            return super().remove_node(node)
+
+        def _reschedule(self, node: Any) -> None:
+            if node not in self.registered_collections:  # it has yet to say what it found
+                return
+            super()._reschedule(node)
+            if self.workqueue and not node.shutting_down and self._pending_of(self.assigned_work[node]) < 2:
+                self._reschedule(node)
+
     session = config.stash[SESSION]
     return ByTask(config, log)
 

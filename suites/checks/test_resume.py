@@ -7,9 +7,11 @@ import random
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from kvsuite.plugin import SESSION, evaluation
 from kvsuite.records import Agreement, Answer, Timing, decode, read
 from suites.checks import forked
 from suites.checks.depth import depth
@@ -195,3 +197,47 @@ def test_only_what_is_chosen_runs_and_a_test_takes_as_long_as_its_jobs(run):
     [line] = [x for x in result.outlines if "call" in x and "test_samples.py::test_answers[int8-needle]" in x]
     took = sum(r.seconds for r in found.records if isinstance(r, Answer) and (r.method, r.task) == ("int8", "needle"))
     assert float(line.split("s ")[0]) == pytest.approx(took, abs=0.02)
+
+
+class Worker:
+    """As xdist's scheduler sees one."""
+
+    def __init__(self, name):
+        self.gateway, self.shutting_down, self.given = SimpleNamespace(id=name), False, []
+
+    def send_runtest_some(self, places):
+        self.given += places
+
+    def shutdown(self):
+        self.shutting_down = True
+
+
+@pytest.mark.parametrize("left", [1, 2])
+def test_who_replaces_a_dead_worker_gets_all_that_it_left(left):
+    """Of its first group of tests nothing is left, of its second one test or two, of its third all."""
+    tasks = {"a": 2, "b": 2, "c": 2, "d": 2}
+    tests = [f"f.py::test[{at}-{task}-x]" for task, count in tasks.items() for at in range(count)]
+    session = SimpleNamespace(options=SimpleNamespace(tasks=[*tasks]))
+    config = SimpleNamespace(
+        option=SimpleNamespace(dist="load", loadscopereorder=False), stash={SESSION: session},
+        getvalue=lambda name: ["2*popen"], getoption=lambda name, default=None: default,
+    )  # fmt: skip
+    found = evaluation.pytest_xdist_make_scheduler(config, None)
+    first, other, new = map(Worker, ("gw0", "gw1", "gw2"))
+    for worker in (first, other):
+        found.add_node(worker)
+        found.add_node_collection(worker, tests)
+    found.schedule()
+    work = found.assigned_work
+    work[first], work[other] = {"a": {tests[0]: True, tests[1]: True}}, {}
+    work[first]["b"] = {tests[2]: left == 1, tests[3]: False}
+    work[first]["c"] = {tests[4]: False, tests[5]: False}
+    found.workqueue.clear()
+    other.shutdown()
+    assert found.remove_node(first) == tests[3 if left == 1 else 2]
+    found.add_node(new)
+    found.add_node_collection(new, tests)
+    found.schedule()
+    assert len(new.given) >= 2, "it runs one when it knows the next"
+    found.mark_test_complete(new, new.given[0])
+    assert new.given == [at for at in (2, 3, 4, 5) if at > 2 or left == 2]
