@@ -647,11 +647,11 @@ def read(folder: Path) -> Run:
             raise UsageError(said)
     except ValueError as error:  # a UsageError is one
         raise UsageError(f"{str(folder)!r} is not a run folder: {error}") from error
-    records = list(_decoded(folder))
-    there = [record for record in records if record is not None]
+    lines = list(_decoded(folder))
+    records = [record for record in lines if record is not None]
     order = {method: at for at, method in enumerate(facts.get("methods", ()))}
-    there = sorted(_once(there), key=lambda record: order.get(record.method, len(order)))
-    return Run(folder, facts, there, len(records) - sum(record is not None for record in records))
+    by_arm = sorted(_once(records), key=lambda record: order.get(record.method, len(order)))
+    return Run(folder, facts, by_arm, torn=len(lines) - len(records))
 
 
 @collector.off()

@@ -39,8 +39,6 @@ LATE = 1.0
 """Seconds by which a timeout may come too late before that is told: who had no time to read may have missed a token."""
 LINGER = 0.5
 """Seconds that a stream has to end after [DONE]; a server that is left sooner takes it for an answer broken off."""
-
-
 PROMPT = 0.5
 """Seconds. Connecting that takes less is no part of the times: a client that keeps connections would not wait for it. A
 server without room for another one lets its clients try again after 1 s, and that is counted. So is all connecting over

@@ -4,7 +4,6 @@ own. It needs atheris, which installs on Linux."""
 
 from __future__ import annotations
 
-import math
 import os
 import subprocess
 import sys
@@ -15,7 +14,6 @@ from pathlib import Path
 
 import atheris
 
-INPUTS = 100_000
 WASTE = 20
 """How many times as many are tried at most, since some bytes make no input."""
 PLACE = "--place"
@@ -25,14 +23,11 @@ BOUNDS = ["-timeout=60", "-max_len=8192", "-rss_limit_mb=16384", "-verbosity=0",
 
 def main(argv: Sequence[str]) -> int:
     """Try all places; 1 where one let something through."""
-    from suites.robustness.targets import targets
+    from suites.robustness.hostile import shares
 
-    chosen = [target for target in targets() if not argv[1:] or target.name in argv[1:]]
-    each = (int(argv[0]) if argv else INPUTS) / sum(1 / target.dear for target in chosen)
-    total = wrong = 0
-    for target in chosen:
-        asked = str(math.ceil(each / target.dear))
-        command = [sys.executable, "-m", "suites.robustness.guided", PLACE, target.name, asked]
+    chosen, total, wrong = shares(argv), 0, 0
+    for target, inputs in chosen:
+        command = [sys.executable, "-m", "suites.robustness.guided", PLACE, target.name, str(inputs)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         said = done.stdout.strip().rpartition("\n")[2]
         if done.returncode:
@@ -48,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
 def place(name: str, inputs: int) -> None:
     """Try one place and end this process."""
     with atheris.instrument_imports(include=["kvsuite"]):
-        from suites.robustness.hostile import Tried, trial
+        from suites.robustness.hostile import SECONDS, Tried, trial
         from suites.robustness.targets import targets
 
     warnings.simplefilter("ignore")
@@ -64,7 +59,7 @@ def place(name: str, inputs: int) -> None:
             if found.inputs == inputs or calls == WASTE * inputs:  # libFuzzer would end this process without a word
                 said = f"{found.refused} refused, longest {found.longest:.2f} s of one core"
                 print(f"{found.inputs} inputs, {said}", flush=True)
-                os._exit(0)
+                os._exit(int(found.longest > SECONDS))
 
         atheris.Setup([sys.argv[0], *BOUNDS, f"-artifact_prefix={folder}/"], one)
         atheris.Fuzz()

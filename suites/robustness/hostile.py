@@ -61,16 +61,21 @@ def trial(target: Target, inputs: int, folder: Path, found: Tried) -> Any:
     return one
 
 
+def shares(argv: Sequence[str]) -> list[tuple[Target, int]]:
+    """The places that were asked for, and how many of all inputs each gets."""
+    chosen = [target for target in targets() if not argv[1:] or target.name in argv[1:]]
+    each = math.ceil((int(argv[0]) if argv else INPUTS) / sum(1 / target.dear for target in chosen))
+    return [(target, math.ceil(each / target.dear)) for target in chosen]
+
+
 def main(argv: Sequence[str]) -> int:
     """Try all targets; 1 where one let something else through, or took too long."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     warnings.simplefilter("ignore")
-    chosen = [target for target in targets() if not argv[1:] or target.name in argv[1:]]
-    each = math.ceil((int(argv[0]) if argv else INPUTS) / sum(1 / target.dear for target in chosen))
-    total = wrong = 0
-    for target in chosen:
+    chosen, total, wrong = shares(argv), 0, 0
+    for target, inputs in chosen:
         try:
-            found = attempt(target, math.ceil(each / target.dear))
+            found = attempt(target, inputs)
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 raise

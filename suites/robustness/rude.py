@@ -78,6 +78,11 @@ class Call:
         if words == WORDS:
             yield END
 
+    def unasked(self) -> bytes:
+        """A whole answer to a number below 0, which nobody asked for."""
+        other = Call(-1 - self.number, 1, 0.0, self.dice)
+        return b"".join(step for step in other.spoken() if isinstance(step, bytes))
+
 
 Error = str | tuple[str, ...]
 KINDS: dict[str, tuple[Error, Kind]] = {}
@@ -165,8 +170,8 @@ def says_more(call: Call) -> Iterator[Step]:
     """An answer that nobody asked for follows, to a number below 0."""
     *steps, end = call.spoken()
     yield from steps
-    other = Call(-1 - call.number, 1, 0.0, call.dice)
-    yield end + b"".join(step for step in other.spoken() if isinstance(step, bytes))
+    assert isinstance(end, bytes)
+    yield end + call.unasked()
 
 
 @kind()
@@ -174,7 +179,7 @@ def says_more_later(call: Call) -> Iterator[Step]:
     """The same, when another request may have been sent on that connection."""
     yield from call.spoken()
     yield 2 * call.pace
-    yield from (step for step in Call(-1 - call.number, 1, 0.0, call.dice).spoken() if isinstance(step, bytes))
+    yield call.unasked()
 
 
 @kind("the stream ended before the answer did after 3 chunks")
