@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kvsuite import records
 from kvsuite.environment import describe, fingerprint
 from kvsuite.errors import UsageError
-from kvsuite.records import Agreement, Answer, RunFolder, Timing, decode, encode, read, refusal
+from kvsuite.records import Agreement, Answer, Predicted, RunFolder, Timing, decode, encode, read, refusal
 
 finite = st.floats(0, records.MOST)
 some = st.floats(1e-12, records.MOST)
@@ -49,7 +49,14 @@ def test_a_figure_that_is_not_finite_is_a_failure_and_is_kept(tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "value", "said"),
-    [("seconds", [0.1, 0.0], "[0.1, 0.0]"), ("nbytes", -1, "-1"), ("checked", 1e300, "1e+300"), ("width", 0, "0")],
+    [
+        ("seconds", [0.1, 0.0], "[0.1, 0.0]"),
+        ("nbytes", -1, "-1"),
+        ("checked", 1e300, "1e+300"),
+        ("width", 0, "0"),
+        ("bandwidth", -0.5, "-0.5"),
+        ("scale", 0.0, "0.0"),
+    ],
 )
 def test_a_figure_that_none_can_be_is_a_failure_where_it_is_written_and_refused_where_it_is_read(
     tmp_path, field, value, said
@@ -62,6 +69,12 @@ def test_a_figure_that_none_can_be_is_a_failure_where_it_is_written_and_refused_
     (tmp_path / "records.jsonl").write_text("\n" + encode(Timing("m", **{field: value})) + "\n")
     with pytest.raises(UsageError, match=rf"records.jsonl line 2: {field} cannot be {re.escape(said)}$"):
         read(tmp_path)
+
+
+def test_what_can_be_below_zero_is_bounded_too():
+    assert decode(encode(Predicted("m", value=-2.5))).value == -2.5
+    with pytest.raises(UsageError, match=r"^value cannot be -1e\+300$"):
+        decode(encode(Predicted("m", value=-1e300)))
 
 
 @pytest.mark.parametrize(
