@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import select
@@ -25,9 +26,12 @@ ABANDONED = 5.0
 left others behind."""
 UNKILLABLE = 60.0
 """Seconds after SIGKILL; who is not gone by then hangs in a driver or a file system."""
-TAIL, WIDTH = 1 << 16, 400
-"""How many bytes of a log are read for its last lines, and how many characters a line may have."""
+TAIL, WIDTH = 1 << 20, 400
+"""How many bytes of a log's end are read, and how many characters a line may have."""
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+TRACEBACK = "Traceback (most recent call last)"
+EXCEPTION = re.compile(r"(?:[a-z_]\w*\.)*[A-Z]\w*(?:Error|Exception): .*")
+"""How Python prints one under its traceback, behind whatever a logger puts before each line."""
 
 
 class Process:
@@ -86,13 +90,27 @@ class Process:
 
     def tail(self, lines: int = 5) -> str:
         """The last lines it has printed since its start, without empty ones, rulers and colours."""
+        return "\n".join(self._told()[-lines:])
+
+    def reason(self) -> str:
+        """Why it ended: the exception under the first traceback that it has printed since its start, with up to two
+        lines more of it; without one, its last lines. The first is the cause: of several processes that end one after
+        another, and of exceptions that are raised from one another."""
+        told = self._told()
+        first = next((at for at, line in enumerate(told) if TRACEBACK in line), len(told))
+        for at, line in enumerate(told[first:], first):
+            if found := EXCEPTION.search(line):
+                more = itertools.takewhile(lambda line: TRACEBACK not in line, told[at + 1 : at + 3])
+                return "\n".join([found[0], *more])
+        return self.tail()
+
+    def _told(self) -> list[str]:
         if not self.log.exists():
-            return ""
+            return []
         with self.log.open("rb") as log:
             log.seek(max(self._begin, log.seek(0, os.SEEK_END) - TAIL))
             text = COLOUR.sub("", log.read().decode(errors="replace"))
-        told = [line.strip()[:WIDTH] for line in text.splitlines() if any(map(str.isalnum, line))]
-        return "\n".join(told[-lines:])
+        return [line.strip()[:WIDTH] for line in text.splitlines() if any(map(str.isalnum, line))]
 
     def stop(self, grace: float = 20.0) -> None:
         """SIGTERM to all of it, SIGKILL to what is left after ``grace`` seconds; returns when nothing is left. Can be

@@ -176,7 +176,7 @@ class Server:
             if self._process is not None and not self._process.alive:
                 raise UsageError(
                     f"{self.name}: the server ended with code {self._process.returncode} before it answered: "
-                    f"{self._process.tail()} (log: {self.log})"
+                    f"{self._process.reason()} (log: {self.log})"
                 )
             try:
                 status, text = await client.get(self.profile.ready)

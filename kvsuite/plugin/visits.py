@@ -102,8 +102,9 @@ class Visits:
             await server.start()
         except (UsageError, OSError, RuntimeError) as error:
             self.failures.setdefault(arm, []).append(str(error).removeprefix(f"{server.name}: "))
-            if arm == BASELINE and not session.found:  # nothing can be compared
-                raise UsageError(str(error)) from error
+            if not session.found and (arm == BASELINE or all(map(self.given_up, session.asked.variants))):
+                told = [f"{name}: {self.given_up(name)}" for name in self.failures]
+                raise UsageError("nothing can be compared. " + "\n".join(told)) from error
             return
         for cell in session.loads[-1:]:
             asks = schedule.warm_up(cell, session.options, session.count_tokens)

@@ -286,6 +286,17 @@ TIMES = {
 }
 
 
+@pytest.mark.parametrize("stalled", ["one leg of two", "some answers of milliseconds"])
+def test_a_stall_is_no_cache_of_whole_answers(stalled):
+    """As on a machine that has other work, which makes 400 times as slow what is asked first."""
+    if stalled == "one leg of two":
+        found = change(loads(blocks=2), paced(1 / 400), where=lambda r: r.leg < 3)
+    else:
+        quick = change(loads(), paced(400))
+        found = change(quick, paced(1 / 400), where=lambda r: r.leg % 6 < 3 and r.sample[-1] in "147")
+    assert "keeps whole answers" not in " ".join(said(run(probes(), needles(64), found)))
+
+
 @pytest.mark.parametrize("fault", TIMES)
 def test_instruments_that_disagree_are_told(fault):
     make, kind, text = TIMES[fault]

@@ -153,6 +153,32 @@ class TestEnd:
             assert server.tail(2) == "two\nthree"
         assert server.returncode == 7
 
+    def test_the_reason_is_the_first_exception(self, tmp_path, family):
+        """As vLLM prints it: the worker that failed, then the engine, then the server."""
+        log = tmp_path / "log"
+        log.write_text("Traceback (most recent call last):\nValueError: an older start\n")
+        told = "\n".join(
+            [
+                "INFO ImportError: an optional package is missing",
+                "(Worker pid=1) ERROR [a.py:3] Traceback (most recent call last):",
+                "(Worker pid=1) ERROR [a.py:3]     raise NotImplementedError(",
+                "(Worker pid=1) ERROR [a.py:3] vllm.errors.UnfitError: fp8 needs AVX-512",
+                "  here it is missing",
+                "Traceback (most recent call last):",
+                "RuntimeError: Engine core initialization failed. See root cause above.",
+            ]
+        )
+        with Process(["sh", "-c", f"cat <<'E'\n{told}\nE\nexit 1"], log, family.env) as server:
+            until(lambda: not server.alive)
+            assert server.reason() == "vllm.errors.UnfitError: fp8 needs AVX-512\nhere it is missing"
+
+    def test_without_an_exception_the_reason_is_its_last_words(self, tmp_path, family):
+        with Process(
+            ["sh", "-c", "echo usage; echo error: no such option; exit 2"], tmp_path / "log", family.env
+        ) as server:
+            until(lambda: not server.alive)
+            assert server.reason() == server.tail() == "usage\nerror: no such option"
+
     def test_takes_what_it_started_along(self, tmp_path, family, monkeypatch):
         monkeypatch.setattr(process, "ABANDONED", 0.1)
         with Process(

@@ -267,12 +267,21 @@ def test_a_baseline_that_compresses_is_said(go, tmp_path):
     assert "COMPRESSED baseline: its own cache is compressed, fp8_e4m3: nothing can be said against" in report
 
 
-def test_a_baseline_that_cannot_be_started_ends_the_run_in_a_sentence(go, tmp_path):
-    broken = f"{shlex.quote(sys.executable)} -c 'raise SystemExit(\"no such device\")' {{port}}"
-    result = go("samples", f"--kv-baseline={broken}")
+@pytest.mark.parametrize("whose", ["baseline", "every variant"])
+def test_a_server_without_which_nothing_can_be_compared_ends_the_run_in_a_sentence(go, tmp_path, whose):
+    broken = f"{shlex.quote(sys.executable)} -c 'raise NotImplementedError(\"no such device\")' {{port}}"
+    arms = (
+        [f"--kv-baseline={broken}"]
+        if whose == "baseline"
+        else [f"--kv-baseline={SCRIPTED}", f"--kv-variant=a={broken}", f"--kv-variant=b={broken}"]
+    )
+    result = go("samples", *arms, "--kv-serve", "together")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    assert "baseline: the server ended with code 1 before it answered: no such device" in result.stdout.str()
+    for name in ["baseline"] if whose == "baseline" else ["a", "b"]:
+        said = f"{name}: the server ended with code 1 before it answered: NotImplementedError: no such device (log: "
+        assert said in result.stdout.str()
     assert "Traceback" not in result.stdout.str()
+    assert not (tmp_path / "left" / "records.jsonl").exists(), "no request was sent"
     assert left_behind(tmp_path) == ([], [])
 
 
