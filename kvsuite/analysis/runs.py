@@ -159,7 +159,7 @@ class Fast:
 def speeds(run: Run, margins: Margins) -> Fast:
     """Decode speed of every method at the widest, longest cell that was measured, as a multiple of ``full``'s; of
     servers, time per token in the last load (tokens per second would reward long answers). A control's speed is that of
-    making noise. What ran without a kernel, and what cannot be believed (`validity.py`), is not judged by its speed."""
+    making noise. What ran without a kernel, and what cannot be believed (`validity`), is not judged by its speed."""
     served = served_rows(run)
     if served:
         hidden, last = {run.baseline, *left_out(run)}, served[-1].cell

@@ -13,7 +13,7 @@ State = Literal["ok", "partial", "failed", "missing", "not measured", "broken", 
 """*partial*: of the samples (or rounds) that are there, since others are not. *missing*: it was to be measured and was
 not. *not measured*: too few rounds for a figure. *broken*: a server's answers are no answers, so it has no figures.
 *differs*: likewise, as it did not read the same prompts. *cannot tell*: what was measured cannot be believed
-(`validity.py`)."""
+(`validity`)."""
 Severity = Literal["info", "warning", "error"]
 Shown = Literal["value", "ends", "half", "range", "p", "verdict", "clock"]
 

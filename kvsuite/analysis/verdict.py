@@ -15,7 +15,7 @@ from kvsuite.margins import Margins
 
 Verdict = Literal["harmful", "within margin", "undecided", "not excluded", "capped", "cannot tell", "partial"]
 """*not excluded*: of an endpoint that can only convict, and does not. *capped*: answers end at the cap, so longer ones
-could not be seen. *cannot tell*: what measured it cannot be believed enough to clear a method (`validity.py`).
+could not be seen. *cannot tell*: what measured it cannot be believed enough to clear a method (`validity`).
 *partial*: answers are missing. Those that are there may be the short ones, so they decide nothing."""
 Limits = tuple[float, float]
 """Below the one and above the other it does harm; infinite where there is no such side."""

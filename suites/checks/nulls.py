@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from kvsuite.analysis import validity
 from kvsuite.analysis.tables.verdicts import verdicts
+from kvsuite.analysis.validity.outcome import Outcome
 from kvsuite.records import Run, Served, read
 from suites.checks.planted import AGAIN, BASE, ROOT, M, chats, probes, run
 
@@ -69,7 +70,7 @@ def alarms(found: Run) -> list[str]:
     return said + [f"harmful {e.endpoint}" for arm, e in effects if arm == M and e.verdict == "harmful"]
 
 
-def _lacks(outcome: validity.Outcome) -> bool:
+def _lacks(outcome: Outcome) -> bool:
     return outcome.kind == "COULD NOT TELL" and outcome.check in LACKING
 
 

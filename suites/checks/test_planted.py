@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -14,6 +15,7 @@ from kvsuite.analysis import validity
 from kvsuite.analysis.garbled import orderless
 from kvsuite.analysis.report import analyse
 from kvsuite.analysis.serving import served_rows
+from kvsuite.analysis.validity.outcome import Kind
 from kvsuite.engines.openai import Client
 from kvsuite.engines.request import Ask
 from kvsuite.engines.server import Server as Started
@@ -407,9 +409,9 @@ def test_a_server_that_was_started_again_is_told():
 def test_headlines_are_ranked_and_each_is_said_once():
     faults = [*probes(baseline=COMPRESSED, m=UNCOMPRESSED), *change(chats(n=32), noisy())]
     lines = said(run(faults, change(loads(), lambda r, rng: replace(r, status="failed", error="x"), (AGAIN,), 0.3)))
-    kinds = [next(kind for kind in validity.get_args(validity.Kind) if line.startswith(kind)) for line in lines]
+    kinds = [next(kind for kind in get_args(Kind) if line.startswith(kind)) for line in lines]
     assert kinds[0] == "COMPRESSED", "the baseline's first"
-    ranks = [validity.get_args(validity.Kind).index(kind) for kind in kinds[1:]]
+    ranks = [get_args(Kind).index(kind) for kind in kinds[1:]]
     assert ranks == sorted(ranks)
     assert len(set(lines)) == len(lines)
 

@@ -11,7 +11,8 @@ from kvsuite.analysis.serving import FIGURES, ServedRow, ServerReport, blocks, g
 from kvsuite.analysis.shortfall import interrupted
 from kvsuite.analysis.table import Cell, Column, Note, Row, Severity, State, Table, errors, infos, span
 from kvsuite.analysis.tables.shared import failed
-from kvsuite.analysis.validity import OPEN, Kind, left_out, outcomes, unranked
+from kvsuite.analysis.validity import left_out, outcomes, unranked
+from kvsuite.analysis.validity.outcome import OPEN, Kind
 from kvsuite.records import Run, Scored, Served
 
 
