@@ -518,9 +518,10 @@ class RunFolder:
             disk.write(self.folder / "run.json", text + "\n")
 
     def amend(self, facts: dict[str, Any]) -> None:
-        """Add facts to ``run.json``, where there is one."""
+        """Add facts to ``run.json``, where there is one. The records that they are about are on disk before."""
         file = self.folder / "run.json"
         if file.is_file():
+            self.keep()
             self.describe({**disk.parsed(disk.text(file)), **facts})
 
     def append(self, record: Record) -> None:
@@ -545,7 +546,18 @@ class RunFolder:
         known = {line for _, line in disk.lines(self._file)} if parts and self._file.is_file() else set[bytes]()
         for part in parts:
             self._write([line for _, line in disk.lines(part) if line not in known])
+        self.keep()
+        for part in parts:
             part.unlink()
+
+    def keep(self) -> None:
+        """Have all records survive the end of the machine. Appended ones the system writes in its own time: who loses
+        power answers the last ones again."""
+        with self._writing():
+            for file in self.folder.glob("records*.jsonl"):
+                with file.open("ab") as opened:
+                    os.fsync(opened.fileno())
+            disk.sync(self.folder)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

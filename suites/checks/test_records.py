@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+import os
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -161,6 +163,46 @@ def test_workers_files_are_read_and_joined(tmp_path):
     RunFolder(tmp_path).join()
     assert [p.name for p in tmp_path.glob("records*")] == ["records.jsonl"]
     assert [r.method for r in read(tmp_path).records] == ["gw0", "gw1"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="which file is synced is read from /proc")
+def test_power_may_fail_at_any_moment(tmp_path, monkeypatch):
+    """At every step that removes or renames a file, what was on disk by then: of a file that was not synced nothing is,
+    what is removed is gone. No record is lost that was there when the workers ended, and a run that is finished has all
+    of its records."""
+    kept, moments = {}, []
+    fsync, unlink, move = os.fsync, Path.unlink, Path.replace
+
+    def synced(at):
+        file = Path(f"/proc/self/fd/{at}").readlink()
+        if file.is_file():
+            kept[file.name] = file.read_bytes()
+        fsync(at)
+
+    def removed(file, missing_ok=False):
+        unlink(file, missing_ok)
+        kept.pop(file.name, None)
+        moments.append(dict(kept))
+
+    def renamed(file, other):
+        kept[other.name] = kept.pop(file.name)
+        moments.append(dict(kept))
+        return move(file, other)
+
+    for worker in ("gw0", "gw1"):
+        RunFolder(tmp_path, worker).append(Answer("full", sample=worker, tokens=[1], cap=1))
+    run = RunFolder(tmp_path)
+    run.describe({"methods": []})
+    lines = {file.read_bytes() for file in tmp_path.glob("records-*")}
+    monkeypatch.setattr("os.fsync", synced)
+    monkeypatch.setattr(Path, "unlink", removed)
+    monkeypatch.setattr(Path, "replace", renamed)
+    run.amend({"finished": "now"})
+    run.join()
+    assert len(moments) == 3, "run.json and two workers' files"
+    for there in moments:
+        text = b"".join(content for name, content in there.items() if name.startswith("records"))
+        assert all(line in text for line in lines), there.keys()
 
 
 def test_no_run_folder_is_one_sentence(tmp_path):

@@ -1,6 +1,7 @@
-"""Kills: ``python -m suites.robustness.kills [KILLS]`` ends small runs by SIGKILL at 50 random moments (or so many),
+"""Kills: ``python -m suites.robustness.kills [KILLS]`` ends small runs by SIGKILL at 50 moments (or so many): of every
+run one before the first record, one between two, and one while workers' records are joined or behind the last one. It
 goes on with each by ``--kv-resume``, and compares what is recorded in the end with a run that nobody killed, times
-aside. A quarter of the moments is before the first record, half between two, a quarter behind the last one."""
+aside. Killed are all processes of a run, its controller alone, or a worker, of pytest-xdist and of Ray."""
 
 from __future__ import annotations
 
@@ -17,17 +18,41 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing import Process
 from pathlib import Path
+from typing import Literal
 
 import psutil
 
-from kvsuite.records import Job, Record
+from kvsuite.records import Agreement, Job, Record
 from suites.checks import forked, tiny
 from suites.checks.test_resume import results
 
-KILLS, CHAIN = 50, 5
-"""Kills, and how many one run gets at most before it may come to its end."""
-WAYS = {"one process": [], "xdist, all": ["-n", "2"], "xdist, a worker": ["-n", "2"]}
+KILLS = 50
+FIRST, ANSWERING, JOINING, REPORTING, AFTER = PHASES = (
+    "before the first record", "while answering", "while joining", "while reporting", "after the report",
+)  # fmt: skip
+LEFT = 60.0
+"""Seconds after a run in which what was left of its killed ones has to end."""
 MARKER = "samples or length"
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a run answers, who of it is killed, and where the last kill of a run may be."""
+
+    options: Sequence[str]
+    whom: Literal["all", "controller", "worker"]
+    last: Sequence[str]
+
+
+XDIST, RAY = ("-n", "2"), ("--kv-executor", "ray")
+WAYS = {
+    "one process": Way((), "all", [REPORTING]),
+    "xdist, all": Way(XDIST, "all", [JOINING, REPORTING]),
+    "xdist, the controller": Way(XDIST, "controller", [JOINING, REPORTING]),
+    "xdist, a worker": Way(XDIST, "worker", [ANSWERING]),
+    "Ray, the controller": Way(RAY, "controller", [REPORTING]),
+    "Ray, a worker": Way(RAY, "worker", [ANSWERING]),
+}
 
 
 @dataclass(frozen=True)
@@ -40,32 +65,38 @@ class Whole:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Kill; 1 where something was lost, or done twice."""
-    kills, wrong, seen = int(argv[0]) if argv else KILLS, 0, Counter[str]()
+    """Kill; 1 where something was lost or done twice, a process was left behind, or 50 kills met not every phase."""
+    kills, wrong, seen = int(argv[0]) if argv else KILLS, 0, Counter[tuple[str, str]]()
     with tempfile.TemporaryDirectory() as name:
         world, folder = tiny.made(_folder(Path(name) / "world")), Path(name) / "run"
         undisturbed, wanted = _undisturbed(world, _folder(folder))
         print(f"undisturbed: {undisturbed}", flush=True)
         dice = random.Random(0)
-        for way in itertools.cycle(WAYS):
+        for turn, name in zip(itertools.count(), itertools.cycle(WAYS)):
             if seen.total() >= kills:
                 break
             shutil.rmtree(folder)
             _folder(folder)
-            for _ in range(min(CHAIN, kills - seen.total())):
-                if phase := _kill(world, folder, way, undisturbed, dice):
-                    seen[f"{phase} ({way})"] += 1
-                if _lines(folder / "left") >= undisturbed.records:  # what follows is all alike
-                    break
-            _end(_go_on(world, folder, WAYS[way]))
-            found = results(folder / "left")
-            left = sorted(file.name for file in (folder / "left").iterdir())
-            right = found == wanted and left == ["records.jsonl", "report.html", "report.md", "run.json"]
+            way, below = WAYS[name], list[psutil.Process]()
+            for kind in (FIRST, ANSWERING, way.last[turn // len(WAYS) % len(way.last)])[: kills - seen.total()]:
+                if phase := _kill(world, folder, way, undisturbed, kind, dice, below):
+                    seen[phase, name] += 1
+            _end(_go_on(world, folder, way.options))
+            found, left = results(folder / "left"), sorted(file.name for file in (folder / "left").iterdir())
+            _, alive = psutil.wait_procs(below, LEFT)
+            if way.options == RAY:  # on which no other cache is put beside the baseline's
+                found |= {job: record for job, record in wanted.items() if isinstance(record, Agreement)}
+            right = found == wanted and left == ["records.jsonl", "report.html", "report.md", "run.json"] and not alive
             wrong += not right
-            print(f"{way}: {'the same records' if right else f'WRONG, {len(found)} records, {left}'}", flush=True)
-    print(*(f"{count} {phase}" for phase, count in sorted(seen.items())), sep="\n")
-    print(f"{seen.total()} kills; {wrong} runs wrong")
-    return min(wrong, 1)
+            said = "the same records" if right else f"WRONG, {len(found)} records, {left}, alive: {alive}"
+            print(f"{name}: {said}", flush=True)
+            for process in alive:
+                process.kill()
+    for (phase, name), count in sorted(seen.items()):
+        print(f"{count} {phase} ({name})")
+    missed = [phase for phase in PHASES if not any(phase == met for met, _ in seen)]
+    print(f"{seen.total()} kills; {wrong} runs wrong; phases not met: {', '.join(missed) or 'none'}")
+    return int(wrong > 0 or (bool(missed) and kills >= KILLS))
 
 
 def _undisturbed(world: Path, folder: Path) -> tuple[Whole, dict[Job, Record]]:
@@ -104,51 +135,95 @@ def _end(process: Process) -> None:
         raise SystemExit(f"a run ended with exit code {process.exitcode}")
 
 
-def _kill(world: Path, folder: Path, way: str, whole: Whole, dice: random.Random) -> str:
-    """Start, or go on, and kill at a random moment. Returns what was being done then; nothing where it had ended."""
-    process, begin = _go_on(world, folder, WAYS[way]), time.monotonic()
-    left, kind = folder / "left", dice.random()
-    lines, after = 0, dice.uniform(0, whole.start)
-    if kind >= 1 / 4:
-        last = kind >= 3 / 4
-        lines = whole.records if last else dice.randint(min(_lines(left) + 1, whole.records), whole.records)
-        after = dice.uniform(0, whole.end if last else 0.05)
-    while process.is_alive() and _lines(left) < lines:
-        time.sleep(0.002)
-    begin = time.monotonic() if lines else begin
+def _kill(
+    world: Path, folder: Path, way: Way, whole: Whole, kind: str, dice: random.Random, below: list[psutil.Process]
+) -> str:
+    """Start, or go on, and kill at a random moment of a kind; adds the processes it had started to ``below``. Returns
+    what was being done then; nothing where it had ended."""
+    left = folder / "left"
+    before, joined = _lines(left), _size(left)
+    process, begin = _go_on(world, folder, way.options), time.monotonic()
+    after = dice.uniform(0, {FIRST: whole.start, ANSWERING: 0.05, JOINING: 0, REPORTING: whole.end}[kind])
+    lines = dice.randint(min(before + 1, whole.records), whole.records) if kind == ANSWERING else whole.records
+
+    def come() -> bool:
+        if kind == JOINING:
+            return _size(left) > joined and _parts(left)
+        return kind == FIRST or _lines(left) >= lines
+
+    while process.is_alive() and not come():
+        time.sleep(0 if kind == JOINING else 0.002)
+    begin = begin if kind == FIRST else time.monotonic()
     while process.is_alive() and time.monotonic() - begin < after:
         time.sleep(0.002)
-    phase = _phase(left, whole.records)
-    if way == "xdist, a worker" and process.is_alive():
-        workers = psutil.Process(process.pid).children()
+    if not process.is_alive():
+        return ""
+    if way.whom == "worker":
+        while not (workers := [one for one in _below(process.pid) if _is_worker(one)]) and process.is_alive():
+            time.sleep(0.002)
+        phase = _phase(left, whole.records, joined)
         for worker in workers[:1]:
             worker.kill()
         process.join()
         return phase if workers else ""
-    if process.is_alive():
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:  # it has no group of its own yet, nor children
-            process.kill()
-        process.join()
-        return phase
+    below += _below(process.pid)
+    try:
+        (os.killpg if way.whom == "all" else os.kill)(process.pid, signal.SIGKILL)
+    except ProcessLookupError:  # it has no group of its own yet, nor children
+        process.kill()
     process.join()
-    return ""
+    return _phase(left, whole.records, joined)
+
+
+def _below(process: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(process).children(recursive=True)
+    except psutil.Error:
+        return []
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    """Of Ray: who holds a model. Of pytest-xdist: any but multiprocessing's own."""
+    try:
+        command = " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+    return command.startswith("ray::Worker") or "sys.stdin.readline" in command
+
+
+def _size(left: Path) -> int:
+    """Bytes of what is joined."""
+    file = left / "records.jsonl"
+    return file.stat().st_size if file.is_file() else 0
+
+
+def _parts(left: Path) -> bool:
+    return any(left.glob("records-*"))
 
 
 def _lines(left: Path) -> int:
-    return sum(file.read_bytes().count(b"\n") for file in left.glob("records*.jsonl")) if left.is_dir() else 0
+    """How many there are, each once."""
+    files = left.glob("records*.jsonl") if left.is_dir() else ()
+    return len({line for file in files for line in _bytes(file).splitlines(keepends=True) if line.endswith(b"\n")})
 
 
-def _phase(left: Path, records: int) -> str:
+def _bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:  # joined meanwhile
+        return b""
+
+
+def _phase(left: Path, records: int, joined: int) -> str:
+    """``joined``: bytes of ``records.jsonl`` when the run went on."""
     lines = _lines(left)
     if not lines:
-        return "before the first record"
+        return FIRST
+    if _parts(left) and _size(left) > joined:
+        return JOINING
     if lines < records:
-        return "while answering"
-    if (left / "report.html").is_file():
-        return "after the report"
-    return "while joining" if (left / "records.jsonl").is_file() and [*left.glob("records-*")] else "while reporting"
+        return ANSWERING
+    return AFTER if (left / "report.html").is_file() else REPORTING
 
 
 if __name__ == "__main__":
