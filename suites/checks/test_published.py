@@ -15,6 +15,8 @@ from kvsuite.environment import scrub
 from kvsuite.records import Answer, Probe, RunFolder, Timing, read
 from kvsuite.report import html, terminal
 from kvsuite.report.markdown import render
+from suites.checks.depth import only_nightly
+from suites.findings import budgets_page
 
 REPORTS = Path(__file__).parents[2] / "reports"
 MACHINES = ("vm",)
@@ -124,6 +126,12 @@ def test_a_published_page_is_what_its_run_shows(file):
     pages = file.read_text(), html.render([analyse(read(file.parent))])
     assert PACKED.sub("", pages[0]) == PACKED.sub("", pages[1])
     assert len(pages[0].encode()) < 500_000
+
+
+@only_nightly
+@pytest.mark.parametrize("name", ["budgets.md", "budgets-drift.svg", "budgets-score.svg"])
+def test_the_page_of_budgets_is_what_its_runs_show(name):
+    assert (budgets_page.DOCS / name).read_text() == budgets_page.drawn()[name]
 
 
 PACKED = re.compile(r"(?<=>)[\w+/=]{200,}(?=</script>)")
