@@ -27,7 +27,7 @@ def mounts(tmp_path_factory):
     subprocess.run(["umount", place], check=True)
 
 
-@pytest.mark.parametrize("name", depth([], [*FAULTS]))
+@pytest.mark.parametrize("name", depth(["file-size"], [*FAULTS]))
 def test_a_fault_costs_a_cell_or_a_sentence_and_the_run_goes_on(name, world, finished, tmp_path, request):
     if name in MOUNTS:
         request.getfixturevalue("mounts")
@@ -36,7 +36,7 @@ def test_a_fault_costs_a_cell_or_a_sentence_and_the_run_goes_on(name, world, fin
     assert not wrong
 
 
-@pytest.mark.parametrize("name", depth([], [*CACHES]))
+@pytest.mark.parametrize("name", depth(["download"], [*CACHES]))
 def test_a_fault_of_the_cache_folder_costs_a_sentence(name, tmp_path, request):
     if name in MOUNTS:
         request.getfixturevalue("mounts")

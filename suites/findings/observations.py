@@ -54,8 +54,8 @@ MEMORY = 1.3
 """The same for both of these, × the memory without."""
 
 
-def main() -> None:
-    """Measure and print."""
+def main() -> int:
+    """Measure and print; 1 where a median or a memory is more than allowed."""
     length, longer = map(int, sys.argv[1:3] or (3000, 8000))
     engine = TransformersEngine.load(models.default_model())
     text = "".join(file.read_text() for file in sorted(models.messages().glob("*.txt"))[:40])
@@ -69,6 +69,7 @@ def main() -> None:
         order.append(order.pop(0))
     peaks = {name: peak(engine, ids[:longer], asked) for name, asked in ARMS.items() if "pass" not in name}
     print(f"{'':28} {length} tokens, × the time without   {longer} tokens, × the memory without")
+    over = False
     for name in ARMS:
         ratios = sorted(a / b for a, b in zip(seconds[name], seconds["none"], strict=True))
         most = f" ({TIME[name]:g} allowed)" if name in TIME else ""
@@ -76,7 +77,10 @@ def main() -> None:
         memory = f"{peaks[name] / peaks['none']:.3f}" if name in peaks else "-"
         memory += f" ({MEMORY:g} allowed)" if name in TIME else ""
         print(f"{name:28} {time:40} {memory}")
+        if name in TIME:
+            over |= statistics.median(ratios) > TIME[name] or peaks[name] > MEMORY * peaks["none"]
     print(f"without: {statistics.median(seconds['none']):.2f} s, {peaks['none'] / 2**20:.0f} MiB more than the model")
+    return int(over)
 
 
 def peak(engine: TransformersEngine, ids: list[int], asked: tuple[Observation, ...]) -> int:
@@ -88,4 +92,4 @@ def peak(engine: TransformersEngine, ids: list[int], asked: tuple[Observation, .
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
