@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import statistics
 from collections.abc import Iterable, Mapping
@@ -95,9 +96,8 @@ def _run(folder: Path) -> list[Cell]:
 
 def _csv(file: Path) -> list[Cell]:
     try:
-        with file.open(newline="", encoding="utf-8") as lines:
-            rows = list(csv.DictReader(lines))
-    except (OSError, ValueError, csv.Error) as error:
+        rows = list(csv.DictReader(io.StringIO(disk.text(file), newline="")))
+    except csv.Error as error:
         raise UsageError(f"{str(file)!r} cannot be read: {error}") from error
     return [_cell(row, f"{file} line {at}") for at, row in enumerate(rows, start=2)]
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvsuite import disk
 from kvsuite.errors import UsageError, unknown
 from kvsuite.shapes import ModelShape
 
@@ -141,11 +142,11 @@ def _products(file: Path) -> dict[tuple[int, int], dict[int, float]]:
 
 def _columns(file: Path, *needed: str) -> dict[str, NDArray[Any]]:
     try:
-        from pyarrow import ArrowInvalid, parquet
+        from pyarrow import ArrowInvalid, BufferReader, parquet
     except ImportError as error:
         raise UsageError(NEEDED) from error
     try:
-        table = parquet.read_table(file)
+        table = parquet.read_table(BufferReader(disk.content(file)))
     except (OSError, ArrowInvalid) as error:
         raise UsageError(f"{file} cannot be read as Parquet: {error}") from error
     if missing := set(needed) - set(table.column_names):
@@ -164,7 +165,7 @@ def _facts(file: Path) -> dict[str, float]:
     except ImportError as error:
         raise UsageError(NEEDED) from error
     try:
-        facts = {"sm_version": 0} | yaml.safe_load(file.read_text(encoding="utf-8"))["gpu"]
+        facts = {"sm_version": 0} | yaml.safe_load(disk.text(file))["gpu"]
         return {name: float(facts[name]) for name in ("mem_bw", "mem_capacity", "sm_version")}
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{file} does not say what the GPU's memory is: {error}") from error

@@ -11,13 +11,17 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from kvsuite import disk
-from kvsuite.engines import openvino_model
+from kvsuite.engines import openvino_model, server
 from kvsuite.engines.stream import LARGEST, Events, Failure
 from kvsuite.errors import UsageError, printable
+from kvsuite.predict import cells, files
+from kvsuite.readers import aiconfigurator
+from kvsuite.tasks import rows
 from suites.checks.depth import depth
 from suites.robustness import large
 from suites.robustness.hostile import attempt
@@ -141,6 +145,51 @@ def test_a_file_is_read_within_bounds(tmp_path, monkeypatch):
     assert len(disk.content(file, 202)) == 202
     with pytest.raises(ValueError, match="nested too deeply"):
         disk.parsed("[" * 100_000)
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("a.csv", cells.read),
+        ("a.json", cells.read),
+        ("a.json", lambda file: files.read(file, "a")),
+        ("a.yaml", aiconfigurator._facts),
+        ("a.parquet", lambda file: aiconfigurator._columns(file, "a")),
+    ],
+)
+def test_a_file_that_is_read_as_a_whole_is_refused_beyond_the_bound(name, read, tmp_path, monkeypatch):
+    if name == "a.parquet":
+        pytest.importorskip("pyarrow")
+    monkeypatch.setattr(disk.content, "__defaults__", (50,))
+    monkeypatch.setattr(disk.text, "__defaults__", (50,))
+    (tmp_path / name).write_bytes(b"x" * 51)
+    with pytest.raises(UsageError, match="has more than 50 bytes"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_rows_of_a_dataset_are_refused_beyond_the_bound(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "LARGEST", 50)
+    (tmp_path / name).write_bytes(b"x" * 51)
+    with pytest.raises(UsageError, match=r"50 bytes|51 bytes, more than .* 50$"):
+        rows.load(rows.Where("d", "c", "s", place=str(tmp_path / name)))
+
+
+def test_a_line_of_a_dataset_is_refused_beyond_the_bound(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "LONGEST", 10)
+    where = rows.Where("d", "c", "s", place=str(tmp_path / "a.jsonl"))
+    (tmp_path / "a.jsonl").write_bytes(b'{"a":1234}\n')
+    assert rows.load(where) == [{"a": 1234}]
+    (tmp_path / "a.jsonl").write_bytes(b'{"a":12345}\n')
+    with pytest.raises(UsageError, match="a line of it has more than 10 bytes"):
+        rows.load(where)
+
+
+def test_a_servers_log_is_read_up_to_the_bound(tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "LARGEST", 10)
+    (tmp_path / "log").write_text("before" + "x" * 11)
+    one = SimpleNamespace(_process=0, log=tmp_path / "log", _began=6)
+    assert server.Server._said(one) == "x" * 10
 
 
 def test_an_event_is_heard_within_bounds():
