@@ -88,7 +88,9 @@ def _copy(where: Where, place: Path) -> Rows:
     if place.suffix == ".parquet":
         if (size := place.stat().st_size) > LARGEST:
             raise UsageError(f"{where.place!r} has {size:,} bytes, more than any published file here: {LARGEST:,}")
-        rows: Rows = _library("datasets").load_dataset("parquet", data_files=str(place), split="train")
+        datasets = _library("datasets")
+        datasets.disable_progress_bars()
+        rows: Rows = datasets.load_dataset("parquet", data_files=str(place), split="train")
         return rows
     raise UsageError(f"{where.place!r} is no folder, and no .jsonl, .parquet or .zip")
 

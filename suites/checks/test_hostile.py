@@ -152,9 +152,9 @@ def test_a_file_is_read_within_bounds(tmp_path, monkeypatch):
     [
         ("a.csv", cells.read),
         ("a.json", cells.read),
-        ("a.json", lambda file: files.read(file, "a")),
+        ("a.json", lambda file: files.read(file, "a", {})),
         ("a.yaml", aiconfigurator._facts),
-        ("a.parquet", lambda file: aiconfigurator._columns(file, "a")),
+        ("a.parquet", lambda file: aiconfigurator._products(file)),
     ],
 )
 def test_a_file_that_is_read_as_a_whole_is_refused_beyond_the_bound(name, read, tmp_path, monkeypatch):
@@ -162,6 +162,7 @@ def test_a_file_that_is_read_as_a_whole_is_refused_beyond_the_bound(name, read, 
         pytest.importorskip("pyarrow")
     monkeypatch.setattr(disk.content, "__defaults__", (50,))
     monkeypatch.setattr(disk.text, "__defaults__", (50,))
+    monkeypatch.setattr(aiconfigurator, "FACTS", 50)
     (tmp_path / name).write_bytes(b"x" * 51)
     with pytest.raises(UsageError, match="has more than 50 bytes"):
         read(tmp_path / name)
