@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -15,17 +16,29 @@ from types import SimpleNamespace
 
 import pytest
 
+import kvsuite
 from kvsuite import disk
 from kvsuite.engines import openvino_model, server
 from kvsuite.engines.stream import LARGEST, Events, Failure
 from kvsuite.errors import UsageError, printable
-from kvsuite.predict import cells, files
+from kvsuite.predict import cells, files, length, throughput
 from kvsuite.readers import aiconfigurator
 from kvsuite.tasks import rows
 from suites.checks.depth import depth
 from suites.robustness import large
 from suites.robustness.hostile import attempt
-from suites.robustness.targets import GUIDELLM, OURS, SMALL, Target, targets
+from suites.robustness.targets import (
+    GPU,
+    GUIDELLM,
+    KERNEL,
+    OURS,
+    SMALL,
+    WEIGHTS,
+    Target,
+    parquet,
+    safetensors,
+    targets,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,13 +52,24 @@ def test_hostile_input_ends_well_or_in_a_sentence(target):
     assert found.refused < found.inputs or not target.taken, "a valid input is taken"
 
 
+def _saved(kind):
+    return json.dumps({"kind": kind, "kvsuite": kvsuite.__version__}).encode()
+
+
+NO_NUMBER = {"kv_cache_dtype": "fp8", "m": math.nan}
 FOUND = {
     "options": {"baseline": "openvino:kv=f16", "variant": ["a=openvino"], "workload": "x" * 5000},
     "lm-eval": b'{"doc_id": 0, "target": "x", "filter": "none", "metrics": [[]], "acc": 0}\n',
     "guidellm": json.dumps({"benchmarks": [GUIDELLM[0]["benchmarks"][0] | {"start_time": [1.0, 2.0]}]}).encode(),
     "report of records": json.dumps(next(x for x in SMALL if x["kind"] == "answer") | {"task": "\ud800"}).encode(),
+    "benchmarks": b'{"benchmarks": null}',
+    "throughput predictor": _saved(throughput.KIND),
+    "length predictor": _saved(length.KIND),
+    "tokenizer.json": b"{}",
+    "a GPU's tables": GPU + b"\0\0" + parquet({name: [value] for name, value in (KERNEL | NO_NUMBER).items()}),
+    "KVzap weights": safetensors(WEIGHTS[2], 16),
 }
-"""By place, an input of the long run's that was let through once."""
+"""By place, an input that was let through once."""
 
 
 @pytest.mark.parametrize("name", FOUND)
@@ -200,6 +224,15 @@ def test_an_event_is_heard_within_bounds():
         assert events.feed(piece) == []
     with pytest.raises(Failure, match="more than 16,777,216 bytes"):
         events.feed(piece)
+
+
+def test_a_gpus_yaml_merges_nothing(tmp_path):
+    """A few lines that merge dicts of merged dicts make billions."""
+    (tmp_path / "a.yaml").write_text("gpu: {mem_bw: 1, mem_capacity: 2}")
+    assert aiconfigurator._facts(tmp_path / "a.yaml") == {"mem_bw": 1, "mem_capacity": 2, "sm_version": 0}
+    (tmp_path / "a.yaml").write_text("gpu: {mem_bw: 1, <<: {mem_capacity: 2}}")
+    with pytest.raises(UsageError, match="mem_capacity"):
+        aiconfigurator._facts(tmp_path / "a.yaml")
 
 
 def test_a_text_of_any_length_in_a_gguf_file_takes_no_memory(tmp_path):

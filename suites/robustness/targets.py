@@ -389,11 +389,12 @@ def _gpus(content: bytes, folder: Path) -> None:
     aiconfigurator.formats(folder, "vllm")
 
 
-def _parquet(columns: dict[str, list[Any]], **options: Any) -> bytes:
-    from pyarrow import parquet, table
+def parquet(columns: dict[str, list[Any]], **options: Any) -> bytes:
+    from pyarrow import parquet as written
+    from pyarrow import table
 
     file = io.BytesIO()
-    parquet.write_table(table(columns), file, **options)
+    written.write_table(table(columns), file, **options)
     return file.getvalue()
 
 
@@ -403,7 +404,7 @@ KERNEL = {
     "k": 8,
 }  # fmt: skip
 FORMATS = {"kv_cache_dtype": ["bfloat16", "fp8"]}
-KERNELS = _parquet({name: [value] * 2 for name, value in KERNEL.items()} | FORMATS)
+KERNELS = parquet({name: [value] * 2 for name, value in KERNEL.items()} | FORMATS)
 
 
 @st.composite
@@ -415,10 +416,10 @@ def _kernels(draw: Any) -> bytes:
     columns = {name: [value] * 2 for name, value in KERNEL.items()} | FORMATS
     for name in draw(st.lists(st.sampled_from(sorted(columns)), max_size=2)):
         columns[name] = draw(st.sampled_from(odd))
-    return _parquet(columns)
+    return parquet(columns)
 
 
-PUBLISHED = _parquet({"a": [1, 2], "b": ["x", None], "c": [["y"], []]}), _parquet({"a": ["x"] * 99}, compression="zstd")
+PUBLISHED = parquet({"a": [1, 2], "b": ["x", None], "c": [["y"], []]}), parquet({"a": ["x"] * 99}, compression="zstd")
 
 
 def _rows(file: Path) -> None:
@@ -463,7 +464,7 @@ ARRAYS = struct.pack("<IQ", 9, 1) * 50_000
 """An array in an array in an array."""
 
 
-def _safetensors(header: dict[str, Any], size: int) -> bytes:
+def safetensors(header: dict[str, Any], size: int) -> bytes:
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + bytes(size)
 
@@ -472,13 +473,25 @@ def _tensors(name: str) -> dict[str, Any]:
     return {name: {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}, "__metadata__": {"format": "pt"}}
 
 
+def _biased(*shape: int) -> dict[str, Any]:
+    """A layer's matrix, or what has its name, and its bias."""
+    bias = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    return {
+        "layers.0.weight": {"dtype": "F32", "shape": shape, "data_offsets": [8, 8 + 4 * math.prod(shape)]},
+        "layers.0.bias": bias,
+    }
+
+
+WEIGHTS = (_biased(2, 2), _tensors("layers.0.weight"), _biased(2))
+
+
 @st.composite
 def _weights(draw: Any) -> bytes:
     if draw(st.booleans()):
-        return draw(mutated.data((_safetensors(_tensors("layers.0.weight"), 16),)))
-    header = json.dumps(draw(mutated.documents((_tensors("layers.0.weight"),)))).encode()
+        return draw(mutated.data((safetensors(WEIGHTS[0], 24), safetensors(WEIGHTS[1], 16))))
+    header = json.dumps(draw(mutated.documents(WEIGHTS))).encode()
     length = draw(st.sampled_from((len(header),) * 3 + (0, 2**63, 2**64 - 1, len(header) + 1)))
-    return struct.pack("<Q", length) + header + bytes(draw(st.sampled_from((16, 16, 16, 0, 8))))
+    return struct.pack("<Q", length) + header + bytes(draw(st.sampled_from((24, 24, 16, 16, 0, 8))))
 
 
 def _whole(content: bytes, folder: Path) -> None:
@@ -487,7 +500,7 @@ def _whole(content: bytes, folder: Path) -> None:
 
 
 def _index(content: bytes, folder: Path) -> None:
-    (folder / "model.safetensors").write_bytes(_safetensors(_tensors("a"), 16))
+    (folder / "model.safetensors").write_bytes(safetensors(_tensors("a"), 16))
     (folder / "model.safetensors.index.json").write_bytes(content)
     models.check_whole(folder)
 
@@ -706,3 +719,4 @@ def _kvzap(file: Path) -> None:
     given = kvzap.KVzap(weights=str(file), budget=64)
     given.artifact.hash  # noqa: B018
     given.check_model([LAYER])
+    kvzap.Predicted(str(file)).note(torch.ones(3, 2), 0)
