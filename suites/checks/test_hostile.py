@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import time
+import tomllib
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -125,8 +126,14 @@ NEVER = re.compile(r"trust_remote_code(?!=False)|allow_pickle|torch\.load\(")
 """Libraries' ways to run what is read; ruff knows the others (S in pyproject.toml)."""
 
 
-def test_no_source_runs_what_it_reads():
-    sources = sorted((ROOT / "kvsuite").rglob("*.py"))
+def test_no_source_of_a_wheel_runs_what_it_reads():
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    moved = told["package-dir"]
+    folders = [
+        ROOT / name.replace("kvsuite.suites", moved["kvsuite.suites"]).replace(".", "/") for name in told["packages"]
+    ]
+    sources = [file for folder in folders for file in folder.glob("*.py")]
+    assert {file.parent.name for file in sources} > {"kvsuite", "suites", "length", "samples", "throughput", "tools"}
     assert [file for file in sources if NEVER.search(file.read_text())] == []
 
 
@@ -142,8 +149,9 @@ def test_no_source_runs_what_it_reads():
         *("exec(x)", "import yaml\nyaml.load(x)", "import marshal\nmarshal.loads(x)"),
     ],
 )
-def test_lint_finds_what_runs_its_input(source):
-    command = ["ruff", "check", "--no-cache", "--stdin-filename", str(ROOT / "kvsuite/a.py"), "-"]
+@pytest.mark.parametrize("folder", ["kvsuite", "suites/samples"])
+def test_lint_finds_what_runs_its_input(source, folder):
+    command = ["ruff", "check", "--no-cache", "--stdin-filename", str(ROOT / folder / "a.py"), "-"]
     done = subprocess.run(command, input=f"x = 1\n{source}\n", capture_output=True, text=True, cwd=ROOT)
     assert "S" in {line[0] for line in done.stdout.splitlines() if line[1:2].isdigit()}, done.stdout + done.stderr
 
