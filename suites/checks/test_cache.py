@@ -178,7 +178,7 @@ def written(folder):
             if file.is_symlink() or file.is_file()}  # fmt: skip
 
 
-OUTSIDE = ("../../../../out", "../../out", "/out", "//out", "..\\..\\out", "link/out", "a/../../../out")
+OUTSIDE = ("../../../../../out", "../../out", "/out", "//out", "..\\..\\out", "link/out", "a/../../../out")
 
 
 def test_an_archive_is_unpacked_into_the_cache_alone(small, tmp_path, monkeypatch):
