@@ -24,8 +24,7 @@ except ImportError:  # Windows, where nobody waits and nothing that was left is 
     fcntl = None  # type: ignore[assignment]
 
 LARGEST = 1 << 29
-"""Bytes of a file that is read as a whole. As JSON it can take 24 times as much memory: an empty list of 2 bytes and a
-comma takes 64."""
+"""Bytes of a file that is read as a whole. As JSON it can take 47 times as much memory: docs/security.md."""
 LONGEST = 1 << 26
 """Bytes of a line. The longest record of a published run has 10,215."""
 PATH = 4096

@@ -18,6 +18,7 @@ from kvsuite.engines import probe
 from kvsuite.engines.process import Process, free_port
 from kvsuite.engines.profile import NONE, Profile, choose
 from kvsuite.engines.request import Ask, Reply
+from kvsuite.engines.stream import LARGEST
 from kvsuite.errors import UsageError
 
 if TYPE_CHECKING:
@@ -260,9 +261,9 @@ class Server:
             return 0, ""
 
     def _said(self) -> str:
-        """Its log since it was started."""
+        """The first `LARGEST` bytes of its log since it was started: there it says what it runs with."""
         if self._process is None or not self.log.is_file():
             return ""
         with self.log.open("rb") as file:
             file.seek(self._began)
-            return file.read().decode(errors="replace")
+            return file.read(LARGEST).decode(errors="replace")

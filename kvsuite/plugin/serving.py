@@ -14,7 +14,7 @@ import pytest
 
 from kvsuite import environment, models, tasks
 from kvsuite.engines.request import Ask
-from kvsuite.errors import UsageError
+from kvsuite.errors import UsageError, first_line
 from kvsuite.plugin import schedule
 from kvsuite.plugin.options import Options
 from kvsuite.plugin.schedule import Cell, Period
@@ -95,10 +95,7 @@ class Serving(Session):
         file = models.located(known, "tokenizer.json") / "tokenizer.json" if known else None
         if file is None or not file.is_file() or importlib.util.find_spec("tokenizers") is None:
             return None
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(file))
-        return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
+        return tokens_by(file)
 
     def answers(self, name: str) -> list[Served]:
         """Every arm's answers to a task."""
@@ -141,3 +138,22 @@ class Serving(Session):
             "cells": [cell.name for cell in self.loads],
             "environment": {"threads": None, "dtype": None, "gpu": None},
         }
+
+
+def tokens_by(file: Path) -> Callable[[str], int]:
+    """How many tokens a text has, by a model's tokenizer.json. Both raise UsageError where it is none that works."""
+    from tokenizers import Tokenizer
+
+    def of(read: Callable[[], Any]) -> Any:
+        try:
+            return read()
+        except Exception as error:  # whatever the library finds wrong
+            raise UsageError(f"{str(file)!r} is no tokenizer that works: {first_line(error)}") from error
+
+    tokenizer = of(lambda: Tokenizer.from_file(str(file)))
+
+    def tokens(text: str) -> int:
+        plain = text.encode(errors="replace").decode()  # the library takes no lone surrogate
+        return len(of(lambda: tokenizer.encode(plain, add_special_tokens=False).ids))
+
+    return tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import math
+import io
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +17,8 @@ from kvsuite.records import Timing
 Stage = Literal["prefill", "decoding"]
 COLUMNS = ("model", "method", "bsz", "prompt_len", "stage", "thr")
 """Of the artifact's CSV, and the keys of a benchmark's ``extra_info``."""
+MOST = 10**9
+"""Beyond which nobody's figures are."""
 PLAIN = ("none", "full", "fp16", "bf16", "float16", "bfloat16")
 """How the uncompressed cache is called, before a '-' (``None-16``), in others' files."""
 
@@ -89,34 +91,36 @@ def _run(folder: Path) -> list[Cell]:
         tokens = t.width * (t.length if stage == "prefill" else 1)
         seconds, plain = token * tokens, t.method == run.baseline
         model = str(run.facts["model"]["name"])
-        found.append(Cell(f"kvsuite on {machine}", model, t.method, stage, t.width, t.length, seconds, plain))
+        cell = Cell(f"kvsuite on {machine}", model, t.method, stage, t.width, t.length, seconds, plain)
+        found.append(checked(cell, str(run.folder)))
     return found
 
 
 def _csv(file: Path) -> list[Cell]:
     try:
-        with file.open(newline="", encoding="utf-8") as lines:
-            rows = list(csv.DictReader(lines))
-    except (OSError, ValueError, csv.Error) as error:
+        rows = list(csv.DictReader(io.StringIO(disk.text(file), newline="")))
+    except csv.Error as error:
         raise UsageError(f"{str(file)!r} cannot be read: {error}") from error
     return [_cell(row, f"{file} line {at}") for at, row in enumerate(rows, start=2)]
 
 
 def _benchmarks(file: Path) -> list[Cell]:
     """Benchmarks whose ``extra_info`` has the CSV's columns; without ``thr``, a round is one prefill or one step."""
+    cells = []
     try:
         found = disk.parsed(disk.text(file))
-        benchmarks = found["benchmarks"]
         machine = str(found.get("machine_info", {}).get("cpu", {}).get("brand_raw", ""))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        for one in found["benchmarks"]:
+            info: dict[str, Any] = dict(one.get("extra_info", {}))
+            if set(COLUMNS[:5]) <= set(info):
+                stage, batch, length = info["stage"], int(info["bsz"]), int(info["prompt_len"])
+                if "thr" not in info:
+                    info["thr"] = rate(stage, batch, length, float(one["stats"]["median"]))
+                cells.append(_cell(info, f"{file}, {one.get('name')}", machine))
+    except UsageError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UsageError(f"{str(file)!r} is not pytest-benchmark's JSON: {error!r}") from error
-    cells = []
-    for one in benchmarks:
-        info: dict[str, Any] = dict(one.get("extra_info", {}))
-        if set(COLUMNS[:5]) <= set(info):
-            stage, batch, length = info["stage"], int(info["bsz"]), int(info["prompt_len"])
-            info.setdefault("thr", rate(stage, batch, length, one["stats"]["median"]))
-            cells.append(_cell(info, f"{file}, {one.get('name')}", machine))
     return cells
 
 
@@ -124,14 +128,20 @@ def _cell(row: Mapping[str, Any], where: str, machine: str = "") -> Cell:
     try:
         model, method, stage = (str(row[name]) for name in ("model", "method", "stage"))
         batch, length, thr = int(row["bsz"]), int(row["prompt_len"]), float(row["thr"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
         raise UsageError(f"{where}: a cell has {', '.join(COLUMNS)}, and {error} is wrong or missing") from error
-    if stage not in get_args(Stage):
-        raise UsageError(f"{where}: stage is prefill or decoding, not {stage!r}")
-    if batch < 1 or length < 1 or not 0 < thr < math.inf:
-        raise UsageError(f"{where}: batch, length and tokens per second must be over 0")
     plain = method.partition("-")[0].lower() in PLAIN
-    return Cell(machine, model, method, stage, batch, length, rate(stage, batch, length, thr), plain)  # type: ignore[arg-type]
+    seconds = rate(stage, batch, length, thr) if 1 / MOST < thr < MOST else 0.0  # type: ignore[arg-type]
+    return checked(Cell(machine, model, method, stage, batch, length, seconds, plain), where)  # type: ignore[arg-type]
+
+
+def checked(cell: Cell, where: str) -> Cell:
+    """The cell. Raises UsageError where its figures are none that can be."""
+    if cell.stage not in get_args(Stage):
+        raise UsageError(f"{where}: stage is prefill or decoding, not {cell.stage!r}")
+    if not (1 <= cell.batch < MOST and 1 <= cell.length < MOST and 1 / MOST < cell.seconds < MOST):
+        raise UsageError(f"{where}: batch, length and tokens per second must be over 0, and below {MOST:,}")
+    return cell
 
 
 def merged(cells: Iterable[Cell]) -> list[Cell]:

@@ -7,9 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import kvsuite
 from kvsuite import disk
+from kvsuite.analysis.resample import Floats
 from kvsuite.errors import UsageError
+from kvsuite.typed import Shape, amiss
 
 
 def write(file: Path, kind: str, learned: Mapping[str, Any]) -> None:
@@ -21,8 +25,8 @@ def write(file: Path, kind: str, learned: Mapping[str, Any]) -> None:
         raise UsageError(f"{str(file)!r} cannot be written: {error.strerror}") from error
 
 
-def read(file: Path, kind: str) -> dict[str, Any]:
-    """What `write` wrote. Raises UsageError for another file, another kind, and another version of kvsuite."""
+def read(file: Path, kind: str, shape: Shape) -> dict[str, Any]:
+    """What `write` wrote. Raises UsageError for another file, kind or ``shape``, and another version of kvsuite."""
     try:
         found: dict[str, Any] = disk.parsed(disk.text(file))
         said, version = found["kind"], found["kvsuite"]
@@ -30,4 +34,24 @@ def read(file: Path, kind: str) -> dict[str, Any]:
         raise UsageError(f"{str(file)!r} is no predictor: {error!r}") from error
     if (said, version) != (kind, kvsuite.__version__):
         raise UsageError(f"{str(file)!r} is of kvsuite {version}, {said}; this is {kvsuite.__version__}, {kind}")
+    if wrong := amiss(found, shape, whole=True):
+        raise UsageError(f"{str(file)!r} is no predictor: {wrong}")
+    return found
+
+
+def arrays(said: Mapping[str, Any], sizes: Mapping[str, int], **axes: str) -> list[Floats]:
+    """Arrays of finite numbers by the names of their axes, a letter each; one letter is one size, and ``sizes`` has
+    those that are known. Raises UsageError for what is none."""
+    found, known = [], dict(sizes)
+    for name, letters in axes.items():
+        try:
+            x = np.array(said[name], dtype=float)
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
+            raise UsageError(f"a saved predictor's {name} are no numbers: {error!r}") from error
+        same = x.ndim == len(letters) and all(
+            known.setdefault(a, n) == n for a, n in zip(letters, x.shape, strict=True)
+        )
+        if not (same and x.size and np.isfinite(x).all()):
+            raise UsageError(f"a saved predictor's {name} do not fit its other numbers")
+        found.append(x)
     return found

@@ -23,6 +23,7 @@ from kvsuite.predict import files, learner
 from kvsuite.predict.prompts import COUNTED, Embed, features
 from kvsuite.predict.types import Classifier
 from kvsuite.records import Answer, Run, is_reference
+from kvsuite.typed import Shape
 
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
 """Of the quantiles that are predicted."""
@@ -32,7 +33,15 @@ PENALTIES = (0.01, 0.03, 0.1)
 """Of the coefficients' sizes: tried on training prompts alone."""
 INNER = 3
 """Folds of the training prompts on which they are tried."""
+FAR = 700.0
+"""A logarithm whose number Python cannot hold."""
 KIND = "length predictor 1"
+_QUANTILES = {"methods": list[str]}
+SHAPE: Shape = {
+    "model": str, "fingerprint": str, "cap": int, "length": _QUANTILES, "change": (_QUANTILES,),
+    "types": ({"types": list[str]},),
+}  # fmt: skip
+"""Of its file, but for the arrays."""
 
 
 @dataclass(frozen=True)
@@ -147,11 +156,17 @@ class Quantiles:
         return cls(names, middle, turned, weights, np.array(start))
 
     def __call__(self, x: Floats, methods: Sequence[str]) -> Floats:
-        """(n, levels), rising. Raises UsageError for a method that was not learned."""
+        """(n, levels), rising. Raises UsageError for a method that was not learned, and for features that were not."""
         if strange := set(methods) - set(self.methods):
             raise unknown("method of this predictor", min(strange), self.methods)
+        if x.shape[1] != len(self.middle):
+            raise UsageError(f"this predictor knows {len(self.middle)} features of a prompt, not {x.shape[1]}")
         start = self.start[[self.methods.index(method) for method in methods]]
-        return np.sort((x - self.middle) @ self.turned @ self.weights.T + start, axis=1)
+        with np.errstate(all="ignore"):
+            found = np.sort((x - self.middle) @ self.turned @ self.weights.T + start, axis=1)
+        if not (np.abs(found) < FAR).all():
+            raise UsageError("this predictor gives no logarithm of a length")
+        return found
 
     def as_json(self) -> dict[str, Any]:
         """Numbers and names."""
@@ -160,9 +175,11 @@ class Quantiles:
 
     @classmethod
     def of(cls, said: dict[str, Any]) -> Quantiles:
-        """What `as_json` gave."""
-        arrays = [np.array(said[name]) for name in ("middle", "turned", "weights", "start")]
-        return cls(tuple(said["methods"]), *arrays)
+        """What `as_json` gave. Raises UsageError where its arrays do not fit."""
+        sizes = {"m": len(said["methods"]), "l": len(LEVELS)}
+        return cls(
+            tuple(said["methods"]), *files.arrays(said, sizes, middle="f", turned="fk", weights="lk", start="ml")
+        )
 
 
 def _turn(x: Floats) -> tuple[Floats, Floats]:
@@ -264,7 +281,7 @@ class Predictor:
     @classmethod
     def load(cls, file: Path) -> Predictor:
         """What `save` wrote. Raises UsageError for another file, and for one of another version."""
-        what = files.read(file, KIND)
+        what = files.read(file, KIND, SHAPE)
         change = Quantiles.of(what["change"]) if what["change"] else None
         types = Classifier.of(what["types"]) if what["types"] else None
         return cls(what["model"], what["fingerprint"], what["cap"], Quantiles.of(what["length"]), change, types)

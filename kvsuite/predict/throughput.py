@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 
@@ -26,8 +26,9 @@ from kvsuite.analysis.resample import Floats
 from kvsuite.errors import UsageError, unknown
 from kvsuite.methods.grammar import parse
 from kvsuite.predict import files, learner
-from kvsuite.predict.cells import Cell, Stage, merged, rate
+from kvsuite.predict.cells import Cell, Stage, checked, merged, rate
 from kvsuite.shapes import SHAPES
+from kvsuite.typed import amiss
 
 ARTIFACT = {
     "KIVI-4": "kivi:bits=4",
@@ -44,6 +45,8 @@ NEW = ("batch", "length", "model")
 """What may be new of a cell that is asked for."""
 ENOUGH = 10
 """Errors from which the reach of an interval is read."""
+FAR = 100.0
+"""Log seconds at which an interval ends, at the latest: more than a number holds are no figure."""
 ROUGH = (1.5, 0.05)
 """The Gaussian process before it has learned: over how many octaves what is left stays alike, and the noise of log
 seconds."""
@@ -276,7 +279,7 @@ class Predictor:
         batches, lengths = {c.batch for c in here}, {c.length for c in here}
         answers: list[Answer | str] = []
         for (b, n), log, one in zip(asked, logs, sd, strict=True):
-            spread = one * max(self._reach(stage, which) for which in _new(batches, lengths, b, n))
+            spread = min(FAR, one * max(self._reach(stage, which) for which in _new(batches, lengths, b, n)))
             outside = _outside(own, b, n)
             if outside and not extrapolate:
                 answers.append(f"{stage} with {method}: {outside}; --extrapolate answers all the same")
@@ -337,8 +340,20 @@ class Predictor:
     @classmethod
     def load(cls, file: Path) -> Predictor:
         """What `save` wrote. Raises UsageError for another file, and for one of another version of kvsuite."""
-        what = files.read(file, KIND)
-        return cls([Cell(**c) for c in what["cells"]], what["scales"], what["reach"])
+        what = files.read(
+            file, KIND, {"cells": list, "scales": dict[str, list[float]], "reach": dict[str, dict[str, float]]}
+        )
+        for at, cell in enumerate(what["cells"]):
+            if wrong := amiss(cell, get_type_hints(Cell) | {"stage": str}, whole=True):
+                raise UsageError(f"{file}: cell {at}: {wrong}")
+        for scale in what["scales"].values():
+            if len(scale) != 4 or not all(1e-3 < x < 10 for x in scale):
+                raise UsageError(f"{file}: a scale is of 4 numbers from 0.001 to 10, not {scale}")
+        for reach in what["reach"].values():
+            if wrong := amiss(reach, dict.fromkeys(NEW, float), whole=True):
+                raise UsageError(f"{file}: reach: {wrong}")
+        cells = [Cell(**{name: cell[name] for name in get_type_hints(Cell)}) for cell in what["cells"]]
+        return cls([checked(cell, str(file)) for cell in cells], what["scales"], what["reach"])
 
 
 def _at(cells: Sequence[Cell]) -> list[tuple[int, int]]:

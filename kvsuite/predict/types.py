@@ -11,7 +11,7 @@ import numpy as np
 from kvsuite.analysis.resample import Design, Floats
 from kvsuite.analysis.stats import Estimate, Ratio, estimate
 from kvsuite.errors import UsageError
-from kvsuite.predict import learner
+from kvsuite.predict import files, learner
 from kvsuite.records import Answer, Run
 
 
@@ -73,8 +73,13 @@ class Classifier:
 
     @classmethod
     def of(cls, said: dict[str, Any]) -> Classifier:
-        """What `as_json` gave."""
-        return cls(tuple(said["types"]), *(np.array(said[n]) for n in ("middle", "spread", "weights", "start")))
+        """What `as_json` gave. Raises UsageError where its arrays do not fit."""
+        middle, spread, weights, start = files.arrays(
+            said, {"t": len(said["types"])}, middle="f", spread="f", weights="tf", start="t"
+        )
+        if not spread.all():
+            raise UsageError("a saved predictor's spread is 0")
+        return cls(tuple(said["types"]), middle, spread, weights, start)
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvsuite import disk
 from kvsuite.errors import UsageError, unknown
 from kvsuite.shapes import ModelShape
 
@@ -117,45 +118,57 @@ def _newest(files: Iterable[Path]) -> Path:
 def _attention(file: Path, shape: ModelShape) -> dict[str, dict[str, Cells]]:
     """Cells of full attention by K/V dtype and kernel."""
     wanted = {"num_heads": shape.heads, "num_key_value_heads": shape.kv_heads, "head_dim": shape.head_dim}
-    shown = ("kv_cache_dtype", "kernel_source", "batch_size", "step", "latency")
-    table = _columns(file, "attn_dtype", *wanted, *shown)
-    here = np.ones(len(table["latency"]), bool)
-    for name, value in (wanted | {"isl": 1, "beam_width": 1, "window_size": 0}).items():
-        if name in table:  # older files have no window_size
-            here &= _numbers(table[name]) == value
-    here &= table["attn_dtype"].astype(str) == DTYPE
     found: dict[str, dict[str, Cells]] = {}
-    for dtype, kernel, batch, step, ms in zip(*(table[name][here] for name in shown), strict=True):
-        found.setdefault(str(dtype), {}).setdefault(str(kernel), {})[int(batch), int(step) + 1] = float(ms)
+    for dtype, kernel, batch, step, ms in _rows(file, "attn_dtype", NAMES, ("batch_size", "step", "latency"), wanted):
+        found.setdefault(dtype, {}).setdefault(kernel, {})[int(batch), int(step) + 1] = ms
     return found
 
 
 def _products(file: Path) -> dict[tuple[int, int], dict[int, float]]:
-    table = _columns(file, "gemm_dtype", "m", "n", "k", "latency")
-    here = table["gemm_dtype"].astype(str) == DTYPE
     found: dict[tuple[int, int], dict[int, float]] = {}
-    for m, n, k, ms in zip(*(_numbers(table[name][here]) for name in ("m", "n", "k", "latency")), strict=True):
-        found.setdefault((int(n), int(k)), {})[int(m)] = float(ms)
+    for m, n, k, ms in _rows(file, "gemm_dtype", (), ("m", "n", "k", "latency")):
+        found.setdefault((int(n), int(k)), {})[int(m)] = ms
     return found
 
 
-def _columns(file: Path, *needed: str) -> dict[str, NDArray[Any]]:
+NAMES = "kv_cache_dtype", "kernel_source"
+FULL = {"isl": 1, "beam_width": 1, "window_size": 0}
+"""What a step of full attention has in columns that not every file has: older ones have no window_size."""
+MOST = 1e12
+"""Beyond which no figure of a table is."""
+
+
+def _rows(
+    file: Path, dtype: str, texts: Sequence[str], numbers: Sequence[str], wanted: Mapping[str, int] | None = None
+) -> Iterable[tuple[Any, ...]]:
+    """Columns of texts and of numbers, which some files have as text, row by row: of rows whose column ``dtype`` has
+    `DTYPE`, and others what is ``wanted`` and `FULL`. Raises UsageError for what is none."""
     try:
-        from pyarrow import ArrowInvalid, parquet
+        from pyarrow import ArrowException, BufferReader, parquet
     except ImportError as error:
         raise UsageError(NEEDED) from error
+    wanted, content = wanted or {}, disk.content(file)
     try:
-        table = parquet.read_table(file)
-    except (OSError, ArrowInvalid) as error:
+        table = parquet.read_table(BufferReader(content))
+        if missing := {dtype, *texts, *numbers, *wanted} - set(table.column_names):
+            raise UsageError(f"{file} has no column {min(missing)!r}: it is laid out in a way that is not known here")
+        here = table[dtype].to_numpy().astype(str) == DTYPE
+        for name, value in {**wanted, **FULL}.items():
+            if name in table.column_names:
+                here &= table[name].to_numpy().astype(float) == value
+        said = [table[name].to_numpy()[here].astype(str) for name in texts]
+        figures = [table[name].to_numpy()[here].astype(float) for name in numbers]
+    except UsageError:
+        raise
+    except (OSError, ArrowException, TypeError, ValueError) as error:
         raise UsageError(f"{file} cannot be read as Parquet: {error}") from error
-    if missing := set(needed) - set(table.column_names):
-        raise UsageError(f"{file} has no column {min(missing)!r}: it is laid out in a way that is not known here")
-    return {name: table[name].to_numpy() for name in table.column_names}
+    if not all(((x >= 0) & (x < MOST)).all() for x in figures):
+        raise UsageError(f"{file} has figures below 0 or beyond {MOST:g}")
+    return zip(*(x.tolist() for x in (*said, *figures)), strict=True)
 
 
-def _numbers(column: NDArray[Any]) -> NDArray[np.float64]:
-    """Numbers, which some files have as text."""
-    return column.astype(np.float64)
+FACTS = 1 << 16
+"""Bytes of a GPU's YAML: a page of text."""
 
 
 def _facts(file: Path) -> dict[str, float]:
@@ -164,10 +177,14 @@ def _facts(file: Path) -> dict[str, float]:
     except ImportError as error:
         raise UsageError(NEEDED) from error
     try:
-        facts = {"sm_version": 0} | yaml.safe_load(file.read_text(encoding="utf-8"))["gpu"]
-        return {name: float(facts[name]) for name in ("mem_bw", "mem_capacity", "sm_version")}
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        # BaseLoader makes texts, lists and dicts alone; SafeLoader merges dicts, too: a few lines can make billions
+        facts = {"sm_version": 0} | yaml.load(disk.text(file, FACTS), yaml.BaseLoader)["gpu"]  # noqa: S506
+        found = {name: float(facts[name]) for name in ("mem_bw", "mem_capacity", "sm_version")}
+    except (yaml.YAMLError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise UsageError(f"{file} does not say what the GPU's memory is: {error}") from error
+    if not all(0 <= x < 1e18 for x in found.values()):
+        raise UsageError(f"{file} does not say what the GPU's memory is")
+    return found
 
 
 @dataclass(frozen=True)
@@ -223,15 +240,8 @@ def formats(systems: Path, engine: str) -> list[Formats]:
 
 def _by_kernel(file: Path) -> dict[str, dict[str, dict[tuple[int, ...], float]]]:
     """ms by K/V dtype, kernel and cell."""
-    table = _columns(file, "attn_dtype", "kv_cache_dtype", "kernel_source", "latency", *CELL)
-    here = table["attn_dtype"].astype(str) == DTYPE
-    for name, value in {"isl": 1, "beam_width": 1, "window_size": 0}.items():
-        if name in table:  # older files have no window_size
-            here &= _numbers(table[name]) == value
-    cells = np.column_stack([_numbers(table[name][here]) for name in CELL]).astype(int)
-    cells[:, 1] += 1  # the token that is decoded
     found: dict[str, dict[str, dict[tuple[int, ...], float]]] = {}
-    named = (table[name][here] for name in ("kv_cache_dtype", "kernel_source", "latency"))
-    for cell, dtype, kernel, ms in zip(cells.tolist(), *named, strict=True):
-        found.setdefault(str(dtype), {}).setdefault(str(kernel), {})[tuple(cell)] = float(ms)
+    for dtype, kernel, ms, batch, step, *shape in _rows(file, "attn_dtype", NAMES, ("latency", *CELL)):
+        cell = int(batch), int(step) + 1, *map(int, shape)  # with the token that is decoded
+        found.setdefault(dtype, {}).setdefault(kernel, {})[cell] = ms
     return found

@@ -18,8 +18,8 @@ from kvsuite.errors import UsageError
 PATIENCE = 10
 """Seconds that the hub has for its first answer; the libraries would ask again and again for half a minute."""
 LARGEST = 1 << 30
-"""Bytes of an archive's member that are read: what is published has a few hundred million at most, what was packed to
-do harm can have any number."""
+"""Bytes of a file of rows, and of an archive's member: what is published has a few hundred million at most, what was
+packed to do harm can have any number."""
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -86,7 +86,11 @@ def _copy(where: Where, place: Path) -> Rows:
     if place.suffix == ".jsonl":
         return _lines(disk.content(place, LARGEST))
     if place.suffix == ".parquet":
-        rows: Rows = _library("datasets").load_dataset("parquet", data_files=str(place), split="train")
+        if (size := place.stat().st_size) > LARGEST:
+            raise UsageError(f"{where.place!r} has {size:,} bytes, more than any published file here: {LARGEST:,}")
+        datasets = _library("datasets")
+        datasets.disable_progress_bars()
+        rows: Rows = datasets.load_dataset("parquet", data_files=str(place), split="train")
         return rows
     raise UsageError(f"{where.place!r} is no folder, and no .jsonl, .parquet or .zip")
 
@@ -103,7 +107,10 @@ def _archive(file: Path, member: str) -> Rows:
 
 
 def _lines(text: bytes) -> Rows:
-    rows = [disk.parsed(line) for line in text.split(b"\n") if line.strip()]
+    lines = [line for line in text.split(b"\n") if line.strip()]
+    if max(map(len, lines), default=0) > disk.LONGEST:
+        raise UsageError(f"a line of it has more than {disk.LONGEST:,} bytes")
+    rows = [disk.parsed(line) for line in lines]
     if not all(isinstance(row, dict) for row in rows):
         raise UsageError("it is not JSON lines of objects")
     return rows

@@ -1,6 +1,7 @@
 """The cache folder, whatever becomes of downloads, of what is in it, and of those who fill it."""
 
 import hashlib
+import json
 import os
 import shutil
 import stat
@@ -10,6 +11,7 @@ import threading
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kvsuite import disk, models
@@ -168,3 +170,105 @@ def test_a_device_is_written_to_and_not_replaced(tmp_path, capfd):
     reader.join()
     assert found == ["through"]
     assert [file.name for file in tmp_path.iterdir()] == ["pipe"]
+
+
+def written(folder):
+    """All that is in a folder, and what it holds."""
+    return {file: os.readlink(file) if file.is_symlink() else file.read_bytes() for file in folder.rglob("*")
+            if file.is_symlink() or file.is_file()}  # fmt: skip
+
+
+OUTSIDE = ("../../../../../out", "../../out", "/out", "//out", "..\\..\\out", "link/out", "a/../../../out")
+
+
+def test_an_archive_is_unpacked_into_the_cache_alone(small, tmp_path, monkeypatch):
+    """Names that lead elsewhere, and a link to where they do. The sum of the package is that of this archive."""
+    _, asked = small
+    file = tmp_path / "index/small-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(file, "w") as archive:
+        link = zipfile.ZipInfo("small/data/link")
+        link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+        archive.writestr(link, str(tmp_path / "home"))
+        for name in OUTSIDE[:5] + OUTSIDE[6:]:
+            archive.writestr(f"small/data/{name}", "x")
+            archive.writestr(f"{name}/small/data/b", "x")
+    (tmp_path / "home").mkdir()
+    before = written(tmp_path)
+    package = Package("small", "1.0", hashlib.sha256(file.read_bytes()).hexdigest(), "MIT", "small/data/")
+    found = models._once("small", package, lambda source, target: shutil.copytree(source / "small/data", target))
+    assert {file: what for file, what in written(tmp_path).items() if tmp_path / "cache" not in file.parents} == before
+    assert not any(file.is_symlink() for file in found.rglob("*"))
+    assert [file.name for file in tmp_path.joinpath("cache").iterdir()] == [found.name]
+    assert len(asked) == 1
+    assert not Path("/out").exists()
+
+
+def gguf(file):
+    """A tiny Llama whose names lead elsewhere."""
+    import gguf
+
+    out, evil = gguf.GGUFWriter(file, "llama"), "../../../../out"
+    for add in (out.add_name, out.add_basename, out.add_author, out.add_chat_template):
+        add(evil)
+    out.add_string("general.source.url", "/out")
+    out.add_block_count(1), out.add_context_length(64), out.add_embedding_length(32), out.add_feed_forward_length(32)
+    out.add_head_count(2), out.add_head_count_kv(2), out.add_layer_norm_rms_eps(1e-5), out.add_vocab_size(4)
+    out.add_rope_dimension_count(16), out.add_tokenizer_model("gpt2")
+    out.add_token_list(["a", "b", "ab", evil]), out.add_token_merges(["a b"]), out.add_token_types([1, 1, 3, 3])
+    names = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]
+    matrices = {f"blk.0.{name}.weight": (32, 32) for name in names} | {"token_embd.weight": (4, 32), evil: (4, 32)}
+    vectors = dict.fromkeys(["blk.0.attn_norm.weight", "blk.0.ffn_norm.weight", "output_norm.weight"], (32,))
+    for name, shape in (matrices | vectors).items():
+        out.add_tensor(name, np.ones(shape, np.float32))
+    out.write_header_to_file(), out.write_kv_data_to_file(), out.write_tensors_to_file()
+    out.close()
+
+
+def test_a_gguf_file_is_converted_into_the_cache_alone(tmp_path):
+    pytest.importorskip("gguf")
+    import torch
+    import transformers
+
+    (tmp_path / "source").mkdir()
+    gguf(tmp_path / "source/a.gguf")
+    before = written(tmp_path)
+    models._from_gguf(tmp_path / "source/a.gguf", tmp_path / "cache/made", transformers, torch.float32)
+    assert (tmp_path / "cache/made/model.safetensors").is_file()
+    assert {f: what for f, what in written(tmp_path).items() if tmp_path / "cache" not in f.parents} == before
+    assert not any(file.is_symlink() for file in (tmp_path / "cache").rglob("*"))
+    assert not Path("/out").exists()
+
+
+CODE = """
+from pathlib import Path
+Path(__file__).parents[1].joinpath("out").write_text("x")
+class Evil: ...
+"""
+
+
+def test_a_model_folder_is_read_and_nothing_is_written(world, tmp_path, monkeypatch):
+    """It brings code, and names of files that lie elsewhere."""
+    from kvsuite.engines.transformers import TransformersEngine
+
+    evil, auto = "../../../../out", {"AutoConfig": "code.Evil", "AutoModelForCausalLM": "code.Evil"}
+    folder = shutil.copytree(world / "model", tmp_path / "model")
+    (folder / "code.py").write_text(CODE)
+    (folder / "link").symlink_to(tmp_path / "home")
+    for name, more in {
+        "config.json": {"auto_map": auto, "_name_or_path": evil, "quantization_config": None},
+        "tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["code.Evil", "code.Evil"]}, "tokenizer_file": evil,
+                                  "vocab_file": "/out", "name_or_path": evil, "cache_dir": evil},
+        "generation_config.json": {"_from_model_config": evil, "cache_dir": evil},
+    }.items():  # fmt: skip
+        found = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(found | more))
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("KVSUITE_CACHE", str(tmp_path / "cache"))
+    before = written(tmp_path)
+    models.check_whole(folder)
+    models.model_limit(folder)
+    models.fingerprint(folder)
+    TransformersEngine.load(folder)
+    assert written(tmp_path) == before
+    assert not Path("/out").exists()

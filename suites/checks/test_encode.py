@@ -3,6 +3,7 @@
 import string
 
 import pytest
+from jinja2.exceptions import SecurityError, UndefinedError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
@@ -46,6 +47,22 @@ def test_a_template_that_changes_the_question_is_told():
     assert "What &lt;is&gt; it?" in "".join(string.printable[i] for i in whole)
     with pytest.raises(UsageError, match="the chat template changes the question of sample r"):
         engine(letters(ESCAPES)).encode(REQUEST, "context")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ cycler.__init__.__globals__.os.listdir('/') }}",
+        "{{ messages.append('x') }}",
+        "{% include '/etc/hostname' %}",
+        "{% import 'os' as os %}",
+    ],
+)
+def test_a_template_reaches_nothing_but_the_messages(template):
+    """transformers renders it in Jinja's sandbox, without a loader of files (docs/security.md)."""
+    with pytest.raises((SecurityError, UndefinedError, TypeError), match=r"unsafe|undefined|no loader"):
+        engine(letters(template)).encode(REQUEST, "prompt")
 
 
 def test_a_tokenizer_without_offsets_serves_whole_prompts():

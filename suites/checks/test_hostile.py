@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -9,19 +10,36 @@ import struct
 import subprocess
 import sys
 import time
+import tomllib
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import kvsuite
 from kvsuite import disk
-from kvsuite.engines import openvino_model
+from kvsuite.engines import openvino_model, server
 from kvsuite.engines.stream import LARGEST, Events, Failure
 from kvsuite.errors import UsageError, printable
+from kvsuite.predict import cells, files, length, throughput
+from kvsuite.readers import aiconfigurator
+from kvsuite.tasks import rows
 from suites.checks.depth import depth
 from suites.robustness import large
 from suites.robustness.hostile import attempt
-from suites.robustness.targets import GUIDELLM, OURS, SMALL, Target, targets
+from suites.robustness.targets import (
+    GPU,
+    GUIDELLM,
+    KERNEL,
+    OURS,
+    SMALL,
+    WEIGHTS,
+    Target,
+    parquet,
+    safetensors,
+    targets,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,13 +53,24 @@ def test_hostile_input_ends_well_or_in_a_sentence(target):
     assert found.refused < found.inputs or not target.taken, "a valid input is taken"
 
 
+def _saved(kind):
+    return json.dumps({"kind": kind, "kvsuite": kvsuite.__version__}).encode()
+
+
+NO_NUMBER = {"kv_cache_dtype": "fp8", "m": math.nan}
 FOUND = {
     "options": {"baseline": "openvino:kv=f16", "variant": ["a=openvino"], "workload": "x" * 5000},
     "lm-eval": b'{"doc_id": 0, "target": "x", "filter": "none", "metrics": [[]], "acc": 0}\n',
     "guidellm": json.dumps({"benchmarks": [GUIDELLM[0]["benchmarks"][0] | {"start_time": [1.0, 2.0]}]}).encode(),
     "report of records": json.dumps(next(x for x in SMALL if x["kind"] == "answer") | {"task": "\ud800"}).encode(),
+    "benchmarks": b'{"benchmarks": null}',
+    "throughput predictor": _saved(throughput.KIND),
+    "length predictor": _saved(length.KIND),
+    "tokenizer.json": b"{}",
+    "a GPU's tables": GPU + b"\0\0" + parquet({name: [value] for name, value in (KERNEL | NO_NUMBER).items()}),
+    "KVzap weights": safetensors(WEIGHTS[2], 16),
 }
-"""By place, an input of the long run's that was let through once."""
+"""By place, an input that was let through once."""
 
 
 @pytest.mark.parametrize("name", FOUND)
@@ -97,8 +126,14 @@ NEVER = re.compile(r"trust_remote_code(?!=False)|allow_pickle|torch\.load\(")
 """Libraries' ways to run what is read; ruff knows the others (S in pyproject.toml)."""
 
 
-def test_no_source_runs_what_it_reads():
-    sources = sorted((ROOT / "kvsuite").rglob("*.py"))
+def test_no_source_of_a_wheel_runs_what_it_reads():
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    moved = told["package-dir"]
+    folders = [
+        ROOT / name.replace("kvsuite.suites", moved["kvsuite.suites"]).replace(".", "/") for name in told["packages"]
+    ]
+    sources = [file for folder in folders for file in folder.glob("*.py")]
+    assert {file.parent.name for file in sources} > {"kvsuite", "suites", "length", "samples", "throughput", "tools"}
     assert [file for file in sources if NEVER.search(file.read_text())] == []
 
 
@@ -114,8 +149,9 @@ def test_no_source_runs_what_it_reads():
         *("exec(x)", "import yaml\nyaml.load(x)", "import marshal\nmarshal.loads(x)"),
     ],
 )
-def test_lint_finds_what_runs_its_input(source):
-    command = ["ruff", "check", "--no-cache", "--stdin-filename", str(ROOT / "kvsuite/a.py"), "-"]
+@pytest.mark.parametrize("folder", ["kvsuite", "suites/samples"])
+def test_lint_finds_what_runs_its_input(source, folder):
+    command = ["ruff", "check", "--no-cache", "--stdin-filename", str(ROOT / folder / "a.py"), "-"]
     done = subprocess.run(command, input=f"x = 1\n{source}\n", capture_output=True, text=True, cwd=ROOT)
     assert "S" in {line[0] for line in done.stdout.splitlines() if line[1:2].isdigit()}, done.stdout + done.stderr
 
@@ -143,6 +179,52 @@ def test_a_file_is_read_within_bounds(tmp_path, monkeypatch):
         disk.parsed("[" * 100_000)
 
 
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("a.csv", cells.read),
+        ("a.json", cells.read),
+        ("a.json", lambda file: files.read(file, "a", {})),
+        ("a.yaml", aiconfigurator._facts),
+        ("a.parquet", lambda file: aiconfigurator._products(file)),
+    ],
+)
+def test_a_file_that_is_read_as_a_whole_is_refused_beyond_the_bound(name, read, tmp_path, monkeypatch):
+    if name == "a.parquet":
+        pytest.importorskip("pyarrow")
+    monkeypatch.setattr(disk.content, "__defaults__", (50,))
+    monkeypatch.setattr(disk.text, "__defaults__", (50,))
+    monkeypatch.setattr(aiconfigurator, "FACTS", 50)
+    (tmp_path / name).write_bytes(b"x" * 51)
+    with pytest.raises(UsageError, match="has more than 50 bytes"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_rows_of_a_dataset_are_refused_beyond_the_bound(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "LARGEST", 50)
+    (tmp_path / name).write_bytes(b"x" * 51)
+    with pytest.raises(UsageError, match=r"50 bytes|51 bytes, more than .* 50$"):
+        rows.load(rows.Where("d", "c", "s", place=str(tmp_path / name)))
+
+
+def test_a_line_of_a_dataset_is_refused_beyond_the_bound(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "LONGEST", 10)
+    where = rows.Where("d", "c", "s", place=str(tmp_path / "a.jsonl"))
+    (tmp_path / "a.jsonl").write_bytes(b'{"a":1234}\n')
+    assert rows.load(where) == [{"a": 1234}]
+    (tmp_path / "a.jsonl").write_bytes(b'{"a":12345}\n')
+    with pytest.raises(UsageError, match="a line of it has more than 10 bytes"):
+        rows.load(where)
+
+
+def test_a_servers_log_is_read_up_to_the_bound(tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "LARGEST", 10)
+    (tmp_path / "log").write_text("before" + "x" * 11)
+    one = SimpleNamespace(_process=0, log=tmp_path / "log", _began=6)
+    assert server.Server._said(one) == "x" * 10
+
+
 def test_an_event_is_heard_within_bounds():
     events, piece = Events(), b"x" * (1 << 20)
     events.feed(b"data: ")
@@ -150,6 +232,15 @@ def test_an_event_is_heard_within_bounds():
         assert events.feed(piece) == []
     with pytest.raises(Failure, match="more than 16,777,216 bytes"):
         events.feed(piece)
+
+
+def test_a_gpus_yaml_merges_nothing(tmp_path):
+    """A few lines that merge dicts of merged dicts make billions."""
+    (tmp_path / "a.yaml").write_text("gpu: {mem_bw: 1, mem_capacity: 2}")
+    assert aiconfigurator._facts(tmp_path / "a.yaml") == {"mem_bw": 1, "mem_capacity": 2, "sm_version": 0}
+    (tmp_path / "a.yaml").write_text("gpu: {mem_bw: 1, <<: {mem_capacity: 2}}")
+    with pytest.raises(UsageError, match="mem_capacity"):
+        aiconfigurator._facts(tmp_path / "a.yaml")
 
 
 def test_a_text_of_any_length_in_a_gguf_file_takes_no_memory(tmp_path):

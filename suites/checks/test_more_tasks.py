@@ -143,7 +143,7 @@ def test_code_passes_as_in_humaneval(problems, answer, score, monkeypatch):
 
     def passes(program):
         try:
-            exec(program, {})
+            exec(program, {})  # noqa: S102  (of the published problems)
         except BaseException:
             return False
         return True

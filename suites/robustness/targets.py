@@ -5,31 +5,38 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import math
 import struct
+import tempfile
 import typing
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from hypothesis import strategies as st
 
-from kvsuite import configs, models, readers, records, workloads
+from kvsuite import configs, models, readers, records, shapes, workloads
 from kvsuite.analysis import gates, negative_set
 from kvsuite.analysis.report import analyse
+from kvsuite.analysis.table import Table
 from kvsuite.engines import openvino_model, probe, profile
 from kvsuite.engines.openai import Client
 from kvsuite.engines.request import Ask, Reply
 from kvsuite.engines.stream import Events, Failure, StreamParser
 from kvsuite.errors import UsageError
+from kvsuite.kernels.context import LayerContext
 from kvsuite.margins import Margins
 from kvsuite.methods import parse_all
 from kvsuite.methods.budgets import headwise
 from kvsuite.methods.selectors import kvzap
-from kvsuite.plugin import options
+from kvsuite.plugin import options, serving
 from kvsuite.plugin.declared import HELP
-from kvsuite.predict import cells
+from kvsuite.predict import cells, length, prompts, tables, throughput, types
+from kvsuite.readers import aiconfigurator
 from kvsuite.readers.run import arms, documents
 from kvsuite.report import as_json, html, markdown, terminal
 from kvsuite.tasks import rows
@@ -56,14 +63,16 @@ class Target:
     """Whether any of them is valid."""
 
 
-def _file(name: str, inputs: st.SearchStrategy[bytes], read: Callable[[Path], object], file: str = "") -> Target:
+def _file(
+    name: str, inputs: st.SearchStrategy[bytes], read: Callable[[Path], object], file: str = "", dear: int = 1
+) -> Target:
     """One that reads a file."""
 
     def given(content: bytes, folder: Path) -> object:
         (folder / (file or "input")).write_bytes(content)
         return read(folder / (file or "input"))
 
-    return Target(name, inputs, given)
+    return Target(name, inputs, given, dear)
 
 
 def _text(*seeds: str, words: tuple[str, ...] = ()) -> st.SearchStrategy[str]:
@@ -304,6 +313,126 @@ ACKNOWLEDGED = (
 )
 
 
+BENCHED = {
+    "machine_info": {"cpu": {"brand_raw": "a"}},
+    "benchmarks": [
+        {"name": "b", "stats": {"median": 0.5}, "extra_info": {
+            "model": "m", "method": "full", "stage": "prefill", "bsz": 1, "prompt_len": 512}},
+    ],
+}  # fmt: skip
+
+
+def _saved(predictor: throughput.Predictor | length.Predictor) -> dict[str, Any]:
+    """What is in the file of a saved predictor."""
+    with tempfile.TemporaryDirectory() as folder:
+        predictor.save(Path(folder) / "a")
+        found: dict[str, Any] = json.loads((Path(folder) / "a").read_text())
+    return found
+
+
+def _timed() -> list[cells.Cell]:
+    """Enough cells of two methods for all terms."""
+    factors = (("full", 1.0), ("int8", 0.7))
+    return [
+        cells.Cell("here", "m", method, "decoding", b, n, k * (0.01 + b * n / 1e6), method == "full")
+        for method, k in factors for b in (1, 4) for n in (256, 1024)
+    ]  # fmt: skip
+
+
+def _throughput(file: Path) -> None:
+    predictor = throughput.Predictor.load(file)
+    for cell in predictor.cells[-1:]:
+        key = cell.setting, cell.model, cell.method, cell.stage
+        answers = predictor.ask(*key, [(cell.batch, cell.length), (1, 512)], extrapolate=True)
+        _printed(tables.answers(cell.method, answers), [tables.answer_json(a) for a in answers])
+
+
+EMBEDDED = 3
+
+
+def _embed(texts: Sequence[str]) -> tuple[Any, list[int]]:
+    return np.ones((len(texts), EMBEDDED), np.float32) / len(texts), [1] * len(texts)
+
+
+def _lengths() -> length.Predictor:
+    """One that knows lengths, changes and types."""
+    x = prompts.features(["a", "b?", "c d"], [1, 2, 3], _embed)
+    known = length.Quantiles.learned(x, ["full", "int8", "full"], np.array([1.0, 2.0, 3.0]))
+    return length.Predictor("m", "f", 64, known, known, types.Classifier.learned(x, ["qa", "code", "qa"]))
+
+
+def _length(file: Path) -> None:
+    predictor = length.Predictor.load(file)
+    answers = predictor.ask("Say hi", 2, _embed)
+    _printed(tables.asked(predictor.cap, answers), answers)
+
+
+def _printed(table: Table, figures: Any) -> None:
+    """As `kvsuite predict` shows them."""
+    terminal.write([table], io.StringIO(), 100)
+    json.dumps(figures, allow_nan=False)
+
+
+GPU = b"gpu:\n  mem_bw: 4000000000000\n  mem_capacity: 150000000000\n  sm_version: 90\n"
+ALIASES = b"a: &a [x, x, x]\nb: &b [*a, *a, *a]\n", b"!!python/object/apply:os.system [ls]", b"&a [*a]", b"2026-11-30"
+
+
+def _gpus(content: bytes, folder: Path) -> None:
+    """A GPU's YAML, and behind two zero bytes its table of attention, which is that of products, too."""
+    facts, _, table = content.partition(b"\0\0")
+    data = folder / "data" / "h200"
+    for file in (data / "attention/vllm/1.0" / aiconfigurator.ATTENTION, data / "gemm/vllm/1.0" / aiconfigurator.GEMM):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(table or KERNELS)
+    (folder / "h200.yaml").write_bytes(facts)
+    aiconfigurator.measured(folder, "h200", "vllm", shapes.shape("llama-3.1-8b"))
+    aiconfigurator.formats(folder, "vllm")
+
+
+def parquet(columns: dict[str, list[Any]], **options: Any) -> bytes:
+    from pyarrow import parquet as written
+    from pyarrow import table
+
+    file = io.BytesIO()
+    written.write_table(table(columns), file, **options)
+    return file.getvalue()
+
+
+KERNEL = {
+    "kernel_source": "k", "batch_size": 1, "isl": 1, "beam_width": 1, "num_heads": 32, "num_key_value_heads": 8,
+    "head_dim": 128, "attn_dtype": "bfloat16", "step": 63, "latency": 0.5, "gemm_dtype": "bfloat16", "m": 1, "n": 8,
+    "k": 8,
+}  # fmt: skip
+FORMATS = {"kv_cache_dtype": ["bfloat16", "fp8"]}
+KERNELS = parquet({name: [value] * 2 for name, value in KERNEL.items()} | FORMATS)
+
+
+@st.composite
+def _kernels(draw: Any) -> bytes:
+    """A table of which some columns hold other values, or bytes of which some are others."""
+    if draw(st.booleans()):
+        return draw(mutated.data((KERNELS,)))
+    odd = [[None, 1], ["x", "1"], [-1, 0], [2**62, 1], [1e300, math.nan], [[1], []], [{"a": 1}, None], [b"\xff", b""]]
+    columns = {name: [value] * 2 for name, value in KERNEL.items()} | FORMATS
+    for name in draw(st.lists(st.sampled_from(sorted(columns)), max_size=2)):
+        columns[name] = draw(st.sampled_from(odd))
+    return parquet(columns)
+
+
+PUBLISHED = parquet({"a": [1, 2], "b": ["x", None], "c": [["y"], []]}), parquet({"a": ["x"] * 99}, compression="zstd")
+
+
+def _rows(file: Path) -> None:
+    """By `datasets`, whose cache is then in this folder."""
+    from datasets import config
+
+    before, config.HF_DATASETS_CACHE = config.HF_DATASETS_CACHE, file.parent / "cache"
+    try:
+        rows.fingerprint(rows.load(rows.Where("d", "c", "s", place=str(file))))
+    finally:
+        config.HF_DATASETS_CACHE = before
+
+
 def _zipped(content: bytes, folder: Path) -> None:
     (folder / "a.zip").write_bytes(content)
     rows.load(rows.Where("d", "c", "s", "a.zip", "b.jsonl", str(folder / "a.zip")))
@@ -335,7 +464,7 @@ ARRAYS = struct.pack("<IQ", 9, 1) * 50_000
 """An array in an array in an array."""
 
 
-def _safetensors(header: dict[str, Any], size: int) -> bytes:
+def safetensors(header: dict[str, Any], size: int) -> bytes:
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + bytes(size)
 
@@ -344,13 +473,25 @@ def _tensors(name: str) -> dict[str, Any]:
     return {name: {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}, "__metadata__": {"format": "pt"}}
 
 
+def _biased(*shape: int) -> dict[str, Any]:
+    """A layer's matrix, or what has its name, and its bias."""
+    bias = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    return {
+        "layers.0.weight": {"dtype": "F32", "shape": shape, "data_offsets": [8, 8 + 4 * math.prod(shape)]},
+        "layers.0.bias": bias,
+    }
+
+
+WEIGHTS = (_biased(2, 2), _tensors("layers.0.weight"), _biased(2))
+
+
 @st.composite
 def _weights(draw: Any) -> bytes:
     if draw(st.booleans()):
-        return draw(mutated.data((_safetensors(_tensors("layers.0.weight"), 16),)))
-    header = json.dumps(draw(mutated.documents((_tensors("layers.0.weight"),)))).encode()
+        return draw(mutated.data((safetensors(WEIGHTS[0], 24), safetensors(WEIGHTS[1], 16))))
+    header = json.dumps(draw(mutated.documents(WEIGHTS))).encode()
     length = draw(st.sampled_from((len(header),) * 3 + (0, 2**63, 2**64 - 1, len(header) + 1)))
-    return struct.pack("<Q", length) + header + bytes(draw(st.sampled_from((16, 16, 16, 0, 8))))
+    return struct.pack("<Q", length) + header + bytes(draw(st.sampled_from((24, 24, 16, 16, 0, 8))))
 
 
 def _whole(content: bytes, folder: Path) -> None:
@@ -359,7 +500,7 @@ def _whole(content: bytes, folder: Path) -> None:
 
 
 def _index(content: bytes, folder: Path) -> None:
-    (folder / "model.safetensors").write_bytes(_safetensors(_tensors("a"), 16))
+    (folder / "model.safetensors").write_bytes(safetensors(_tensors("a"), 16))
     (folder / "model.safetensors.index.json").write_bytes(content)
     models.check_whole(folder)
 
@@ -377,6 +518,13 @@ CONFIG = (
      "num_attention_heads": 2, "hidden_size": 8, "rope_parameters": {"rope_type": "default"}},
     {"text_config": {"model_type": "x", "head_dim": 4, "num_hidden_layers": 1, "num_attention_heads": 2}},
 )  # fmt: skip
+
+
+TOKENIZER = {
+    "version": "1.0", "added_tokens": [], "normalizer": {"type": "NFC"},
+    "pre_tokenizer": {"type": "Split", "pattern": {"Regex": " ?a+"}, "behavior": "Isolated", "invert": False},
+    "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "b"},
+}  # fmt: skip
 
 
 # servers
@@ -531,8 +679,14 @@ def targets() -> list[Target]:
         _file("ShareGPT", mutated.texts(SHAREGPT), _sharegpt),
         _file("jsonl task", line(TASK), lambda file: Jsonl.parse(f"jsonl:{file}")),
         Target("rows in a zip", mutated.data((_archive(),)), _zipped),
+        _file("rows in Parquet", mutated.data(PUBLISHED), _rows, "a.parquet", dear=50),
         Target("negative set", _both(mutated.texts((NEGATIVES,)), line((NEGATIVE,))), _negatives),
         _file("predictor's cells", mutated.data(CELLS), lambda file: cells.read(file), "a.csv"),
+        _file("benchmarks", mutated.texts((BENCHED,)), cells.read, "a.json"),
+        _file("throughput predictor", mutated.texts((_saved(throughput.Predictor(_timed())),)), _throughput),
+        _file("length predictor", mutated.texts((_saved(_lengths()),)), _length),
+        Target("a GPU's facts", mutated.data((GPU,), ALIASES), _gpus),
+        Target("a GPU's tables", _kernels().map(lambda content: GPU + b"\0\0" + content), _gpus),
         _file("acknowledged", mutated.data(ACKNOWLEDGED), gates.acknowledged),
         _file("profile", mutated.data(PROFILES, (b"facts = ", b"'log (a+)+$'")), profile.Profile.load, "a.toml"),
         _file("headwise shares", mutated.texts(([[0.5, 1], [0.1, 0.2]],)), lambda file: _headwise(file)),
@@ -541,6 +695,7 @@ def targets() -> list[Target]:
         Target("safetensors index", mutated.texts(({"weight_map": {"a": "model.safetensors"}},)), _index),
         _file("KVzap weights", _weights(), lambda file: _kvzap(file)),
         Target("config.json", mutated.texts(CONFIG), _config),
+        _file("tokenizer.json", mutated.texts((TOKENIZER,)), lambda file: serving.tokens_by(file)("a b aa\ud800")),
         Target("events", _events(), _stream),
         Target("HTTP", mutated.data(RESPONSES, HEADERS), _http),
         Target("pages of a server", mutated.data(PAGES) | mutated.texts(tuple(map(json.loads, PAGES[:2]))), _pages),
@@ -551,6 +706,9 @@ def _both(one: st.SearchStrategy[bytes], other: st.SearchStrategy[bytes]) -> st.
     return st.tuples(one, other).map(b"\n\n".join)
 
 
+LAYER = LayerContext(0, 2, 2, 2, torch.float32, torch.float32, torch.device("cpu"), hidden_size=2)
+
+
 def _headwise(file: Path) -> None:
     headwise.loaded.cache_clear()
     headwise.loaded(str(file))
@@ -558,4 +716,7 @@ def _headwise(file: Path) -> None:
 
 def _kvzap(file: Path) -> None:
     kvzap.loaded.cache_clear()
-    kvzap.loaded(str(file)).hash  # noqa: B018
+    given = kvzap.KVzap(weights=str(file), budget=64)
+    given.artifact.hash  # noqa: B018
+    given.check_model([LAYER])
+    kvzap.Predicted(str(file)).note(torch.ones(3, 2), 0)

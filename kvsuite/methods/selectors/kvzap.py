@@ -67,11 +67,17 @@ class KVzap(BudgetSelector):
             first, last = _names(own, layer.index)
             wanted = ((last, 0, layer.kv_heads, "kv heads"), (first, 1, layer.hidden_size, "channels of hidden states"))
             for name, axis, size, called in wanted:
-                found = own[f"{name}.weight"].shape[axis] if f"{name}.weight" in own else 0
+                there = own.get(f"{name}.weight")
+                found = 0 if there is None or there.dim() != 2 else there.shape[axis]
                 if found != size:
                     raise UsageError(
                         f"{self.name}: {self.weights} has {found} {called} in layer {layer.index}, the model has {size}"
                     )
+            sizes = [own[f"{name}.weight"].shape for name in dict.fromkeys((first, last))]
+            biases = [own.get(f"{name}.bias") for name in dict.fromkeys((first, last))]
+            fit = all(b is not None and b.shape == s[:1] for b, s in zip(biases, sizes, strict=True))
+            if not fit or (len(sizes) == 2 and sizes[1][1] != sizes[0][0]):
+                raise UsageError(f"{self.name}: {self.weights} has sizes in layer {layer.index} that do not fit")
 
     def score(self, seen: PrefilledLayer, tokens: int) -> Tensor:
         scores: Tensor = seen[self.observes[0]].clone()
