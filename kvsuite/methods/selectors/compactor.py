@@ -23,7 +23,7 @@ class Compactor(BudgetSelector):
     what a token gets from all queries of its chunk of ``chunk`` tokens, earlier or later ones, of logits that are not
     divided by √d, times ‖v‖₂, averaged over 3 neighbours. Without ``blend`` it is the share of tokens that go, as in
     kvpress. The sketch is drawn from ``seed`` and the layer, one for all heads. Acts on the prompt alone; while
-    decoding all new tokens stay."""
+    decoding all new tokens stay. The defaults are kvpress's."""
 
     name = "compactor"
     stores = "the first and last tokens, and those with high leverage or attention, per kv head"
