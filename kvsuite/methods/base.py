@@ -347,7 +347,8 @@ class Method:
         tokens, scores, counts = self.tokens(length), None, None
         if self.selector is not None:
             counts = [[self.selector.tokens(length)] * heads] * len(context)
-            if tokens < length or self.budget.decides:
+            shorter = length <= self.selector.protects[0]  # there is nothing to score, and all stays
+            if tokens < length or (self.budget.decides and not shorter):
                 scores = [self.selector.score(seen, tokens) for seen in context]
                 counts = self.budget.allot(scores, tokens).tolist()
         for i, (seen, cache) in enumerate(zip(context, caches, strict=True)):
