@@ -11,7 +11,7 @@ class Codebook(Codec):
 
     name = "codebook"
     stores = "4-bit indices, one a byte, into calibrated levels; a scale per sequence and head"
-    source = "docs/extending.md"
+    source = "docs/add-a-method.md"
 
     def calibrate(self, context):
         import torch

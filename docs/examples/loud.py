@@ -22,7 +22,7 @@ class Loud(BudgetSelector):
 
     name = "loud"
     stores = "the tokens with the largest hidden states, and the last `recent`"
-    source = "docs/extending.md"
+    source = "docs/add-a-method.md"
     observes = (LOUDEST,)
 
     recent: int = 8

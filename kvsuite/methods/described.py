@@ -11,8 +11,9 @@ from kvsuite.methods.named import NAMED
 
 TITLES = {"selector": "Selectors", "budget": "Budgets", "codec": "Codecs", "reader": "Readers"}
 COMMON = {
+    "selector": "A `budget` of 0.2 is kvsuite's default, not the authors'.",
     "codec": "Every codec has `skip_first=0` and `skip_last=0` besides: so many first and last layers are stored as\n"
-    "`full` stores them."
+    "`full` stores them.",
 }
 """What all of a kind have."""
 

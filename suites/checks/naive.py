@@ -1,5 +1,7 @@
-"""Attention as its formula says, one query head at a time in float64, and how far rounding may carry one from it."""
+"""Attention and integer codes as their formulas say, in float64: of attention one query head at a time, and how far
+rounding may carry one from it."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,3 +60,32 @@ def rounding(
     relative = 2 * score + (3 + (not exact)) * unit + (k.shape[0] + 8) * single
     tiny = torch.finfo(q.dtype).smallest_normal * 2 * unit  # what subnormal weights and results are rounded by
     return relative * (p @ v.double().abs()) + values + tiny * (1 + v.double().abs().sum(0))
+
+
+def float16(x: np.ndarray, up: bool) -> np.ndarray:
+    """The nearest float16 of a float64 on that side of it."""
+    half = x.astype(np.float16)
+    wrong = half < x if up else half > x
+    return np.where(wrong, np.nextafter(half, np.float16(np.inf if up else -np.inf)), half).astype(np.float64)
+
+
+def check_codes(x: Tensor, bits: int, stored: tuple[Tensor, ...], off: Tensor | float = 0.0) -> Tensor:
+    """AssertionError unless ``stored`` are x's codes (…, n), scale and zero (…, 1): zero = min rounded down to float16,
+    scale = (max - zero) / (2^bits - 1) rounded up to it, and the integers nearest to (x - zero) / scale. x float64
+    (…, n). float32 computes the quotients; one that it cannot tell from a float16 or from a half may go either way.
+    ``off``: so far may x be from what was encoded, because float32 computed that, too. Returns code · scale + zero."""
+    codes, scale, zero = (part.double().numpy() for part in stored)
+    value, far = x.double().numpy(), np.asarray(torch.as_tensor(off).double())
+    levels, single = 2**bits - 1, 2.0**-22
+    low, high = value.min(-1, keepdims=True), value.max(-1, keepdims=True)
+    assert (float16(low - far, False) <= zero).all()
+    assert (zero <= float16(low + far, False)).all()
+    step = (high - zero) / levels
+    assert (float16(step * (1 - single) - far / levels, True) <= scale).all()
+    assert (scale <= float16(step * (1 + single) + far / levels, True)).all()
+    exact = (value - zero) / np.where(scale > 0, scale, 1)
+    nearest, room = np.clip(np.rint(exact), 0, levels), levels * single + far / np.where(scale > 0, scale, np.inf)
+    from_half = abs(exact - np.floor(exact) - 0.5)
+    assert ((codes == nearest) | (from_half <= room)).all()
+    assert (abs(codes - exact) <= 0.5 + room).all()
+    return torch.from_numpy(codes * scale + zero)

@@ -1,13 +1,15 @@
-"""The table of methods: each property of METHODS.md is checked over all of its rows. A new method is one new row."""
+"""The table of methods, made of the parts that docs/methods.md lists: each property is checked over all of its rows. A
+new method is one new row."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from kvsuite import registry
 from kvsuite.cache.layer import LayerCache
-from kvsuite.cache.observations import AttentionMass, ExtraPass, LastQueries, QueryCentres
+from kvsuite.cache.observations import AttentionMass, ExtraPass, LastQueries, Observation, QueryCentres
 from kvsuite.cache.prefill import PrefillCache, PrefilledLayer
 from kvsuite.kernels.context import AttentionParams, LayerContext
 from kvsuite.kernels.cpu.build import BuildError, compiler
@@ -122,10 +124,15 @@ def has_compiler() -> bool:
         return False
 
 
-def layer(dtype: torch.dtype = torch.bfloat16, index: int = 0, kv_dtype: torch.dtype | None = None) -> LayerContext:
-    rope = Rope(1e4 ** (-torch.arange(0, DIM, 2) / DIM))
-    where = torch.device("cpu")
-    return LayerContext(index, HEADS, KV_HEADS, DIM, dtype, kv_dtype or dtype, where, rope, layers=2, hidden_size=DIM)
+def layer(
+    dtype: torch.dtype = torch.bfloat16,
+    index: int = 0,
+    kv_dtype: torch.dtype | None = None,
+    shape: tuple[int, int, int] = (HEADS, KV_HEADS, DIM),
+) -> LayerContext:
+    dim, cpu = shape[2], torch.device("cpu")
+    rope = Rope(1e4 ** (-torch.arange(0, dim, 2) / dim))
+    return LayerContext(index, *shape, dtype, kv_dtype or dtype, cpu, rope, layers=2, hidden_size=dim)
 
 
 FITTED = [text for text in CODECS if any(spec.fitted(DIM, torch.bfloat16) for spec in parse(text).codec.specs(layer()))]
@@ -147,13 +154,19 @@ def context(length: int, seed: int, dtype: torch.dtype = torch.bfloat16, index: 
 
 
 def prefilled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: int = 0) -> PrefilledLayer:
-    """The same of a prompt's own q (HEADS, T, DIM), k and v (KV_HEADS, T, DIM). What only a model could show is stood
-    in for: hidden states by keys, an extra pass by the attention of this one."""
-    asked = [*OBSERVED, *(LastQueries(n) for n in (8, 16, 32))]
-    (one,) = PrefillCache([layer(k.dtype, index)], asked, "reference").layers
+    """The same of a prompt's own q (HEADS, T, DIM), k and v (KV_HEADS, T, DIM)."""
+    return observed(layer(k.dtype, index), [*OBSERVED, *(LastQueries(n) for n in (8, 16, 32))], q, k, v)
+
+
+def observed(
+    where: LayerContext, asked: Sequence[Observation], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> PrefilledLayer:
+    """A layer's prompt and what is asked of it. What only a model could show is stood in for: hidden states by keys, an
+    extra pass by the attention of this one."""
+    (one,) = PrefillCache([where], [AttentionMass(), *asked], "reference").layers
     one.hidden = k.amax(0)[None]
     one.update(k[None], v[None])
-    one.attend(q[None], SCALE, None, None, None)
+    one.attend(q[None], where.head_dim**-0.5, None, None, None)
     one.seen.observed.update({what: one.seen[AttentionMass()] for what in asked if isinstance(what, ExtraPass)})
     return one.seen
 

@@ -15,6 +15,7 @@ from kvsuite.kernels.fp4 import E2M1, from_e2m1, to_e2m1
 from kvsuite.kernels.hadamard import hadamard
 from kvsuite.kernels.quantize import unpack
 from kvsuite.methods import parse
+from suites.checks import naive
 from suites.checks.table import layer
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -42,7 +43,7 @@ def vectors(draw):
 
 def encoded(text, x, side=0):
     """The fields of x (n, head_dim), and what is read of them as float32."""
-    spec = parse(text).codec.specs(layer())[side]
+    spec = parse(text).codec.specs(replace(layer(), head_dim=x.shape[-1]))[side]
     fields = spec.encode(x[:, None, None], ())
     return [field[:, 0] for field in fields], spec.decode(fields, torch.float32, ())[:, 0, 0]
 
@@ -85,6 +86,29 @@ def test_nvfp4_is_its_formula(text, tensor_scale, fulls, x):
         off = [abs(a - b) for a, b in zip(own, expected, strict=True)]
         error = [abs(abs(a - x) - abs(b - x)) for a, b, x in zip(own, expected, block, strict=True)]
         assert all(d == 0 or e < 1e-6 * step for d, e in zip(off, error, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "scales"), [("fp8", (1.0, 1.0)), ("fp8:k_scale=0.3,v_scale=7.1", (0.3, 7.1)), ("fp8:per=token", None)]
+)
+@settings(max_examples=20)
+@given(x=vectors())
+def test_fp8_is_its_formula(text, scales, x):
+    """The e4m3 number that is nearest to x / s, and that times s. A quotient may be rounded onto a half."""
+    x[x.abs() < 1e-30] = 0  # so that float32 keeps all digits
+    for side in (0, 1):
+        fields, read = encoded(text, x, side)
+        for at, vector in enumerate(x.double().tolist()):
+            largest = max(map(abs, vector))
+            scale = scales[side] if scales else largest / 448 or 1.0
+            if not scales:
+                assert float(fields[1][at]) == pytest.approx(scale, rel=2.0**-24)
+            for channel, value in enumerate(vector):
+                exact = min(max(value / scale, -448.0), 448.0)
+                code = float(fields[0][at, channel].view(torch.float8_e4m3fn))
+                if code != nearest(exact, E4M3):
+                    assert abs(abs(code - exact) - abs(nearest(exact, E4M3) - exact)) <= 2.0**-22 * abs(exact)
+                assert float(read[at, channel]) == pytest.approx(code * scale, rel=2.0**-22, abs=0)
 
 
 @settings(max_examples=40)
@@ -183,17 +207,17 @@ def test_the_rotation_is_orthonormal_and_its_own_inverse(dim):
 @settings(max_examples=30)
 @given(x=vectors())
 def test_rotated_integers_are_those_of_the_rotated_numbers(bits, x):
-    """Within half a step of the rotated range, in the norm that the rotation keeps."""
-    read = encoded(f"int{bits}:rotate=hadamard", x)[1].double()
+    """The formula's codes of numbers that float64 has rotated, and what is read is their code · scale + zero, turned
+    back; float32 rotates 64 channels to a few millionths of a vector."""
+    x[x.abs() < 1e-30] = 0  # so that float32 keeps all digits
+    (codes, *rest), read = encoded(f"int{bits}:rotate=hadamard", x)
     matrix = torch.ones(1, 1).double()
     while len(matrix) < 64:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)]) / 2**0.5
-    rotated = x.double() @ matrix
-    span = rotated.amax(-1) - rotated.amin(-1)
-    largest = rotated.abs().amax(-1)
-    step = (span + largest * 2.0**-10) / (2**bits - 1) * (1 + 2.0**-10) + 2.0**-24
-    error = ((read - x) @ matrix).abs().amax(-1)
-    assert (error <= step / 2 + largest * 1e-5).all()
+    off = 4e-7 * x.double().norm(dim=-1, keepdim=True)
+    stored = unpack(codes, bits), *(part[:, 0] for part in rest)
+    expected = naive.check_codes(x.double() @ matrix, bits, stored, off)
+    assert ((read - expected @ matrix).abs() <= 4e-7 * expected.norm(dim=-1, keepdim=True)).all()
 
 
 def test_a_rotation_spreads_an_outlier():

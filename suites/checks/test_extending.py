@@ -1,4 +1,4 @@
-"""docs/extending.md is followed as a newcomer would: its files are written, its commands run."""
+"""docs/add-a-method.md and docs/extending.md are followed as a newcomer would: files are written, commands run."""
 
 import os
 import re
@@ -14,9 +14,9 @@ from suites.checks import forked
 from suites.checks.table import ELSEWHERE, METHODS
 from suites.checks.tiny import ROOT, SMALL
 
-PAGE = (ROOT / "docs" / "extending.md").read_text()
-FILES = dict(re.findall(r"`(\w+\.py)`:\n\n```python\n(.*?)```", PAGE, re.DOTALL))
-COMMANDS = [line.strip() for line in PAGE.splitlines() if re.match(r"    (pytest|kvsuite|printf) ", line)]
+PAGES = "".join((ROOT / "docs" / page).read_text() for page in ("add-a-method.md", "extending.md"))
+FILES = dict(re.findall(r"`(\w+\.py)`:\n\n```python\n(.*?)```", PAGES, re.DOTALL))
+COMMANDS = [line.strip() for line in PAGES.splitlines() if re.match(r"    (pytest|kvsuite|printf) ", line)]
 SAID = {
     "every-other,": "every-other:recent=8",
     "kvsuite methods": "every-other",
@@ -36,12 +36,12 @@ def folder(tmp_path, go):
     return tmp_path
 
 
-def test_the_page_has_the_files_and_commands_that_are_checked():
+def test_the_pages_have_the_files_and_commands_that_are_checked():
     assert sorted(FILES) == ["codebook.py", "every_other.py", "lines.py", "loud.py", "loudest.py", "sums.py"]
     assert [sum(key in command for command in COMMANDS) for key in SAID] == [1] * len(SAID) == [1] * len(COMMANDS)
 
 
-def test_every_command_of_the_page_runs(folder, world):
+def test_every_command_of_the_pages_runs(folder, world):
     small = [*SMALL, "--kv-model", str(world / "model"), "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
     for at, command in enumerate(COMMANDS):
         if command.startswith("pytest"):

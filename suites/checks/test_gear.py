@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvsuite.errors import UsageError
+from kvsuite.kernels.quantize import unpack
 from kvsuite.methods import parse
 from kvsuite.methods.codecs.gear_l import row_space
+from suites.checks import naive
 from suites.checks.table import DIM, KV_HEADS, layer, loaded, plain, tokens
 
 SIDES = ["K", "V"]
@@ -53,25 +55,27 @@ def test_the_ends_of_every_vector_are_exact(side, seed):
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @settings(max_examples=15)
 @given(seed=st.integers(0, 999))
-def test_what_is_not_corrected_errs_by_half_a_step_of_the_range_without_outliers(bits, side, seed):
-    """The range, in float64, is that of the numbers between the outliers; float16 rounds the scale and the zero."""
+def test_what_is_not_corrected_is_the_formulas_codes_of_the_range_without_outliers(bits, side, seed):
+    """S are the lowest and the highest of a vector, as they were; Q has the others, S put to their ends."""
     x = kinds(seed)
     spec = parse(f"gear:bits={bits},residual=32").codec.specs(layer())[side]
     none = (torch.zeros(1, DIM, spec.rank, dtype=torch.float16),)
-    read = spec.decode(spec.encode(x[None].unflatten(1, (-1, spec.block)), none), torch.float32, none)
-    read, own = (vectors_of(z.double(), side) for z in (read.flatten(1, 2)[0], x))
-    inner = own.sort(-1).values[..., 1:-1]
-    for group in range(own.shape[-1] // 32):
-        part = slice(32 * group, 32 * (group + 1))
-        numbers = own[..., part].clamp(inner.amin(-1, keepdim=True), inner.amax(-1, keepdim=True))
-        span, largest = numbers.amax(-1) - numbers.amin(-1), numbers.abs().amax(-1)
-        step = (span + largest * 2.0**-10) / (2**bits - 1) * (1 + 2.0**-10) + 2.0**-24
-        error = (read - own)[..., part].abs().amax(-1)
-        assert (error <= step / 2 + largest * 1e-6).all()
+    fields = spec.encode(x[None].unflatten(1, (-1, spec.block)), none)
+    read = vectors_of(spec.decode(fields, torch.float32, none).flatten(1, 2)[0].double(), side)
+    codes, scale, zero, exact, places, left = (field[0] for field in fields)
+    assert not left.any()
+    own = vectors_of(x.double(), side)
+    in_order, places = own.sort(-1).values, places.view(*own.shape[:-1], 2).long()
+    assert torch.equal(exact.view(places.shape).double(), in_order[..., [0, -1]])
+    assert torch.equal(own.gather(-1, places), in_order[..., [0, -1]])
+    numbers = own.clamp(in_order[..., 1, None], in_order[..., -2, None]).unflatten(-1, (-1, spec.group))
+    stored = unpack(codes, bits).view(numbers.shape), *(z.view(*numbers.shape[:-1], 1) for z in (scale, zero))
+    expected = naive.check_codes(numbers, bits, stored).float().double().flatten(-2)
+    assert torch.equal(read, expected.scatter(-1, places, in_order[..., [0, -1]]))
 
 
 def authors(error, rank, start):
-    """fake_poweriteration_group of opengear-project/GEAR, float64, for one head: the low-rank part of the error."""
+    """fake_poweriteration_group of opengear-project/GEAR, float64, for one head: the error ≈ q pᵀ."""
     p = start.clone()
     for i in range(3):
         if i == 2:
@@ -80,7 +84,7 @@ def authors(error, rank, start):
         if i == 2:
             q = torch.linalg.qr(q).Q
         p = error.T @ q
-    return q @ p.T
+    return q, p
 
 
 @pytest.mark.parametrize("side", [0, 1], ids=SIDES)
@@ -96,12 +100,18 @@ def test_the_correction_leaves_no_more_than_the_authors_and_no_less_than_is_poss
     basis = row_space(error, spec.rank)
     assert torch.allclose(basis.T @ basis, torch.eye(spec.rank).double(), atol=1e-9)
     start = torch.rand(DIM, spec.rank, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    left, theirs = (error - error @ basis @ basis.T).norm(), (error - authors(error, spec.rank, start)).norm()
+    q, p = authors(error, spec.rank, start)
+    left, theirs = (error - error @ basis @ basis.T).norm(), (error - q @ p.T).norm()
+    rows = torch.linalg.qr(p).Q
+    assert torch.allclose(basis @ basis.T, rows @ rows.T, atol=1e-6), "theirs, orthonormal on the other side"
     least = torch.linalg.svdvals(error)[spec.rank :].norm()
     assert least * (1 - 1e-9) <= left <= theirs * (1 + 1e-9)
 
     read, fields, stored = coded(text, side, x)
     assert ((stored.double() - basis).abs() <= 2.0**-11).all()
+    exact = error @ stored.double()
+    rounded = 2.0**-11 * exact.abs() + 2.0**-25 + 1e-6 * error.norm(dim=-1, keepdim=True)
+    assert ((fields[-1].flatten(0, 1).double() - exact).abs() <= rounded).all()
     corrected = fields[-1].flatten(0, 1).double() @ stored.double().T
     assert ((corrected - error @ basis @ basis.T).norm() <= 2e-3 * error.norm()).all()
     expected = quantized.flatten(1, 2)[0].double() + corrected

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from kvsuite.kernels.quantize import dequantize, pack, quantize, unpack
 from kvsuite.methods import parse
+from suites.checks import naive
 from suites.checks.table import layer
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -112,6 +113,35 @@ def test_parts_of_a_vector_are_packed_without_interleaving(bits):
     codes = torch.arange(4 * parts).reshape(1, -1).remainder(2**bits).to(torch.uint8)
     expected = sum(codes[:, 4 * i : 4 * i + 4].int() << (bits * i) for i in range(parts))
     assert torch.equal(pack(codes, bits).int(), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "text", ["int8", "int4", "kivi:bits=4", "kivi:bits=2", "kivi:bits=4,group=16", "kivi:bits=2,group=8,order=after"]
+)
+@settings(max_examples=20)
+@given(x=vectors())
+def test_integers_are_their_formula(text, dtype, x):
+    """What is stored of each vector, and of it what is read, bit for bit."""
+    x[x.abs() < 1e-30] = 0  # so that float32 keeps all digits
+    x, codec = x[:4].to(dtype), parse(text).codec
+    bits, group = getattr(codec, "bits", int(text[3]) if text.startswith("int") else 0), getattr(codec, "group", 32)
+    keys, values = codec.specs(layer(dtype))
+    sides = [(values, x[None, :, None])]
+    if not text.startswith("int"):  # channels are the vectors, 32 tokens long
+        sides.append((keys, x.T[None].unflatten(1, (-1, group))))
+    for spec, units in sides:
+        fields = spec.encode(units, ())
+        read = spec.decode(fields, dtype, ())[0]
+        codes = unpack(fields[0], bits)[0]
+        if spec is values:
+            stored = codes.unflatten(-1, (-1, group)), fields[1][0], fields[2][0]
+            own, read = x.unflatten(-1, (-1, group)), read[:, 0].unflatten(-1, (-1, group))
+        else:
+            stored = tuple(part.mT for part in (codes, fields[1][0], fields[2][0]))
+            own, read = units[0].mT, read.mT
+        expected = naive.check_codes(own.double(), bits, stored)
+        assert torch.equal(read, expected.float().to(dtype))
 
 
 @pytest.mark.parametrize("text", ["int8", "kivi:bits=4,group=16", "kivi:bits=2,group=8", "kivi:bits=2"])

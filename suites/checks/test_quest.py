@@ -91,3 +91,15 @@ def test_a_page_without_a_token_is_not_read():
             assert set(read.tolist()) <= own
             empty += int(cache.kv.host.columns[0, 0] - cache.kv.host.gaps[0, 0]) > len(own)
     assert empty, "there were such pages"
+
+
+def test_what_was_never_written_is_not_decoded():
+    """A plug-in's codec may have no number for such bits: codebook has 16 codes."""
+    method = parse("codebook + quest:budget=32,dense=0")
+    cache = method.cache(layer(torch.float32), 1, 60)
+    for store in (cache.kv.k, cache.kv.v):
+        store.pools[0].fill_(255)
+    method.compress(0, [context(40, 0, torch.float32)], [cache])
+    q, k, v = tokens(1, 1, torch.float32)
+    cache.append(k[None], v[None])
+    assert cache.attend(q[None], SCALE).isfinite().all()

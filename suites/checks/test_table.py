@@ -1,5 +1,10 @@
 """Every part of a method that there is occurs in a row of the table of checks."""
 
+import dataclasses
+import re
+
+import pytest
+
 from kvsuite.methods import catalogue, parse, survey
 from kvsuite.methods.described import markdown
 from suites.checks.table import ELSEWHERE, METHODS
@@ -18,6 +23,21 @@ def test_rows_that_keep_everything_are_of_the_same_parts():
             assert type(parse(text).budget) is type(parse(everything).budget)
             assert type(parse(text).codec) is type(parse(everything).codec)
             assert type(parse(text).reader) is type(parse(everything).reader)
+
+
+NO_PAPER = {"random", "uniform", "full", "jitter", "int4", "int8", "fp8", "mxfp4", "q4_0", "q8_0"}
+"""A control, or what a server, a specification or a library has."""
+
+
+@pytest.mark.parametrize("part", [part for part in catalogue() if part.__module__.startswith("kvsuite.")])
+def test_a_part_says_its_source_its_formula_its_defaults_and_what_it_stores(part):
+    """What its own parameters are set to, and by whom; a selector's `budget` is said once for all."""
+    assert part.stores
+    assert (part.name in NO_PAPER) != bool(re.search(r"\b20\d\d\b.*, arXiv \d{4}\.\d{5}", part.source))
+    assert re.search(r"\w\.(py|c)\b|#\d+", part.source) or part.name in {"uniform", "mxfp4"}, "a repository's file"
+    assert re.search(r"[=≈≥Σ√‖⌊]", part.__doc__), "a formula"
+    own = [field.name for field in dataclasses.fields(part) if not field.kw_only and field.name != "budget"]
+    assert not own or re.search(r"\bdefaults?\b", part.__doc__, re.IGNORECASE), own
 
 
 def test_the_page_of_methods_says_what_their_docstrings_say():

@@ -169,7 +169,8 @@ def _gathered(
     at = torch.from_numpy(slots).to(device)
     encoded = columns[columns * PAGE < done]  # ascending, so these come first
     pages = kv.pages(row, heads, encoded)
-    fields = tuple([pool[pages].flatten(1, 2) for pool in store.pools])
+    units = int((slots < done).sum()) // spec.block  # what was never written may be no code at all
+    fields = tuple([pool[pages].flatten(1, 2)[:, :units] for pool in store.pools])
     fitted = tuple([x[row, heads] for x in store.fitted])
     x = spec.decode(fields, kv.layer.dtype, fitted).flatten(1, 2)
     x = torch.nn.functional.pad(x, (0, 0, 0, len(slots) - x.shape[1]))

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ada(Budget):
-    """The highest scores of all heads of a layer together stay, but of each head at least ``alpha`` of the mean. Heads
-    are ragged: those with little to keep give their pages to the others."""
+    """The highest scores of all heads of a layer together stay, but of each head at least ``alpha`` of the mean. With B
+    the selector's budget, of each head its ⌊alpha · B⌋ highest, then the highest of all, heads · B together. Heads are
+    ragged: those with little to keep give their pages to the others. The authors' default."""
 
     name = "ada"
     stores = "as many tokens a layer as the selector says, shared out over its heads by score"

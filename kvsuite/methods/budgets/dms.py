@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Dms(Budget):
     """One threshold on the scores of all layers and heads together. Without ``threshold`` it is the one at which the
-    selector's budget stays in the mean over layers and heads. With it every token whose score is at least ``threshold``
-    stays, so the prompt decides how many, and the selector has no budget. What the selector protects stays in either
-    case. Heads and layers are ragged; a head may keep nothing. A cache has room for a layer that keeps everything, and
-    holds what stays. Acts on the prompt alone."""
+    selector's budget stays in the mean over layers and heads. With it every token of score s ≥ ``threshold`` stays, so
+    the prompt decides how many, and the selector has no budget. What the selector protects stays in either case. Heads
+    and layers are ragged; a head may keep nothing. A cache has room for a layer that keeps everything, and holds what
+    stays. Acts on the prompt alone. kvpress has no default either, since it depends on the selector."""
 
     name = "dms"
     stores = "the tokens whose score is above one threshold, whatever their layer and head"

@@ -21,13 +21,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Headwise(Budget):
-    """Each kv head keeps its own share of the context. ``shares`` is a JSON file: for each layer a list of a number per
-    kv head, above 0 and at most 1; 1 keeps everything, also while decoding. So retrieval heads can be left whole while
-    the others stream: ``streaming-llm:positions=absolute + headwise:shares=FILE``. The selector has no budget."""
+    """Each kv head keeps its own share of the context, count = max(1, round(share · T)). ``shares`` is a JSON file: for
+    each layer a list of a number per kv head, above 0 and at most 1; 1 keeps everything, also while decoding. So
+    retrieval heads can be left whole while the others stream: ``streaming-llm:positions=absolute +
+    headwise:shares=FILE``. The selector has no budget, and ``shares`` no default: DuoAttention learns which heads are
+    whole for each model."""
 
     name = "headwise"
     stores = "of each head the share of the context that a file says"
-    source = "Tang et al. 2024 (RazorAttention), arXiv 2407.15891; Xiao et al. 2024 (DuoAttention), arXiv 2410.10819"
+    source = (
+        "Tang et al. 2024 (RazorAttention), arXiv 2407.15891; Xiao et al. 2024 (DuoAttention), arXiv 2410.10819; "
+        "mit-han-lab/duo-attention duo_attn/utils.py"
+    )
     ragged = True
 
     shares: str = ""

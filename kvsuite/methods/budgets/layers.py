@@ -11,12 +11,12 @@ from kvsuite.methods.budgets.uniform import Uniform
 @dataclass(frozen=True)
 class Layers(Uniform):
     """The ``first`` and ``last`` layers keep everything, also while decoding; each head of the others keeps the
-    selector's budget. So more stays than the budget says. Defaults: the first two layers, which Knorm's authors and
-    Quest's leave whole."""
+    selector's budget: count = T or B. So more stays than the budget says. Defaults: the first two layers, which Knorm's
+    authors and Quest's leave whole."""
 
     name = "layers"
     stores = "everything in the first and last layers, the selector's budget in the others"
-    source = "Devoto et al. 2024, arXiv 2406.11430 (first=2)"
+    source = "Devoto et al. 2024, arXiv 2406.11430 (first=2); mit-han-lab/Quest evaluation/quest_attention.py"
 
     first: int = 2
     last: int = 0

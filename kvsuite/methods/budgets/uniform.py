@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Uniform(Budget):
-    """The ``tokens`` highest scores of each head; a larger budget keeps a superset."""
+    """The B highest scores of each head, B the selector's budget: count = B. A larger budget keeps a superset."""
 
     name = "uniform"
     stores = "the selector's budget in every layer and head"

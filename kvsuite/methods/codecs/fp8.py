@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fp8(Codec):
-    """e4m3 (largest 448, saturating). ``per=tensor``: K and V divided by one fixed scale each, 1.0 unless calibrated.
-    ``per=token``: by the largest magnitude of each token and head / 448, kept as float32."""
+    """x ≈ e4m3(x / s) · s, to nearest even, saturating at 448. ``per=tensor``: K and V have one fixed scale s each, 1.0
+    unless calibrated; vLLM's default. ``per=token``: s = max|x| / 448 of each token and head, kept as float32."""
 
     name = "fp8"
     stores = "e4m3 bytes, scale 1.0 per tensor; or a float32 scale per token and head"
-    source = "vLLM --kv-cache-dtype fp8, fp8_per_token_head"
+    source = "vLLM --kv-cache-dtype fp8, fp8_per_token_head; vllm/model_executor/layers/quantization/kv_cache.py"
 
     per: Literal["tensor", "token"] = "tensor"
     k_scale: float = 1.0

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Full(Codec):
     """K and V in the checkpoint's dtype, whatever the model computes in. Where that is the compute dtype, too, or with
-    ``dtype`` naming it, they are bit for bit what transformers' DynamicCache stores."""
+    ``dtype`` naming it, they are bit for bit what transformers' DynamicCache stores. x ≈ x rounded to that
+    dtype. The default is what servers do."""
 
     name = "full"
     stores = "K and V uncompressed, in the checkpoint's dtype"

@@ -12,7 +12,8 @@ from kvsuite.methods.codecs.gear_l import GearL
 class Gear(GearL):
     """X ≈ Q(X - S) + S + L Rᵀ: as `gear-l`, with outliers S besides, which are exact. A vector is a channel of 32 keys,
     or a token's value. S are its lowest and its highest numbers, ``outliers`` / 2 of a vector each, one at least. They
-    are kept in the K/V dtype with their places, a byte each, and neither Q's scales nor L know them."""
+    are kept in the K/V dtype with their places, a byte each, and neither Q's scales nor L know them. The
+    authors' default: 2 %."""
 
     name = "gear"
     stores = (

@@ -28,7 +28,8 @@ class GearL(Codec):
     float16. ``rank`` below 1 is a share of head_dim. The last T mod ``residual`` tokens stay as they are.
 
     The authors' code encodes ``residual`` tokens together after the newest of them has attended, as ``order=after``;
-    else they are encoded before. It also gives each ``residual`` decoded tokens an R of their own, of rank 2."""
+    else they are encoded before. It also gives each ``residual`` decoded tokens an R of their own, of rank 2. The
+    defaults of ``rank``, ``group`` and ``residual`` are theirs."""
 
     name = "gear-l"
     stores = "4-, 2- or 8-bit codes, a correction of rank 4, and up to 64 last tokens in full"

@@ -19,14 +19,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Int8(Codec):
-    """Asymmetric per token and head: 8-bit codes, a float16 scale and zero. ``rotate=hadamard``: K (after RoPE) and V
-    are turned by an orthonormal Hadamard matrix before they are encoded, and back when they are read, in float32, as
-    llama.cpp does with its own blocks; it acts on as many channels at once as the largest power of two that divides
-    head_dim."""
+    """Asymmetric per token and head: zero = min, scale = (max - zero) / 255, both float16, the zero rounded down and
+    the scale up; code = (x - zero) / scale to the nearest integer, x ≈ code · scale + zero. ``rotate=hadamard``: K
+    (after RoPE) and V are turned by an orthonormal Hadamard matrix before they are encoded, and back when they are
+    read, in float32, as llama.cpp does with its own blocks; it acts on as many channels at once as the largest power of
+    two that divides head_dim. LMDeploy does not rotate, which is the default."""
 
     name = "int8"
     stores = "8-bit codes, float16 scale and zero per token and head"
-    source = "LMDeploy quant_policy=8; vLLM int8_per_token_head; rotate: llama.cpp#21038"
+    source = (
+        "LMDeploy quant_policy=8, lmdeploy/pytorch/kernels/cuda/fill_kv_cache.py; vLLM int8_per_token_head; "
+        "rotate: llama.cpp#21038"
+    )
 
     rotate: Literal["none", "hadamard"] = "none"
 

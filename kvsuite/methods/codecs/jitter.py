@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Jitter(Codec):
-    """K and V in the checkpoint's dtype, each element moved by half a unit in the last place of bfloat16 on
-    average as it is stored. Seeds are replicates. What a method changes beyond this is its own; what it changes less is
-    noise."""
+    """K and V in the checkpoint's dtype, each element moved by half a unit in the last place of bfloat16 on average as
+    it is stored: x ≈ x + n ulp, n = -1, 0, 0 or 1 drawn from a hash of the vector. Seeds are replicates. What a method
+    changes beyond this is its own; what it changes less is noise. kvsuite's own, and its default."""
 
     name = "jitter"
     stores = "K and V in the checkpoint's dtype, moved by ±½ ulp of bfloat16 (the control)"

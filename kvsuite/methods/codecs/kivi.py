@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 class Kivi(Codec):
     """K asymmetric per channel in groups of ``group`` tokens, V asymmetric per token in groups of ``group`` channels,
     float16 scale and zero. The last T mod ``residual`` keys stay as they are and become pages when ``residual`` of them
-    are there; the last ``residual`` values always stay. The prompt attends to itself in full precision.
+    are there; the last ``residual`` values always stay. The prompt attends to itself in full precision. scale =
+    (max - zero) / (2^bits - 1), zero = min. The authors' defaults of ``group`` and ``residual``; they run 2 and 4 bits.
 
     Tokens become pages before the step that completes them attends. ``order=after``, as the authors: after it, so one
     token more is read in full. ``layer_bits`` has the bits of each layer, a digit a layer, instead of ``bits``:

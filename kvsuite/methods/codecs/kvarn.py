@@ -27,10 +27,10 @@ class KVarN(Codec):
     the least imbalance are taken. Imbalance is the largest over the smallest deviation of channels, plus the same of
     tokens. K is quantized asymmetrically per channel, V per token. float16: a scale and a zero of each, with its
     deviation in them, and the deviations of the other axis, the tokens for K and the channels for V. The last T mod 32
-    tokens stay as they are.
+    tokens stay as they are. x ≈ H ((code · scale + zero) · deviation).
 
     The authors' tiles have 128 or 64 tokens, and their first 128 tokens stay in full; here a tile is a page, and no
-    token is left out."""
+    token is left out. Their default of bits."""
 
     name = "kvarn"
     stores = "4-bit K and 2- or 4-bit V in tiles of 32 tokens; scales and zeros per channel (K) or token (V), and more"

@@ -24,7 +24,7 @@ class NvFp4(Codec):
     unless calibrated. s = e4m3(max|x| / (6 t)), code = e2m1(x / (s t)), x ≈ code · s · t; both round to nearest even
     and saturate, so |x| ends at 2688 t, and blocks with max|x| up to 6/1024 t are zero. ``scale=4over6`` also tries
     s = e4m3(max|x| / (4 t)) for each block and takes the one with the smaller squared error, since codes are coarse
-    between 4 and 6."""
+    between 4 and 6. The default is plain NVFP4."""
 
     name = "nvfp4"
     stores = "E2M1 codes, an e4m3 scale per 16 channels"

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Think(Codec):
-    """Stores keys without a share ``prune`` of their channels: those with the lowest mean over the prompt's last 32
-    queries of q², averaged over the query group, times the mean over its keys of k². Each sequence and kv head has its
-    own channels. Attention reads zeros for them. The last ``recent`` keys stay whole, and lose these channels when they
+    """Stores keys without a share ``prune`` of their channels: those with the lowest score = mean of q² over the
+    prompt's last 32 queries and the query group · mean of k² over its keys. Each sequence and kv head has its own
+    channels. Attention reads zeros for them. The last ``recent`` keys stay whole, and lose these channels when they
     leave that window; values stay whole. The authors' defaults. Their code leaves all keys whole that are decoded, and
     chooses channels after eviction."""
 

@@ -33,7 +33,8 @@ class TurboQuant(Codec):
 
     ``seed`` puts random signs on the channels before H; 0 puts none, as vLLM and LMDeploy. Without them what all
     channels have in common ends up in one channel, beyond the highest level. vLLM leaves the first and last two layers
-    full; here ``skip_first=2,skip_last=2`` does."""
+    full; here ``skip_first=2,skip_last=2`` does. The default of
+    ``bits`` is its turboquant_4bit_nc."""
 
     name = "turboquant"
     stores = "4- or 3-bit levels of the rotated key and a float16 scale per token and head; 4-, 3- or 2-bit values"

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Quest(Reader):
     """Keeps everything and reads, at each decoding step, the pages with the highest bound on q·k:
-    Σ_d max(q_d · min_d, q_d · max_d), with the smallest and largest number of each key channel in the page, in the mean
-    over the query group. ``budget`` is how many tokens' pages are read, the newest page besides; below 1 a share of the
-    pages. The first ``dense`` layers read everything. Its memory is the whole cache and what is kept of each page. A
-    page is the cache's, 32 tokens; the authors read pages of 16, three at least, of each query head's own choice."""
+    Σ_d max(q_d · min_d, q_d · max_d), with the smallest and largest number of each key channel in the page,
+    in the mean over the query group. ``budget`` is how many tokens' pages are read, the newest page besides; below 1 a
+    share of the pages. The first ``dense`` layers read everything. Its memory is the whole cache and what is kept of
+    each page. A page is the cache's, 32 tokens; the authors read pages of 16, three at least, of each query head's own
+    choice. The default of ``dense`` is theirs."""
 
     name = "quest"
     stores = "everything, and the smallest and largest number of each key channel of a page; reads some pages"

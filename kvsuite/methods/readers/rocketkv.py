@@ -20,7 +20,7 @@ class RocketKV(Quest):
     stands for the key that has, in each of these channels, the largest number of its keys where the group's sum is
     positive, else the smallest. Logits are divided by √d times the root of these channels' share of Σ|q|; softmax over
     pages, mean over the group. ``budget`` and ``dense`` as for `quest`. The authors derive page, channels and budget
-    from one ratio; here a page is the cache's, 32 tokens."""
+    from one ratio; here a page is the cache's, 32 tokens, and the defaults are kvsuite's."""
 
     name = "rocketkv"
     stores = "everything that is not evicted, and two numbers of each key channel of a page; reads some pages"

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class H2O(Selector):
-    """Keeps the ``heavy`` tokens that got most attention from all queries so far, and the ``recent`` last ones; evicts
-    one token per head at every decoding step. ``budget`` is short for half of it each."""
+    """Keeps the ``heavy`` tokens that got most attention from all queries so far, and the ``recent`` last ones:
+    score = Σ softmax(q·k/√d) over all queries so far, mean over the query group. Evicts one token per head at every
+    decoding step. ``budget`` is short for half of it each. The authors' defaults, a tenth of the context each."""
 
     name = "h2o"
     stores = "heavy hitters and recent tokens, per kv head, also while decoding"

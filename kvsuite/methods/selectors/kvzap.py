@@ -28,7 +28,8 @@ class KVzap(BudgetSelector):
     the logarithm of `kvzip-plus`'s scores. ``weights`` is its file in safetensors, as nvidia/KVzap-* on Hugging Face's
     hub have it (model.safetensors): layers.0.weight (kv_heads, hidden size) and layers.0.bias, or layers.0.0.weight,
     layers.0.0.bias, layers.0.2.weight, layers.0.2.bias. Its hash stands in the records. The authors set a threshold:
-    ``kvzap:weights=FILE + dms:threshold=-4``. Acts on the prompt alone; while decoding all new tokens stay."""
+    ``kvzap:weights=FILE + dms:threshold=-4``; 128 recent tokens are kvpress's default. Acts on the prompt alone; while
+    decoding all new tokens stay."""
 
     name = "kvzap"
     stores = "the newest tokens and those with the highest predicted scores, per kv head"

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Random(BudgetSelector):
-    """Keeps tokens of the context uniformly at random, per head; tokens appended later all stay. The draw depends on
-    the seed and the key itself, so neither batch nor order changes it."""
+    """Keeps tokens of the context uniformly at random, per head: score = hash(k, seed, layer). So neither batch nor
+    order changes the draw. Tokens appended later all stay. kvsuite's own, and its default."""
 
     name = "random"
     stores = "tokens of the context drawn uniformly per kv head (a control)"

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SnapKV(BudgetSelector):
-    """Keeps the last ``window`` tokens and those that their queries attend to most: the softmax summed over these
-    queries, pooled along the keys by ``kernel`` (each head by itself), and averaged over the query group. Acts on the
-    prompt alone; while decoding all new tokens stay."""
+    """Keeps the last ``window`` tokens and those that their queries attend to most:
+    score = mean over the query group of pool(Σ softmax(q·k/√d) over these queries), each head's sum pooled along the
+    keys by ``kernel``. Acts on the prompt alone; while decoding all new tokens stay. The defaults are those of the
+    paper's runs."""
 
     name = "snapkv"
     stores = "the last tokens and those they attend to most, per kv head"

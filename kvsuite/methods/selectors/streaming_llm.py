@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StreamingLLM(BudgetSelector):
-    """The first ``sinks`` tokens and the last budget - sinks, also while decoding.
+    """The first ``sinks`` tokens and the last budget - sinks, also while decoding. The authors' defaults.
 
     ``positions=cache``, the authors': keys stand where the cache has them. Relative to the query that moves only the
     sinks, by the number of tokens evicted; they are rotated from their stored originals at every step.
@@ -26,7 +26,7 @@ class StreamingLLM(BudgetSelector):
     """
 
     name = "streaming-llm"
-    stores = "first 4 tokens and the last budget - 4, also while decoding"
+    stores = "first `sinks` tokens and the last budget - sinks, also while decoding"
     source = "Xiao et al. 2023, arXiv 2309.17453; mit-han-lab/streaming-llm streaming_llm/kv_cache.py"
 
     sinks: int = 4

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Tova(BudgetSelector):
     """Keeps the tokens that the newest query attends to most: score = its softmax, mean over all heads, so all kv heads
     of a layer keep the same tokens. Evicts one token at every decoding step, too. The authors protect nothing, not even
-    the newest token; ``recent`` of the newest ones stay."""
+    the newest token, which is the default; ``recent`` of the newest ones stay."""
 
     name = "tova"
     stores = "the tokens that the newest query attends to most, the same in all heads, also while decoding"
