@@ -27,7 +27,7 @@ from kvsuite.readers import aiconfigurator
 from kvsuite.tasks import rows
 from suites.checks.depth import depth
 from suites.robustness import large
-from suites.robustness.hostile import attempt
+from suites.robustness.hostile import SECONDS, attempt
 from suites.robustness.targets import (
     GPU,
     GUIDELLM,
@@ -50,6 +50,7 @@ def test_hostile_input_ends_well_or_in_a_sentence(target):
     inputs = max(4, depth(25, 1000) // target.dear)
     found = attempt(target, inputs)
     assert found.inputs >= 1
+    assert found.longest <= SECONDS
     assert found.refused < found.inputs or not target.taken, "a valid input is taken"
 
 
