@@ -347,11 +347,11 @@ class Method:
         tokens, scores, counts = self.tokens(length), None, None
         if self.selector is not None:
             counts = [[self.selector.tokens(length)] * heads] * len(context)
-            shorter = length <= self.selector.protects[0]  # then there is nothing to score
             if tokens < length or self.budget.decides:
-                wide = [seen.k[..., 0].double() for seen in context] if shorter else []
-                scores = [x.new_full(x.shape, float("inf")) for x in wide]
-                scores = scores or [self.selector.score(seen, tokens) for seen in context]
+                if length <= self.selector.protects[0]:  # all stay, and may be too few to be scored
+                    scores = [seen.k.new_full(seen.k.shape[:2], float("inf")) for seen in context]
+                else:
+                    scores = [self.selector.score(seen, tokens) for seen in context]
                 counts = self.budget.allot(scores, tokens).tolist()
         for i, (seen, cache) in enumerate(zip(context, caches, strict=True)):
             whole = counts is None or self.budget.whole(i, len(context))
