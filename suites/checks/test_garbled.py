@@ -2,13 +2,11 @@
 
 import functools
 import gc
+import lzma
 import math
 import pathlib
-import pydoc_data.topics
 import random
-import re
 import string
-import sysconfig
 
 import numpy as np
 import pytest
@@ -49,20 +47,26 @@ class Writer:
 
 
 @functools.cache
+def documentation():
+    """Python 3.11.7's: a module's docstrings each, and last the language's reference. Another version's would draw
+    other worlds, in which some of these checks are decided otherwise."""
+    with lzma.open(
+        pathlib.Path(__file__).with_name("python-3.11.7.txt.xz"), "rt", encoding="utf-8", newline="\n"
+    ) as file:
+        _, *texts = file.read().split("\n")  # the first says whose they are
+    return texts
+
+
+@functools.cache
 def topics():
-    """One writer a module of the standard library."""
-    found = {}
-    for file in sorted(pathlib.Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        docstrings = "\n".join(re.findall(r'"""(.*?)"""', file.read_text(errors="replace"), re.DOTALL))
-        if len(docstrings.split()) > 400:
-            found[file.stem] = Writer(docstrings)
-    return list(found.values())
+    """One writer a module."""
+    return [Writer(text) for text in documentation()[:-1]]
 
 
 @functools.cache
 def elsewhere():
     """A writer on what no prompt asks for: the language's reference."""
-    return Writer("\n".join(text for _, text in sorted(pydoc_data.topics.topics.items())))
+    return Writer(documentation()[-1])
 
 
 GERMAN = Writer("""Der Zug nach Hamburg fährt heute leider erst um halb neun ab, weil die Strecke gesperrt wurde. Wenn
