@@ -17,6 +17,7 @@ from kvsuite.analysis.report import analyse
 from kvsuite.errors import UsageError
 from kvsuite.records import read
 from kvsuite.report import summary
+from suites.checks.depth import by_night
 from suites.checks.test_install import files, go  # noqa: F401  (a fixture)
 
 ROOT = Path(__file__).parents[2]
@@ -153,7 +154,7 @@ def test_runs_that_cannot_be_compared_cost_the_comparison_only():
     assert "**Not compared with " in said
 
 
-@pytest.mark.parametrize("run", sorted(SMOKE.parent.glob("*/run.json")), ids=lambda file: file.parent.name)
+@pytest.mark.parametrize("run", by_night(sorted(SMOKE.parent.glob("*/run.json"))), ids=lambda file: file.parent.name)
 def test_every_kind_of_run_has_a_summary(run):
     said = summary.render(analyse(read(run.parent)))
     assert sum(line.startswith("| ---") for line in said.splitlines()) == 1

@@ -15,7 +15,7 @@ from kvsuite.environment import scrub
 from kvsuite.records import Answer, Probe, RunFolder, Timing, read
 from kvsuite.report import html, terminal
 from kvsuite.report.markdown import render
-from suites.checks.depth import only_nightly
+from suites.checks.depth import by_night, only_nightly
 from suites.findings import budgets_page
 
 REPORTS = Path(__file__).parents[2] / "reports"
@@ -112,7 +112,7 @@ def test_a_report_shows_the_command_as_it_can_be_run_again(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "file", sorted(REPORTS.rglob("report.md")), ids=lambda file: str(file.parent.relative_to(REPORTS))
+    "file", by_night(sorted(REPORTS.rglob("report.md"))), ids=lambda file: str(file.parent.relative_to(REPORTS))
 )
 def test_a_published_report_is_what_its_run_shows(file):
     assert file.read_text() == render(analyse(read(file.parent)))

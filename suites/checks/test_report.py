@@ -20,6 +20,7 @@ from kvsuite.report import as_json, markdown, terminal, text
 from suites.checks import forked
 from suites.checks import test_partial as partial
 from suites.checks import test_served_analysis as servers
+from suites.checks.depth import by_night
 
 REPORTS = Path(__file__).parents[2] / "reports" / "cpu"
 VLLM = REPORTS / "vllm"
@@ -157,7 +158,7 @@ def same(drawn, cell, shows):
     )
 
 
-@pytest.mark.parametrize("name", sorted(f.name for f in REPORTS.iterdir() if (f / "run.json").is_file()))
+@pytest.mark.parametrize("name", [f.parent.name for f in by_night(sorted(REPORTS.glob("*/run.json")))])
 def test_every_number_in_json_is_the_one_that_is_drawn(name):
     report, compared = analyse(read(REPORTS / name)), 0
     found = json.loads(as_json.render(report), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
