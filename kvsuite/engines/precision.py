@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
@@ -37,9 +38,13 @@ def compute_dtype(model: Any, asked: str) -> tuple[torch.dtype, str]:
 
 
 def _measure(layer: torch.nn.Linear, dtypes: tuple[torch.dtype, ...]) -> dict[torch.dtype, float]:
-    """Seconds of the weighed products, by dtype."""
+    """Seconds of the weighed products, by dtype, on one thread: several wait for each other where other work runs,
+    which takes longer than a product."""
     best: dict[tuple[torch.dtype, int], float] = {}
-    with torch.inference_mode():
+    threads = torch.get_num_threads()
+    with torch.inference_mode(), contextlib.ExitStack() as stack:
+        stack.callback(torch.set_num_threads, threads)
+        torch.set_num_threads(1)
         weight = ranks.local(layer.weight)
         sides = {dtype: (weight.to(dtype), torch.randn(PROMPT, weight.shape[1]).to(dtype)) for dtype in dtypes}
         for _ in range(REPEATS):
