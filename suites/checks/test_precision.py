@@ -37,7 +37,7 @@ def test_a_checkpoint_in_float32_stays_so(tiny_llama, seconds):
 
 
 def test_both_dtypes_are_measured_on_one_thread(monkeypatch):
-    """On two, beside other work, their waiting for each other was measured: 1.2 times faster instead of 6 times slower."""
+    """On two, beside other work, their waiting was measured: 1.2 times faster instead of 6 times slower."""
     layer, linear, seen, threads = torch.nn.Linear(32, 64), torch.nn.functional.linear, set(), torch.get_num_threads()
     monkeypatch.setattr(
         torch.nn.functional, "linear", lambda x, w: (seen.add((x.dtype, torch.get_num_threads())), linear(x, w))[1]
