@@ -543,7 +543,9 @@ class RunFolder:
         """Append the workers' files to ``records.jsonl`` and remove them. Who was killed in between has appended some
         of their lines: these are not appended twice."""
         parts = sorted(self.folder.glob("records-*.jsonl"))
-        known = {line for _, line in disk.lines(self._file)} if parts and self._file.is_file() else set[bytes]()
+        if not parts:
+            return
+        known = {line for _, line in disk.lines(self._file)} if self._file.is_file() else set[bytes]()
         for part in parts:
             self._write([line for _, line in disk.lines(part) if line not in known])
         self.keep()
