@@ -9,16 +9,20 @@ from pathlib import Path
 
 from kvsuite import disk
 from kvsuite.analysis.report import Report, analyse
-from kvsuite.analysis.table import Cell, Table
+from kvsuite.analysis.table import Cell, Column, Row, Table
 from kvsuite.records import Answer, Run, read
-from kvsuite.report import html
-from kvsuite.report.html.svg import Look, draw
+from kvsuite.report import html, markdown
+from kvsuite.report.html.svg import Look, draw, rules
 from suites.findings.budgets import CODECS, SHARES, methods
 
 ROOT = Path(__file__).parents[2]
 REPORTS, DOCS = ROOT / "reports" / "cpu", ROOT / "docs"
 PICTURES = {"tradeoff:divergence": "budgets-drift.svg", "tradeoff:quality": "budgets-score.svg"}
 TASKS = ("multi-needle", "summarize", "json", "code-line", "qa", "few-shot")
+COLUMNS = (
+    Column("held", "of full", "×"), Column("kl", "KL", "nats", "range"), Column("needle", "needle", "score", "range"),
+    *(Column(task, task, "score", "range") for task in TASKS),
+)  # fmt: skip
 TEXT = """# Every method at a half, a quarter and an eighth of the bytes
 
 Written by `python -m suites.findings.budgets_page`, from two runs on SmolLM2-135M-Instruct:
@@ -37,8 +41,7 @@ The first run's KL and needles against bytes; named are those that no other beat
 
 ![KL against bytes](budgets-drift.svg)
 
-![needles against bytes](budgets-score.svg)
-"""
+![needles against bytes](budgets-score.svg)"""
 
 
 def main() -> None:
@@ -51,22 +54,24 @@ def drawn() -> dict[str, str]:
     """By their names, the page and its pictures."""
     forced, answered = (analyse(read(REPORTS / run)) for run in ("budgets", "budgets-tasks"))
     first, second = ({table.key: table for table in report.tables} for report in (forced, answered))
-    held = {arm: float(cell.value or 0) for arm, cell in _column(first["decision"], "held").items()}
-    columns = [_column(first["divergence:document"], "kl"), _column(first["samples:needle"], "score")]
-    columns += [_column(second[f"samples:{task}"], "score") for task in TASKS]
-    lines = [TEXT]
-    lines += [f"kvsuite says of the second run: *{note.text}*\n" for note in second["headlines"].notes]
+    cells: dict[str, dict[str, Cell]] = {}
+    for name, table, key in (
+        ("held", first["decision"], "held"),
+        ("kl", first["divergence:document"], "kl"),
+        ("needle", first["samples:needle"], "score"),
+        *((task, second[f"samples:{task}"], "score") for task in TASKS),
+    ):
+        for row in table.rows:
+            cells.setdefault(row.key[0], {"held": Cell(1.0)})[name] = row.cells.get(key, Cell())
+    parts = [TEXT, *(f"kvsuite says of the second run: *{note.text}*" for note in second["headlines"].notes)]
     for name, report in (("first", forced), ("second", answered)):
         arms = ", ".join(f"`{arm}`" for arm in _reference(report.run))
-        lines.append(f"In the {name} run the reference backend computed {arms}.\n")
-    for title, arms in _groups().items():
-        lines += [f"## {title}\n", f"| method | of full | KL | needle | {' | '.join(TASKS)} |"]
-        lines.append(f"|---|{'---:|' * (len(TASKS) + 3)}")
-        for arm in sorted(arms, key=lambda arm: held.get(arm, 1.0)):
-            cells = " | ".join(_cell(column.get(arm), 4 if column is columns[0] else 2) for column in columns)
-            lines.append(f"| {arm} | {held.get(arm, 1.0):.2f} | {cells} |")
-        lines.append("")
-    return {"budgets.md": "\n".join(lines), **_pictures(forced)}
+        parts.append(f"In the {name} run the reference backend computed {arms}.")
+    for title, chosen in _groups().items():
+        rows = [Row((arm,), cells[arm]) for arm in chosen]
+        rows.sort(key=lambda row: float(row.cells["held"].value or 0))
+        parts.append(markdown.table(Table(title, title, ("method",), COLUMNS, rows)))
+    return {"budgets.md": "\n\n".join(parts) + "\n", **_pictures(forced)}
 
 
 def _groups() -> dict[str, list[str]]:
@@ -80,7 +85,7 @@ def _groups() -> dict[str, list[str]]:
 def _pictures(report: Report) -> dict[str, str]:
     """Each as a file that stands by itself."""
     arms = [m for m in report.run.facts["methods"] if m != "full" and not report.run.is_control(m)]
-    style = escape((Path(html.__file__).parent / "style.css").read_text(encoding="utf-8"), quote=False)
+    style = escape(rules((Path(html.__file__).parent / "style.css").read_text(encoding="utf-8")), quote=False)
     found = {}
     for figure in report.figures:
         if name := PICTURES.get(figure.key):
@@ -90,17 +95,6 @@ def _pictures(report: Report) -> dict[str, str]:
             )
             found[name] = svg.replace("</title>", f"</title><style>{style}</style>", 1) + "\n"
     return found
-
-
-def _column(table: Table, key: str) -> dict[str, Cell]:
-    return {row.key[0]: row.cells[key] for row in table.rows if key in row.cells}
-
-
-def _cell(cell: Cell | None, digits: int) -> str:
-    if cell is None or cell.value is None:
-        return "–"
-    ends = "" if cell.low is None or cell.high is None else f" ({cell.low:.{digits}f}–{cell.high:.{digits}f})"
-    return f"{cell.value:.{digits}f}{ends}"
 
 
 def _reference(run: Run) -> list[str]:

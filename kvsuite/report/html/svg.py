@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -100,6 +101,12 @@ def _numbers(p: Point, y: Axis) -> str:
     own, at = (p.x, short(y.rows[int(p.y)])) if y.rows else (p.y, number(p.x))
     ends = "" if p.low is None or p.high is None else f" ({number(p.low)} to {number(p.high)})"
     return f"{at}: {number(own)}{ends}{f', {p.said}' if p.said else ''}"
+
+
+def rules(style: str) -> str:
+    """What a page's style says of colours and drawings, for a drawing that is a file by itself."""
+    colours = style[style.index(":root") : style.index("* {")]
+    return colours + "\n".join(line for line in style.splitlines() if re.match(r"svg |\.c\d", line))
 
 
 def text(x: float, y: float, said: str, kind: str = "", anchor: str = "start") -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from kvsuite.analysis.figure import Map, Tile
-from kvsuite.report.html.svg import text
+from kvsuite.report.html.svg import rules, text
 
 WIDE, HIGH, LEFT, TOP, FOOT = 46, 24, 46, 26, 44
 STRONGEST = math.log(2)
@@ -47,12 +47,10 @@ def picture(title: str, maps: Sequence[Map], style: str) -> str:
     for line in LEGEND:
         parts.append(text(8, at + 4, line, "tick"))
         at += 18
-    rules = [line for line in style.splitlines() if line.startswith(("svg ", ".c0"))]
-    colours = style[style.index(":root") : style.index("* {")]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {at}" width="{width}" height="{at}" '
         f'font-family="system-ui, sans-serif"><title>{escape(title)}</title>'
-        f"<style>{escape(colours + chr(10).join(rules), quote=False)}</style>"
+        f"<style>{escape(rules(style), quote=False)}</style>"
         f'<rect width="{width}" height="{at}" class="paper"/>{"".join(parts)}</svg>\n'
     )
 
