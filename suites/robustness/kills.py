@@ -37,21 +37,23 @@ MARKER = "samples or length"
 
 @dataclass(frozen=True)
 class Way:
-    """How a run answers, who of it is killed, and where the last kill of a run may be."""
+    """How a run answers, who of it is killed, and when, for one run after the other: a run goes on after the kill of a
+    worker, so that it has one."""
 
     options: Sequence[str]
     whom: Literal["all", "controller", "worker"]
-    last: Sequence[str]
+    kills: Sequence[Sequence[str]]
 
 
 XDIST, RAY = ("-n", "2"), ("--kv-executor", "ray")
+REPORTED, JOINED, ALONE = [(FIRST, ANSWERING, REPORTING)], [(FIRST, ANSWERING, JOINING)], [(FIRST,), (ANSWERING,)]
 WAYS = {
-    "one process": Way((), "all", [REPORTING]),
-    "xdist, all": Way(XDIST, "all", [JOINING, REPORTING]),
-    "xdist, the controller": Way(XDIST, "controller", [JOINING, REPORTING]),
-    "xdist, a worker": Way(XDIST, "worker", [ANSWERING]),
-    "Ray, the controller": Way(RAY, "controller", [REPORTING]),
-    "Ray, a worker": Way(RAY, "worker", [ANSWERING]),
+    "one process": Way((), "all", REPORTED),
+    "xdist, all": Way(XDIST, "all", JOINED + REPORTED),
+    "xdist, the controller": Way(XDIST, "controller", JOINED + REPORTED),
+    "xdist, a worker": Way(XDIST, "worker", ALONE),
+    "Ray, the controller": Way(RAY, "controller", REPORTED),
+    "Ray, a worker": Way(RAY, "worker", ALONE),
 }
 
 
@@ -67,8 +69,8 @@ class Whole:
 def main(argv: Sequence[str]) -> int:
     """Kill; 1 where something was lost or done twice, a process was left behind, or 50 kills met not every phase."""
     kills, wrong, seen = int(argv[0]) if argv else KILLS, 0, Counter[tuple[str, str]]()
-    with tempfile.TemporaryDirectory() as name:
-        world, folder = tiny.made(_folder(Path(name) / "world")), Path(name) / "run"
+    with tempfile.TemporaryDirectory() as place:
+        world, folder = tiny.made(_folder(Path(place) / "world")), Path(place) / "run"
         undisturbed, wanted = _undisturbed(world, _folder(folder))
         print(f"undisturbed: {undisturbed}", flush=True)
         dice = random.Random(0)
@@ -78,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
             shutil.rmtree(folder)
             _folder(folder)
             way, below = WAYS[name], list[psutil.Process]()
-            for kind in (FIRST, ANSWERING, way.last[turn // len(WAYS) % len(way.last)])[: kills - seen.total()]:
+            for kind in way.kills[turn // len(WAYS) % len(way.kills)][: kills - seen.total()]:
                 if phase := _kill(world, folder, way, undisturbed, kind, dice, below):
                     seen[phase, name] += 1
             _end(_go_on(world, folder, way.options))
