@@ -46,6 +46,8 @@ FORMATS = {
     "levels": (LloydMax(4, corrected=True), PerToken(4, WHOLE)),
     "blocks": (Symmetric8(), Symmetric8()),
     "e2m1": (E2M1Blocks(1.0, False), E2M1Blocks(0.3, True)),
+    "rotated blocks": (Symmetric8("hadamard"), E2M1Blocks(0.3, True, "hadamard")),
+    "rotated e2m1": (E2M1Blocks(1.0, False, "hadamard"), Symmetric8("hadamard")),
     "values as levels": (Plain(), LloydMax(4, corrected=True)),
 }
 BLOCKS = [name for name in FORMATS if "kivi" in name]

@@ -119,16 +119,16 @@ def a_spec(draw, head_dim, layouts, residuals):
         group = draw(st.sampled_from([8, 16, 32]))
         return PerChannel(draw(st.sampled_from([4, 2])), group, group * draw(st.sampled_from([1, 2, 3])))
     residual, rolling = draw(st.sampled_from(residuals))
+    rotation = "" if residual else draw(st.sampled_from(["", "hadamard"]))
     if layout in ("levels", "symmetric"):
-        return LloydMax(4, corrected=True) if layout == "levels" else Symmetric8()
+        return LloydMax(4, corrected=True) if layout == "levels" else Symmetric8(rotation)
     if layout == "e2m1":
-        return E2M1Blocks(draw(st.sampled_from([1.0, 0.3])), draw(st.booleans()))
+        return E2M1Blocks(draw(st.sampled_from([1.0, 0.3])), draw(st.booleans()), rotation)
     if layout == "plain":
         return with_residual(Plain(), residual, rolling)
     if layout == "fp8":
         return with_residual(E4M3(draw(st.sampled_from([None, 1.0, 0.3]))), residual, rolling)
     group = draw(st.sampled_from([g for g in (8, 16, 32, head_dim) if head_dim % g == 0]))
-    rotation = "" if residual else draw(st.sampled_from(["", "hadamard"]))
     return with_residual(PerToken(draw(st.sampled_from([8, 4, 2])), group, rotation=rotation), residual, rolling)
 
 

@@ -59,6 +59,19 @@ class QuantSpec:
     """An orthonormal rotation of head_dim that is applied before encoding and undone by ``decode``. A backend with a
     kernel for it may rotate q (for K) and the output (for V) instead, as those in C++ and Triton do."""
 
+    def before(self, x: Tensor) -> Tensor:
+        """Of ``encode`` of one token each: x (n, units, 1, head_dim) to what its codes are of, (n, units, head_dim)
+        float32."""
+        from kvsuite.kernels.hadamard import hadamard
+
+        return hadamard(x[:, :, 0]) if self.rotation else x[:, :, 0].float()
+
+    def after(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Of ``decode``: what codes say, (n, units, head_dim) float32, to (n, units, 1, head_dim) in ``dtype``."""
+        from kvsuite.kernels.hadamard import hadamard
+
+        return (hadamard(x) if self.rotation else x).to(dtype).unsqueeze(2)
+
     @property
     def verbatim(self) -> bool:
         """Whether the numbers that are stored are the very numbers that came."""

@@ -202,6 +202,18 @@ class Codec(Component):
 
 
 @dataclass(frozen=True)
+class RotatingCodec(Codec):
+    """One that can turn K and V before it encodes them."""
+
+    rotate: Literal["none", "hadamard"] = "none"
+
+    @property
+    def rotation(self) -> str:
+        """`QuantSpec.rotation`."""
+        return "" if self.rotate == "none" else self.rotate
+
+
+@dataclass(frozen=True)
 class Reader(Component, PageReader):
     """Keeps what is stored and chooses for each query which pages are read; what it must do `PageReader` says."""
 

@@ -13,8 +13,11 @@ NAMED = {
     "vllm:turboquant_k3v4_nc": "turboquant:bits=k3v4,skip_first=2,skip_last=2",
     "vllm:turboquant_3bit_nc": "turboquant:bits=k3v3,skip_first=2,skip_last=2",
     "vllm:turboquant_k8v4": "turboquant:bits=k8v4,skip_first=2,skip_last=2",
+    "llama.cpp:q8_0": "q8_0:rotate=hadamard",
+    "llama.cpp:q4_0": "q4_0:rotate=hadamard",
     "lmdeploy:42": "turboquant:bits=k4v2",
 }
 """paper: Gao et al. 2025, arXiv 2503.24000, appendix A.3. artifact: what its accuracy data were made with
-(LLMkvsys/rethink-kv-compression, 1_neg_*_eval.sh, load_model_tokenizer.py). vllm: values of --kv-cache-dtype. lmdeploy:
-values of quant_policy."""
+(LLMkvsys/rethink-kv-compression, 1_neg_*_eval.sh, load_model_tokenizer.py). vllm: values of --kv-cache-dtype.
+llama.cpp: values of --cache-type-k and --cache-type-v, which are rotated since llama.cpp#21038. lmdeploy: values of
+quant_policy."""

@@ -184,8 +184,8 @@ def test_numbers_go_to_the_nearest_code_and_halves_to_the_even_one(value):
 
 @pytest.mark.parametrize(
     "text",
-    ["nvfp4", "mxfp4", "q8_0", "q4_0", "int8:rotate=hadamard", "int4:rotate=hadamard", "turboquant:bits=k4v4",
-     "turboquant:bits=k4v2"],
+    ["nvfp4", "mxfp4", "q8_0", "q4_0", "q8_0:rotate=hadamard", "nvfp4:rotate=hadamard", "int8:rotate=hadamard",
+     "int4:rotate=hadamard", "turboquant:bits=k4v4", "turboquant:bits=k4v2"],
 )  # fmt: skip
 def test_what_is_no_number_stays_none(text):
     x = torch.ones(1, 64)
@@ -203,6 +203,14 @@ def test_the_rotation_is_orthonormal_and_its_own_inverse(dim):
     torch.testing.assert_close(matrix.abs(), kept, atol=1e-6, rtol=0)
 
 
+def matrix(dim):
+    """The orthonormal Hadamard matrix, float64."""
+    made = torch.ones(1, 1).double()
+    while len(made) < dim:
+        made = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double(), made) / 2**0.5
+    return made
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @settings(max_examples=30)
 @given(x=vectors())
@@ -211,20 +219,31 @@ def test_rotated_integers_are_those_of_the_rotated_numbers(bits, x):
     back; float32 rotates 64 channels to a few millionths of a vector."""
     x[x.abs() < 1e-30] = 0  # so that float32 keeps all digits
     (codes, *rest), read = encoded(f"int{bits}:rotate=hadamard", x)
-    matrix = torch.ones(1, 1).double()
-    while len(matrix) < 64:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)]) / 2**0.5
     off = 4e-7 * x.double().norm(dim=-1, keepdim=True)
     stored = unpack(codes, bits), *(part[:, 0] for part in rest)
-    expected = naive.check_codes(x.double() @ matrix, bits, stored, off)
-    assert ((read - expected @ matrix).abs() <= 4e-7 * expected.norm(dim=-1, keepdim=True)).all()
+    expected = naive.check_codes(x.double() @ matrix(64), bits, stored, off)
+    assert ((read - expected @ matrix(64)).abs() <= 4e-7 * expected.norm(dim=-1, keepdim=True)).all()
 
 
-def test_a_rotation_spreads_an_outlier():
+@pytest.mark.parametrize("text", ["q8_0", "q4_0", "mxfp4", "nvfp4", "nvfp4:scale=4over6"])
+@settings(max_examples=30)
+@given(x=vectors())
+def test_rotated_blocks_are_those_of_the_rotated_numbers(text, x):
+    """Their own checks are above, and what is read is turned back."""
+    rotated = f"{text}{',' if ':' in text else ':'}rotate=hadamard"
+    (fields, read), (expected, turned) = encoded(rotated, x), encoded(text, hadamard(x))
+    for mine, theirs in zip(fields, expected, strict=True):
+        assert torch.equal(mine, theirs)
+    back = turned.double() @ matrix(64)
+    assert ((read - back).abs() <= 4e-7 * back.norm(dim=-1, keepdim=True)).all()
+
+
+@pytest.mark.parametrize(("text", "times"), [("int4", 1.5), ("q4_0", 1.3), ("mxfp4", 1.2)])
+def test_a_rotation_spreads_an_outlier(text, times):
     x = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
     x[:, 7] = 30.0
-    errors = [(encoded(text, x)[1] - x).norm() for text in ("int4:rotate=hadamard", "int4")]
-    assert errors[0] < errors[1] / 1.5
+    errors = [(encoded(name, x)[1] - x).norm() for name in (f"{text}:rotate=hadamard", text)]
+    assert errors[0] < errors[1] / times
 
 
 @pytest.mark.parametrize("text", ["nvfp4", "mxfp4", "q8_0", "q4_0"])

@@ -28,6 +28,7 @@ OTHERS = [
     ("q8_0", 64, "-march=native"),
     ("q8_0", 64, "-march=native -mno-avx512f"),
     ("q8_0", 128, ""),
+    ("q8_0:rotate=hadamard", 64, "-march=native"),
     ("nvfp4", 64, "-march=native"),
     ("nvfp4", 64, "-march=native -mno-avx512f"),
     ("nvfp4:scale=4over6", 96, ""),

@@ -18,7 +18,7 @@ from kvsuite.kernels.quantize import unpack
 from kvsuite.methods import parse
 from suites.checks import naive
 from suites.checks.table import layer
-from suites.checks.test_codecs import encoded, vectors
+from suites.checks.test_codecs import encoded, matrix, vectors
 
 MAX = {  # Max 1960, table I: the positive levels
     2: [0.4528, 1.510],
@@ -37,14 +37,6 @@ def test_levels_are_those_of_max_and_means_between_their_edges(bits):
     for level, low, high in zip(own, edges, edges[1:], strict=False):
         mean = quad(lambda x: x * norm.pdf(x), low, high)[0] / quad(norm.pdf, low, high)[0]
         assert abs(level - mean) < 1e-7
-
-
-def matrix(dim):
-    """The orthonormal Hadamard matrix, float64."""
-    made = torch.ones(1, 1).double()
-    while len(made) < dim:
-        made = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double(), made) / 2**0.5
-    return made
 
 
 def without_subnormals(x):

@@ -57,7 +57,9 @@ def test_as_many_stay_as_the_budget_says_at_every_step(text, length):
     budget = 999 if method.budget.whole(0, 1) else method.selector.tokens(length)
     drops_newest = method.selector.name in ("tova", "triattention") and not method.selector.protects[0]
     cache = loaded(method, [context(length, 0)], 30)
-    assert sum(len(own) for own in positions(cache)) == min(length, budget) * KV_HEADS
+    off = sum(len(own) for own in positions(cache)) - min(length, budget) * KV_HEADS
+    rounds = method.budget.name == "ada" and method.budget.rule == "authors" and length > budget
+    assert abs(off) < (2 * KV_HEADS if rounds else 1)
     seen = length
     for phase, _ in decoded(cache, 30):
         seen += phase == "appended"
@@ -69,7 +71,7 @@ def test_as_many_stay_as_the_budget_says_at_every_step(text, length):
             expected = min(seen, (min(length + seen - length - since, budget)) + since)
         held = positions(cache)
         if text in RAGGED:
-            assert sum(map(len, held)) == expected * KV_HEADS
+            assert sum(map(len, held)) == expected * KV_HEADS + off
         else:
             assert [len(own) for own in held] == [expected] * KV_HEADS
         assert drops_newest or all(own[-1] == seen - 1 for own in held)
@@ -200,7 +202,8 @@ ONE_SHOT = ["streaming-llm", "h2o", "random", "knorm", "keydiff", "tova", "obser
         "triattention:budget={}",
         f"kvzap:weights={KVZAP},budget={{}},recent=3",
         "expected-attention:budget={},future=64",
-        "compactor:budget={},chunk=16,sketch=16,sinks=2,recent=3,blend=0.3",
+        "leverage:budget={},sketch=16",
+        "compactor:budget={},chunk=16,sketch=16,sinks=2,recent=3,blend=0.3",  # without: the budget is in the scores
     ],
 )
 @given(budgets=st.lists(st.integers(6, 60), min_size=2, max_size=2, unique=True).map(sorted), seed=st.integers(0, 99))

@@ -69,6 +69,15 @@ def expected(q, k, v, tokens, future=64, sinks=4):
     return scores
 
 
+def leverage(q, k, v, tokens, sketch=16, inner=slice(None)):
+    random = torch.randn(DIM, sketch, generator=torch.Generator().manual_seed(0)).double() / sketch**0.5
+    keys = turned(k, -torch.arange(k.shape[1]))[:, inner]
+    x = (keys - keys.mean(1, keepdim=True)) @ random
+    inverse = torch.linalg.inv(x.transpose(1, 2) @ x + 0.01 * torch.eye(sketch))
+    found = torch.einsum("hni,hij,hnj->hn", x, inverse, x)
+    return (found - found.mean()) / found.std()
+
+
 def compactor(q, k, v, tokens, chunk=16, sketch=16, sinks=2, recent=3):
     length = k.shape[1]
     inner = slice(sinks, length - recent)
@@ -79,14 +88,9 @@ def compactor(q, k, v, tokens, chunk=16, sketch=16, sinks=2, recent=3):
             own = slice(first, first + chunk)
             attention[head // GROUP, own] += (queries[own] @ keys[own].T).softmax(-1).sum(0) / GROUP
     attention = avg_pool1d(attention * v[:, inner].double().norm(dim=-1), 3, 1, 1)
-    random = torch.randn(DIM, sketch, generator=torch.Generator().manual_seed(0)).double() / sketch**0.5
-    keys = turned(k, -torch.arange(length))[:, inner]
-    x = (keys - keys.mean(1, keepdim=True)) @ random
-    inverse = torch.linalg.inv(x.transpose(1, 2) @ x + 0.01 * torch.eye(sketch))
-    leverage = torch.einsum("hni,hij,hnj->hn", x, inverse, x)
-    leverage, attention = ((y - y.mean()) / y.std() for y in (leverage, attention))
+    attention = (attention - attention.mean()) / attention.std()
     scores = torch.full((KV_HEADS, length), torch.inf).double()
-    scores[:, inner] = (1 - tokens / length) * leverage + attention
+    scores[:, inner] = (1 - tokens / length) * leverage(q, k, v, tokens, sketch, inner) + attention
     return scores
 
 
@@ -132,6 +136,7 @@ FORMULAS = {
     "tova:budget={}": tova,
     "observed-attention:budget={}": observed,
     "expected-attention:budget={},future=64": expected,
+    "leverage:budget={},sketch=16": leverage,
     "compactor:budget={},chunk=16,sketch=16,sinks=2,recent=3": compactor,
     "r-kv:budget={},every=16": r_kv,
     "triattention:budget={},every=16": triattention,
@@ -337,6 +342,7 @@ def test_whole_layers_stay_whole_while_decoding(length):
         ("expected-attention:budget=4", "must be above its 4 sinks"),
         ("compactor:budget=12", "must be above its 8 first and 4 last tokens"),
         ("compactor:chunk=0", "chunk and sketch at least 1"),
+        ("leverage:sketch=0", "sketch must be at least 1"),
         ("r-kv:kernel=4", "kernel odd"),
         ("r-kv:budget=8", "must be above its window of 8 tokens"),
         ("kvzip:chunk=0", "chunk at least 1"),

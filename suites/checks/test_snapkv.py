@@ -1,4 +1,4 @@
-"""SnapKV and Ada-KV against an independent writing of kvpress's press in float64, and a few cases by hand."""
+"""SnapKV and Ada-KV against independent writings of kvpress's presses and the authors' code, and some cases by hand."""
 
 import pytest
 import torch
@@ -61,12 +61,41 @@ def test_ada_keeps_what_kvpress_keeps(seed, length, alpha):
     pruned = torch.topk(-raised.reshape(-1), 3 * (length - tokens_)).indices
     mask = torch.ones(3 * length, dtype=torch.bool)
     mask[pruned] = False
-    counts = Ada(alpha).allot([scores], tokens_)
+    counts = Ada(alpha, "kvpress").allot([scores], tokens_)
     assert counts.tolist() == [mask.view(3, length).sum(-1).tolist()]
     assert int(counts.sum()) == 3 * tokens_
     assert (counts >= int(tokens_ * alpha)).all()
     if alpha == 1:
         assert (counts == tokens_).all()
+
+
+@settings(max_examples=15)
+@given(
+    seed=st.integers(0, 999), length=st.integers(90, 200), window=st.sampled_from([0, 8, 32]),
+    alpha=st.sampled_from([0.0, 0.2, 0.5, 1.0]),
+)  # fmt: skip
+def test_ada_shares_as_its_authors_do(seed, length, window, alpha):
+    """AdaKV snapkv_utils.py: the window is set aside; what a head has of the highest of all, and a floor."""
+    scores, tokens_, heads = torch.rand(3, length, generator=torch.Generator().manual_seed(seed)), 40, 3
+    base = tokens_ - window
+    best = sorted(
+        ((float(x), head) for head, row in enumerate(scores[:, : length - window]) for x in row), reverse=True
+    )
+    capacity = [sum(head == own for _, head in best[: heads * base]) for own in range(heads)]
+    expected = [round(own * (1 - alpha) + int(base * alpha)) + window for own in capacity]
+    scores[:, length - window :] = torch.inf
+    counts = Ada(alpha).allot([scores], tokens_)
+    assert counts.tolist() == [expected]
+    assert abs(int(counts.sum()) - heads * tokens_) < 2 * heads
+    assert int(counts.sum()) <= heads * Ada(alpha).most(tokens_, length)[1]
+
+
+def test_a_window_does_not_make_the_authors_alpha_inert():
+    few = torch.zeros(2, 200)
+    few[0, :40], few[1, :24] = 0.2, 0.1
+    few[:, -32:] = torch.inf
+    assert [Ada(alpha).allot([few], 64).tolist() for alpha in (0.0, 0.5)] == [[[72, 56]], [[68, 60]]]
+    assert [Ada(alpha, "kvpress").allot([few], 64).tolist() for alpha in (0.0, 0.5)] == [[[72, 56]], [[72, 56]]]
 
 
 def test_a_prompt_within_its_budget_is_kept_whole():
@@ -78,7 +107,8 @@ def test_heads_share_by_what_they_attend_to():
     few = torch.zeros(100)
     few[:5] = 0.2
     counts = Ada(0.2).allot([torch.stack([few, torch.full((100,), 0.01)])], 30)[0]
-    assert counts.tolist() == [6, 54]
+    assert counts.tolist() == [10, 50]
+    assert Ada(0.2, "kvpress").allot([torch.stack([few, torch.full((100,), 0.01)])], 30)[0].tolist() == [6, 54]
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_a_part_says_its_source_its_formula_its_defaults_and_what_it_stores(part
     assert part.stores
     assert (part.name in NO_PAPER) != bool(re.search(r"\b20\d\d\b.*, arXiv \d{4}\.\d{5}", part.source))
     assert re.search(r"\w\.(py|c)\b|#\d+", part.source) or part.name in {"uniform", "mxfp4"}, "a repository's file"
-    assert re.search(r"[=≈≥Σ√‖⌊]", part.__doc__), "a formula"
+    assert re.search(r"[=≈≥Σ√‖⌊·]", re.sub("``.*?``", "", part.__doc__)), "a formula, beside the spelling of options"
     own = [field.name for field in dataclasses.fields(part) if not field.kw_only and field.name != "budget"]
     assert not own or re.search(r"\bdefaults?\b", part.__doc__, re.IGNORECASE), own
 

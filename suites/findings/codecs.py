@@ -24,8 +24,9 @@ from kvsuite.kernels.context import AttentionParams, LayerContext
 from kvsuite.methods import parse
 
 METHODS = (
-    "int8", "int8:rotate=hadamard", "fp8", "q8_0", "int4", "int4:rotate=hadamard", "q4_0", "nvfp4",
-    "nvfp4:scale=4over6", "mxfp4", "kivi:bits=4", "kivi:bits=2", "turboquant:bits=k8v4", "turboquant:bits=k4v4",
+    "int8", "int8:rotate=hadamard", "fp8", "q8_0", "q8_0:rotate=hadamard", "int4", "int4:rotate=hadamard", "q4_0",
+    "q4_0:rotate=hadamard", "nvfp4", "nvfp4:rotate=hadamard", "nvfp4:scale=4over6", "mxfp4", "mxfp4:rotate=hadamard",
+    "kivi:bits=4", "kivi:bits=2", "turboquant:bits=k8v4", "turboquant:bits=k4v4",
     "turboquant:bits=k4v4,seed=1", "turboquant:bits=k3v4", "turboquant:bits=k3v3", "turboquant:bits=k4v2",
     "kvarn:bits=k4v4", "kvarn:bits=k4v2", "gear:bits=4", "gear-l:bits=4", "gear:bits=2", "gear-l:bits=2",
 )  # fmt: skip

@@ -48,7 +48,7 @@ def attention(q: Any, k: Any) -> Any:
 
 
 def sketch(randn: Any, layer: int, *shape: int, **more: Any) -> Any:
-    """Compactor's Gaussian matrix, as kvsuite draws it: one for all heads, from the layer."""
+    """The Gaussian matrix of Compactor and its leverage, as kvsuite draws it: one for all heads, from the layer."""
     return randn(*shape[-2:], generator=torch.Generator().manual_seed(layer)).expand(*shape)
 
 

@@ -74,7 +74,7 @@ def _unreadable(layer: LayerContext, spec: QuantSpec) -> str:
     dim = layer.head_dim
     if spec.layout not in LAYOUTS:
         return "no kernel for this codec"
-    if spec.rotation and (spec.layout not in ("token", "levels") or spec.residual):
+    if spec.rotation and (spec.layout not in ("token", "levels", "symmetric", "e2m1") or spec.residual):
         return "no kernel for rotated K and V"
     if spec.late:
         return "no kernel for keys that are encoded after they have attended"

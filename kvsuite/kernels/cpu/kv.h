@@ -19,7 +19,7 @@ struct Spec {
   static constexpr bool rolling = ROLLING_;  // the oldest leaves the residual one by one; else all of it is encoded
   static constexpr Number dtype = DTYPE_;    // PLAIN: of pages; of the residual; what is encoded
   static constexpr bool token_scale = TOKEN_SCALE_;  // FP8: a scale per token
-  static constexpr bool rotated = ROTATED_;  // TOKEN and LEVELS: what is encoded was turned by `hadamard`
+  static constexpr bool rotated = ROTATED_;  // what is encoded was turned by `hadamard`
   static constexpr bool chooses = CHOOSES_;  // E2M1: the largest number of a group is 4 or 6, not always 6
   static constexpr int number_bytes = DTYPE_ == FLOAT32 ? 4 : 2;
   static constexpr int row_bytes = L == PLAIN ? DIM * number_bytes : L == FP8 ? DIM : DIM * BITS_ / 8;  // of a token

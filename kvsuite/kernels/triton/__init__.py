@@ -41,7 +41,8 @@ def supports(layer: LayerContext, k: QuantSpec, v: QuantSpec, needs: Needs) -> s
         return "no GPU"
     if not all(spec.layout for spec in specs):
         return "no kernel for this codec"
-    if any(spec.rotation and (spec.layout not in ("token", "levels") or spec.residual) for spec in specs):
+    turning = ("token", "levels", "symmetric", "e2m1")
+    if any(spec.rotation and (spec.layout not in turning or spec.residual) for spec in specs):
         return "no kernel for rotated K and V"
     if any(spec.late for spec in specs):
         return "no kernel for keys that are encoded after they have attended"

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Uniform(Budget):
-    """The B highest scores of each head, B the selector's budget: count = B. A larger budget keeps a superset."""
+    """The B highest scores of each head, B the selector's budget: count = B. A larger budget keeps a superset, unless
+    the scores depend on it, as `compactor`'s do."""
 
     name = "uniform"
     stores = "the selector's budget in every layer and head"

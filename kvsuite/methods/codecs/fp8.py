@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fp8(Codec):
-    """x ≈ e4m3(x / s) · s, to nearest even, saturating at 448. ``per=tensor``: K and V have one fixed scale s each, 1.0
-    unless calibrated; vLLM's default. ``per=token``: s = max|x| / 448 of each token and head, kept as float32."""
+    """x ≈ e4m3(x / s) · s, to nearest even, saturating at 448. ``per=tensor``: K and V have one fixed scale s each,
+    ``k_scale`` and ``v_scale``, 1.0 by default; vLLM's default. ``per=token``: s = max|x| / 448 of each token and head,
+    kept as float32."""
 
     name = "fp8"
     stores = "e4m3 bytes, scale 1.0 per tensor; or a float32 scale per token and head"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from kvsuite.kernels.quantspec import QuantSpec
-from kvsuite.methods.base import Codec
+from kvsuite.methods.base import RotatingCodec
 from kvsuite.methods.codecs.int8 import PerToken
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Int4(Codec):
+class Int4(RotatingCodec):
     """Asymmetric per token and head: zero = min, scale = (max - zero) / 15, both float16, the zero rounded down and the
     scale up; code = (x - zero) / scale to the nearest integer, x ≈ code · scale + zero. ``rotate=hadamard``: K (after
     RoPE) and V are turned by an orthonormal Hadamard matrix before they are encoded, and back when they are read, in
@@ -26,8 +26,5 @@ class Int4(Codec):
     stores = "4-bit codes, float16 scale and zero per token and head"
     source = "LMDeploy quant_policy=4, lmdeploy/pytorch/kernels/cuda/fill_kv_cache.py; rotate: llama.cpp#21038"
 
-    rotate: Literal["none", "hadamard"] = "none"
-
     def specs(self, layer: LayerContext, artifact: Artifact | None = None) -> tuple[QuantSpec, QuantSpec]:
-        rotation = "" if self.rotate == "none" else self.rotate
-        return (PerToken(4, layer.head_dim, rotation=rotation),) * 2
+        return (PerToken(4, layer.head_dim, rotation=self.rotation),) * 2

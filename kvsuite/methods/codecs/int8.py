@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from kvsuite.kernels.quantspec import QuantSpec
-from kvsuite.methods.base import Codec
+from kvsuite.methods.base import RotatingCodec
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Int8(Codec):
+class Int8(RotatingCodec):
     """Asymmetric per token and head: zero = min, scale = (max - zero) / 255, both float16, the zero rounded down and
     the scale up; code = (x - zero) / scale to the nearest integer, x ≈ code · scale + zero. ``rotate=hadamard``: K
     (after RoPE) and V are turned by an orthonormal Hadamard matrix before they are encoded, and back when they are
@@ -32,11 +32,8 @@ class Int8(Codec):
         "rotate: llama.cpp#21038"
     )
 
-    rotate: Literal["none", "hadamard"] = "none"
-
     def specs(self, layer: LayerContext, artifact: Artifact | None = None) -> tuple[QuantSpec, QuantSpec]:
-        rotation = "" if self.rotate == "none" else self.rotate
-        return (PerToken(8, layer.head_dim, rotation=rotation),) * 2
+        return (PerToken(8, layer.head_dim, rotation=self.rotation),) * 2
 
 
 @dataclass(frozen=True)
@@ -61,21 +58,16 @@ class PerToken(QuantSpec):
         ]
 
     def encode(self, x: Tensor, fitted: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        from kvsuite.kernels.hadamard import hadamard
         from kvsuite.kernels.quantize import blocks, pack, quantize
 
-        turned = hadamard(x[:, :, 0]) if self.rotation else x[:, :, 0]
-        codes, scale, zero = quantize(blocks(turned, self.group), self.bits, dim=-1)
+        codes, scale, zero = quantize(blocks(self.before(x), self.group), self.bits, dim=-1)
         return pack(codes.flatten(-2), self.bits), scale, zero
 
     def decode(self, fields: tuple[Tensor, ...], dtype: torch.dtype, fitted: tuple[Tensor, ...]) -> Tensor:
         import torch
 
-        from kvsuite.kernels.hadamard import hadamard
         from kvsuite.kernels.quantize import blocks, dequantize, unpack
 
         packed, scale, zero = fields
         codes = blocks(unpack(packed, self.bits), self.group)
-        if self.rotation:
-            return hadamard(dequantize(codes, scale, zero, torch.float32).flatten(-2)).to(dtype).unsqueeze(2)
-        return dequantize(codes, scale, zero, dtype).flatten(-2).unsqueeze(2)
+        return self.after(dequantize(codes, scale, zero, torch.float32).flatten(-2), dtype)

@@ -33,8 +33,6 @@ class Kivi(Codec):
     name = "kivi"
     stores = "4- or 2-bit codes, K per channel and V per token in groups of 32; last 128 tokens in full"
     source = "Liu et al. 2024, arXiv 2402.02750; jy-yuan/KIVI models/llama_kivi.py"
-    always = ("bits",)
-
     bits: Literal[4, 2] = 4
     group: Literal[32, 16, 8] = 32
     residual: int = 128
@@ -47,6 +45,13 @@ class Kivi(Codec):
             raise UsageError(f"{self.name}: residual={self.residual} must be a multiple of group={self.group}")
         if set(self.layer_bits) - {"2", "4"}:
             raise UsageError(f"{self.name}: layer_bits={self.layer_bits} must be a digit a layer, 4 or 2")
+        if self.layer_bits and self.bits != 4:
+            raise UsageError(f"{self.name}: layer_bits has the bits of each layer; leave bits out")
+
+    @property
+    def always(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Its bits, unless they are each layer's."""
+        return () if self.layer_bits else ("bits",)
 
     def at(self, layer: int, layers: int) -> Codec:
         own = super().at(layer, layers)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from kvsuite.errors import UsageError
 from kvsuite.kernels.quantspec import QuantSpec
-from kvsuite.methods.base import Codec
+from kvsuite.methods.base import RotatingCodec
 
 if TYPE_CHECKING:
     import torch
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class MxFp4(Codec):
+class MxFp4(RotatingCodec):
     """E2M1 codes, and for each 32 channels of a token a power of two as its scale: s = 2^(⌊log₂ max|x|⌋ - 2), kept as
-    an e8m0 byte; code = e2m1(x / s), to nearest even, saturating; x ≈ code · s. Numbers above 6 s, up to 8 s, become
-    6 s."""
+    an e8m0 byte; code = e2m1(x / s), to nearest even, saturating; x ≈ code · s. Numbers above 6 s, up to 8 s, become 6
+    s. ``rotate=hadamard`` turns K (after RoPE) and V before, as of `int8`; the specification has no rotation, which is
+    the default."""
 
     name = "mxfp4"
     stores = "E2M1 codes, an e8m0 scale per 32 channels"
@@ -31,7 +32,7 @@ class MxFp4(Codec):
     def specs(self, layer: LayerContext, artifact: Artifact | None = None) -> tuple[QuantSpec, QuantSpec]:
         if layer.head_dim % 32:
             raise UsageError(f"{self.name}: blocks of 32 channels do not divide the head dimension {layer.head_dim}")
-        return Microscaled(), Microscaled()
+        return (Microscaled(self.rotation),) * 2
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Microscaled(QuantSpec):
 
     bits = 4
     group = 32
+    rotation: str = ""
 
     def fields(self, head_dim: int, kv_dtype: torch.dtype) -> list[tuple[Shape, torch.dtype]]:
         import torch
@@ -52,7 +54,7 @@ class Microscaled(QuantSpec):
         from kvsuite.kernels.fp4 import to_e2m1
         from kvsuite.kernels.quantize import blocks, pack
 
-        parts = blocks(x[:, :, 0].float(), 32)
+        parts = blocks(self.before(x), 32)
         largest = parts.abs().amax(-1, keepdim=True)
         power = largest.frexp().exponent - 3  # frexp's mantissa is in [0.5, 1)
         power = torch.where(largest > 0, power, -127).clamp(-127, 127)
@@ -68,4 +70,4 @@ class Microscaled(QuantSpec):
 
         codes = blocks(unpack(fields[0], 4), 32)
         steps = fields[1].view(torch.float8_e8m0fnu).float()[..., None]
-        return (from_e2m1(codes) * steps).flatten(-2).to(dtype).unsqueeze(2)
+        return self.after((from_e2m1(codes) * steps).flatten(-2), dtype)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from kvsuite.errors import UsageError
 from kvsuite.kernels.quantspec import QuantSpec
-from kvsuite.methods.base import Codec, check_above_zero
+from kvsuite.methods.base import RotatingCodec, check_above_zero
 
 if TYPE_CHECKING:
     import torch
@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class NvFp4(Codec):
-    """E2M1 codes, and for each 16 channels of a token a scale s in e4m3; K and V have a fixed scale t each besides, 1.0
-    unless calibrated. s = e4m3(max|x| / (6 t)), code = e2m1(x / (s t)), x ≈ code · s · t; both round to nearest even
-    and saturate, so |x| ends at 2688 t, and blocks with max|x| up to 6/1024 t are zero. ``scale=4over6`` also tries
-    s = e4m3(max|x| / (4 t)) for each block and takes the one with the smaller squared error, since codes are coarse
-    between 4 and 6. The default is plain NVFP4."""
+class NvFp4(RotatingCodec):
+    """E2M1 codes, and for each 16 channels of a token a scale s in e4m3; K and V have a fixed scale t each besides,
+    ``k_scale`` and ``v_scale``, by default 1.0. s = e4m3(max|x| / (6 t)), code = e2m1(x / (s t)), x ≈ code · s · t;
+    both round to nearest even and saturate, so |x| ends at 2688 t, and blocks with max|x| up to 6/1024 t are zero.
+    ``scale=4over6`` also tries s = e4m3(max|x| / (4 t)) for each block and takes the one with the smaller squared
+    error, since codes are coarse between 4 and 6. ``rotate=hadamard`` turns K (after RoPE) and V before, as of `int8`.
+    The default is plain NVFP4, which engines do not rotate."""
 
     name = "nvfp4"
     stores = "E2M1 codes, an e4m3 scale per 16 channels"
@@ -44,7 +45,8 @@ class NvFp4(Codec):
         if layer.head_dim % 16:
             raise UsageError(f"{self.name}: blocks of 16 channels do not divide the head dimension {layer.head_dim}")
         chooses = self.scale == "4over6"
-        return E2M1Blocks(self.k_scale, chooses), E2M1Blocks(self.v_scale, chooses)
+        k, v = (E2M1Blocks(fixed, chooses, self.rotation) for fixed in (self.k_scale, self.v_scale))
+        return k, v
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class E2M1Blocks(QuantSpec):
     group = 16
     scale: float
     chooses: bool
+    rotation: str = ""
 
     def fields(self, head_dim: int, kv_dtype: torch.dtype) -> list[tuple[Shape, torch.dtype]]:
         import torch
@@ -67,7 +70,7 @@ class E2M1Blocks(QuantSpec):
 
         from kvsuite.kernels.quantize import blocks, pack
 
-        parts = blocks(x[:, :, 0].float(), 16)
+        parts = blocks(self.before(x), 16)
         codes, scales, error = self._encoded(parts, 6.0)
         if self.chooses:
             other, own, smaller = self._encoded(parts, 4.0)
@@ -80,7 +83,7 @@ class E2M1Blocks(QuantSpec):
         from kvsuite.kernels.quantize import blocks, unpack
 
         codes = blocks(unpack(fields[0], 4), 16)
-        return (from_e2m1(codes) * self._steps(fields[1][..., None])).flatten(-2).to(dtype).unsqueeze(2)
+        return self.after((from_e2m1(codes) * self._steps(fields[1][..., None])).flatten(-2), dtype)
 
     def _encoded(self, blocks: Tensor, full: float) -> tuple[Tensor, Tensor, Tensor]:
         """blocks float32 (…, 16) to codes (…, 16), scales as bytes (…, 1) and the squared error (…, 1)."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from kvsuite.errors import UsageError
 from kvsuite.kernels.quantspec import QuantSpec
-from kvsuite.methods.base import Codec
+from kvsuite.methods.base import RotatingCodec
 from kvsuite.methods.codecs.q8_0 import inverse
 
 if TYPE_CHECKING:
@@ -20,19 +20,23 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Q40(Codec):
+class Q40(RotatingCodec):
     """Symmetric per 32 channels of a token: d = m / -8 in float32, m the number that is largest in size, with its sign;
     code = ⌊x · (1/d) + 8.5⌋, at most 15; x ≈ (code - 8) · float16(d). Codes, scales and their order in a block are
-    those of gguf's own quantizer."""
+    those of gguf's own quantizer. ``rotate=hadamard`` turns K (after RoPE) and V before, as of `int8`: llama.cpp does
+    so since April 2026 unless LLAMA_ATTN_ROT_DISABLE is set. The default is the blocks alone."""
 
     name = "q4_0"
     stores = "4-bit codes, a float16 scale per 32 channels"
-    source = "llama.cpp --cache-type-k q4_0; ggml-quants.c quantize_row_q4_0_ref, gguf quants.py Q4_0"
+    source = (
+        "llama.cpp --cache-type-k q4_0; ggml-quants.c quantize_row_q4_0_ref, gguf quants.py Q4_0; "
+        "rotate: llama.cpp#21038"
+    )
 
     def specs(self, layer: LayerContext, artifact: Artifact | None = None) -> tuple[QuantSpec, QuantSpec]:
         if layer.head_dim % 32:
             raise UsageError(f"{self.name}: blocks of 32 channels do not divide the head dimension {layer.head_dim}")
-        return Symmetric4(), Symmetric4()
+        return (Symmetric4(self.rotation),) * 2
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Symmetric4(QuantSpec):
 
     bits = 4
     group = 32
+    rotation: str = ""
 
     def fields(self, head_dim: int, kv_dtype: torch.dtype) -> list[tuple[Shape, torch.dtype]]:
         import torch
@@ -53,7 +58,7 @@ class Symmetric4(QuantSpec):
 
         from kvsuite.kernels.quantize import blocks, pack
 
-        parts = blocks(x[:, :, 0].float(), 32)
+        parts = blocks(self.before(x), 32)
         largest = parts.gather(-1, parts.abs().argmax(-1, keepdim=True))  # the first, where there are two
         scale = largest / -8
         codes = (parts * inverse(scale) + 8.5).clamp(0, 15).to(torch.uint8)
@@ -63,4 +68,4 @@ class Symmetric4(QuantSpec):
         from kvsuite.kernels.quantize import unpack
 
         codes, scale = fields
-        return ((unpack(codes, 4).float() - 8) * scale.float()).flatten(-2).to(dtype).unsqueeze(2)
+        return self.after(((unpack(codes, 4).float() - 8) * scale.float()).flatten(-2), dtype)

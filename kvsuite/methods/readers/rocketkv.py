@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class RocketKV(Quest):
     """The second of two stages; the first is SnapKV's eviction: ``snapkv:budget=2048,window=32,kernel=63 +
-    rocketkv:budget=256``. Of what is kept, each step reads the pages with the highest estimated attention. Only
-    the ``channels`` of the query that are largest in the mean of its group count (below 1 a share of them). A page
-    stands for the key that has, in each of these channels, the largest number of its keys where the group's sum is
-    positive, else the smallest. Logits are divided by √d times the root of these channels' share of Σ|q|; softmax over
-    pages, mean over the group. ``budget`` and ``dense`` as for `quest`. The authors derive page, channels and budget
-    from one ratio; here a page is the cache's, 32 tokens, and the defaults are kvsuite's."""
+    rocketkv:budget=256``. Of what is kept, each step reads the pages with the highest estimated attention. Only the
+    ``channels`` of the query that are largest in the mean of its group count (below 1 a share of them). A page stands
+    for the key that has, in each of these channels, the largest number of its keys where the group's sum is positive,
+    else the smallest. score = softmax over pages of Σ_c q_c · k_c / √(d · Σ_c |q_c| / Σ|q|), c these channels, mean
+    over the group. ``budget`` and ``dense`` as for `quest`. The authors derive page, channels and budget from one
+    ratio; here a page is the cache's, 32 tokens, and the defaults are kvsuite's."""
 
     name = "rocketkv"
     stores = "everything that is not evicted, and two numbers of each key channel of a page; reads some pages"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from kvsuite.cache.observations import ChunkAttention, Observation
 from kvsuite.errors import UsageError
 from kvsuite.methods.base import BudgetSelector
+from kvsuite.methods.selectors.leverage import leverage_of, standard
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,12 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Compactor(BudgetSelector):
-    """Keeps the first ``sinks`` and the last ``recent`` tokens, and of the others those with the highest
-    ``blend`` · leverage + attention, both as z-scores over all kv heads of a layer. Leverage is that of the keys before
-    RoPE, centred and multiplied by a Gaussian sketch of ``sketch`` columns: diag(X (XᵀX + 0.01)⁻¹ Xᵀ). Attention is
-    what a token gets from all queries of its chunk of ``chunk`` tokens, earlier or later ones, of logits that are not
-    divided by √d, times ‖v‖₂, averaged over 3 neighbours. Without ``blend`` it is the share of tokens that go, as in
-    kvpress. The sketch is drawn from ``seed`` and the layer, one for all heads. Acts on the prompt alone; while
+    """Keeps the first ``sinks`` and the last ``recent`` tokens, and of the others those with the highest ``blend`` ·
+    leverage + attention, both as z-scores over all kv heads of a layer. Leverage is that of the keys before RoPE, as of
+    `leverage`. Attention is what a token gets from all queries of its chunk of ``chunk`` tokens, earlier or later ones,
+    of logits that are not divided by √d, times ‖v‖₂, averaged over 3 neighbours. Without ``blend`` it is the share of
+    tokens that go, as in kvpress, so that a larger budget need not keep a superset. Acts on the prompt alone; while
     decoding all new tokens stay. The defaults are kvpress's."""
 
     name = "compactor"
@@ -56,26 +56,7 @@ class Compactor(BudgetSelector):
         length = seen.k.shape[1]
         inner = slice(self.sinks, length - self.recent)
         attention = seen[self.observes[0]] * seen.v[:, inner].float().norm(dim=-1)
-        attention = _standard(avg_pool1d(attention, 3, stride=1, padding=1))
-        leverage = _standard(self._leverage(seen.k_before_rope[:, inner], seen.layer))
+        attention = standard(avg_pool1d(attention, 3, stride=1, padding=1))
+        leverage = standard(leverage_of(seen.k_before_rope[:, inner], self.sketch, self.seed, seen.layer))
         blend = 1 - tokens / length if self.blend is None else self.blend
         return pad(blend * leverage + attention, (self.sinks, self.recent), value=float("inf"))
-
-    def _leverage(self, keys: Tensor, layer: int) -> Tensor:
-        """keys float32 (kv_heads, n, head_dim) to (kv_heads, n). In float64: a channel of 1e4 leaves nothing of 0.01 in
-        float32."""
-        import torch
-
-        noise = torch.Generator().manual_seed(self.seed * 1_000_003 + layer)
-        sketch = torch.randn(keys.shape[2], self.sketch, generator=noise).to(keys.device)
-        wide = keys.double()
-        x = (wide - wide.mean(1, keepdim=True)) @ (sketch.double() / self.sketch**0.5)
-        gram = x.transpose(1, 2) @ x + 0.01 * torch.eye(self.sketch, device=x.device)
-        solved = torch.cholesky_solve(x.transpose(1, 2), torch.linalg.cholesky(gram))
-        scores: Tensor = (x * solved.transpose(1, 2)).sum(-1)
-        return scores.clamp(min=0).float()
-
-
-def _standard(scores: Tensor) -> Tensor:
-    """Less their mean, over their standard deviation, all heads together."""
-    return (scores - scores.mean()) / scores.std().clamp(min=1e-6)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StreamingLLM(BudgetSelector):
-    """The first ``sinks`` tokens and the last budget - sinks, also while decoding. The authors' defaults.
+    """The first ``sinks`` tokens and the last ones: with S = ``sinks`` and the budget B, token t of T stays where t < S
+    or t ≥ T - (B - S), also while decoding. The authors' defaults.
 
     ``positions=cache``, the authors': keys stand where the cache has them. Relative to the query that moves only the
     sinks, by the number of tokens evicted; they are rotated from their stored originals at every step.
