@@ -45,7 +45,7 @@ WINDOW, MOMENTS = LastQueries(64), PreRopeMoments(4)
 ARMS: dict[str, tuple[Observation, ...]] = {
     "none": (), "window": (WINDOW,), "window and moments": (WINDOW, MOMENTS), "column sums": (AttentionMass(),),
     "largest hidden states": (HiddenStates(Largest()),), "query centres": (QueryCentres(),),
-    "attention in chunks of 256": (ChunkAttention(256, 4, 4),), "an extra pass": (ExtraPass(),),
+    "attention in chunks of 256": (ChunkAttention(256, 8, 4),), "an extra pass": (ExtraPass(),),
     "an extra pass, normalized": (ExtraPass(normalized=True),),
 }  # fmt: skip
 TIME = {"window and moments": 1.15, "column sums": 1.5}

@@ -18,10 +18,14 @@ from unittest import mock
 import kvpress
 import torch
 import transformers
+from kvpress.presses import leverage_press
 from kvpress.presses.kvzap_press import KVzapConfig, KVzapModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import rotate_half
+
+DOUBLE = SimpleNamespace(**vars(torch) | {"float32": torch.float64})
+"""torch for LeverageScorePress, which solves in what it calls float32: rounding there decided which tokens stay."""
 
 
 def made(arm: dict[str, Any]) -> tuple[Any, Any]:
@@ -66,7 +70,10 @@ def kept(press: Any, scorer: Any, module: Any, given: dict[str, Any], eager: boo
     k, v, hidden = (given[name][None] for name in ("k", "v", "hidden"))
     places = module.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
     weights = attention(given["q"], given["k"]) if eager else None
-    with mock.patch.object(torch, "randn", partial(sketch, torch.randn, module.layer_idx)):
+    with (
+        mock.patch.object(torch, "randn", partial(sketch, torch.randn, module.layer_idx)),
+        mock.patch.object(leverage_press, "torch", DOUBLE),
+    ):
         keys, _ = press.compress(module, hidden, k, v, weights, {"position_embeddings": places})
     (scores,) = seen
     stays = torch.ones_like(scores, dtype=torch.bool)
