@@ -74,7 +74,7 @@ def _build(asked: argparse.Namespace) -> None:
     from kvsuite.analysis.negative_set import FACTS, ROWS, build, card, write
     from kvsuite.runs.again import texts
 
-    run = records.read(asked.folder)
+    run = records.told(asked.folder)
     benchmark, stable = build(run, asked.juror, asked.quorum, rule(asked), asked.task)
     known, why = texts(run, asked.model, benchmark.votes.base.keys)
     write(asked.into, benchmark, known, card(benchmark, stable))
@@ -94,7 +94,7 @@ def _score(asked: argparse.Namespace) -> None:
         if not (name and equals and family):
             raise UsageError(f"--family {text!r}: write METHOD=FAMILY")
         families[name] = family
-    found = scores(read(asked.benchmark), records.read(asked.folder), families, asked.allow_missing)
+    found = scores(read(asked.benchmark), records.told(asked.folder), families, asked.allow_missing)
     if asked.json:
         print(json.dumps(benchmark.as_json(found), indent=1, ensure_ascii=False, allow_nan=False))
     elif asked.markdown:

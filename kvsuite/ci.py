@@ -62,7 +62,7 @@ def _gate(asked: argparse.Namespace) -> int:
     held = Gates.of(asked.gate, asked.undecided, asked.against, asked.acknowledged)
     if not (held.gates or held.against):
         raise UsageError("say what the run is held against: --gate 'speed[int8]>=1.0', --against RUN")
-    report = analyse(records.read(Path(asked.folder)), held)
+    report = analyse(records.told(Path(asked.folder)), held)
     terminal.show([report.table("gates")])
     return int(report.failed)
 
@@ -71,15 +71,15 @@ def _badges(asked: argparse.Namespace) -> None:
     from kvsuite.analysis.report import analyse
     from kvsuite.report import badge
 
-    print(*badge.write(analyse(records.read(Path(asked.folder))), asked.into), sep="\n")
+    print(*badge.write(analyse(records.told(Path(asked.folder))), asked.into), sep="\n")
 
 
 def _summary(asked: argparse.Namespace) -> None:
     from kvsuite.analysis.report import analyse
     from kvsuite.report import summary
 
-    against = records.read(asked.against) if asked.against else None
-    print(summary.render(analyse(records.read(Path(asked.folder))), against, asked.page), end="")
+    against = records.told(asked.against) if asked.against else None
+    print(summary.render(analyse(records.told(Path(asked.folder))), against, asked.page), end="")
 
 
 def _leaderboard(asked: argparse.Namespace) -> None:
@@ -96,7 +96,7 @@ def _leaderboard(asked: argparse.Namespace) -> None:
         specs = named(asked.candidate)
         arms, _ = align([readers.arm(spec) for spec in (asked.baseline, *specs.values())], False)
         theirs = others(asked.model, arms, list(specs), Margins())
-    table = leaderboard([analyse(records.read(Path(folder))) for folder in asked.folders], theirs)
+    table = leaderboard([analyse(records.told(Path(folder))) for folder in asked.folders], theirs)
     if asked.html:
         sys.stdout.buffer.write(html.board("Leaderboard", [table]).encode(errors="replace"))
     elif asked.markdown:

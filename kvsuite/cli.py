@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0, 2 after one sentence about bad input, or pytest's exit code."""
+    """Run one command. Returns 0, 2 after one sentence about bad input, 130 where it was interrupted, or pytest's exit
+    code."""
+    if sys.stdout is None:  # it was closed
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (to the end of this process)
     asked = _parser().parse_args(benchmarks.joined(list(sys.argv[1:] if argv is None else argv)))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show ×
@@ -39,6 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UsageError, OSError) as error:
         print(f"kvsuite: {sentence(str(error))}", file=sys.stderr)
         return 2
+    except MemoryError:
+        print("kvsuite: there is not enough memory for this", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
@@ -187,9 +196,12 @@ def _run(asked: argparse.Namespace) -> int:
     """pytest in a process of its own, as an interrupted run has to end in its own way."""
     command = [sys.executable, "-m", "pytest", "--pyargs", "kvsuite.suites", "-m", asked.marker, *asked.pytest]
     with subprocess.Popen(command) as process:
+        for name in {"SIGTERM", "SIGHUP"} & vars(signal).keys():  # of timeout, and of a CI that is cancelled
+            signal.signal(getattr(signal, name), lambda number, _: process.send_signal(number))
         while True:
             try:
-                return process.wait()
+                code = process.wait()
+                return code if code >= 0 else 128 - code  # as a shell says of a signal
             except KeyboardInterrupt:  # which pytest has got, too
                 continue
 
@@ -203,7 +215,7 @@ def _negatives(asked: argparse.Namespace) -> None:
     if asked.folder and (asked.baseline or asked.candidate or asked.control):
         raise UsageError("a run folder has its own baseline, methods and control: leave out the other options")
     if asked.folder:
-        compared = negatives.Compared.of(records.read(Path(asked.folder)), asked.allow_missing)
+        compared = negatives.Compared.of(records.told(Path(asked.folder)), asked.allow_missing)
     else:
         compared = _compared(asked)
     found = negatives.negatives(compared, rule, margins)
@@ -239,7 +251,7 @@ def _compare(asked: argparse.Namespace) -> None:
     margins = Margins.parse(asked.margins)
     folders = [Path(x) for x in (asked.before, asked.after)]
     if all(f.is_dir() for f in folders):
-        one, other = map(records.read, folders)
+        one, other = map(records.told, folders)
         tables = changes.runs(one, other, margins)
     else:
         tables = _two_results(asked, margins)
@@ -287,7 +299,7 @@ def _paper(asked: argparse.Namespace) -> None:
     from kvsuite.analysis.tables import paper
     from kvsuite.report import markdown, terminal
 
-    runs = list(map(records.read, asked.folders))
+    runs = list(map(records.told, asked.folders))
     artifact = paper.Artifact(asked.artifact) if asked.artifact else None
     tables = paper.figures(asked.figures, runs, artifact)
     if asked.markdown:
@@ -303,7 +315,7 @@ def _why(asked: argparse.Namespace) -> None:
     from kvsuite.runs.why import Why
 
     folder = Path(asked.folder)
-    why = Why(records.read(folder), asked.model, asked.method, asked.sample, asked.task)
+    why = Why(records.told(folder), asked.model, asked.method, asked.sample, asked.task)
     for at, loss in enumerate(why.losses(), start=1):
         done = f"{at} of {len(why.asked)}: {loss.method}, {loss.sample}"
         print(f"{done}: {loss.error}" if loss.error else done, file=sys.stderr, flush=True)
@@ -316,7 +328,7 @@ def _verbosity(asked: argparse.Namespace) -> None:
     from kvsuite.runs.verbosity import Verbosity
 
     folder = Path(asked.folder)
-    asks = Verbosity(records.read(folder))
+    asks = Verbosity(records.told(folder))
     alike = itertools.groupby(asks.similarities(), lambda r: f"{r.task}, {r.sample}")
     for at, (which, _) in enumerate(alike, start=1):
         print(f"{at} of {len(asks.asked)}: {which}", file=sys.stderr, flush=True)
@@ -333,7 +345,7 @@ def _plan(asked: argparse.Namespace) -> None:
         asks = [presets.Preset.of(name, raw, asked.margins) for name, raw in PRESETS.items()]
         tables = presets.presets(asks, shipped())
     else:
-        run, margins = records.read(Path(asked.folder)), Margins.parse(asked.margins)
+        run, margins = records.told(Path(asked.folder)), Margins.parse(asked.margins)
         tables = [plan.plan(run, margins), *plan.blocks(run, margins)]
     terminal.show(tables)
 
@@ -342,7 +354,7 @@ def _capacity(asked: argparse.Namespace) -> None:
     from kvsuite.analysis.tables import capacity
     from kvsuite.report import terminal
 
-    tables = capacity.asked(records.read(Path(asked.folder)), asked.memory, asked.length)
+    tables = capacity.asked(records.told(Path(asked.folder)), asked.memory, asked.length)
     terminal.show(tables)
 
 

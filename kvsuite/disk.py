@@ -14,7 +14,7 @@ import tempfile
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from kvsuite.errors import UsageError
 
@@ -121,7 +121,9 @@ def write(file: Path, said: str) -> None:
         return
     unfinished = file.with_name(f"{file.name}.tmp")
     try:
-        with unfinished.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as opened:
+        if os.path.lexists(unfinished):  # of one who was killed, or a link to a file that is not ours
+            unfinished.unlink()
+        with unfinished.open("x", encoding="utf-8", errors="backslashreplace", newline="\n") as opened:
             opened.write(said)
             opened.flush()
             os.fsync(opened.fileno())
@@ -132,6 +134,16 @@ def write(file: Path, said: str) -> None:
             error.filename = str(file)  # which is what was asked for
         raise
     sync(file.parent)
+
+
+def append(file: Path) -> BinaryIO:
+    """A file, opened to be read and appended to. Raises OSError, for a link, too: it may lead to a file that is not
+    ours."""
+
+    def opener(path: str, flags: int) -> int:
+        return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+    return open(file, "a+b", opener=opener)
 
 
 def _is_device(file: Path) -> bool:
@@ -162,6 +174,24 @@ def making(folder: Path) -> Iterator[Path]:
                     shutil.rmtree(left, ignore_errors=True)
         temporary = tempfile.TemporaryDirectory(dir=folder, prefix=MAKING, ignore_cleanup_errors=True)
         yield Path(stack.enter_context(temporary))
+
+
+def claimed(folder: Path) -> int | None:
+    """A descriptor of a folder. Until it is closed, or this process ends in whatever way, nobody else can claim the
+    folder; None where that cannot be told. Raises UsageError where another process has claimed it, OSError where it
+    cannot be opened."""
+    if fcntl is None:
+        return None
+    at = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(at, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(at)
+        raise UsageError(f"another process writes its run into {str(folder)!r}") from None
+    except OSError:  # a file system without locks
+        os.close(at)
+        return None
+    return at
 
 
 def _lock(at: int, folder: Path) -> None:

@@ -285,7 +285,7 @@ def _once(name: str, package: Package, make: Callable[[Path, Path], object]) -> 
             source, made = temporary / "source", temporary / "made"
             _download(package, source)
             make(source, made)
-            disk.write(made / SUMS, "".join(f"{found}  {file}\n" for file, found in _sums(made).items()))
+            disk.write(made / SUMS, "".join(f"{found}  {file}\n" for file, found in sums(made).items()))
             if damaged:
                 folder.rename(temporary / "damaged")
             try:
@@ -298,7 +298,7 @@ def _once(name: str, package: Package, make: Callable[[Path, Path], object]) -> 
     return folder
 
 
-def _sums(folder: Path) -> dict[str, str]:
+def sums(folder: Path) -> dict[str, str]:
     """SHA-256 of all files in a folder but `SUMS`, by their paths in it."""
     found = {}
     for file in sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / SUMS):
@@ -310,9 +310,10 @@ def _sums(folder: Path) -> dict[str, str]:
 def _is_whole(folder: Path) -> bool:
     """Whether a cached folder is there and its files are what they were; one that has no `SUMS` is believed."""
     if folder not in _known and folder.is_dir():
-        sums = folder / SUMS
-        said = [line.partition("  ") for line in disk.text(sums).splitlines()] if sums.is_file() else []
-        if not said or {(file, found) for found, _, file in said} <= _sums(folder).items():  # more files harm nobody
+        listed = folder / SUMS
+        lines = disk.content(listed).decode(errors="replace").splitlines() if disk.is_there(listed) else None
+        said = {(file, found) for found, _, file in (line.partition("  ") for line in lines or ())}
+        if lines is None or (said and said <= sums(folder).items()):  # more files harm nobody
             _known.add(folder)
     return folder in _known and folder.is_dir()
 

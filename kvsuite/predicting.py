@@ -136,7 +136,7 @@ def _length(asked: argparse.Namespace) -> None:
         return
     if asked.folder is None:
         raise UsageError("say which run to learn from, or --use a saved predictor with --prompt")
-    run = records.read(Path(asked.folder))
+    run = records.told(Path(asked.folder))
     lengths, embed = Lengths.of(run), MiniLM()
     x = prompts_of(lengths.entries, embed)
     if predictor is not None:

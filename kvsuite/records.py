@@ -7,10 +7,11 @@ import dataclasses
 import json
 import os
 import re
+import sys
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, NoReturn
 
 import msgspec
 from msgspec import Meta
@@ -537,7 +538,11 @@ class RunFolder:
             wrong.append(said.name)
             record = failed(record, record.error if wrong[1:] else str(said), wrong)
             line = encode(record)
-        self._write([line.encode(errors="backslashreplace")])  # of a lone surrogate: its escape in JSON
+        data = line.encode(errors="backslashreplace")  # of a lone surrogate: its escape in JSON
+        if len(data) > disk.LONGEST:  # which nobody could read
+            why = f"its record has {len(data):,} bytes, and {disk.LONGEST:,} are read"
+            data = encode(failed(record, why, _longest(record))).encode(errors="backslashreplace")
+        self._write([data])
 
     def join(self) -> None:
         """Append the workers' files to ``records.jsonl`` and remove them. Who was killed in between has appended some
@@ -545,6 +550,8 @@ class RunFolder:
         parts = sorted(self.folder.glob("records-*.jsonl"))
         if not parts:
             return
+        if links := [part for part in parts if part.is_symlink()]:
+            raise UsageError(f"{str(links[0])!r} is a link, and no worker's file")
         known = {line for _, line in disk.lines(self._file)} if self._file.is_file() else set[bytes]()
         for part in parts:
             self._write([line for _, line in disk.lines(part) if line not in known])
@@ -557,7 +564,7 @@ class RunFolder:
         power answers the last ones again."""
         with self._writing():
             for file in self.folder.glob("records*.jsonl"):
-                with file.open("ab") as opened:
+                with disk.append(file) as opened:
                     os.fsync(opened.fileno())
             disk.sync(self.folder)
 
@@ -575,13 +582,19 @@ class RunFolder:
 
     def _append(self, lines: Iterable[bytes]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self._file.open("a+b") as file:
+        with disk.append(self._file) as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":
                     file.write(b"\n")
             for line in lines:
                 file.write(line + b"\n")
+
+
+def _longest(record: Record) -> list[str]:
+    """The fields that make a record long."""
+    values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+    return [name for name, value in values.items() if isinstance(value, (str, list, dict)) and len(value) > 10_000]
 
 
 def _amiss(line: str) -> Unfit | None:
@@ -609,6 +622,18 @@ def failed(record: Record, error: str, wrong: Collection[str] = ()) -> Record:
     return dataclasses.replace(record, status="failed", error=error, **broken)
 
 
+class Facts(dict[str, Any]):
+    """What ``run.json`` says. To ask for what it does not say is a UsageError: who publishes a run may have changed
+    it."""
+
+    def __init__(self, file: Path, found: dict[str, Any], where: str = "") -> None:
+        self.file, self.where = file, where
+        super().__init__({k: Facts(file, v, f"{where}{k}.") if isinstance(v, dict) else v for k, v in found.items()})
+
+    def __missing__(self, key: str) -> NoReturn:
+        raise UsageError(f"{str(self.file)!r} has no {self.where}{key}")
+
+
 @dataclass(frozen=True, eq=False)
 class Run:
     """A run as it was left; itself alone is equal to it, so that what is found out about it can be kept."""
@@ -617,7 +642,13 @@ class Run:
     facts: dict[str, Any]
     records: list[Record]
     torn: int = 0
-    """Lines that were cut off while being written, and skipped."""
+    """Lines that cannot be read: cut off while being written, or damaged since."""
+
+    @property
+    def lost(self) -> str:
+        """What is said of these."""
+        lines, were = ("line", "was") if self.torn == 1 else ("lines", "were")
+        return f"{self.torn} record {lines} {were} cut off while being written, or damaged, and left out"
 
     @property
     def baseline(self) -> str:
@@ -656,6 +687,8 @@ def read(folder: Path) -> Run:
     A line that was cut off costs itself alone, and a failed job that was done again its first record. Raises UsageError
     for a folder that is none and for a record of another version."""
     try:
+        if disk.is_there(folder / "run.json") and not (folder / "run.json").is_file():
+            raise UsageError("its run.json is no file")
         facts = disk.parsed(disk.text(folder / "run.json"), finite=True)
         if said := amiss(facts, FACTS, whole=False):
             raise UsageError(said)
@@ -665,7 +698,7 @@ def read(folder: Path) -> Run:
     records = [record for record in lines if record is not None]
     order = {method: at for at, method in enumerate(facts.get("methods", ()))}
     by_arm = sorted(_once(records), key=lambda record: order.get(record.method, len(order)))
-    return Run(folder, facts, by_arm, torn=len(lines) - len(records))
+    return Run(folder, Facts(folder / "run.json", facts), by_arm, torn=len(lines) - len(records))
 
 
 @collector.off()
@@ -690,6 +723,8 @@ def _lines(folder: Path) -> Iterator[tuple[Path, int, bytes]]:
     joined, *parts = folder / "records.jsonl", *sorted(folder.glob("records-*.jsonl"))
     known = set[bytes]()
     for file in (joined, *parts):
+        if disk.is_there(file) and not file.is_file():
+            raise UsageError(f"{str(file)!r} is no file")
         for at, line in disk.lines(file) if file.is_file() else ():
             if file == joined or line not in known:
                 yield file, at, line
@@ -730,10 +765,18 @@ FACTS: Shape = {
 
 
 def whole(folder: Path) -> Run:
-    """`read`, of a run that says all that a report shows. Raises UsageError where it does not, too."""
-    run = read(folder)
+    """`told`, of a run that says all that a report shows. Raises UsageError where it does not, too."""
+    run = told(folder)
     if said := amiss(run.facts, FACTS, whole=True):
         raise UsageError(f"{str(folder / 'run.json')!r} is not whole: {said}")
+    return run
+
+
+def told(folder: Path) -> Run:
+    """`read` for a command, which tells of lines that cannot be read on standard error."""
+    run = read(folder)
+    if run.torn:
+        print(f"{folder}: {run.lost}", file=sys.stderr)
     return run
 
 

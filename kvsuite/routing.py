@@ -118,7 +118,7 @@ def _setup(asked: argparse.Namespace) -> Setup:
     times = workloads.schedule(workloads.read(asked.workload), arrivals) if asked.workload else None
     known, run = _known(asked)
     pair = _pair(asked, known)
-    said = records.read(asked.lengths) if asked.lengths else run
+    said = records.told(asked.lengths) if asked.lengths else run
     texts = Chats.of(said, [law.method for law in pair]) if said else Stated(factor=asked.longer)
     return Setup(
         pair, texts, arrivals, sorted(times) if times else None, plain, compressed, asked.requests, asked.batch,
@@ -133,7 +133,7 @@ def _known(asked: argparse.Namespace) -> tuple[dict[str, Law], Run | None]:
 
     if not asked.source:
         return laws.STATED, None
-    run = records.read(asked.source) if asked.source.is_dir() else None
+    run = records.told(asked.source) if asked.source.is_dir() else None
     return laws.fitted([c for c in cells.read(asked.source) if asked.model in (None, c.model)], run), run
 
 

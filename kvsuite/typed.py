@@ -24,13 +24,13 @@ def fits(hint: Any) -> Callable[[Any], bool]:
     if origin is list:
         return lambda value: type(value) is list and all(map(fits(inner[0]), value))
     if origin is dict and inner[1] is not Any:
-        return lambda value: type(value) is dict and all(map(fits(inner[1]), value.values()))
+        return lambda value: isinstance(value, dict) and all(map(fits(inner[1]), value.values()))
     if hint in NUMBERS:
         kinds, most = NUMBERS[hint]
         return lambda value: type(value) in kinds and -most <= value <= most
     kind = origin or hint
     if kind in (dict, list):
-        return lambda value: type(value) is kind and finite(value)
+        return lambda value: isinstance(value, kind) and finite(value)
     return lambda value: type(value) is kind
 
 

@@ -19,7 +19,7 @@ from kvsuite.analysis.shares import Side
 from kvsuite.analysis.stats import LEVEL, Estimate, holm
 from kvsuite.analysis.verdict import Effect
 from kvsuite.errors import UsageError, unknown
-from kvsuite.records import Run, read
+from kvsuite.records import Run, told
 
 State = Literal["passed", "failed", "undecided", "acknowledged"]
 Policy = Literal["passes", "warns", "fails"]
@@ -130,7 +130,7 @@ class Gates:
         if undecided not in POLICIES:
             raise unknown("word for undecided gates", undecided, POLICIES)
         parsed = tuple(dict.fromkeys(Gate.parse(text) for text in texts))
-        before = read(Path(against)) if against else None
+        before = told(Path(against)) if against else None
         return cls(parsed, cast(Policy, undecided), before, acknowledged(Path(known)) if known else ())
 
     def failed(self, outcomes: Sequence[Outcome]) -> bool:

@@ -92,8 +92,7 @@ def analyse(run: Run, held: Gates = NO_GATES, today: date | None = None) -> Repo
     tables += [*speed.phases(run), *modes(run), *capacity(run), *types(run), *answers(run), *causes(run), *chats(run)]
     tables += [*verbosity(run), *predicted(run), *speed.promises(run)]
     tables += sweep(run, {table.key: table for table in tables})
-    torn = f"{run.torn} record lines were cut off while being written and are left out."
-    notes = [*provenance(run.records), *([Note(torn, "warning")] if run.torn else [])]
+    notes = [*provenance(run.records), *([Note(f"{run.lost}.", "warning")] if run.torn else [])]
     notes += [
         Note(f"{task}: {count} {what}, to fit the model's context.")
         for task, done in run.facts.get("fitted", {}).items()

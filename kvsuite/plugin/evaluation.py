@@ -137,13 +137,16 @@ def pytest_configure_node(node: Any) -> None:
     node.workerinput["kv_run"] = str(node.config.stash[SESSION].folder.absolute())
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Refuse to go on with another run, and a model that cannot be compared, before workers start or anything is
-    loaded."""
+    """Refuse to go on with another run, a folder that another process writes to, and a model that cannot be compared,
+    before workers start or anything is loaded."""
     run = session.config.stash[SESSION]
     if run.worker:
         return
     try:
+        if not (session.config.option.collectonly or ranks.rank()):
+            run.open()
         if run.options.resume is not None:
             run.check_resumed()
         if not session.config.option.collectonly:
@@ -298,6 +301,13 @@ def _again(config: pytest.Config, folder: Path) -> str:
     return shlex.join([*ranks.command(), *kept, "--kv-resume", str(folder)])
 
 
+def _end(config: pytest.Config, code: pytest.ExitCode) -> None:
+    """Let pytest end with this code, if it was to end with 0."""
+    session = config.pluginmanager.getplugin("session")
+    if session is not None and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = code
+
+
 def _hold(config: pytest.Config, report: Report, strict: bool) -> None:
     """Let gates, and what was found wrong with servers, decide how pytest ends, and tell them to its JUnit file, which
     is then written once more."""
@@ -305,9 +315,8 @@ def _hold(config: pytest.Config, report: Report, strict: bool) -> None:
     alarms = report.alarms if strict else ()
     if not (gates or alarms):
         return
-    session = config.pluginmanager.getplugin("session")
-    if (report.failed or alarms) and session is not None and session.exitstatus == pytest.ExitCode.OK:
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    if report.failed or alarms:
+        _end(config, pytest.ExitCode.TESTS_FAILED)
     if (xml := config.stash.get(xml_key, None)) is not None:
         for row in gates:
             xml.add_global_property(" ".join(row.key), str(row.cells["state"].value))
@@ -316,9 +325,10 @@ def _hold(config: pytest.Config, report: Report, strict: bool) -> None:
         xml.pytest_sessionfinish()
 
 
-def pytest_unconfigure() -> None:
-    """Let the ranks of torchrun end together."""
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Let the ranks of torchrun end together, and others write to the run's folder."""
     ranks.leave()
+    config.stash[SESSION].close()
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -339,3 +349,4 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     except (UsageError, OSError) as error:  # of a disk that is full, too
         said = f"no report of {session.folder}: {printable(str(error))}"
         terminalreporter.write_line(said, red=True, bold=True)
+        _end(config, pytest.ExitCode.USAGE_ERROR)  # gates were not held against anything

@@ -245,8 +245,6 @@ def _check_flash(options: Options) -> None:
 
 
 def _check_folders(options: Options) -> None:
-    if options.run is not None and disk.is_there(options.run) and any(options.run.glob("records*.jsonl")):
-        raise UsageError(f"--kv-run {str(options.run)!r} already holds a run; name another folder, or --kv-resume it")
     for folder in options.learn:
         if not disk.is_file(folder / "run.json"):
             raise UsageError(f"--kv-learn {str(folder)!r} is not a run folder")

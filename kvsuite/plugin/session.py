@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -12,7 +15,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from kvsuite import environment, registry, shapes, tasks
+from kvsuite import disk, environment, registry, shapes, tasks
 from kvsuite.engines import ranks
 from kvsuite.errors import UsageError
 from kvsuite.plugin.options import Options
@@ -39,7 +42,39 @@ class Session:
         self.sharing = 0.0
         """Seconds spent so far on jobs that several tests share."""
         self._described = False
+        self._claim: int | None = None
         self._samples: dict[str, list[Sample]] = {}
+
+    def open(self) -> None:
+        """Make the run's folder, which nobody else can write to until `close`. Raises UsageError where another process
+        does, where the folder holds a run already, and where it cannot be made."""
+        o, name = self.options, self.folder.name
+        try:
+            for at in itertools.count(2):
+                with contextlib.suppress(FileExistsError):
+                    self.folder.mkdir(parents=True)
+                    break
+                if o.resume is not None or o.run is not None:
+                    break
+                self.folder = self.folder.with_name(f"{name}-{at}")  # another run began in this second
+            if not self.folder.is_dir():
+                raise UsageError(f"--kv-run {str(self.folder)!r} is no folder")
+            self._claim = disk.claimed(self.folder)
+        except OSError as error:
+            raise UsageError(f"{str(self.folder)!r} cannot be written: {error.strerror}") from error
+        self.run = RunFolder(self.folder)
+        if o.resume is None and any(self.folder.glob("records*.jsonl")):
+            said = "already holds a run; name another folder, or --kv-resume it"
+            raise UsageError(f"--kv-run {str(self.folder)!r} {said}")
+
+    def close(self) -> None:
+        """Let others write to the folder; one in which nothing was left is removed."""
+        if self._claim is not None:
+            os.close(self._claim)
+            self._claim = None
+        if not self.worker and self.options.resume is None:
+            with contextlib.suppress(OSError):  # it is not empty
+                self.folder.rmdir()
 
     @property
     def tasks(self) -> list[Task]:

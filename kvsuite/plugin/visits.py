@@ -222,11 +222,13 @@ class Leg:
 
         def done(reply: Reply) -> None:
             reply.error = (reply.error and self.visits.given_up(arm)) or reply.error
-            sample = (samples or {}).get(reply.id)
+            sample, score = (samples or {}).get(reply.id), None
+            if sample and not reply.error:
+                score, reply.error = tasks.scored(kind, sample, reply.text)
             session.record(
                 _served(
                     reply, by_id[reply.id], method=arm, leg=self.number, block=self.period.block, type=kind.type,
-                    score=kind.score(sample, tasks.after_thinking(reply.text)) if sample and not reply.error else None,
+                    score=score,
                     prompt=sample.prompt_end if sample else "", prompt_hash=sample.prompt_hash if sample else "",
                     chance=sample.chance if sample else 0.0, task=task, cell=cell,
                     width=arrivals.concurrency, **more,

@@ -70,7 +70,7 @@ def read(path: Path) -> list[Cell]:
 def _run(folder: Path) -> list[Cell]:
     """Cells of our own cache. A cell's time is that of the baseline at its batch and length, median over all methods'
     cells, over the speed-up of its own paired blocks: what drifts from one cell to the next is not a method's."""
-    run = records.read(folder)
+    run = records.told(folder)
     timed = [r for r in run.records if isinstance(r, Timing) and r.status == "ok" and r.seconds and r.baseline_seconds]
     kinds: dict[str, Stage] = {"prefill": "prefill", "decode": "decoding"}
     blocks: dict[tuple[str, int, int], list[float]] = {}

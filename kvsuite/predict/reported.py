@@ -44,7 +44,7 @@ def timed(folders: Sequence[Path]) -> list[Cell]:
 def chats(folders: Sequence[Path]) -> Run:
     """The first run with answers to chats. Raises UsageError where none has."""
     for folder in folders:
-        run = records.read(folder)
+        run = records.told(folder)
         if by_task(run, "length"):
             return run
     raise UsageError(f"no answers to chats in {', '.join(map(str, folders))}")

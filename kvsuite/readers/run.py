@@ -19,7 +19,7 @@ Documents = dict[tuple[str, str], Forced]
 
 def read(spec: str, path: str, which: str) -> Arm:
     """The scored and chat answers of one method."""
-    run = records.read(Path(path))
+    run = records.told(Path(path))
     found, forced = arms(run), documents(run)
     if not (found or forced):
         raise UsageError(f"{path} holds no answers to tasks or chats")
@@ -76,7 +76,7 @@ def documents(run: Run) -> dict[str, Documents]:
 
 def named_documents(path: str, which: str) -> tuple[Documents, bool]:
     """Those of the method that ``run:PATH#WHICH`` names, and whether it has no other answers."""
-    run, method = records.read(Path(path)), which.partition("@")[0]
+    run, method = records.told(Path(path)), which.partition("@")[0]
     return documents(run).get(method, {}), all(arm != method for arm, _ in arms(run))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 from typing import Any
@@ -28,28 +29,35 @@ def render(report: Report) -> str:
     reason = f" ({where['dtype_reason']})" if where.get("dtype_reason") else ""
     how = f"{where['threads']} threads, {formats(report.run)}{reason} · " if where["threads"] else ""
     short = f" · {report.shortfall.title}" if report.shortfall else ""
-    parts = [
+    command = shlex.join(["pytest", *facts["command"]]).replace("`", "'")
+    said = [
         f"# kvsuite report · {facts['model']['name']}{short}",
-        f"{facts['started']} · `{shlex.join(['pytest', *facts['command']])}` · preset {facts['preset']}",
+        f"{facts['started']} · `{command}` · preset {facts['preset']}",
         f"{where['gpu'] or where['cpu']}, {where['cores']} cores, {how}"
         f"Python {where['python']}, {packages} · kvsuite {where['kvsuite']} ({commit})",
         "It speaks of this model, these texts and this machine.",
-        *map(table, (*report.tables, *report.appendix)),
-        *[f"**{note.text}**" for note in report.notes],
     ]
-    return printable("\n\n".join(parts)) + "\n"
+    notes = [f"**{note.text}**" for note in report.notes]
+    tables = map(table, (*report.tables, *report.appendix))
+    return printable("\n\n".join([*map(plain, said), *tables, *map(plain, notes)])) + "\n"
 
 
 def table(shown: Table) -> str:
     """One table under its title, with its notes."""
-    lines = [f"## {shown.title}"]
+    lines = [plain(f"## {shown.title}")]
     if names := header(shown):
         marks = ["---"] * len(shown.heads) + ["---:"] * len(shown.columns)
         lines += ["", *map(_line, [names, marks, *([cell.text for cell in row] for row in body(shown))])]
     for note in shown.notes:
-        lines += ["", note.text]
+        lines += ["", plain(note.text)]
     return "\n".join(lines)
 
 
+def plain(text: str) -> str:
+    """One line, in which names and answers that others gave are text: no HTML, links, pictures, tables or headings."""
+    text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", " ".join(text.splitlines()))
+    return text.replace("](", "]\\(")
+
+
 def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+    return "| " + " | ".join(plain(cell).replace("|", "\\|") for cell in cells) + " |"

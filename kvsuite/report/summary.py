@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from kvsuite.analysis.report import Report
@@ -21,12 +20,13 @@ def render(report: Report, against: Run | None = None, page: str = "") -> str:
     """What decides, what changed against an earlier run, and a link to the page. Runs that cannot be compared cost
     the comparison only."""
     facts = report.run.facts
-    parts = [_text(f"# kvsuite · {facts['model']['name']}"), *map(_table, _first(report.tables))]
+    parts = [markdown.plain(f"# kvsuite · {facts['model']['name']}"), *map(markdown.table, _first(report.tables))]
     if against is not None:
         parts += _changes(against, report.run)
-    parts += [_text(f"**{note.text}**") for note in report.notes if note.severity != "info"]
+    parts += [markdown.plain(f"**{note.text}**") for note in report.notes if note.severity != "info"]
     parts += [f"[All tables](<{page}>)"] if page else []
-    parts.append(f"{facts['started']} · `{report.run.folder}` · It speaks of this model, these texts and this machine.")
+    end = f"{facts['started']} · `{report.run.folder}` · It speaks of this model, these texts and this machine."
+    parts.append(markdown.plain(end))
     return "\n\n".join(parts) + "\n"
 
 
@@ -42,15 +42,6 @@ def _first(tables: Sequence[Table]) -> list[Table]:
 def _changes(against: Run, run: Run) -> list[str]:
     try:
         margins = Margins.of(run.facts)
-        return [_table(t) for t in changes.runs(against, run, margins)]
+        return [markdown.table(t) for t in changes.runs(against, run, margins)]
     except UsageError as error:
-        return [_text(f"**Not compared with {against.folder}: {error}.**")]
-
-
-def _table(table: Table) -> str:
-    return _text(markdown.table(table))
-
-
-def _text(said: str) -> str:
-    """Names, and answers that a server gave, as text: a comment's HTML is not theirs."""
-    return re.sub(r"<(?=\S)", "&lt;", said)
+        return [markdown.plain(f"**Not compared with {against.folder}: {error}.**")]

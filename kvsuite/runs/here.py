@@ -13,7 +13,7 @@ from kvsuite.engines import ranks
 from kvsuite.engines.request import Request, Response
 from kvsuite.records import REFERENCE, Answer, Forced, Job, is_reference
 from kvsuite.runs.setting import Setting
-from kvsuite.tasks import Sample, Task, after_thinking
+from kvsuite.tasks import Sample, Task, scored
 
 if TYPE_CHECKING:
     from kvsuite.engines.forcing import Continued
@@ -172,13 +172,15 @@ def _temperature(arm: str, own: float) -> float:
 def record(task: Task, sample: Sample, r: Response, cap: int) -> Answer:
     """A response as a record: what both have in common, and where it belongs."""
     broken = r.finish == "error"
+    score, error = (None, r.error) if broken else scored(task, sample, r.text)
     common = {f.name: getattr(r, f.name) for f in fields(Answer) if hasattr(r, f.name)}
     return Answer(
         **common
         | {
-            "status": "failed" if broken else "ok",
+            "status": "failed" if error else "ok",
+            "error": error,
             "finish": "" if broken else r.finish,
-            "score": None if broken else task.score(sample, after_thinking(r.text)),
+            "score": score,
             "evaluation": task.evaluation,
             "task": task.name,
             "type": task.type,

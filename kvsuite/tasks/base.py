@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from kvsuite import environment
-from kvsuite.errors import UsageError
+from kvsuite.errors import UsageError, first_line
 from kvsuite.registry import Registry, classes
 
 Type = Literal["qa", "summarization", "few-shot", "synthetic", "code", "chat", "text"]
@@ -112,6 +112,19 @@ def after_thinking(text: str) -> str:
     open it in the prompt); empty where the answer ended before."""
     _, end, answer = text.rpartition("</think>")
     return answer.strip() if end else "" if text.lstrip().startswith("<think>") else text
+
+
+SCORED = 1 << 16
+"""Characters of an answer that are scored, its first ones; what a server sends has 256 times as many at most."""
+
+
+def scored(task: Task, sample: Sample, text: str) -> tuple[float | None, str]:
+    """The score of what an answer says after its thinking, and why there is none where its scorer failed, which costs
+    that answer alone."""
+    try:
+        return task.score(sample, after_thinking(text)[:SCORED]), ""
+    except Exception as error:
+        return None, f"its score: {first_line(error)}"
 
 
 TASKS = Registry(

@@ -79,12 +79,14 @@ def test_what_is_wrong_twice_is_refused(small, tmp_path):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-@pytest.mark.parametrize("how", ["changed", "shorter", "gone"])
+@pytest.mark.parametrize("how", ["changed", "shorter", "gone", "no sums", "other bytes"])
 def test_a_damaged_cache_is_told_and_made_again(small, monkeypatch, capsys, how):
     get, asked = small
     file = get() / "a.txt"
     if how == "gone":
         file.unlink()
+    elif how in ("no sums", "other bytes"):
+        (get() / "SHA256SUMS").write_bytes(b"\xff\n" if how == "other bytes" else b"")
     else:
         file.write_text("tex" if how == "shorter" else "tent")
     monkeypatch.setattr(models, "_known", set())  # another process

@@ -289,9 +289,11 @@ def test_a_torn_line_is_told_and_costs_itself(told):
     for later in ("", "\n" + encode(chats("m")[0]) + "\n"):
         with Path("b/records.jsonl").open("a") as file:
             file.write(later)
-        code, out, _ = told("compare", "a", "b")
+        code, out, err = told("compare", "a", "b")
         assert code == 0
-        assert "partial: 1 line of b/records.jsonl was cut off while being written." in " ".join(out.split())
+        assert err == "b: 1 record line was cut off while being written, or damaged, and left out\n"
+        said = "partial: in b 1 record line was cut off while being written, or damaged, and left out."
+        assert said in " ".join(out.split())
         assert told("plan", "b")[0] == 2, "there is no control"
 
 

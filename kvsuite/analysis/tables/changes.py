@@ -53,7 +53,7 @@ def runs(one: Run, other: Run, margins: Margins) -> list[Table]:
     effects = [(row.method, e) for row in answers for e in distinct(row)] + beside
     notes = infos([f"The same answers in both: {', '.join(dict.fromkeys(alike.values()))}."] if alike else [])
     notes += errors([f"partial: {run.folder} was interrupted." for run in (one, other) if interrupted(run)])
-    notes += errors([_torn(run) for run in (one, other) if run.torn])
+    notes += errors([f"partial: in {run.folder} {run.lost}." for run in (one, other) if run.torn])
     notes += [Note(said, "warning") for said in (*lost(one, other), *lost(other, one))]
     notes += errors([f"{arm}: in {run.folder} {why}." for run in (one, other) for arm, why in without(run).items()])
     speeds = speed_changes(one, other, margins)
@@ -76,11 +76,6 @@ def _shifts(read: Mapping[str, tuple[Documents, Documents]], asked: int = 0) -> 
     """By arm, what became of its forced documents."""
     found = {arm: shift(*both, asked) for arm, both in read.items()}
     return {arm: changed for arm, changed in found.items() if changed is not None}
-
-
-def _torn(run: Run) -> str:
-    lines = "1 line" if run.torn == 1 else f"{run.torn} lines"
-    return f"partial: {lines} of {run.folder}/records.jsonl was cut off while being written."
 
 
 def arms(
