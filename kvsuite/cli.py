@@ -316,9 +316,10 @@ def _why(asked: argparse.Namespace) -> None:
 
     folder = Path(asked.folder)
     why = Why(records.told(folder), asked.model, asked.method, asked.sample, asked.task)
-    for at, loss in enumerate(why.losses(), start=1):
-        done = f"{at} of {len(why.asked)}: {loss.method}, {loss.sample}"
-        print(f"{done}: {loss.error}" if loss.error else done, file=sys.stderr, flush=True)
+    with disk.claim(folder):
+        for at, loss in enumerate(why.losses(), start=1):
+            done = f"{at} of {len(why.asked)}: {loss.method}, {loss.sample}"
+            print(f"{done}: {loss.error}" if loss.error else done, file=sys.stderr, flush=True)
     terminal.show(causes(records.read(folder)))
 
 
@@ -330,8 +331,9 @@ def _verbosity(asked: argparse.Namespace) -> None:
     folder = Path(asked.folder)
     asks = Verbosity(records.told(folder))
     alike = itertools.groupby(asks.similarities(), lambda r: f"{r.task}, {r.sample}")
-    for at, (which, _) in enumerate(alike, start=1):
-        print(f"{at} of {len(asks.asked)}: {which}", file=sys.stderr, flush=True)
+    with disk.claim(folder):
+        for at, (which, _) in enumerate(alike, start=1):
+            print(f"{at} of {len(asks.asked)}: {which}", file=sys.stderr, flush=True)
     terminal.show(verbosity(records.read(folder)))
 
 

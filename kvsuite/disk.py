@@ -176,22 +176,23 @@ def making(folder: Path) -> Iterator[Path]:
         yield Path(stack.enter_context(temporary))
 
 
-def claimed(folder: Path) -> int | None:
-    """A descriptor of a folder. Until it is closed, or this process ends in whatever way, nobody else can claim the
-    folder; None where that cannot be told. Raises UsageError where another process has claimed it, OSError where it
-    cannot be opened."""
+@contextlib.contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Hold a folder, which no other process can then hold, while this one lasts. Raises UsageError where another one
+    does, OSError where the folder cannot be opened. Where a file system has no locks nobody is refused."""
     if fcntl is None:
-        return None
+        yield
+        return
     at = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(at, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(at, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"another process writes its run into {str(folder)!r}") from None
+        yield
+    finally:
         os.close(at)
-        raise UsageError(f"another process writes its run into {str(folder)!r}") from None
-    except OSError:  # a file system without locks
-        os.close(at)
-        return None
-    return at
 
 
 def _lock(at: int, folder: Path) -> None:

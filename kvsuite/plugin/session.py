@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -42,7 +41,7 @@ class Session:
         self.sharing = 0.0
         """Seconds spent so far on jobs that several tests share."""
         self._described = False
-        self._claim: int | None = None
+        self._claim = contextlib.ExitStack()
         self._samples: dict[str, list[Sample]] = {}
 
     def open(self) -> None:
@@ -59,7 +58,7 @@ class Session:
                 self.folder = self.folder.with_name(f"{name}-{at}")  # another run began in this second
             if not self.folder.is_dir():
                 raise UsageError(f"--kv-run {str(self.folder)!r} is no folder")
-            self._claim = disk.claimed(self.folder)
+            self._claim.enter_context(disk.claim(self.folder))
         except OSError as error:
             raise UsageError(f"{str(self.folder)!r} cannot be written: {error.strerror}") from error
         self.run = RunFolder(self.folder)
@@ -69,12 +68,12 @@ class Session:
 
     def close(self) -> None:
         """Let others write to the folder; one in which nothing was left is removed."""
-        if self._claim is not None:
-            os.close(self._claim)
-            self._claim = None
+        self._claim.close()
         if not self.worker and self.options.resume is None:
             with contextlib.suppress(OSError):  # it is not empty
                 self.folder.rmdir()
+                if self.options.run is None:
+                    self.folder.parent.rmdir()
 
     @property
     def tasks(self) -> list[Task]:

@@ -1,7 +1,6 @@
 """Whole runs on a tiny random model: what is left behind, alone, in parallel, and when a cell breaks."""
 
 import json
-import os
 import re
 import time
 from pathlib import Path
@@ -261,11 +260,10 @@ def test_a_folder_that_another_process_writes_to_is_refused(run, finished):
     finished("samples", "left")
     for folder, option in (("new", "--kv-run"), ("left", "--kv-resume")):
         Path(folder).mkdir(exist_ok=True)
-        claim = disk.claimed(Path(folder))
-        result = run("samples", option, folder)
-        assert result.ret == pytest.ExitCode.USAGE_ERROR
-        result.stderr.fnmatch_lines([f"ERROR: another process writes its run into '{folder}'"])
-        os.close(claim)
+        with disk.claim(Path(folder)):
+            result = run("samples", option, folder)
+            assert result.ret == pytest.ExitCode.USAGE_ERROR
+            result.stderr.fnmatch_lines([f"ERROR: another process writes its run into '{folder}'"])
         assert run("samples", option, folder).ret == 0
 
 

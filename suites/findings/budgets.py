@@ -1,4 +1,4 @@
-"""Every method at a half, a quarter and an eighth of the tokens, codecs at their own bytes, on the default model:
+"""Selectors at a half, a quarter and an eighth of the tokens, codecs at their own bytes, on the default model:
 ``python suites/findings/budgets.py [OPTION …]``.
 
 Runs ``pytest -m samples`` with all of them, `random` beside them, and these options of pytest and kvsuite. The report
@@ -17,7 +17,8 @@ from kvsuite.methods import Selector, catalogue
 SHARES = (0.5, 0.25, 0.125)
 CODECS = (
     "int8", "int8:rotate=hadamard", "int4", "int4:rotate=hadamard", "fp8", "fp8:per=token", "kivi:bits=4",
-    "kivi:bits=2", "nvfp4", "nvfp4:scale=4over6", "mxfp4", "q8_0", "q4_0", "turboquant:bits=k8v4",
+    "kivi:bits=2", "nvfp4", "nvfp4:rotate=hadamard", "nvfp4:scale=4over6", "mxfp4", "mxfp4:rotate=hadamard", "q8_0",
+    "q8_0:rotate=hadamard", "q4_0", "q4_0:rotate=hadamard", "turboquant:bits=k8v4",
     "turboquant:bits=k4v4", "turboquant:bits=k3v4", "turboquant:bits=k3v3", "turboquant:bits=k4v2", "kvarn:bits=k4v4",
     "kvarn:bits=k4v2", "gear:bits=4", "gear-l:bits=4", "gear:bits=2", "gear-l:bits=2", "think",
 )  # fmt: skip

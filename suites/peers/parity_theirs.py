@@ -24,8 +24,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import rotate_half
 
-DOUBLE = SimpleNamespace(**vars(torch) | {"float32": torch.float64})
-"""torch for LeverageScorePress, which solves in what it calls float32: rounding there decided which tokens stay."""
+
+def double() -> Any:
+    """torch for LeverageScorePress, which solves in what it calls float32: rounding there decided which tokens stay."""
+    return SimpleNamespace(**vars(torch) | {"float32": torch.float64})
 
 
 def made(arm: dict[str, Any]) -> tuple[Any, Any]:
@@ -72,7 +74,7 @@ def kept(press: Any, scorer: Any, module: Any, given: dict[str, Any], eager: boo
     weights = attention(given["q"], given["k"]) if eager else None
     with (
         mock.patch.object(torch, "randn", partial(sketch, torch.randn, module.layer_idx)),
-        mock.patch.object(leverage_press, "torch", DOUBLE),
+        mock.patch.object(leverage_press, "torch", double()),
     ):
         keys, _ = press.compress(module, hidden, k, v, weights, {"position_embeddings": places})
     (scores,) = seen

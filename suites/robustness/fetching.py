@@ -1,6 +1,6 @@
 """Kills while the default model is fetched and converted: ``python -m suites.robustness.fetching [KILLS]`` empties a
-cache folder, has a process fill it, ends that by SIGKILL at a random moment, 10 times (or so many), and has another one
-fill it. What is there in the end must be what an undisturbed process leaves, byte for byte."""
+cache folder, has a process fill it, ends that by SIGKILL while it fetches or, in turn, converts, 10 times (or so many),
+and has another one fill it. What is there in the end must be what an undisturbed process leaves, byte for byte."""
 
 from __future__ import annotations
 
@@ -21,21 +21,24 @@ from kvsuite.models import sums
 KILLS = 10
 FILL = (sys.executable, "-c", "from kvsuite import models; models.default_model()")
 PHASES = ("starting", "fetching", "converting", "done")
+WITHIN = 4.0
+"""Seconds of a phase in which it is ended."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Kill; 1 where the cache folder ended otherwise than undisturbed, or a phase was not met."""
+    """Kill; 1 where the cache folder ended otherwise than undisturbed, or one of the two was not met."""
     kills, wrong, seen, dice = int(argv[0]) if argv else KILLS, 0, Counter[str](), random.Random(0)
     with tempfile.TemporaryDirectory() as place:
         cache = Path(place) / "cache"
-        begin = time.monotonic()
         _end(_start(cache))
-        seconds, wanted = time.monotonic() - begin, sums(cache)
-        print(f"undisturbed: {len(wanted)} files in {seconds:.1f} s", flush=True)
+        wanted = sums(cache)
+        print(f"undisturbed: {len(wanted)} files", flush=True)
         for at in range(kills):
             shutil.rmtree(cache)
             process = _start(cache)
-            time.sleep((at + dice.random()) / kills * seconds)
+            while _phase(cache) not in (PHASES[1 + at % 2], "done"):
+                time.sleep(0.01)
+            time.sleep(dice.uniform(0, WITHIN))
             phase = _phase(cache)
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()

@@ -1,7 +1,7 @@
 """Kills: ``python -m suites.robustness.kills [KILLS]`` ends small runs by SIGKILL at 50 moments (or so many): of every
-run one before the first record, one between two, and one while workers' records are joined or behind the last one. It
-goes on with each by ``--kv-resume``, and compares what is recorded in the end with a run that nobody killed, times
-aside. Killed are all processes of a run, its controller alone, or a worker, of pytest-xdist and of Ray."""
+run one before the first record, one between two, and one while workers' records are joined, while it reports, or after
+its report. It goes on with each by ``--kv-resume``, and compares what is recorded in the end with a run that nobody
+killed, times aside. Killed are all processes of a run, its controller alone, or a worker: pytest-xdist's and Ray's."""
 
 from __future__ import annotations
 
@@ -46,13 +46,15 @@ class Way:
 
 
 XDIST, RAY = ("-n", "2"), ("--kv-executor", "ray")
-REPORTED, JOINED, ALONE = [(FIRST, ANSWERING, REPORTING)], [(FIRST, ANSWERING, JOINING)], [(FIRST,), (ANSWERING,)]
+ENDS = [(FIRST, ANSWERING, REPORTING), (FIRST, ANSWERING, AFTER)]
+JOINED = [(FIRST, ANSWERING, JOINING), ENDS[1], (FIRST, ANSWERING, JOINING), ENDS[0]]
+ALONE = [(FIRST,), (ANSWERING,)]
 WAYS = {
-    "one process": Way((), "all", REPORTED),
-    "xdist, all": Way(XDIST, "all", JOINED + REPORTED),
-    "xdist, the controller": Way(XDIST, "controller", JOINED + REPORTED),
+    "one process": Way((), "all", ENDS),
+    "xdist, all": Way(XDIST, "all", JOINED),
+    "xdist, the controller": Way(XDIST, "controller", JOINED),
     "xdist, a worker": Way(XDIST, "worker", ALONE),
-    "Ray, the controller": Way(RAY, "controller", REPORTED),
+    "Ray, the controller": Way(RAY, "controller", ENDS),
     "Ray, a worker": Way(RAY, "worker", ALONE),
 }
 
@@ -145,12 +147,14 @@ def _kill(
     left = folder / "left"
     before, joined = _lines(left), _size(left)
     process, begin = _go_on(world, folder, way.options), time.monotonic()
-    after = dice.uniform(0, {FIRST: whole.start, ANSWERING: 0.05, JOINING: 0, REPORTING: whole.end}[kind])
+    after = dice.uniform(0, {FIRST: whole.start, ANSWERING: 0.05, REPORTING: whole.end}.get(kind, 0))
     lines = dice.randint(min(before + 1, whole.records), whole.records) if kind == ANSWERING else whole.records
 
     def come() -> bool:
         if kind == JOINING:
             return _size(left) > joined and _parts(left)
+        if kind == AFTER:
+            return (left / "report.html").is_file()
         return kind == FIRST or _lines(left) >= lines
 
     while process.is_alive() and not come():

@@ -1,5 +1,5 @@
 """Long runs. ``python -m suites.robustness.long report [SAMPLES]`` reports 100,000 samples of 10 methods (or so many),
-with their baseline and control, in at most 60 s of one core and 4 GB. ``… run [SAMPLES]`` answers 2,000 samples (or so
+with their baseline and control, in at most 60 s of one core and 4 GB. ``… run [SAMPLES]`` answers 10,000 samples (or so
 many) with a tiny model and prints how the memory grows: by less than 1 MB for 1,000."""
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     what, *given = argv
     with tempfile.TemporaryDirectory() as name:
         if what == "run":
-            slope = grown(Path(name), int(given[0]) if given else 2000)
+            slope = grown(Path(name), int(given[0]) if given else 10_000)
             return int(slope >= SLOPE)
         samples = int(given[0]) if given else 100_000
         make(Path(name), samples)
