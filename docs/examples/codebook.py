@@ -17,8 +17,7 @@ class Codebook(Codec):
         import torch
 
         scaled = torch.cat([(rotated(x) / largest(x)[:, None]).flatten() for s in context for x in (s.k, s.v)])
-        some = scaled[:: 1 + len(scaled) // 1_000_000]  # of all layers: quantile takes 16 million at most
-        return Artifact({"levels": some.quantile(torch.linspace(0, 1, 16))})
+        return Artifact({"levels": scaled[:: 1 + len(scaled) // 1_000_000].quantile(torch.linspace(0, 1, 16))})
 
     def specs(self, layer, artifact=None):
         levels = [n / 7.5 - 1 for n in range(16)] if artifact is None else artifact.tensors["levels"].tolist()

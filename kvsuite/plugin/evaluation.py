@@ -146,7 +146,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         return
     try:
         if not (session.config.option.collectonly or ranks.rank()):
-            run.open()
+            run.claim()
         if run.options.resume is not None:
             run.check_resumed()
         if not session.config.option.collectonly:
@@ -328,7 +328,7 @@ def _hold(config: pytest.Config, report: Report, strict: bool) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Let the ranks of torchrun end together, and others write to the run's folder."""
     ranks.leave()
-    config.stash[SESSION].close()
+    config.stash[SESSION].release()
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

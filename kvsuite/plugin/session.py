@@ -44,8 +44,8 @@ class Session:
         self._claim = contextlib.ExitStack()
         self._samples: dict[str, list[Sample]] = {}
 
-    def open(self) -> None:
-        """Make the run's folder, which nobody else can write to until `close`. Raises UsageError where another process
+    def claim(self) -> None:
+        """Make the run's folder, which nobody else can write to until `release`. Raises UsageError where another process
         does, where the folder holds a run already, and where it cannot be made."""
         o, name = self.options, self.folder.name
         try:
@@ -66,7 +66,7 @@ class Session:
             said = "already holds a run; name another folder, or --kv-resume it"
             raise UsageError(f"--kv-run {str(self.folder)!r} {said}")
 
-    def close(self) -> None:
+    def release(self) -> None:
         """Let others write to the folder; one in which nothing was left is removed."""
         self._claim.close()
         if not self.worker and self.options.resume is None:

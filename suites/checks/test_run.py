@@ -273,11 +273,11 @@ def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(monkeypatc
     monkeypatch.setattr(time, "strftime", lambda form: "now")
     for session in sessions:
         session.folder = Path("runs") / time.strftime("")
-        session.open()
+        session.claim()
     assert [session.folder.name for session in sessions] == ["now", "now-2", "now-3"]
     sessions[1].run.describe({})
     for session in sessions:
-        session.close()
+        session.release()
     assert [folder.name for folder in Path("runs").iterdir()] == ["now-2"], "what is empty is removed"
 
 
