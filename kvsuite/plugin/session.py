@@ -45,8 +45,8 @@ class Session:
         self._samples: dict[str, list[Sample]] = {}
 
     def claim(self) -> None:
-        """Make the run's folder, which nobody else can write to until `release`. Raises UsageError where another process
-        does, where the folder holds a run already, and where it cannot be made."""
+        """Make the run's folder, to which nobody else can write until `release`. Raises UsageError where another
+        process does, where the folder holds a run already, and where it cannot be made."""
         o, name = self.options, self.folder.name
         try:
             for at in itertools.count(2):
