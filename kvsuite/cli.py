@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import itertools
 import json
@@ -10,7 +11,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -195,15 +196,25 @@ def _margins_option(parser: argparse.ArgumentParser) -> None:
 def _run(asked: argparse.Namespace) -> int:
     """pytest in a process of its own, as an interrupted run has to end in its own way."""
     command = [sys.executable, "-m", "pytest", "--pyargs", "kvsuite.suites", "-m", asked.marker, *asked.pytest]
-    with subprocess.Popen(command) as process:
-        for name in {"SIGTERM", "SIGHUP"} & vars(signal).keys():  # of timeout, and of a CI that is cancelled
-            signal.signal(getattr(signal, name), lambda number, _: process.send_signal(number))
+    with subprocess.Popen(command) as process, _forwarding(process):
         while True:
             try:
                 code = process.wait()
                 return code if code >= 0 else 128 - code  # as a shell says of a signal
             except KeyboardInterrupt:  # which pytest has got, too
                 continue
+
+
+@contextlib.contextmanager
+def _forwarding(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Signals of `timeout`, of a closed window and of a CI that is cancelled reach this process alone: pass them on."""
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = [signal.signal(number, lambda got, _: process.send_signal(got)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _negatives(asked: argparse.Namespace) -> None:

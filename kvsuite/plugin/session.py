@@ -61,6 +61,8 @@ class Session:
             self._claim.enter_context(disk.claim(self.folder))
         except OSError as error:
             raise UsageError(f"{str(self.folder)!r} cannot be written: {error.strerror}") from error
+        if o.resume is None:
+            self._claim.callback(self._remove_empty)
         self.run = RunFolder(self.folder)
         if o.resume is None and any(self.folder.glob("records*.jsonl")):
             said = "already holds a run; name another folder, or --kv-resume it"
@@ -69,11 +71,12 @@ class Session:
     def release(self) -> None:
         """Let others write to the folder; one in which nothing was left is removed."""
         self._claim.close()
-        if not self.worker and self.options.resume is None:
-            with contextlib.suppress(OSError):  # it is not empty
-                self.folder.rmdir()
-                if self.options.run is None:
-                    self.folder.parent.rmdir()
+
+    def _remove_empty(self) -> None:
+        with contextlib.suppress(OSError):  # it is not empty
+            self.folder.rmdir()
+            if self.options.run is None:
+                self.folder.parent.rmdir()
 
     @property
     def tasks(self) -> list[Task]:

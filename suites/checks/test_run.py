@@ -264,6 +264,7 @@ def test_a_folder_that_another_process_writes_to_is_refused(run, finished):
             result = run("samples", option, folder)
             assert result.ret == pytest.ExitCode.USAGE_ERROR
             result.stderr.fnmatch_lines([f"ERROR: another process writes its run into '{folder}'"])
+        assert Path(folder).is_dir(), "it is the other one's"
         assert run("samples", option, folder).ret == 0
 
 
