@@ -51,12 +51,17 @@ def rounding(
     if not exact:
         products = k.double().square() @ q.double().square().T
         score += 8 * unit / 3**0.5 * float(products.max().sqrt()) * scale
+        if rotated[1]:  # turned back, each channel gets a share of what all of its block are rounded by
+            shares = (p.square() @ hadamard(v).double().square()).sum(1, keepdim=True) / (v.shape[1] & -v.shape[1])
+            values = 8 * unit / 3**0.5 * shares.sqrt()
     if integers:
         of = zip((q, k, v), (rotated[0], *rotated), strict=True)
         step, turned = 8 / 12**0.5 / 32766, [hadamard(x) if turns else x for x, turns in of]
         most = [float(x.double().abs().max()) for x in turned[:2]]
         score += step * q.shape[-1] ** 0.5 * most[0] * scale * 2 * most[1]
-        values = step * 8 * (p @ (2 * turned[2].double().abs().amax(1)))[:, None]  # 64 tokens share the largest weight
+        values = (
+            values + step * 8 * (p @ (2 * turned[2].double().abs().amax(1)))[:, None]
+        )  # 64 tokens share the largest weight
     relative = 2 * score + (3 + (not exact)) * unit + (k.shape[0] + 8) * single
     tiny = torch.finfo(q.dtype).smallest_normal * 2 * unit  # what subnormal weights and results are rounded by
     return relative * (p @ v.double().abs()) + values + tiny * (1 + v.double().abs().sum(0))
