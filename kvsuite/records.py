@@ -687,8 +687,7 @@ def read(folder: Path) -> Run:
     A line that was cut off costs itself alone, and a failed job that was done again its first record. Raises UsageError
     for a folder that is none and for a record of another version."""
     try:
-        if disk.is_there(folder / "run.json") and not (folder / "run.json").is_file():
-            raise UsageError("its run.json is no file")
+        _is_file(folder / "run.json")
         facts = disk.parsed(disk.text(folder / "run.json"), finite=True)
         if said := amiss(facts, FACTS, whole=False):
             raise UsageError(said)
@@ -718,14 +717,19 @@ def _decoded(folder: Path) -> Iterator[Record | None]:
             yield None
 
 
+def _is_file(file: Path) -> bool:
+    """Whether there is such a file. Raises UsageError for what is none: a pipe would be waited for."""
+    if disk.is_there(file) and not file.is_file():
+        raise UsageError(f"{str(file)!r} is no file")
+    return disk.is_file(file)
+
+
 def _lines(folder: Path) -> Iterator[tuple[Path, int, bytes]]:
     """The lines of a folder's files. Those of a worker that the controller had begun to join are there once."""
     joined, *parts = folder / "records.jsonl", *sorted(folder.glob("records-*.jsonl"))
     known = set[bytes]()
     for file in (joined, *parts):
-        if disk.is_there(file) and not file.is_file():
-            raise UsageError(f"{str(file)!r} is no file")
-        for at, line in disk.lines(file) if file.is_file() else ():
+        for at, line in disk.lines(file) if _is_file(file) else ():
             if file == joined or line not in known:
                 yield file, at, line
             if file == joined and parts:

@@ -17,6 +17,10 @@ Shape = tuple[int, ...]
 Count = TypeVar("Count", int, "np.ndarray")
 
 
+TURNED = ("token", "levels", "symmetric", "e2m1")
+"""Layouts of which kernels know how to undo a rotation."""
+
+
 class QuantSpec:
     """How K or V of one layer is stored. ``block`` tokens are encoded together, in units of a page.
 

@@ -14,7 +14,7 @@ from kvsuite.kernels.cpu.build import BuildError
 from kvsuite.kernels.cpu.mass import column_mass
 from kvsuite.kernels.cpu.native import DTYPES, LAYOUTS, compiled, native
 from kvsuite.kernels.paged import PagedKV
-from kvsuite.kernels.quantspec import PAGE, QuantSpec
+from kvsuite.kernels.quantspec import PAGE, TURNED, QuantSpec
 from kvsuite.kernels.reference import compact, evict, release_empty
 from kvsuite.kernels.reference.attend import PageIndices
 from kvsuite.kernels.reference.attend import read as stored
@@ -74,7 +74,7 @@ def _unreadable(layer: LayerContext, spec: QuantSpec) -> str:
     dim = layer.head_dim
     if spec.layout not in LAYOUTS:
         return "no kernel for this codec"
-    if spec.rotation and (spec.layout not in ("token", "levels", "symmetric", "e2m1") or spec.residual):
+    if spec.rotation and (spec.layout not in TURNED or spec.residual):
         return "no kernel for rotated K and V"
     if spec.late:
         return "no kernel for keys that are encoded after they have attended"

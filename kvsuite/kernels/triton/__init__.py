@@ -7,7 +7,7 @@ import dataclasses
 
 from kvsuite.kernels.context import HeadView, LayerContext, Needs
 from kvsuite.kernels.paged import PagedKV
-from kvsuite.kernels.quantspec import PAGE, QuantSpec
+from kvsuite.kernels.quantspec import PAGE, TURNED, QuantSpec
 from kvsuite.kernels.reference import advance, compact, release_empty
 from kvsuite.kernels.reference.attend import read as stored
 from kvsuite.kernels.triton.attend import attend, readable
@@ -41,8 +41,7 @@ def supports(layer: LayerContext, k: QuantSpec, v: QuantSpec, needs: Needs) -> s
         return "no GPU"
     if not all(spec.layout for spec in specs):
         return "no kernel for this codec"
-    turning = ("token", "levels", "symmetric", "e2m1")
-    if any(spec.rotation and (spec.layout not in turning or spec.residual) for spec in specs):
+    if any(spec.rotation and (spec.layout not in TURNED or spec.residual) for spec in specs):
         return "no kernel for rotated K and V"
     if any(spec.late for spec in specs):
         return "no kernel for keys that are encoded after they have attended"
